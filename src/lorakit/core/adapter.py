@@ -1,0 +1,73 @@
+"""`Adapter`: what was learnt, as plain data. The narrow waist between models and files.
+
+    model  --extract-->  Adapter  --write-->  file
+    model  <--insert---  Adapter  <--read---  file
+
+Formats never see a layer, layers never see a file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+Kind = Literal["linear", "merged_linear", "embedding", "conv", "conv_loralib"]
+
+
+@dataclass(frozen=True)
+class Update:
+    """ΔW of one module, as its two factors. Shapes by kind (r is `rank`):
+
+    linear          A (r, in)                 B (out, r)
+    merged_linear   A (r·n, in)               B (out/blocks·n, r)       n flags set in `enable_lora`
+    embedding       A (r, vocabulary)         B (dim, r)
+    conv            A (r, in/groups, *k)      B (out, r, 1, …)
+    conv_loralib    A (r·k_last, in·k_last)   B (out/groups·∏k[:-1], r·k_last)
+    """
+
+    kind: Kind
+    A: Tensor
+    B: Tensor
+    rank: int
+    alpha: float
+    rslora: bool = False
+    magnitude: Tensor | None = None  # DoRA's m (out,)
+    fan_in_fan_out: bool = False  # linear: the module stores its weight as (in, out)
+    enable_lora: tuple[bool, ...] = ()  # merged_linear: which blocks of the output have an update
+    groups: int = 1  # conv
+
+    @property
+    def scale(self) -> float:
+        """s of the equation: α/r, or α/√r with rsLoRA."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by the name a layer gives them."""
+        named = {"lora_A": self.A, "lora_B": self.B, "lora_magnitude": self.magnitude}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layer lays out its factors, for files that hold tensors and nothing else (loralib's)."""
+
+    kind: Kind
+    enable_lora: tuple[bool, ...] = ()
+    kernel_last: int = 1  # conv_loralib: A has r·kernel_last rows
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Updates by module name, tensors trained whole by parameter name, and what a reader needs to know of them."""
+
+    updates: dict[str, Update]
+    trained: dict[str, Tensor] = field(default_factory=dict)  # heads, biases: full parameter name → value
+    also_train: tuple[str, ...] = ()  # the modules that were trained whole
+    bias: Literal["none", "lora_only", "all"] = "none"
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()  # the shortest names that select exactly `updates` in the model
+    base_model: str | None = None
+    task_type: str | None = None  # PEFT's: CAUSAL_LM, SEQ_CLS, …

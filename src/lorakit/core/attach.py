@@ -1,0 +1,351 @@
+"""Adapting an existing model in place, by changing the class of its layers, and taking that back.
+
+`attach` turns an `nn.Linear` into a `lorakit.Linear`: the same object, the same weight tensor, hooks, keys, device and
+dtype, with `lora_A` and `lora_B` beside the weight. There is no wrapper model and no renamed key, so whatever took the
+model before (Trainer, generate, FSDP, torch.compile, state_dict) takes it after. `detach` gives back the model that
+`attach` was given.
+
+What was changed is noted on each module (`_Undo`), so all of this works on a part of a model, on copies, and after
+pickling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .init import INITS, Init
+from .layers import AdaptedLayer, LoRALayer
+from .targets import Filter, Selection, closest, is_transposed, layer_class, matching, pattern_values, select
+from .trainable import Bias, bias_names
+
+
+@dataclass
+class _Undo:
+    """What `attach` changed on one module."""
+
+    original_class: type[nn.Module] | None = None
+    attributes: frozenset[str] = frozenset()  # names in the module's __dict__ before
+    requires_grad: dict[str, bool] = field(default_factory=dict)  # of the module's own parameters, before
+    trained: dict[str, Tensor] = field(default_factory=dict)  # own parameters trained whole: their values before
+    whole: bool = False  # the module was named in also_train
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted module in a report: shape is (in, out) as the update sees it."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `attach` did. Printed, it is a table with one line for modules that differ in their numbers alone."""
+
+    rows: tuple[Row, ...]
+    trained: tuple[str, ...]  # parameters trained whole
+    skipped: dict[str, str]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str, tuple[int, int], int], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((_numberless(row.name), row.kind, row.shape, row.rank), []).append(row)
+        cells: list[tuple[str, ...]] = [("module", "", "kind", "in → out", "rank", "parameters")]
+        for (pattern, kind, (inputs, outputs), rank), rows in groups.items():
+            count = sum(row.parameters for row in rows)
+            cells.append((pattern, f"×{len(rows)}", kind, f"{inputs} → {outputs}", str(rank), f"{count:,}"))
+        lines = _table(cells)
+        counts = Counter(_numberless(name) for name in self.trained)
+        lines += [f"trained whole: {name}  ×{count}" for name, count in counts.items()]
+        lines += [f"passed over: {name}: {reason}" for name, reason in self.skipped.items()]
+        percent = 100 * self.trainable / max(self.total, 1)
+        lines.append(f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {percent:.4f}")
+        return "\n".join(lines)
+
+
+def attach(
+    model: nn.Module,
+    targets: str | Iterable[str] | Filter = "all-linear",
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    dora: bool = False,
+    init: Init = "kaiming",
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    bias: Bias = "none",
+    also_train: Iterable[str] = (),
+    dtype: torch.dtype | None = None,
+    freeze: bool = True,
+) -> Report:
+    """Adapt `model` in place: y = W x + b becomes y = W x + b + (alpha/rank) · B A x in every target layer.
+
+    targets: "all-linear" (every linear layer but the head), a name's end ("q_proj"), a glob over whole names
+        ("*.q_proj"), a list of these, or a function (module, name) → bool.
+    rank, alpha: r and α; alpha=None means 2·rank. rank_pattern, alpha_pattern: other values for matching modules;
+        a module with a rank of its own and no alpha of its own takes 2·rank when alpha is None.
+    dropout: probability, on the update's input. rslora: scale α/√r. dora: learn the rows' magnitudes too.
+    init: how A and B begin, see `init.py`; the model's output is unchanged at first with each of them.
+    bias: train no biases, those of the adapted layers, or all. also_train: modules to train whole, named like
+        targets (a new classifier head).
+    dtype: of the factors; by default the weight's, or float32 beside float16 and bfloat16 weights.
+    freeze: freeze every parameter that the adapter does not train.
+
+    Returns a Report; print it. Raises ValueError, before anything is changed, when a pattern matches nothing or a
+    target cannot be adapted. Neither the mode (train/eval) nor any existing tensor is changed.
+    """
+    _check(rank, alpha, dropout, init)
+    selection = select(model, targets)
+    names = list(selection.modules)
+    ranks = pattern_values(rank_pattern or {}, names, "rank_pattern")
+    alphas = pattern_values(alpha_pattern or {}, names, "alpha_pattern")
+    whole = _modules_trained_whole(model, also_train, selection)
+    bias_names(model, bias)  # refuses an unknown word before anything changes
+
+    for name, module in selection.modules.items():
+        own_rank = int(ranks.get(name, rank))
+        own_alpha = alphas.get(name, 2 * own_rank if alpha is None else alpha)
+        layer = adopt(module, dropout)
+        layer.create_update(
+            own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(module)
+        )
+    trained = choose_trainable(model, whole, bias, freeze=freeze)
+    return _report(model, selection, trained)
+
+
+def adopt(module: nn.Module, dropout: float) -> AdaptedLayer:
+    """Change the class of a plain layer to its adapted one; it has no update yet."""
+    cls = layer_class(module)
+    assert cls is not None, "select() lets only adaptable modules through"
+    undo = _undo(module)
+    undo.original_class = type(module)
+    undo.attributes = frozenset(module.__dict__)
+    transposed = is_transposed(module)
+    module.__class__ = cls
+    assert isinstance(module, AdaptedLayer)
+    LoRALayer.__init__(module, 0, 0.0, dropout, merge_weights=False)
+    if isinstance(module.lora_dropout, nn.Module):
+        module.lora_dropout.train(module.training)
+    if transposed:
+        module.fan_in_fan_out = True  # type: ignore[assignment]
+        module.in_features, module.out_features = module.weight.shape  # type: ignore[assignment]
+    return module
+
+
+def factor_dtype(module: nn.Module) -> torch.dtype:
+    """float32 beside half-precision weights: a step of the optimizer is too small for them to hold."""
+    dtype = module.weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, freeze: bool) -> tuple[str, ...]:
+    """Set `requires_grad` for the adapter, the modules trained whole and the biases; note what it was.
+
+    Returns the names of the parameters trained beside the factors.
+    """
+    for name in whole:
+        _undo(model.get_submodule(name)).whole = True
+    selected = bias_names(model, bias)
+    for name in whole:
+        prefix = f"{name}."
+        selected |= {key for key, _ in model.named_parameters(remove_duplicate=False) if key.startswith(prefix)}
+    selected = {name for name in selected if not name.rpartition(".")[2].startswith("lora_")}
+    # By identity: a tied weight has two names, and training it under one of them trains it.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    chosen = {id(parameters[name]) for name in selected}
+    for prefix, module in model.named_modules():
+        for local, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{local}" if prefix else local
+            if local.startswith("lora_"):
+                continue
+            train = id(parameter) in chosen
+            if train or (freeze and parameter.requires_grad):
+                undo = _undo(module)
+                undo.requires_grad.setdefault(local, parameter.requires_grad)
+                parameter.requires_grad = train
+                if name in selected:
+                    undo.trained.setdefault(local, parameter.detach().clone())
+    return tuple(sorted(selected))
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The layers with an update, by name; a shared layer once."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, AdaptedLayer) and module.has_update
+    }
+
+
+def trained_whole(model: nn.Module) -> tuple[dict[str, nn.Parameter], tuple[str, ...]]:
+    """Parameters that `attach` set to be trained beside the factors, and the modules named in `also_train`."""
+    parameters, modules = {}, []
+    for prefix, module in model.named_modules():
+        undo = module.__dict__.get("_lorakit_undo")
+        if undo is None:
+            continue
+        for local in undo.trained:
+            parameters[f"{prefix}.{local}" if prefix else local] = module.get_parameter(local)
+        if undo.whole:
+            modules.append(prefix)
+    return parameters, tuple(modules)
+
+
+def detach(model: nn.Module) -> None:
+    """Give back the model that `attach` was given: classes, parameters, requires_grad, values trained whole.
+
+    A merged model stays merged: `merge(model); detach(model)` leaves a plain model with W + ΔW and no second copy.
+    """
+    stays_merged = any(layer.merged for layer in adapted_layers(model).values())
+    for module in model.modules():
+        undo = module.__dict__.get("_lorakit_undo")
+        if undo is not None:
+            _restore(module, undo, keep_trained=stays_merged)
+
+
+def merge(model: nn.Module) -> None:
+    """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit."""
+    for layer in _layers_or_error(model).values():
+        layer.merge()
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take `merge` back: the weights are the same objects with the same bits as before."""
+    for layer in _layers_or_error(model).values():
+        layer.unmerge()
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, `model` is the base model: no update, and the values that heads and biases had before training."""
+    layers = list(adapted_layers(model).values())
+    merged = [layer for layer in layers if layer.merged]
+    for layer in layers:
+        layer.unmerge()
+        layer.lora_enabled = False
+    _swap_trained(model)
+    try:
+        yield model
+    finally:
+        _swap_trained(model)
+        for layer in layers:
+            del layer.lora_enabled  # back to the class's True
+        for layer in merged:
+            layer.merge()
+
+
+def _check(rank: int, alpha: float | None, dropout: float, init: str) -> None:
+    if rank < 1:
+        raise ValueError(f"rank={rank}: a rank is at least 1.")
+    if alpha is not None and alpha <= 0:
+        raise ValueError(f"alpha={alpha}: expected a positive number, or None for 2·rank.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: a probability in [0, 1) is expected.")
+    if init not in INITS:
+        raise ValueError(f"init={init!r}: expected one of {', '.join(map(repr, INITS))}.")
+
+
+def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selection: Selection) -> list[str]:
+    patterns = [also_train] if isinstance(also_train, str) else list(also_train)
+    names = [name for name, _ in model.named_modules() if name]
+    chosen: list[str] = []
+    for pattern in patterns:
+        hits = matching(pattern, names)
+        if not hits:
+            raise ValueError(f"also_train={pattern!r} matches no module. {closest(pattern, names)}".rstrip())
+        for name in hits:
+            inside = [target for target in selection.modules if f"{target}.".startswith(f"{name}.")]
+            if inside:
+                raise ValueError(
+                    f"also_train={pattern!r} trains {name!r} whole, but targets adapts {inside[0]!r} in it. Choose one."
+                )
+        chosen += hits
+    return chosen
+
+
+def _undo(module: nn.Module) -> _Undo:
+    undo = module.__dict__.get("_lorakit_undo")
+    if undo is None:
+        undo = module.__dict__["_lorakit_undo"] = _Undo()
+    return undo
+
+
+def _restore(module: nn.Module, undo: _Undo, keep_trained: bool) -> None:
+    with torch.no_grad():
+        for local, value in undo.trained.items():
+            if not keep_trained:
+                module.get_parameter(local).copy_(value)
+    del module.__dict__["_lorakit_undo"]
+    if undo.original_class is not None:
+        module.__class__ = undo.original_class
+        for registry in (module._parameters, module._buffers, module._modules):
+            for name in [name for name in registry if name.startswith("lora_")]:
+                del registry[name]
+        for name in [name for name in module.__dict__ if name not in undo.attributes]:
+            del module.__dict__[name]
+    for local, flag in undo.requires_grad.items():
+        module.get_parameter(local).requires_grad = flag
+
+
+def _swap_trained(model: nn.Module) -> None:
+    """Exchange the values of parameters trained whole with those they had before."""
+    for module in model.modules():
+        undo: _Undo | None = module.__dict__.get("_lorakit_undo")
+        if undo is None:
+            continue
+        for local in undo.trained:
+            parameter = module.get_parameter(local)
+            before = undo.trained[local].to(parameter)
+            undo.trained[local] = parameter.detach().clone()
+            with torch.no_grad():
+                parameter.copy_(before)
+
+
+def _layers_or_error(model: nn.Module) -> dict[str, AdaptedLayer]:
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no adapted layer: call lorakit.attach or lorakit.load first.")
+    return layers
+
+
+def _report(model: nn.Module, selection: Selection, trained: tuple[str, ...]) -> Report:
+    rows = []
+    for name in selection.modules:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, AdaptedLayer)
+        outputs, inputs = layer.matrix(layer.weight).shape
+        count = sum(p.numel() for local, p in layer.named_parameters(recurse=False) if local.startswith("lora_"))
+        rows.append(Row(name, type(layer).__name__, (inputs, outputs), layer.r, count))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    return Report(tuple(rows), trained, selection.skipped, trainable, total)
+
+
+def _numberless(name: str) -> str:
+    """The name with the index of each numbered layer replaced by a star."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}")[1:]
+
+
+def _table(cells: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    left_aligned = {0, 2}
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left_aligned else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]

@@ -1,0 +1,227 @@
+"""Between a model and an `Adapter`: `extract` reads what was learnt out of the layers, `insert` puts it into a model.
+
+`insert` checks everything before it changes anything. An update without a module, a shape that differs, a layer
+without an update: each is an error, all of them listed at once, because an adapter that loads "successfully" and does
+nothing is the worst outcome (problem 3).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapter, Kind, Layout, Update
+from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, trained_whole
+from .layers import AdaptedLayer, ConvLoRA, Embedding, Linear, MergedLinear
+from .targets import closest, layer_class, matching, refusal
+
+
+def extract(model: nn.Module) -> Adapter:
+    """What the adapter of `model` holds, as plain data: copies, on the CPU, in the dtype they are trained in.
+
+    The same whether the model is merged or not. Raises ValueError when the model has no adapted layer.
+    """
+    layers = adapted_layers(model)
+    parameters, whole = trained_whole(model)
+    if not layers and not parameters:
+        raise ValueError(f"{type(model).__name__} has no adapter to extract: call lorakit.attach first.")
+    frozen_bias = {name for name in parameters if not any(name.startswith(f"{module}.") for module in whole)}
+    adapted_bias = {f"{name}.bias" for name in layers}
+    config = getattr(model, "config", None)
+    return Adapter(
+        updates={name: _update_of(layer) for name, layer in layers.items()},
+        trained={name: _copy(parameter) for name, parameter in parameters.items()},
+        also_train=whole,
+        bias="none" if not frozen_bias else "lora_only" if frozen_bias <= adapted_bias else "all",
+        dropout=max((_dropout_of(layer) for layer in layers.values()), default=0.0),
+        targets=_shortest_targets(model, list(layers)),
+        base_model=getattr(config, "_name_or_path", None) or None,
+        task_type=_task_type(model),
+    )
+
+
+@torch.no_grad()
+def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
+    """Put `adapter` into `model`: plain layers are adapted, layers with an update of the same shapes are filled.
+
+    Like `attach`, it freezes everything else and changes neither mode nor base weights. With force, what does not fit
+    is left out instead of refused. Raises ValueError listing every misfit, before anything is changed.
+    """
+    problems = _misfits(model, adapter)
+    if problems and not force:
+        shown = "\n".join(f"  {problem}" for problem in list(problems.values())[:20])
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"the adapter does not fit {type(model).__name__}:\n{shown}{more}")
+    if set(adapter.updates) | set(adapter.trained) <= set(problems):
+        raise ValueError(f"nothing in the adapter fits {type(model).__name__}: its modules have other names or shapes.")
+
+    for name, update in adapter.updates.items():
+        if name not in problems:
+            _insert_update(model.get_submodule(name), update, adapter.dropout)
+    trained = {name: value for name, value in adapter.trained.items() if name not in problems}
+    whole = [name for name in adapter.also_train if any(key.startswith(f"{name}.") for key in trained)]
+    choose_trainable(model, whole, adapter.bias, freeze=True)
+    for name, value in trained.items():
+        model.get_parameter(name).copy_(value)
+
+
+def layouts(model: nn.Module) -> dict[str, Layout]:
+    """How each layer of `model` that is, or could be, adapted lays out its factors: what a loralib file leaves out."""
+    found: dict[str, Layout] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLayer) and module.has_update:
+            found[name] = Layout(
+                kind=_kind_of(module),
+                enable_lora=tuple(module.enable_lora) if isinstance(module, MergedLinear) else (),
+                kernel_last=module.kernel_size[-1] if isinstance(module, ConvLoRA) else 1,
+            )
+        elif name and layer_class(module) in (Linear, Embedding):
+            found[name] = Layout(kind="embedding" if isinstance(module, nn.Embedding) else "linear")
+    return found
+
+
+def _update_of(layer: AdaptedLayer) -> Update:
+    A, B = layer.factors() if not isinstance(layer, MergedLinear) else (layer.lora_A, layer.lora_B)
+    # "pissa" and "olora" count double: [A; A₀], [B, −B₀]. The scale stays what it is.
+    rank = layer.r * (2 if "lora_A0" in layer._buffers else 1)
+    alpha = layer.lora_alpha * (math.sqrt(rank / layer.r) if layer.rslora else rank / layer.r)
+    magnitude = layer._parameters.get("lora_magnitude")
+    return Update(
+        kind=_kind_of(layer),
+        A=_copy(A),
+        B=_copy(B),
+        rank=rank,
+        alpha=alpha,
+        rslora=layer.rslora,
+        magnitude=None if magnitude is None else _copy(magnitude),
+        fan_in_fan_out=isinstance(layer, Linear) and layer.fan_in_fan_out,
+        enable_lora=tuple(layer.enable_lora) if isinstance(layer, MergedLinear) else (),
+        groups=layer.groups if isinstance(layer, ConvLoRA) else 1,
+    )
+
+
+def _kind_of(layer: AdaptedLayer) -> Kind:
+    if isinstance(layer, ConvLoRA):
+        return "conv" if layer.is_factored else "conv_loralib"
+    if isinstance(layer, Embedding):
+        return "embedding"
+    return "merged_linear" if isinstance(layer, MergedLinear) else "linear"
+
+
+def _insert_update(module: nn.Module, update: Update, dropout: float) -> None:
+    if isinstance(module, AdaptedLayer):
+        layer, dtype = module, module.lora_A.dtype
+    else:
+        dtype = factor_dtype(module)
+        layer = adopt(module, dropout)
+    was_merged = layer.merged
+    layer.unmerge()
+    for name in ("lora_A0", "lora_B0"):
+        layer._buffers.pop(name, None)
+    layer.set_scale(update.rank, update.alpha, update.rslora)
+    for name, tensor in update.tensors().items():
+        setattr(layer, name, nn.Parameter(tensor.to(layer.weight.device, dtype, copy=True)))
+    if was_merged:
+        layer.merge()
+
+
+def _misfits(model: nn.Module, adapter: Adapter) -> dict[str, str]:
+    """Why each update or tensor has no place in `model`, by name."""
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    problems: dict[str, str] = {}
+    for name, update in adapter.updates.items():
+        reason = _misfit(model, name, modules.get(name), update)
+        if reason:
+            problems[name] = f"{name}: {reason}"
+    if len(problems) == len(adapter.updates) and adapter.updates:
+        hint = closest(next(iter(adapter.updates)), [name for name, module in modules.items() if layer_class(module)])
+        first = next(iter(problems))
+        problems[first] = f"{problems[first]}. {hint}".rstrip(". ")
+    for name, value in adapter.trained.items():
+        if name not in parameters:
+            problems[name] = f"{name}: the model has no such parameter"
+        elif parameters[name].shape != value.shape:
+            problems[name] = f"{name}: shape {tuple(value.shape)}, the model has {tuple(parameters[name].shape)}"
+    for name in adapted_layers(model):
+        if name not in adapter.updates:
+            problems[name] = f"{name}: adapted in the model, missing in the adapter"
+    return problems
+
+
+def _misfit(model: nn.Module, name: str, module: nn.Module | None, update: Update) -> str | None:
+    if module is None:
+        return "the model has no such module"
+    if isinstance(module, AdaptedLayer) and module.has_update:
+        present = _update_of(module)
+        if present.kind != update.kind:
+            return f"holds a {update.kind} update, the model has a {present.kind} one"
+        # Another rank is no misfit of an attached layer, but a constructor's layer has the rank it was made with.
+        expected = {key: tuple(tensor.shape) for key, tensor in present.tensors().items()}
+        found = {key: tuple(tensor.shape) for key, tensor in update.tensors().items()}
+        return None if expected == found else f"shapes {found}, the model has {expected}"
+    reason = refusal(model, name, module)
+    if reason:
+        return reason
+    cls = layer_class(module)
+    expected_kinds: dict[str, type[AdaptedLayer]] = {"linear": Linear, "embedding": Embedding, "conv": ConvLoRA}
+    if cls is None or not issubclass(cls, expected_kinds.get(update.kind, ())):
+        return f"holds a {update.kind} update, the model has {type(module).__name__}"
+    shapes = tuple(update.A.shape), tuple(update.B.shape)
+    wanted = _plain_shapes(module, cls, update.rank)
+    if shapes != wanted:
+        return f"A and B are {shapes[0]} and {shapes[1]}, the layer needs {wanted[0]} and {wanted[1]}"
+    return None
+
+
+def _plain_shapes(module: nn.Module, cls: type[AdaptedLayer], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The factors' shapes for a module that is not adapted yet."""
+    if cls is Linear:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        outputs, inputs = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+        return (rank, inputs), (outputs, rank)
+    return cls.factor_shapes(module, rank)  # type: ignore[arg-type]  # reads the sizes that torch's class has too
+
+
+def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
+    """Name endings that select the adapted modules and no other module, as other readers expect them ("q_proj")."""
+    wanted = set(adapted)
+    others = [name for name, _ in model.named_modules() if name and name not in wanted]
+    selective: dict[str, bool] = {}
+    chosen: set[str] = set()
+    for name in adapted:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            ending = ".".join(parts[-depth:])
+            if ending not in selective:
+                selective[ending] = not matching(ending, others)
+            if selective[ending]:
+                chosen.add(ending)
+                break
+    return tuple(sorted(chosen))
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's word for what the model does, read off the name that transformers gives such classes."""
+    for ending, task in (
+        ("ForCausalLM", "CAUSAL_LM"),
+        ("LMHeadModel", "CAUSAL_LM"),
+        ("ForSequenceClassification", "SEQ_CLS"),
+        ("ForTokenClassification", "TOKEN_CLS"),
+        ("ForQuestionAnswering", "QUESTION_ANS"),
+        ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ):
+        if type(model).__name__.endswith(ending):
+            return task
+    return None
+
+
+def _dropout_of(layer: AdaptedLayer) -> float:
+    return layer.lora_dropout.p if isinstance(layer.lora_dropout, nn.Dropout) else 0.0
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

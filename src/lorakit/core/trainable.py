@@ -1,0 +1,70 @@
+"""Which parameters are the adapter's, which are biases: loralib's two helpers, by structure instead of by substring.
+
+loralib asks whether a name contains "lora_" or "bias", so a module called `lora_head` or `unbiased_gate` becomes
+trainable and a buffer called `attn_bias` is saved (problem 18). Here the last part of the name decides, and what is
+inside a `lora_*` child of a LoRA layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from .layers import LoRALayer
+
+Bias = Literal["none", "lora_only", "all"]
+BIASES: tuple[str, ...] = get_args(Bias)
+
+
+def lora_names(model: nn.Module) -> set[str]:
+    """Full names of the adapter's parameters and buffers: `lora_A`, `lora_B`, `lora_magnitude`, …"""
+    names = {name for name, _ in _named_tensors(model) if name.rpartition(".")[2].startswith("lora_")}
+    for prefix, module in model.named_modules():
+        for child, inner in module.named_children():
+            if isinstance(module, LoRALayer) and child.startswith("lora_"):
+                names |= {_join(prefix, f"{child}.{name}") for name, _ in _named_tensors(inner)}
+    return names & set(model.state_dict().keys())
+
+
+def bias_names(model: nn.Module, bias: Bias) -> set[str]:
+    """Full names of the bias parameters that `bias` selects: none, those of LoRA layers, or all."""
+    if bias not in BIASES:
+        raise ValueError(f"bias={bias!r}: expected one of {', '.join(map(repr, BIASES))}.")
+    if bias == "none":
+        return set()
+    if bias == "all":
+        return {name for name, _ in model.named_parameters() if _is_bias(name.rpartition(".")[2])}
+    return {
+        _join(prefix, "bias")
+        for prefix, module in model.named_modules()
+        if isinstance(module, LoRALayer) and isinstance(getattr(module, "bias", None), nn.Parameter)
+    }
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
+    """Freeze every parameter but the adapter's, and the biases that `bias` selects ("none", "lora_only", "all")."""
+    trainable = lora_names(model) | bias_names(model, bias)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in trainable
+
+
+def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
+    """The adapter's part of `model.state_dict()`, with the biases that `bias` selects. The same merged or not."""
+    wanted = lora_names(model) | bias_names(model, bias)
+    return {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
+
+
+def _is_bias(name: str) -> bool:
+    # in_proj_bias of attention, bias_ih_l0 of recurrent layers
+    return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _join(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name

@@ -1,0 +1,59 @@
+"""Adapters in files: `save` and `load`, the compositions of a model's `Adapter` with a format.
+
+peft       a folder with adapter_config.json and adapter_model.safetensors; the default
+loralib    a .pt file
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from ..core.adapter import Adapter
+from ..core.exchange import extract, insert, layouts
+from . import loralib, peft
+
+Format = Literal["peft", "loralib"]
+_LORALIB_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write the adapter of `model`: a folder in PEFT's format, or loralib's when `path` ends in .pt (.pth, .bin).
+
+    The same whether the model is merged or not. Other files in the folder are left alone.
+    """
+    adapter = extract(model)
+    if _format_of(Path(path)) == "loralib":
+        loralib.write(adapter, path)
+    else:
+        peft.write(adapter, path)
+
+
+def load(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    format: Format | None = None,
+    alpha: float | None = None,
+    force: bool = False,
+) -> Adapter:
+    """Put the adapter at `path` into `model`, which may be adapted already or not; returns what was read.
+
+    format: by default told by the path. alpha: needed for loralib's files, which do not hold it. force: leave out
+    what does not fit the model instead of refusing it. Nothing is fetched from a network.
+    """
+    path = Path(path)
+    if (format or _format_of(path)) == "loralib":
+        adapter = loralib.read(path, alpha, layouts(model))
+    else:
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such adapter folder.")
+        adapter = peft.read(path.parent if path.name == peft.TENSORS else path)
+    insert(model, adapter, force=force)
+    return adapter
+
+
+def _format_of(path: Path) -> Format:
+    return "loralib" if path.suffix in _LORALIB_SUFFIXES and not path.is_dir() else "peft"
