@@ -61,13 +61,13 @@ class Report:
     def __str__(self) -> str:
         groups: dict[tuple[str, str, tuple[int, int], int], list[Row]] = {}
         for row in self.rows:
-            groups.setdefault((_numberless(row.name), row.kind, row.shape, row.rank), []).append(row)
+            groups.setdefault((numberless(row.name), row.kind, row.shape, row.rank), []).append(row)
         cells: list[tuple[str, ...]] = [("module", "", "kind", "in → out", "rank", "parameters")]
         for (pattern, kind, (inputs, outputs), rank), rows in groups.items():
             count = sum(row.parameters for row in rows)
             cells.append((pattern, f"×{len(rows)}", kind, f"{inputs} → {outputs}", str(rank), f"{count:,}"))
         lines = _table(cells)
-        counts = Counter(_numberless(name) for name in self.trained)
+        counts = Counter(numberless(name) for name in self.trained)
         lines += [f"trained whole: {name}  ×{count}" for name, count in counts.items()]
         lines += [f"passed over: {name}: {reason}" for name, reason in self.skipped.items()]
         percent = 100 * self.trainable / max(self.total, 1)
@@ -334,7 +334,7 @@ def _report(model: nn.Module, selection: Selection, trained: tuple[str, ...]) ->
     return Report(tuple(rows), trained, selection.skipped, trainable, total)
 
 
-def _numberless(name: str) -> str:
+def numberless(name: str) -> str:
     """The name with the index of each numbered layer replaced by a star."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}")[1:]
 

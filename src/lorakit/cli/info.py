@@ -1,0 +1,42 @@
+"""`lorakit info`: what an adapter's files hold, without loading a model."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "show what an adapter holds"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", help="an adapter's folder (PEFT's format)")
+    parser.add_argument("--modules", action="store_true", help="list every module")
+
+
+def run(args: argparse.Namespace) -> None:
+    from collections import Counter
+
+    from ..core.attach import numberless
+    from ..formats import peft
+
+    adapter = peft.read(args.adapter)
+    updates = adapter.updates
+    count = sum(tensor.numel() for update in updates.values() for tensor in update.tensors().values())
+    whole = sum(tensor.numel() for tensor in adapter.trained.values())
+    settings = Counter(
+        (update.kind, update.rank, f"{update.alpha:g}", f"{update.scale:g}", update.magnitude is not None)
+        for update in updates.values()
+    )
+    print(f"base model    {adapter.base_model or 'not named'}")
+    print(f"task          {adapter.task_type or 'not named'}")
+    print(f"targets       {', '.join(adapter.targets)}")
+    for (kind, rank, alpha, scale, dora), modules in settings.items():
+        print(f"{modules:>4} × {kind:<7} rank {rank}, alpha {alpha}, scale {scale}{', DoRA' if dora else ''}")
+    print(f"parameters    {count:,} in factors, {whole:,} trained whole; dtype {_dtypes(adapter)}")
+    names = list(updates) if args.modules else list(dict.fromkeys(numberless(name) for name in updates))
+    for name in [*names, *adapter.trained]:
+        print(f"  {name}")
+
+
+def _dtypes(adapter: object) -> str:
+    tensors = [t for u in adapter.updates.values() for t in u.tensors().values()]  # type: ignore[attr-defined]
+    return ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))

@@ -1,0 +1,34 @@
+"""`lorakit merge`: base model and adapter as one plain model, verified before it is called done."""
+
+from __future__ import annotations
+
+import argparse
+
+from .generate import add_model_arguments
+
+HELP = "fold an adapter into its base model and write a plain transformers folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--output-dir", "-o", required=True, help="folder to write; must be new or empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output-dir")
+    parser.add_argument(
+        "--tolerance", type=float, help="largest difference of logits allowed, relative to their size (default by dtype)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..training.merging import merge_to_folder
+
+    difference = merge_to_folder(
+        args.model,
+        args.adapter,
+        args.output_dir,
+        dtype=args.dtype,
+        overwrite=args.overwrite,
+        tolerance=args.tolerance,
+    )
+    print(f"written: {args.output_dir}")
+    print(f"verified by loading it back: {difference}")
+    print(f"next: lorakit chat --model {args.output_dir}")

@@ -1,0 +1,118 @@
+"""A merged model as a plain transformers folder, checked by loading it back before it is given its name."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..core.attach import adapted_layers, detach, merge
+from .models import Loaded, load_causal_lm, load_classifier, load_with_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# A product of 16-bit numbers keeps 8 (bfloat16) or 11 (float16) bits; the logits of many layers, a few less.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Logits of the merged folder against base + adapter, over random tokens."""
+
+    largest: float  # absolute
+    relative: float  # to the largest logit
+    same_choice: float  # share of positions with the same likeliest token or class
+
+    def __str__(self) -> str:
+        return (
+            f"largest logit difference {self.largest:.3g} ({self.relative:.2g} of the largest logit), "
+            f"same choice at {self.same_choice:.1%} of the positions"
+        )
+
+
+def merge_to_folder(
+    model: str,
+    adapter: str | None,
+    output_dir: str,
+    *,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    tolerance: float | None = None,
+) -> Difference:
+    """Merge `adapter` into `model`, write a folder that `from_pretrained` loads, load it and compare the logits.
+
+    The folder appears under its name only when the comparison is within `tolerance`. Raises FileExistsError for a
+    folder in use, ValueError when there is nothing to merge or the difference is too large.
+    """
+    out = Path(output_dir)
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+        raise FileExistsError(f"--output-dir {out} is not empty. Choose another, or add --overwrite.")
+    loaded = load_with_adapter(model, adapter, dtype=dtype)
+    if not adapted_layers(loaded.model):
+        raise ValueError(f"{model} is a base model without an adapter; give --adapter FOLDER.")
+    inputs = _probe(loaded)
+    expected = _logits(loaded.model, inputs)
+    _bake(loaded.model)
+
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        loaded.model.save_pretrained(temporary)
+        loaded.tokenizer.save_pretrained(temporary)
+        difference = _difference(expected, _logits(_reload(loaded, temporary), inputs))
+        limit = _TOLERANCE[loaded.model.dtype] if tolerance is None else tolerance
+        if not difference.relative <= limit:
+            raise ValueError(
+                f"the merged model differs from base + adapter: {difference}; the limit is {limit:g} "
+                "(--tolerance). Nothing was written. --dtype float32 merges more exactly."
+            )
+        if out.exists():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return difference
+
+
+def _bake(model: PreTrainedModel) -> None:
+    """Merge one layer after another, so that no more than one weight is held twice."""
+    for layer in list(adapted_layers(model).values()):
+        merge(layer)
+        detach(layer)
+    detach(model)
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if outputs is not None and inputs.weight is not outputs.weight:
+        # Otherwise a reload would tie them again and undo the merge of one of the two.
+        model.config.get_text_config().tie_word_embeddings = False
+        model.config.tie_word_embeddings = False
+
+
+def _probe(loaded: Loaded) -> torch.Tensor:
+    vocabulary = min(loaded.model.config.get_text_config().vocab_size, len(loaded.tokenizer))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocabulary, (4, 32), generator=generator).to(loaded.device)
+
+
+@torch.inference_mode()
+def _logits(model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
+    return logits.float()
+
+
+def _reload(loaded: Loaded, folder: Path) -> PreTrainedModel:
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    if type(loaded.model).__name__.endswith("ForSequenceClassification"):
+        config = loaded.model.config
+        labels = tuple(config.id2label[i] for i in range(config.num_labels)) if config.num_labels > 1 else ()
+        return load_classifier(str(folder), labels=labels, dtype=dtype, device=loaded.device).model
+    return load_causal_lm(str(folder), dtype=dtype, device=loaded.device).model
+
+
+def _difference(expected: torch.Tensor, found: torch.Tensor) -> Difference:
+    largest = float((expected - found).abs().max())
+    same = (expected.argmax(-1) == found.argmax(-1)).float().mean()
+    return Difference(largest, largest / max(float(expected.abs().max()), 1e-12), float(same))

@@ -1,0 +1,235 @@
+"""Loading the base model and its tokenizer, and a base model together with an adapter.
+
+An existing local path always wins over a hub id, and then nothing is fetched. A folder with one .gguf file, or the
+file itself, is loaded dequantised: LoRA's factors need a weight of plain numbers beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..core.targets import closest
+from ..formats import load as load_adapter
+from ..formats import peft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LABELS = "labels.json"  # beside a classifier's adapter: the names of its classes, none for a regression
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to use: on its device, in eval mode."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    new_parameters: tuple[str, ...] = ()  # drawn at random because the files do not hold them: a new head
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def best_device() -> torch.device:
+    if torch.cuda.is_available():
+        # One process a device under torchrun; accelerate moves the model where it belongs.
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run on the hardware rather than through float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+    return False
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of the base weights: bfloat16 where it is fast, otherwise float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+    resolved: torch.dtype = getattr(torch, dtype)
+    return resolved
+
+
+def load_causal_lm(name: str, *, dtype: str = "auto", device: torch.device | None = None) -> Loaded:
+    """A causal language model and its tokenizer from a folder, a .gguf file or a hub id."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, name, dtype, device)
+
+
+def load_classifier(
+    name: str, *, labels: tuple[str, ...], dtype: str = "auto", device: torch.device | None = None
+) -> Loaded:
+    """A sequence classifier with a head for `labels`; no labels make it a regression on one number."""
+    from transformers import AutoModelForSequenceClassification
+
+    settings: dict[str, Any] = {"num_labels": len(labels) or 1}
+    if labels:
+        settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        settings["problem_type"] = "single_label_classification"
+    else:
+        settings["problem_type"] = "regression"
+    return _load(AutoModelForSequenceClassification, name, dtype, device, **settings)
+
+
+def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTrainedModel:
+    """The model without weights, on the meta device: for counting what a run will take. labels=None: a causal LM."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    folder, options = _locate(name)
+    with _quietly():
+        config = AutoConfig.from_pretrained(folder, **options)
+        auto = AutoModelForCausalLM
+        if labels is not None:
+            auto = AutoModelForSequenceClassification
+            config.num_labels = len(labels) or 1
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config, dtype=resolve_dtype(dtype, best_device()))
+    return model
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer alone: rows are checked with it before any weight is loaded."""
+    from transformers import AutoTokenizer
+
+    folder, options = _locate(name)
+    with _quietly():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def is_adapter(path: str) -> bool:
+    """Whether `path` is an adapter's folder rather than a model's."""
+    return (Path(path) / peft.CONFIG).is_file()
+
+
+def adapter_of(name: str, adapter: str | None) -> str | None:
+    """The adapter's folder in "--model NAME --adapter ADAPTER", where the model may itself be an adapter's folder."""
+    return name if adapter is None and is_adapter(name) else adapter
+
+
+def load_with_adapter(
+    name: str, adapter: str | None, *, dtype: str = "auto", device: torch.device | None = None
+) -> Loaded:
+    """A language model or a classifier, with `adapter` put in.
+
+    name: a base model; or an adapter's folder, whose base is then the one it names.
+    """
+    if adapter is None and is_adapter(name):
+        name, adapter = base_of(name), name
+    task = _adapter_config(adapter).get("task_type") if adapter else None
+    if task == "SEQ_CLS":
+        assert adapter is not None
+        loaded = load_classifier(name, labels=_labels_of(adapter), dtype=dtype, device=device)
+    else:
+        loaded = load_causal_lm(name, dtype=dtype, device=device)
+    if adapter is not None:
+        load_adapter(loaded.model, adapter)
+        if (Path(adapter) / "tokenizer_config.json").is_file():
+            # The chat template that training used travels with the adapter.
+            return Loaded(loaded.model, load_tokenizer(adapter), loaded.new_parameters)
+    return loaded
+
+
+def base_of(adapter: str) -> str:
+    """The base model that an adapter's folder names. Raises ValueError when it names none."""
+    base = _adapter_config(adapter).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{adapter}/{peft.CONFIG} names no base model; give it: --model BASE --adapter {adapter}")
+    return str(base)
+
+
+def _adapter_config(adapter: str) -> dict[str, Any]:
+    path = Path(adapter) / peft.CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{adapter} is no adapter folder: it has no {peft.CONFIG}.")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+def _labels_of(adapter: str) -> tuple[str, ...]:
+    """The classes an adapter was trained for; none for a regression."""
+    path = Path(adapter) / LABELS
+    if not path.is_file():
+        raise FileNotFoundError(f"{adapter} has no {LABELS}: the names of the classes are not known.")
+    return tuple(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _load(auto: Any, name: str, dtype: str, device: torch.device | None, **settings: Any) -> Loaded:
+    device = device or best_device()
+    folder, options = _locate(name)
+    tokenizer = load_tokenizer(name)
+    if "gguf_file" in options:
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    with _quietly():
+        model, info = auto.from_pretrained(
+            folder, dtype=resolve_dtype(dtype, device), output_loading_info=True, **options, **settings
+        )
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{name} is quantised; load a version with plain weights.")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    new = tuple(sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}))
+    return Loaded(model.to(device).eval(), tokenizer, new)
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """The folder or hub id to load from, and the options it needs."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        packed = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").is_file() and packed:
+            if len(packed) > 1:
+                listed = ", ".join(file.name for file in packed)
+                raise ValueError(f"{name} holds several .gguf files ({listed}); name one: --model {name}/{packed[0].name}")
+            return str(path), {"gguf_file": packed[0].name}
+        if not (path / "config.json").is_file() and not (path / "tokenizer_config.json").is_file():
+            raise FileNotFoundError(f"{name} is no model folder: it has no config.json and no .gguf file.")
+        return str(path), {}
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"no model at {name}. {closest(path.name, siblings)}".rstrip())
+    return name, {}
+
+
+def _cpu_flags() -> set[str]:
+    with contextlib.suppress(OSError):
+        return set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").split())
+    return set()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the progress bars and notices of loading; what matters of them is reported by the caller."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,200 @@
+"""Before training: every row read and checked, one of them shown, the run planned. No weight is loaded for it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..core.attach import Report, attach
+from . import report
+from .config import TrainConfig, warnings_for
+from .data import Data, read
+from .evaluate import Style
+from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
+from .plan import Plan, make_plan
+from .tokens import Encoded, encode_all, encode_text, preview
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose data and settings are found to be right."""
+
+    config: TrainConfig
+    data: Data
+    tokenizer: PreTrainedTokenizerBase
+    style: Style
+    train: list[dict[str, Any]]  # input_ids and labels (or label) of each row
+    valid: list[dict[str, Any]]
+    notes: tuple[str, ...]
+    attached: Report
+    plan: Plan
+
+    @property
+    def tokens(self) -> int:
+        return _tokens(self.train)
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read and check all the data, and plan the run on a model without weights.
+
+    Raises DataError listing every bad row, ValueError for settings that do not fit the model or the data.
+    """
+    data = read(config.data, fields=fields_of(config), holdout=config.holdout, seed=config.seed)
+    _check_task(config, data)
+    tokenizer = load_tokenizer(config.model)
+    style = Style(chat=tokenizer.chat_template is not None and not config.plain, system=config.system)
+    notes = list(data.notes)
+    if data.task == "causal-lm":
+        train, valid = (_causal_rows(part, config, tokenizer, style, notes) for part in (data.train, data.valid))
+    else:
+        train, valid = (
+            [_labelled(example, config, tokenizer, data) for example in part] for part in (data.train, data.valid)
+        )
+    if not train:
+        raise ValueError(f"no row of {config.data} is left to train on; raise --max-seq-length {config.max_seq_length}.")
+    model = skeleton(config.model, labels=labels_of(data), dtype=weights_dtype(config, data))
+    attached = attach_as(config, model, new_head=data.task != "causal-lm")
+    plan = _plan(config, data, train, model)
+    return Prepared(config, data, tokenizer, style, train, valid, tuple(notes), attached, plan)
+
+
+def start_block(prepared: Prepared) -> str:
+    """What a person reads before training: the data, one row with its loss-bearing tokens, the model, the plan."""
+    config, data, plan = prepared.config, prepared.data, prepared.plan
+    splits = {"train": data.train, "valid": data.valid, "test": data.test}
+    counts = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items() if rows)
+    lines = [
+        report.heading("data"),
+        f"{config.data}: {data.shape}; rows: {counts}; {prepared.tokens:,} tokens to train on",
+        *prepared.notes,
+        *(f"warning: {warning}" for warning in warnings_for(config)),
+        "",
+        *_example_lines(prepared),
+        report.heading("model"),
+        f"{config.model}: {weights_dtype(config, data)} on {best_device()}",
+        str(prepared.attached),
+        report.heading("plan"),
+        f"{plan.steps} steps of {config.batch_size * config.gradient_accumulation_steps} rows, {plan.tokens:,} tokens; "
+        f"learning rate {config.learning_rate:g}, {config.scheduler}; seed {config.seed}",
+        f"about {report.size(plan.peak_bytes)} of memory at the peak and {report.duration(plan.seconds)} of training",
+    ]
+    return "\n".join(lines)
+
+
+def attach_as(config: TrainConfig, model: nn.Module, *, new_head: bool) -> Report:
+    """`attach` with a run's settings. new_head: train what lies beside the base model (a classifier's head) whole."""
+    return attach(
+        model,
+        list(config.targets),
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        rslora=config.rslora,
+        dora=config.dora,
+        init=config.init,
+        bias=config.bias,
+        also_train=[*config.also_train, *(_head_modules(model) if new_head else [])],
+    )
+
+
+def weights_dtype(config: TrainConfig, data: Data) -> str:
+    """Half precision for weights that stay frozen; float32 where weights themselves are trained."""
+    if config.dtype != "auto":
+        return config.dtype
+    trains_weights = data.task != "causal-lm" or bool(config.also_train) or config.bias != "none"
+    return "bfloat16" if has_fast_bfloat16(best_device()) and not trains_weights else "float32"
+
+
+def labels_of(data: Data) -> tuple[str, ...] | None:
+    """The classes of a classifier (none for a regression), or None for a language model."""
+    return None if data.task == "causal-lm" else data.labels
+
+
+def fields_of(config: Any) -> dict[str, str]:
+    """The file's keys that the user mapped to roles: --prompt-field and the like."""
+    roles = ("messages", "prompt", "completion", "text", "label")
+    return {role: value for role in roles if (value := getattr(config, f"{role}_field"))}
+
+
+def _check_task(config: TrainConfig, data: Data) -> None:
+    asked, found = config.task, "causal-lm" if data.task == "causal-lm" else "classification"
+    if asked not in ("auto", found):
+        raise ValueError(f"--task {asked} does not fit {config.data}, which holds {data.shape} rows ({data.task}).")
+
+
+def _causal_rows(
+    examples: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, style: Style, notes: list[str]
+) -> list[dict[str, Any]]:
+    encoded: Encoded = encode_all(
+        examples,
+        tokenizer,
+        max_length=config.max_seq_length,
+        too_long=config.too_long,
+        system=style.system,
+        chat=style.chat,
+    )
+    limit = f"{config.max_seq_length} tokens (--max-seq-length, --too-long {config.too_long})"
+    if encoded.dropped:
+        notes.append(f"{encoded.dropped} rows over {limit} left out")
+    if encoded.truncated:
+        notes.append(f"{encoded.truncated} rows cut at {limit}")
+    return [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded.rows]
+
+
+def _labelled(example: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[str, Any]:
+    row = encode_text(example, tokenizer, config.max_seq_length)
+    label = data.labels.index(str(example.label)) if data.labels else float(example.label)
+    return {**row, "labels": label}
+
+
+def _example_lines(prepared: Prepared) -> list[str]:
+    if prepared.data.task != "causal-lm":
+        return [f"predicts: {', '.join(prepared.data.labels) or 'a number'}"]
+    config, style = prepared.config, prepared.style
+    rows = encode_all(
+        prepared.data.train[:1],
+        prepared.tokenizer,
+        max_length=config.max_seq_length,
+        too_long="truncate",
+        system=style.system,
+        chat=style.chat,
+    ).rows
+    colour = sys.stdout.isatty()
+    how = "in green" if colour else "between ⟦ ⟧"
+    lines = [f"one row as the model reads it; it learns to write what is {how}, the rest is masked out of the loss:"]
+    return lines + [report.marked(preview(row, prepared.tokenizer), colour) for row in rows]
+
+
+def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: nn.Module) -> Plan:
+    lengths = sorted(len(row["input_ids"]) for row in rows)[-config.batch_size :]
+    shape = (len(lengths), lengths[-1])
+    batch: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}
+    if data.task == "causal-lm":
+        batch |= {"labels": torch.zeros(shape, dtype=torch.long, device="meta"), "use_cache": False}
+    return make_plan(
+        model,
+        batch,
+        rows=len(rows),
+        tokens=_tokens(rows),
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        device=best_device(),
+    )
+
+
+def _tokens(rows: list[dict[str, Any]]) -> int:
+    return sum(len(row["input_ids"]) for row in rows)
+
+
+def _head_modules(model: nn.Module) -> list[str]:
+    prefix = getattr(model, "base_model_prefix", "")
+    return [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]
