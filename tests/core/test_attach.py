@@ -131,7 +131,9 @@ def test_what_would_silently_do_nothing_is_refused(module: nn.Module, message: s
 
 def test_problem_01_and_02_fused_attention_is_refused_by_name_and_reported_by_all_linear() -> None:
     model = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(8, 2, 16), "out": nn.Linear(8, 4)})
-    with pytest.raises(ValueError, match="'encoder.linear1' cannot be adapted: TransformerEncoderLayer reads its weight"):
+    with pytest.raises(
+        ValueError, match="'encoder.linear1' cannot be adapted: TransformerEncoderLayer reads its weight"
+    ):
         lorakit.attach(model, "linear1")
     with pytest.raises(ValueError, match="'encoder.self_attn.out_proj' cannot be adapted: MultiheadAttention reads"):
         lorakit.attach(model, "out_proj")
@@ -206,7 +208,9 @@ def test_problem_15_the_trainable_parameters_are_exactly_these() -> None:
     # a model frozen as a whole before: the adapter trains all the same
     frozen = models.bert().requires_grad_(False)
     lorakit.attach(frozen, ["query"], bias="lora_only")
-    expected = {f"bert.encoder.layer.{i}.attention.self.query.{p}" for i in range(2) for p in ("lora_A", "lora_B", "bias")}
+    expected = {
+        f"bert.encoder.layer.{i}.attention.self.query.{p}" for i in range(2) for p in ("lora_A", "lora_B", "bias")
+    }
     assert trainable_names(frozen) == expected
     free = models.bert()
     lorakit.attach(free, ["query"], freeze=False)
@@ -248,11 +252,13 @@ def test_disabled_is_the_base_model_also_while_merged_and_with_a_trained_head() 
 
 def test_rank_and_alpha_patterns() -> None:
     model = models.llama()
-    report = lorakit.attach(
-        model, ["q_proj", "v_proj"], rank=4, rank_pattern={"*.1.*": 2}, alpha_pattern={"v_proj": 7}
-    )
+    report = lorakit.attach(model, ["q_proj", "v_proj"], rank=4, rank_pattern={"*.1.*": 2}, alpha_pattern={"v_proj": 7})
     layers = model.model.layers
-    seen = {(i, n): (m.r, m.lora_alpha) for i in (0, 1) for n, m in (("q", layers[i].self_attn.q_proj), ("v", layers[i].self_attn.v_proj))}
+    seen = {
+        (i, n): (m.r, m.lora_alpha)
+        for i in (0, 1)
+        for n, m in (("q", layers[i].self_attn.q_proj), ("v", layers[i].self_attn.v_proj))
+    }
     assert seen == {(0, "q"): (4, 8), (0, "v"): (4, 7), (1, "q"): (2, 4), (1, "v"): (2, 7)}
     assert layers[1].self_attn.v_proj.scaling == 3.5
     # q: 32→32, v: 32→16

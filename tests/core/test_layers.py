@@ -21,7 +21,9 @@ def randomise(layer: nn.Module) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
 
 
-def check(layer: nn.Module, weight_of: Callable[[], Tensor], apply: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> None:
+def check(
+    layer: nn.Module, weight_of: Callable[[], Tensor], apply: Callable[[Tensor, Tensor], Tensor], x: Tensor
+) -> None:
     """`layer(x)` and all its gradients equal those of `apply(x, weight_of())`, and merging does not change it."""
     trained = [p for name, p in layer.named_parameters() if "lora_" in name]
     leaf = x.clone().requires_grad_(x.is_floating_point())

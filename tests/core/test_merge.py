@@ -59,7 +59,9 @@ def test_problem_06_loralib_drifts_in_the_same_test() -> None:
 @pytest.mark.parametrize("index", range(6))
 def test_problem_08_state_dicts_do_not_depend_on_the_mode(index: int, save_merged: bool, load_merged: bool) -> None:
     source, target = layers()[index], layers()[index]
-    given = torch.arange(5) if index == 3 else torch.randn(2, *((6,) if index < 3 else (4, 5) if index == 4 else (4, 5, 5)))
+    given = (
+        torch.arange(5) if index == 3 else torch.randn(2, *((6,) if index < 3 else (4, 5) if index == 4 else (4, 5, 5)))
+    )
     expected = source(given).detach()
     unmerged_state = copy.deepcopy(source.state_dict())
     source.train(not save_merged)

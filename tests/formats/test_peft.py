@@ -199,7 +199,9 @@ def test_problem_03_keys_without_a_home_and_modules_without_a_key_are_errors(tmp
 
     smaller = models.llama()
     smaller.model.layers[0].self_attn.q_proj = nn.Linear(32, 24, bias=False)
-    with pytest.raises(ValueError, match=r"A and B are \(4, 32\) and \(32, 4\), the layer needs \(4, 32\) and \(24, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"A and B are \(4, 32\) and \(32, 4\), the layer needs \(4, 32\) and \(24, 4\)"
+    ):
         lorakit.load(smaller, folder)
     lorakit.load(smaller, folder, force=True)
     assert smaller.model.layers[1].self_attn.q_proj.has_update

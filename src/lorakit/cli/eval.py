@@ -51,4 +51,6 @@ def run(args: argparse.Namespace) -> None:
     print(comparison(result, shown=args.show))
     if args.json:
         with replacing(Path(args.json)) as path:
-            path.write_text(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(
+                json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )

@@ -17,10 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say which model, for every verb that uses one."""
     parser.add_argument(
-        "--model", "--model-name-or-path", required=True, help="an adapter's folder, or a base model (folder, .gguf, hub id)"
+        "--model",
+        "--model-name-or-path",
+        required=True,
+        help="an adapter's folder, or a base model (folder, .gguf, hub id)",
     )
     parser.add_argument("--adapter", help="an adapter's folder to put into --model")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights"
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", "-o", required=True, help="folder to write; must be new or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --output-dir")
     parser.add_argument(
-        "--tolerance", type=float, help="largest difference of logits allowed, relative to their size (default by dtype)"
+        "--tolerance",
+        type=float,
+        help="largest difference of logits allowed, relative to their size (default by dtype)",
     )
 
 

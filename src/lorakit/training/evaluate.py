@@ -76,9 +76,7 @@ def compare(
     return Comparison(len(examples), split, {"exact match": rates}, samples, after)
 
 
-def _compare_labels(
-    loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int
-) -> Comparison:
+def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int) -> Comparison:
     with disabled(loaded.model):
         base = _predict(loaded, data, examples, max_length, "base model")
     adapted = _predict(loaded, data, examples, max_length, "adapter")

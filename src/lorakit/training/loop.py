@@ -35,7 +35,7 @@ def train(config: TrainConfig) -> Path:
     out = Path(config.output_dir)
     resume = _checkpoint_to_resume(config, out)
     _refuse_used_folder(config, out, resume)
-    _quiet_libraries()
+    quiet_libraries()
     prepared = prepare(config)
     _say(start_block(prepared))
     if config.dry_run:
@@ -94,9 +94,7 @@ def _load(prepared: Prepared) -> Loaded:
     return load_classifier(prepared.config.model, labels=labels, dtype=dtype)
 
 
-def _fit(
-    prepared: Prepared, loaded: Loaded, out: Path, resume: str | None
-) -> tuple[list[dict[str, float]], float]:
+def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> tuple[list[dict[str, float]], float]:
     """Train; returns the logged lines and the seconds that training took."""
     from datasets import Dataset
     from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback, TrainingArguments
@@ -205,9 +203,7 @@ def _write_reports(
             path.write_text(text, encoding="utf-8")
 
 
-def _end_block(
-    prepared: Prepared, loaded: Loaded, out: Path, seconds: float, result: report.Comparison | None
-) -> str:
+def _end_block(prepared: Prepared, loaded: Loaded, out: Path, seconds: float, result: report.Comparison | None) -> str:
     peak = f"peak memory {report.size(peak_memory(loaded.device))} (planned {report.size(prepared.plan.peak_bytes)})"
     lines = [report.heading("done"), f"trained in {report.duration(seconds)}; {peak}"]
     if result is not None and result.rows:
@@ -228,7 +224,7 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Their notices of routine matters; warnings of their own that concern a user are repeated in our words."""
     from transformers.utils import logging as transformers_logging
 

@@ -21,7 +21,7 @@ def exact_match(answer: str, expected: str) -> bool:
 
 def accuracy(predicted: Sequence[Any], expected: Sequence[Any]) -> float:
     """The share of equal pairs, in [0, 1]."""
-    return sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(expected)
+    return sum(bool(p == e) for p, e in zip(predicted, expected, strict=True)) / len(expected)
 
 
 def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:

@@ -36,7 +36,8 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
 
 def best_device() -> torch.device:
@@ -49,7 +50,7 @@ def best_device() -> torch.device:
 def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products run on the hardware rather than through float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
     return False
@@ -86,7 +87,10 @@ def load_classifier(
 
 
 def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTrainedModel:
-    """The model without weights, on the meta device: for counting what a run will take. labels=None: a causal LM."""
+    """The model as its configuration describes it, with no weights read; labels=None: a causal LM.
+
+    Called under FakeTensorMode it holds no memory: for counting what a run will take.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     folder, options = _locate(name)
@@ -96,7 +100,7 @@ def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTra
         if labels is not None:
             auto = AutoModelForSequenceClassification
             config.num_labels = len(labels) or 1
-        with torch.device("meta"):
+        with best_device():
             model: PreTrainedModel = auto.from_config(config, dtype=resolve_dtype(dtype, best_device()))
     return model
 
@@ -200,7 +204,9 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
         if not (path / "config.json").is_file() and packed:
             if len(packed) > 1:
                 listed = ", ".join(file.name for file in packed)
-                raise ValueError(f"{name} holds several .gguf files ({listed}); name one: --model {name}/{packed[0].name}")
+                raise ValueError(
+                    f"{name} holds several .gguf files ({listed}); name one: --model {name}/{packed[0].name}"
+                )
             return str(path), {"gguf_file": packed[0].name}
         if not (path / "config.json").is_file() and not (path / "tokenizer_config.json").is_file():
             raise FileNotFoundError(f"{name} is no model folder: it has no config.json and no .gguf file.")

@@ -18,19 +18,21 @@ from ..core.functional import precise
 from .report import Comparison, metric_value
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #6a737d; --line: #d8dde3; --a: #2563eb; --b: #d97706; --page: #fff }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8eb; --soft: #9aa4ae; --line: #3a4149; --a: #6ea8fe; --b: #f0a94a; --page: #16191d } }
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #6a737d; --line: #d8dde3; --page: #fff;
+  --a: #2563eb; --b: #d97706; --right: #15803d }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #9aa4ae; --line: #3a4149; --page: #16191d;
+  --a: #6ea8fe; --b: #f0a94a; --right: #4ade80 } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
   max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
 table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
-code, pre { font: .82rem/1.45 ui-monospace, monospace } pre { overflow-x: auto; background: color-mix(in srgb, var(--line) 30%, transparent); padding: .8rem }
-td code { overflow-wrap: anywhere } .big { font-size: 2rem; font-weight: 600 } .soft { color: var(--soft) }
-svg text { fill: var(--soft); font: 12px system-ui, sans-serif } .bar { background: var(--a); height: .7rem; border-radius: 2px }
-.right { color: #15803d } .wrong { color: var(--soft) }
+td.n { text-align: right; font-variant-numeric: tabular-nums } td code { overflow-wrap: anywhere }
+code, pre { font: .82rem/1.45 ui-monospace, monospace }
+pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--line) }
+.big { font-size: 2rem; font-weight: 600 } .soft, .wrong { color: var(--soft) } .right { color: var(--right) }
+svg text { fill: var(--soft); font: 12px system-ui, sans-serif }
+.bar { background: var(--a); height: .7rem; border-radius: 2px }
 """
 
 
@@ -113,9 +115,14 @@ def curves(history: Sequence[dict[str, float]], width: int = 760, height: int = 
         path = " ".join(at(step, value) for step, value in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         if index:
-            parts += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3.5" fill="{colour}"/>' for p in path.split()]
-        parts.append(f'<line x1="{width - 110}" x2="{width - 90}" y1="{22 + 18 * index}" y2="{22 + 18 * index}" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{width - 84}" y="{22 + 18 * index}" dominant-baseline="middle">{name}</text>')
+            parts += [
+                f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3.5" fill="{colour}"/>' for p in path.split()
+            ]
+        row = 22 + 18 * index
+        parts.append(
+            f'<line x1="{width - 110}" x2="{width - 90}" y1="{row}" y2="{row}" stroke="{colour}" stroke-width="2"/>'
+        )
+        parts.append(f'<text x="{width - 84}" y="{row}" dominant-baseline="middle">{name}</text>')
     return "".join([*parts, "</svg>"])
 
 

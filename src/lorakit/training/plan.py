@@ -1,7 +1,7 @@
 """What a run will take, told before it starts: steps, peak memory, time.
 
-The memory is counted, not guessed: the model is built without weights (on the meta device), one step's forward pass
-runs on it, and every tensor that autograd keeps for the backward pass is added up. The time is the arithmetic of a
+The memory is counted, not guessed: the model is built of fake tensors, which have shapes and no contents, one step's
+forward pass runs on it, and every tensor that autograd keeps for the backward pass is added up. The time is the arithmetic of a
 step divided by the speed of one product measured on the device, so it is a rough figure and printed as one.
 """
 
@@ -46,9 +46,12 @@ def make_plan(
     accumulation: int,
     epochs: float,
     max_steps: int | None,
-    device: torch.device,
+    rate: float,
 ) -> Plan:
-    """Plan for a model on the meta device, adapted as it will be; `batch` is the largest batch, on the meta device."""
+    """Plan for a model of fake tensors, adapted as it will be.
+
+    batch: the largest batch, of fake tensors. rows, tokens: in the training data. rate: the device's `speed`.
+    """
     steps_an_epoch = math.ceil(math.ceil(rows / batch_size) / accumulation)
     steps = max_steps or math.ceil(steps_an_epoch * epochs)
     seen = round(tokens * steps / steps_an_epoch)
@@ -56,11 +59,11 @@ def make_plan(
     # AdamW: a gradient and two moments beside each trained parameter
     training = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     kept = kept_bytes(model, lambda: model(**batch))
-    process = _PROCESS_BYTES if device.type == "cpu" else 0
+    process = _PROCESS_BYTES if next(model.parameters()).device.type == "cpu" else 0
     matrices = sum(p.numel() for p in model.parameters() if p.dim() >= 2)
     # forward and the gradient of the inputs; the frozen weights get no gradient
     operations = 4 * matrices * seen
-    seconds = _OVERHEAD * operations / speed(device, next(model.parameters()).dtype)
+    seconds = _OVERHEAD * operations / rate
     return Plan(steps, seen, weights + training + kept + process, seconds)
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core.attach import Report, attach
 from . import report
 from .config import TrainConfig, warnings_for
 from .data import Data, read
 from .evaluate import Style
-from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
-from .plan import Plan, make_plan
+from .models import best_device, has_fast_bfloat16, load_tokenizer, resolve_dtype, skeleton
+from .plan import Plan, make_plan, speed
 from .tokens import Encoded, encode_all, encode_text, preview
 
 if TYPE_CHECKING:
@@ -58,10 +60,16 @@ def prepare(config: TrainConfig) -> Prepared:
             [_labelled(example, config, tokenizer, data) for example in part] for part in (data.train, data.valid)
         )
     if not train:
-        raise ValueError(f"no row of {config.data} is left to train on; raise --max-seq-length {config.max_seq_length}.")
-    model = skeleton(config.model, labels=labels_of(data), dtype=weights_dtype(config, data))
-    attached = attach_as(config, model, new_head=data.task != "causal-lm")
-    plan = _plan(config, data, train, model)
+        raise ValueError(
+            f"no row of {config.data} is left to train on; raise --max-seq-length {config.max_seq_length}."
+        )
+    dtype = weights_dtype(config, data)
+    rate = speed(best_device(), resolve_dtype(dtype, best_device()))
+    with FakeTensorMode():
+        model = skeleton(config.model, labels=labels_of(data), dtype=dtype)
+        # The init decides no shape but doubles the work here (it may decompose each weight).
+        attached = attach_as(dataclasses.replace(config, init="kaiming"), model, new_head=data.task != "causal-lm")
+        plan = _plan(config, data, train, model, rate)
     return Prepared(config, data, tokenizer, style, train, valid, tuple(notes), attached, plan)
 
 
@@ -172,12 +180,13 @@ def _example_lines(prepared: Prepared) -> list[str]:
     return lines + [report.marked(preview(row, prepared.tokenizer), colour) for row in rows]
 
 
-def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: nn.Module) -> Plan:
+def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: nn.Module, rate: float) -> Plan:
     lengths = sorted(len(row["input_ids"]) for row in rows)[-config.batch_size :]
     shape = (len(lengths), lengths[-1])
-    batch: dict[str, Any] = {"input_ids": torch.zeros(shape, dtype=torch.long, device="meta")}
+    ones = torch.ones(shape, dtype=torch.long, device=best_device())
+    batch: dict[str, Any] = {"input_ids": ones, "attention_mask": ones}
     if data.task == "causal-lm":
-        batch |= {"labels": torch.zeros(shape, dtype=torch.long, device="meta"), "use_cache": False}
+        batch |= {"labels": ones, "use_cache": False}
     return make_plan(
         model,
         batch,
@@ -187,7 +196,7 @@ def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: nn
         accumulation=config.gradient_accumulation_steps,
         epochs=config.epochs,
         max_steps=config.max_steps,
-        device=best_device(),
+        rate=rate,
     )
 
 

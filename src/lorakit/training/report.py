@@ -62,7 +62,10 @@ def duration(seconds: float) -> str:
 def comparison(result: Comparison, shown: int = 3) -> str:
     """The metrics before and after, and a few answers side by side."""
     lines = [heading(f"{result.rows} held-out rows ({result.split}): base → adapter")]
-    lines += [f"{name:<16} {metric_value(name, before):>9} → {metric_value(name, after)}" for name, (before, after) in result.metrics.items()]
+    lines += [
+        f"{name:<16} {metric_value(name, before):>9} → {metric_value(name, after)}"
+        for name, (before, after) in result.metrics.items()
+    ]
     for sample in _telling(result.samples)[:shown]:
         lines += ["", f"  {_line(sample.prompt)}"]
         lines += [f"    base      {_line(sample.base)}", f"    adapter   {_line(sample.adapter)}"]
@@ -109,13 +112,16 @@ def model_card(
         'lorakit.load(model, "THIS_FOLDER")',
         "```",
         "",
-        "The folder is PEFT's format: `PeftModel.from_pretrained(model, \"THIS_FOLDER\")` reads it too.",
+        'The folder is PEFT\'s format: `PeftModel.from_pretrained(model, "THIS_FOLDER")` reads it too.',
         "",
     ]
     if result is not None:
         body += ["## Results", "", f"On {result.rows} held-out rows ({result.split}):", ""]
         body += ["| metric | base | adapter |", "|---|---|---|"]
-        body += [f"| {n} | {metric_value(n, before)} | {metric_value(n, after)} |" for n, (before, after) in result.metrics.items()]
+        body += [
+            f"| {n} | {metric_value(n, before)} | {metric_value(n, after)} |"
+            for n, (before, after) in result.metrics.items()
+        ]
         body += ["", "| asked | base | adapter | expected |", "|---|---|---|---|"]
         body += [
             "| " + " | ".join(_cell(text) for text in (s.prompt, s.base, s.adapter, s.expected)) + " |"

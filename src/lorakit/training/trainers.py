@@ -151,15 +151,14 @@ class Progress(TrainerCallback):
         if self._bar is None:
             return
         if not self._bar.disable:
-            shown = {key: line[key] for key in ("loss", "eval_loss") if key in line}
-            self._bar.set_postfix({**_postfix(self.history), **shown}, refresh=True)
+            self._bar.set_postfix(_newest_losses(self.history), refresh=True)
         elif "loss" in line:
             print(f"step {line['step']}/{steps}  loss {line['loss']:.4f}  {line['seconds']:.0f} s", flush=True)
         elif "eval_loss" in line:
             print(f"step {line['step']}/{steps}  held-out loss {line['eval_loss']:.4f}", flush=True)
 
 
-def _postfix(history: list[dict[str, float]]) -> dict[str, float]:
+def _newest_losses(history: list[dict[str, float]]) -> dict[str, float]:
     """The newest training loss and the newest held-out loss."""
     newest: dict[str, float] = {}
     for line in history:

@@ -1,0 +1,26 @@
+"""`lorakit check`: the data and the plan of a run, without loading weights or writing anything."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "check the data and plan a run, without training"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..training.config import add_arguments
+
+    add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..training.config import from_args
+
+    if not hasattr(args, "output_dir"):
+        args.output_dir = "-"  # nothing is written, so it need not be said where
+    config = from_args(args)
+    from ..training.loop import quiet_libraries
+    from ..training.prepare import prepare, start_block
+
+    quiet_libraries()
+    print(start_block(prepare(config)))

@@ -1,0 +1,1 @@
+"""Data file to adapter, on transformers and TRL (the extra "train")."""
