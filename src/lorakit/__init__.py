@@ -1,35 +1,65 @@
 """LoRA for PyTorch: adapt any model in place, train, merge exactly, and save what every other program reads.
 
-import lorakit
+    import lorakit
 
-print(lorakit.attach(model, "all-linear", rank=16))
-...                                   # train as before: only the adapter has gradients
-lorakit.save(model, "my-adapter")     # PEFT's folder
+    print(lorakit.attach(model, "all-linear", rank=16))
+    ...                                   # train as before: only the adapter has gradients
+    lorakit.save(model, "my-adapter")     # PEFT's folder
+
+The names below are the whole public API. Each is imported when it is first used, so that the command line can print its
+help without waiting for torch.
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-from .core.adapter import Adapter as Adapter
-from .core.adapter import Update as Update
-from .core.attach import Report as Report
-from .core.attach import attach as attach
-from .core.attach import detach as detach
-from .core.attach import disabled as disabled
-from .core.attach import merge as merge
-from .core.attach import unmerge as unmerge
-from .core.exchange import extract as extract
-from .core.exchange import insert as insert
-from .core.layers import Conv1d as Conv1d
-from .core.layers import Conv2d as Conv2d
-from .core.layers import Conv3d as Conv3d
-from .core.layers import ConvLoRA as ConvLoRA
-from .core.layers import Embedding as Embedding
-from .core.layers import Linear as Linear
-from .core.layers import LoRALayer as LoRALayer
-from .core.layers import MergedLinear as MergedLinear
-from .core.trainable import lora_state_dict as lora_state_dict
-from .core.trainable import mark_only_lora_as_trainable as mark_only_lora_as_trainable
-from .formats import load as load
-from .formats import save as save
+if _TYPE_CHECKING:
+    from .core.adapter import Adapter as Adapter
+    from .core.adapter import Update as Update
+    from .core.attach import Report as Report
+    from .core.attach import attach as attach
+    from .core.attach import detach as detach
+    from .core.attach import disabled as disabled
+    from .core.attach import merge as merge
+    from .core.attach import unmerge as unmerge
+    from .core.exchange import extract as extract
+    from .core.exchange import insert as insert
+    from .core.layers import Conv1d as Conv1d
+    from .core.layers import Conv2d as Conv2d
+    from .core.layers import Conv3d as Conv3d
+    from .core.layers import ConvLoRA as ConvLoRA
+    from .core.layers import Embedding as Embedding
+    from .core.layers import Linear as Linear
+    from .core.layers import LoRALayer as LoRALayer
+    from .core.layers import MergedLinear as MergedLinear
+    from .core.trainable import lora_state_dict as lora_state_dict
+    from .core.trainable import mark_only_lora_as_trainable as mark_only_lora_as_trainable
+    from .formats import load as load
+    from .formats import save as save
+
+_HOME = {
+    "core.adapter": ("Adapter", "Update"),
+    "core.attach": ("Report", "attach", "detach", "disabled", "merge", "unmerge"),
+    "core.exchange": ("extract", "insert"),
+    "core.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),
+    "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
+    "formats": ("load", "save"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __version__ = _version("lorakit")
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+    value = getattr(_import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -52,7 +52,7 @@ def test_files_of_loralib_are_read_and_ours_are_read_by_loralib(tmp_path: Path) 
     state = torch.load(tmp_path / "ours.pt", weights_only=True)
     assert set(state) == set(loralib.lora_state_dict(theirs))
     fresh = build(loralib)
-    missing, unexpected = fresh.load_state_dict(state, strict=False)
+    _, unexpected = fresh.load_state_dict(state, strict=False)
     assert unexpected == []
     assert all(torch.equal(fresh.state_dict()[key], theirs.state_dict()[key]) for key in state)
 

@@ -59,7 +59,8 @@ def _run(words: list[str]) -> int:
     if verb not in VERBS:
         raise UsageError(f"unknown command {verb!r}.{suggestion(verb, VERBS)} (lorakit --help lists them)")
     module = importlib.import_module(f".{verb}", __package__)
-    parser = _Parser(prog=f"lorakit {verb}", description=module.HELP[0].upper() + module.HELP[1:] + ".")
+    usage = f"lorakit {verb} [options]" if verb in ("train", "check") else None  # too many to list twice
+    parser = _Parser(prog=f"lorakit {verb}", usage=usage, description=module.HELP[0].upper() + module.HELP[1:] + ".")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     module.add_arguments(parser)
     return module.run(parser.parse_args(_kebab_flags(words[1:]))) or 0

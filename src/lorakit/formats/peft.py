@@ -106,7 +106,7 @@ def read(folder: str | Path) -> Adapter:
     )
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing -------------------------------------------------------------------------------------------------------
 
 
 def _as_peft(name: str, update: Update) -> Update:
@@ -213,7 +213,7 @@ def _default_and_pattern(values: Mapping[str, float]) -> tuple[float, dict[str, 
     return default, {name: value for name, value in tidy.items() if value != default}
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------------------------
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

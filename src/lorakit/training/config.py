@@ -216,7 +216,7 @@ def suggestion(word: str, known: typing.Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
-# --- values ---------------------------------------------------------------------------------------------------------
+# --- values --------------------------------------------------------------------------------------------------------
 
 
 def _convert(name: str, value: Any, where: str, problems: list[str]) -> Any:
@@ -293,7 +293,7 @@ def _choice_hint(value: Any, wanted: Any) -> str:
     return suggestion(str(value), typing.get_args(wanted)) if typing.get_origin(wanted) is Literal else ""
 
 
-# --- YAML -------------------------------------------------------------------------------------------------------------
+# --- YAML ----------------------------------------------------------------------------------------------------------
 
 
 def _read_yaml(path: Path, values: dict[str, Any], problems: list[str], overridden: Mapping[str, Any]) -> None:
@@ -318,8 +318,9 @@ def _read_yaml(path: Path, values: dict[str, Any], problems: list[str], overridd
         name = str(key_node.value).replace("-", "_")
         line = key_node.start_mark.line + 1
         if name not in _FIELDS:
-            nested = "; the file is flat, without sections" if isinstance(value_node, yaml.MappingNode) else ""
-            problems.append(f"{path}:{line}: unknown key {key_node.value!r}{nested}.{suggestion(name, _FIELDS)}")
+            nested = isinstance(value_node, yaml.MappingNode)
+            hint = " The file is flat, without sections." if nested else suggestion(name, _FIELDS)
+            problems.append(f"{path}:{line}: unknown key {key_node.value!r}.{hint}")
         elif name in lines:
             problems.append(f"{path}:{line}: {name!r} stands here and in line {lines[name]}.")
         else:
@@ -339,7 +340,7 @@ def _yaml_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# --- flags ------------------------------------------------------------------------------------------------------------
+# --- flags ---------------------------------------------------------------------------------------------------------
 
 
 def _kebab(name: str) -> str:

@@ -123,7 +123,7 @@ def read(data: str, *, fields: Mapping[str, str] | None = None, holdout: float =
     return Data(shape, task, examples["train"], examples["valid"], examples["test"], labels, notes)
 
 
-# --- files to rows ----------------------------------------------------------------------------------------------------
+# --- files to rows -------------------------------------------------------------------------------------------------
 
 
 def _read_splits(data: str) -> tuple[dict[str, list[_Row]], list[str]]:
@@ -266,7 +266,7 @@ def _read_txt(path: Path, problems: list[str]) -> Iterator[_Row]:
             yield _Row(f"{path.name}:{number}", {"text": line.rstrip("\r")})
 
 
-# --- rows to examples -------------------------------------------------------------------------------------------------
+# --- rows to examples ----------------------------------------------------------------------------------------------
 
 
 class _BadRow(Exception):
@@ -396,7 +396,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-# --- splits and labels ------------------------------------------------------------------------------------------------
+# --- splits and labels ---------------------------------------------------------------------------------------------
 
 
 def _with_labels(examples: dict[str, list[Example]]) -> tuple[str, tuple[str, ...], dict[str, list[Example]]]:

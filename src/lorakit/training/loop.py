@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,8 +21,10 @@ from . import page, report
 from .config import TrainConfig, to_yaml
 from .evaluate import compare
 from .models import LABELS, Loaded, has_fast_bfloat16, load_causal_lm, load_classifier
-from .plan import peak_memory
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, weights_dtype
+
+if TYPE_CHECKING:
+    from .trainers import Progress
 
 
 def train(config: TrainConfig) -> Path:
@@ -46,7 +48,7 @@ def train(config: TrainConfig) -> Path:
     attach_as(config, loaded.model, new_head=prepared.data.task != "causal-lm")
     if _is_main():
         _write_settings(prepared, loaded, out)
-    history, seconds = _fit(prepared, loaded, out, resume)
+    progress = _fit(prepared, loaded, out, resume)
     if not _is_main():
         return out
     save(loaded.model, out)
@@ -62,8 +64,8 @@ def train(config: TrainConfig) -> Path:
             max_length=config.max_seq_length,
             max_new_tokens=config.max_new_tokens,
         )
-    _write_reports(prepared, loaded, out, history, seconds, result)
-    _say(_end_block(prepared, loaded, out, seconds, result))
+    _write_reports(prepared, loaded, out, progress, result)
+    _say(_end_block(prepared, out, progress, result))
     return out
 
 
@@ -94,8 +96,8 @@ def _load(prepared: Prepared) -> Loaded:
     return load_classifier(prepared.config.model, labels=labels, dtype=dtype)
 
 
-def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> tuple[list[dict[str, float]], float]:
-    """Train; returns the logged lines and the seconds that training took."""
+def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> Progress:
+    """Train, and return what was logged on the way."""
     from datasets import Dataset
     from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback, TrainingArguments
     from trl import SFTConfig
@@ -104,7 +106,8 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> t
 
     config, causal = prepared.config, prepared.data.task == "causal-lm"
     dtype = weights_dtype(config, prepared.data)
-    autocast = has_fast_bfloat16(loaded.device) and dtype == "float32"
+    # Asked for by name, float32 means float32.
+    autocast = config.dtype == "auto" and dtype == "float32" and has_fast_bfloat16(loaded.device)
     evaluated = bool(prepared.valid)
     by_steps = config.eval_steps is not None
     settings: dict[str, Any] = dict(
@@ -118,13 +121,13 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> t
         weight_decay=config.weight_decay,
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_ratio,
-        gradient_checkpointing=config.gradient_checkpointing,
         bf16=autocast,
+        use_cpu=loaded.device.type == "cpu",
         fp16=dtype == "float16" and loaded.device.type == "cuda",
         seed=config.seed,
         data_seed=config.seed,
         # Rows of like length share a batch: padding is work for nothing.
-        train_sampling_strategy="group_by_length",
+        train_sampling_strategy="random",
         eval_strategy="no" if not evaluated else "steps" if by_steps else "epoch",
         eval_steps=config.eval_steps,
         save_strategy="steps" if config.save_steps else "epoch",
@@ -138,6 +141,10 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> t
         dataloader_pin_memory=loaded.device.type == "cuda",
         remove_unused_columns=causal,
     )
+    # transformers renamed this one; TRL sets it where it is not given.
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    settings[checkpointing] = config.gradient_checkpointing
     train_set = Dataset.from_list(prepared.train)
     valid_set = Dataset.from_list(prepared.valid) if evaluated else None
     progress = Progress(out)
@@ -159,7 +166,7 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> t
     trainer.remove_callback(ProgressCallback)
     trainer.train(resume_from_checkpoint=resume)
     loaded.model.eval()
-    return progress.history, progress.seconds
+    return progress
 
 
 def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:
@@ -178,8 +185,7 @@ def _write_reports(
     prepared: Prepared,
     loaded: Loaded,
     out: Path,
-    history: list[dict[str, float]],
-    seconds: float,
+    progress: Progress,
     result: report.Comparison | None,
 ) -> None:
     config = prepared.config
@@ -189,12 +195,12 @@ def _write_reports(
         settings=dataclasses.asdict(config),
         parameters=str(prepared.attached).splitlines()[-1],
         result=result,
-        seconds=seconds,
+        seconds=progress.seconds,
     )
     html = page.render(
         title=out.name,
         summary=start_block(prepared),
-        history=history,
+        history=progress.history,
         result=result,
         changes=page.weight_changes(loaded.model),
     )
@@ -203,9 +209,9 @@ def _write_reports(
             path.write_text(text, encoding="utf-8")
 
 
-def _end_block(prepared: Prepared, loaded: Loaded, out: Path, seconds: float, result: report.Comparison | None) -> str:
-    peak = f"peak memory {report.size(peak_memory(loaded.device))} (planned {report.size(prepared.plan.peak_bytes)})"
-    lines = [report.heading("done"), f"trained in {report.duration(seconds)}; {peak}"]
+def _end_block(prepared: Prepared, out: Path, progress: Progress, result: report.Comparison | None) -> str:
+    peak = f"peak memory {report.size(progress.peak_bytes)} (planned {report.size(prepared.plan.peak_bytes)})"
+    lines = [report.heading("done"), f"trained in {report.duration(progress.seconds)}; {peak}"]
     if result is not None and result.rows:
         lines.append(report.comparison(result))
     files = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file() and not path.name.startswith(".")))

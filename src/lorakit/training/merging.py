@@ -79,11 +79,13 @@ def merge_to_folder(
 
 
 def _bake(model: PreTrainedModel) -> None:
-    """Merge one layer after another, so that no more than one weight is held twice."""
-    for layer in list(adapted_layers(model).values()):
+    """Merge and detach one layer after another, so that no more than one weight is held twice."""
+    *others, last = adapted_layers(model).values()
+    for layer in others:
         merge(layer)
         detach(layer)
-    detach(model)
+    merge(last)
+    detach(model)  # with a layer merged: a head trained whole keeps its trained values
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if outputs is not None and inputs.weight is not outputs.weight:
         # Otherwise a reload would tie them again and undo the merge of one of the two.

@@ -7,7 +7,9 @@ file itself, is loaded dequantised: LoRA's factors need a weight of plain number
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -225,17 +227,15 @@ def _cpu_flags() -> set[str]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the progress bars and notices of loading; what matters of them is reported by the caller."""
+    """Without the notices of loading, and without its progress bars where nobody watches them."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    unseen = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), unseen:
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

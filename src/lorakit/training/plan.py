@@ -1,8 +1,8 @@
 """What a run will take, told before it starts: steps, peak memory, time.
 
 The memory is counted, not guessed: the model is built of fake tensors, which have shapes and no contents, one step's
-forward pass runs on it, and every tensor that autograd keeps for the backward pass is added up. The time is the arithmetic of a
-step divided by the speed of one product measured on the device, so it is a rough figure and printed as one.
+forward pass runs on it, and every tensor that autograd keeps for the backward pass is added up. The time is the
+arithmetic of a step divided by the speed of one product measured on the device: a rough figure, printed as one.
 """
 
 from __future__ import annotations

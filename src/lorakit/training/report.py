@@ -54,7 +54,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    if seconds < 90:
+    if seconds < 180:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 

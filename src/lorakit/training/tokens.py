@@ -71,12 +71,15 @@ def encode_all(
     A row that a cut leaves without a label is left out too. Raises DataError listing rows without a label.
     """
     rows: list[Tokens] = []
+    ends = _end_tokens(tokenizer)
     dropped = truncated = 0
     problems: list[str] = []
     for example in examples:
         row = encode(example, tokenizer, system=system, chat=chat)
-        if all(label == IGNORED for label in row.labels):
-            problems.append(f"{example.where}: no token of this row bears loss")
+        if set(row.labels) <= {IGNORED, *ends}:
+            problems.append(
+                f"{example.where}: no token of this row bears loss; does the chat template print the answer?"
+            )
             continue
         if len(row.input_ids) > max_length:
             row = Tokens(row.input_ids[:max_length], row.labels[:max_length])
@@ -133,7 +136,7 @@ def preview(row: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, 
     return [(str(tokenizer.decode(ids)), bears_loss) for ids, bears_loss in pieces]
 
 
-# --- conversations ------------------------------------------------------------------------------------------------------
+# --- conversations -------------------------------------------------------------------------------------------------
 
 
 def _conversation(
@@ -197,7 +200,7 @@ def _common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-# --- tokens -------------------------------------------------------------------------------------------------------------
+# --- tokens --------------------------------------------------------------------------------------------------------
 
 
 def _tokenised(

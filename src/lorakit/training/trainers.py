@@ -26,6 +26,7 @@ from ..core.attach import trained_whole
 from ..core.trainable import lora_names
 from ..formats import save
 from ..formats.files import replacing
+from .plan import peak_memory
 
 STATE = "adapter_state.safetensors"  # in a checkpoint: the adapter's tensors as the model names them
 
@@ -104,6 +105,7 @@ class Progress(TrainerCallback):
         self.path = folder / "metrics.jsonl"
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
+        self.peak_bytes = 0
         self._bar: tqdm[Any] | None = None
         self._began = 0.0
 
@@ -144,6 +146,7 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds = time.perf_counter() - self._began
+        self.peak_bytes = peak_memory(args.device)
         if self._bar is not None:
             self._bar.close()
 
