@@ -1,0 +1,241 @@
+"""Every verb as a person runs it, on models of a few thousand parameters."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+import lorakit
+from conftest import tiny_tokenizer
+from lorakit.cli.main import main
+
+
+def rows(path: Path, count: int = 24) -> Path:
+    lines = [{"prompt": f"turn {i % 6}", "completion": "on" if i % 2 else "off"} for i in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def sentences(path: Path, labels: tuple[object, ...] = ("good", "bad")) -> Path:
+    lines = [{"text": f"the light is {'on' if i % 2 else 'off'}", "label": labels[i % len(labels)]} for i in range(24)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def train_args(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return ["train", "--model", str(model), "--data", str(data), "--output-dir", str(out), "--dtype", "float32", *more]
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    out = folder / "out"
+    data = rows(folder / "data.jsonl")
+    words = train_args(
+        tiny_lm, data, out, "--system", "Be brief.", "--lr", "0.02", "--epochs", "12", "--eval-samples", "3"
+    )
+    assert main(words) == 0
+    return out
+
+
+def test_train_writes_the_folder_and_learns(adapter: Path, tiny_lm: Path) -> None:
+    assert {path.name for path in adapter.iterdir() if path.is_file()} == {
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "config.yaml"),
+        *("metrics.jsonl", "report.html", "tokenizer.json", "tokenizer_config.json"),
+    }
+    lines = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+    assert any("eval_loss" in line for line in lines)
+    assert (adapter / "chat_template.jinja").read_text() == tiny_tokenizer().chat_template
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert (config["task_type"], config["base_model_name_or_path"]) == ("CAUSAL_LM", str(tiny_lm))
+    card = (adapter / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ") and "exact match" in card
+    page = (adapter / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "<polyline" in page and "http" not in page
+
+
+def test_peft_and_lorakit_agree_on_what_was_trained(adapter: Path, tiny_lm: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.arange(12).view(1, 12)
+    ours, base = (AutoModelForCausalLM.from_pretrained(tiny_lm).eval() for _ in range(2))
+    lorakit.load(ours, adapter)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+    torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits)
+
+
+def test_train_prints_what_a_person_needs(tiny_lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert main(train_args(tiny_lm, rows(tmp_path / "d.jsonl"), out, "--max-steps", "2")) == 0
+    printed = capsys.readouterr().out
+    for expected in (
+        "d.jsonl: prompt+completion; rows: train 23, valid 1;",
+        "1 of 24 rows held out for evaluation",
+        "<|im_start|>assistant\n⟦o",
+        "model.layers.*.self_attn.q_proj  ×2  Linear",
+        "trainable params: ",
+        "2 steps of 8 rows",
+        "of memory at the peak",
+        "exact match",
+        "    base      ",
+        f"{out}/: README.md, adapter_config.json",
+        f"lorakit generate --model {out} --prompt",
+        f"lorakit merge --model {out}",
+    ):
+        assert expected in printed
+
+
+def test_generate_streams_an_answer(adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    words = ["generate", "--model", str(adapter), "--dtype", "float32", "--max-new-tokens", "5"]
+    assert main([*words, "--prompt", "turn 1"]) == 0
+    answer = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("turn 1\n"))
+    assert main([*words, "--prompt", "-"]) == 0
+    assert capsys.readouterr().out == answer
+    assert main([*words, "--prompt", "turn 1", "--base"]) == 0
+    assert capsys.readouterr().out != answer
+
+
+def test_chat_answers_each_line_until_the_end(adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("turn 1\n\n/help\n/base\nturn 1\n/base\n/clear\nturn 1\n/quit\n"))
+    assert main(["chat", "--model", str(adapter), "--dtype", "float32", "--max-new-tokens", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("(/clear starts anew") == 2
+    assert "(the base model answers)" in printed and "(the adapter answers)" in printed
+    answers = [part.partition("\n")[0] for part in printed.split("\n> ")[1:]]
+    assert answers[0] == answers[7]  # after /clear the conversation begins again
+    assert answers[0] != answers[4]  # the base model says something else
+
+
+def test_eval_compares_base_and_adapter(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, file = rows(tmp_path / "d.jsonl", 6), tmp_path / "scores.json"
+    assert main(["eval", "--model", str(adapter), "--data", str(data), "--json", str(file), "--dtype", "float32"]) == 0
+    assert "6 held-out rows (train): base → adapter" in capsys.readouterr().out
+    scores = json.loads(file.read_text())
+    before, after = scores["metrics"]["exact match"]
+    assert before == 0
+    assert after == sum(scores["right"]) / 6
+    assert len(scores["samples"]) == 6
+
+
+def test_problem_07_merge_writes_a_plain_model_that_answers_like_the_adapter(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "merged"
+    assert main(["merge", "--model", str(adapter), "--output-dir", str(out), "--dtype", "float32"]) == 0
+    assert "largest logit difference" in capsys.readouterr().out
+    tokens = torch.arange(12).view(1, 12)
+    merged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    adapted = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"]).eval()
+    lorakit.load(adapted, adapter)
+    torch.testing.assert_close(merged(tokens).logits, adapted(tokens).logits, atol=1e-5, rtol=1e-5)
+    assert main(["merge", "--model", str(adapter), "--output-dir", str(out)]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    words = ["merge", "--model", str(adapter), "--output-dir", str(tmp_path / "strict"), "--dtype", "bfloat16"]
+    assert main([*words, "--tolerance", "1e-9"]) == 1
+    assert "differs from base + adapter" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_problem_05_merging_a_tied_head_unties_it(tiny_lm: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    words = train_args(
+        tiny_lm, rows(tmp_path / "d.jsonl"), out, "--targets", "lm_head", "--lr", "0.02", "--eval-samples", "0"
+    )
+    assert main(words) == 0
+    assert main(["merge", "--model", str(out), "--output-dir", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    base = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    assert not torch.equal(merged.lm_head.weight, base.lm_head.weight)
+
+
+def test_info_and_check_need_no_weights(
+    adapter: Path, tiny_lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", str(adapter)]) == 0
+    printed = capsys.readouterr().out
+    assert "14 × linear  rank 16, alpha 32, scale 2" in printed
+    assert "model.layers.*.mlp.up_proj" in printed
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in tiny_lm.iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    assert main(["check", "--model", str(bare), "--data", str(rows(tmp_path / "d.jsonl"))]) == 0
+    assert "trainable params: " in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "d.jsonl"]
+
+
+@pytest.mark.parametrize("labels", [("good", "bad"), (0.5, 1.25, 3.0)], ids=["classes", "regression"])
+def test_problem_32_a_classifier_with_its_new_head(
+    labels: tuple[object, ...], tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = sentences(tmp_path / "d.jsonl", labels), tmp_path / "out"
+    words = train_args(tiny_encoder, data, out, "--lr", "0.01", "--epochs", "10", "--holdout", "0.3")
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "trained whole: classifier.weight" in printed
+    assert json.loads((out / "labels.json").read_text()) == (sorted(labels) if labels[0] == "good" else [])
+    assert (
+        main(
+            ["eval", "--model", str(out), "--data", str(data), "--json", str(tmp_path / "s.json"), "--dtype", "float32"]
+        )
+        == 0
+    )
+    scores = json.loads((tmp_path / "s.json").read_text())
+    if labels[0] == "good":
+        assert scores["metrics"]["accuracy"][1] == 1.0
+    else:
+        assert set(scores["metrics"]) == {"pearson"}
+    assert main(["merge", "--model", str(out), "--output-dir", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+
+
+def test_problem_30_a_resumed_run_equals_the_uninterrupted_one(tiny_lm: Path, tmp_path: Path) -> None:
+    data = rows(tmp_path / "d.jsonl")
+    options = ["--epochs", "4", "--eval-samples", "0", "--save-steps", "3", "--lr", "0.01"]
+    assert main(train_args(tiny_lm, data, tmp_path / "straight", *options)) == 0
+    assert main(train_args(tiny_lm, data, tmp_path / "resumed", *options)) == 0
+    # what an interruption after step 9 of 12 leaves
+    (tmp_path / "resumed" / "adapter_model.safetensors").unlink()
+    import shutil
+
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-12")
+    assert main(train_args(tiny_lm, data, tmp_path / "resumed", *options, "--resume", "auto")) == 0
+    straight, resumed = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("straight", "resumed")
+    )
+    assert straight == resumed
+    steps = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_problem_44_accumulated_gradients_are_those_of_the_whole_batch(tiny_lm: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    data = rows(tmp_path / "d.jsonl", 17)
+    results = []
+    for batch, accumulation in ((16, 1), (4, 4)):
+        out = tmp_path / f"{batch}"
+        words = ["--batch-size", f"{batch}", "--gradient-accumulation-steps", f"{accumulation}", "--max-steps", "1"]
+        assert main(train_args(tiny_lm, data, out, *words, "--warmup-ratio", "0", "--eval-samples", "0")) == 0
+        line = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+        results.append((line["loss"], line["grad_norm"], load_file(out / "adapter_model.safetensors")))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-4)

@@ -1,0 +1,104 @@
+"""The package as a whole: its public names, what importing it costs, which way imports run, and the README."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lorakit
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "lorakit"
+ORDER = ["core", "formats", "training", "study", "cli"]
+
+PUBLIC = {
+    *("attach", "detach", "merge", "unmerge", "disabled", "extract", "insert", "save", "load"),
+    *("Adapter", "Update", "Report"),
+    *("Linear", "MergedLinear", "Embedding", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"),
+    *("mark_only_lora_as_trainable", "lora_state_dict"),
+}
+
+
+def test_the_public_names_are_these_and_all_resolve() -> None:
+    assert set(lorakit.__all__) == PUBLIC
+    assert set(dir(lorakit)) == PUBLIC | {"__version__"}
+    for name in PUBLIC:
+        assert getattr(lorakit, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'lorakit' has no attribute 'atach'"):
+        lorakit.atach  # noqa: B018
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    typed = {
+        alias.asname
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for alias in node.names
+    }
+    assert typed == PUBLIC  # what type checkers see
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    assert [name for name in PUBLIC if not getattr(lorakit, name).__doc__] == []
+
+
+def test_imports_run_one_way() -> None:
+    wrong = []
+    for path in SOURCE.rglob("*.py"):
+        part = path.relative_to(SOURCE).parts[0]
+        if part not in ORDER:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module:
+                target = node.module.split(".")[0]
+                if target in ORDER and ORDER.index(target) > ORDER.index(part):
+                    wrong.append(f"{path.relative_to(SOURCE)} imports {node.module}")
+    assert wrong == []
+
+
+def test_core_and_formats_import_torch_and_safetensors_alone() -> None:
+    allowed = {"torch", "safetensors", "lorakit", *sys.stdlib_module_names}
+    for part in ("core", "formats"):
+        for path in (SOURCE / part).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom) and node.level == 0:
+                    names = [node.module or ""]
+                assert {name.split(".")[0] for name in names} <= allowed, path
+
+
+def test_problem_35_importing_lorakit_costs_little_over_torch() -> None:
+    """At most 0.1 s beyond torch; the best of three, in fresh interpreters."""
+    script = (
+        "import torch, time; began = time.perf_counter(); import lorakit; lorakit.attach; lorakit.save;"
+        "print(time.perf_counter() - began)"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True) for _ in range(3)
+    ]
+    assert min(float(run.stdout) for run in runs) <= 0.1
+    heavy = (
+        "import sys, lorakit; lorakit.attach; lorakit.save;"
+        "print([m for m in ('transformers', 'datasets', 'peft', 'numpy.testing', 'yaml') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_pages_speak_of_the_project_alone() -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".yaml", ".txt", "") and path.is_file():
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"/(root|home|work)/[a-z.]", text), f"{name} holds a path of some machine"
+
+
+def test_readme_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+    assert "trainable params" in capsys.readouterr().out
