@@ -50,7 +50,7 @@ def test_help_and_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         (["trian"], "lorakit: unknown command 'trian'. Did you mean 'train'? (lorakit --help lists them)"),
         (
             ["train", "--rnk", "4"],
-            "lorakit train: unknown argument '--rnk'. Did you mean '--rank'?. (lorakit train --help)",
+            "lorakit train: unknown argument '--rnk'. Did you mean '--rank'? (lorakit train --help)",
         ),
         (["train"], "lorakit train: missing: --model path/to/model --data data.jsonl --output-dir out"),
         (["train", "--rank"], "lorakit train: argument --rank/--lora-r: expected one argument. (lorakit train --help)"),

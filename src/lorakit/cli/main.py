@@ -104,7 +104,8 @@ class _Parser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message.rstrip('.')}. ({self.prog} --help)")
+        end = "" if message.endswith((".", "?")) else "."
+        raise UsageError(f"{message}{end} ({self.prog} --help)")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         if message:

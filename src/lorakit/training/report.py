@@ -6,6 +6,8 @@ Plain functions from values to text; printing is the caller's.
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,13 +77,19 @@ def comparison(result: Comparison, shown: int = 3) -> str:
 
 def next_commands(folder: Path, prompt: str | None) -> str:
     """The commands to copy, for what people do next."""
-    where = shlex.quote(str(folder))
-    lines = [f"  lorakit chat --model {where}", f"  lorakit merge --model {where} --output-dir {where}-merged"]
+    lorakit, where = _program(), shlex.quote(str(folder))
+    lines = [f"  {lorakit} chat --model {where}", f"  {lorakit} merge --model {where} --output-dir {where}-merged"]
     if prompt is not None:
-        lines.insert(0, f"  lorakit generate --model {where} --prompt {shlex.quote(prompt)}")
+        lines.insert(0, f"  {lorakit} generate --model {where} --prompt {shlex.quote(prompt)}")
     else:
-        lines[0] = f"  lorakit eval --model {where} --data test.jsonl"
+        lines[0] = f"  {lorakit} eval --model {where} --data test.jsonl"
     return "\n".join([heading("next"), *lines])
+
+
+def _program() -> str:
+    """How this program can be called again: by its name, or by its path where the name would not find it."""
+    called = Path(sys.argv[0])
+    return shlex.quote(str(called)) if called.name == "lorakit" and not shutil.which("lorakit") else "lorakit"
 
 
 def model_card(

@@ -1,0 +1,24 @@
+"""What is printed at the end of a run."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorakit.training import report
+
+
+def test_the_next_commands_can_be_copied_where_lorakit_is_not_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scripts/demo runs .venv/bin/lorakit, which the shell it was called from does not find by its name."""
+    monkeypatch.setattr(sys, "argv", [".venv/bin/lorakit", "train"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "\n  .venv/bin/lorakit chat --model runs/a\n" in report.next_commands(Path("runs/a"), "hello")
+    program = tmp_path / "lorakit"
+    program.touch(mode=0o755)
+    assert "\n  lorakit chat --model runs/a\n" in report.next_commands(Path("runs/a"), "hello")
+    monkeypatch.setattr(sys, "argv", ["my_program.py"])
+    assert "\n  lorakit generate --model 'my runs' --prompt 'it'\"'\"'s'\n" in report.next_commands(
+        Path("my runs"), "it's"
+    )
