@@ -16,10 +16,12 @@ These functions hold no state and no parameters; `layers.py` does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 Dropout = Callable[[Tensor], Tensor]
 
@@ -68,7 +70,7 @@ def lora_linear(
     A: Tensor,
     B: Tensor,
     scale: float,
-    dropout: Dropout,
+    dropout: Dropout | None = None,
     gain: Tensor | None = None,
 ) -> Tensor:
     """x Wᵀ + b + s · (dropout(x) Aᵀ) Bᵀ, without forming B A; with `gain`, everything but the bias times it.
@@ -76,13 +78,57 @@ def lora_linear(
     x (…, in)   weight (out, in)   bias (out)   A (r, in)   B (out, r)   gain (out)   →   (…, out)
     """
     x = _autocast(x)
-    A, B = A.to(x.dtype), B.to(x.dtype)
+    if gain is not None:
+        y = lora_linear(x, weight, None, A, B, scale, dropout) * gain.to(x.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
+    if dropout is None and type(weight) in (Tensor, nn.Parameter) and not _is_transformed():
+        fused: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scale)
+        return fused
     # The scale is applied to the thin product (…, r), the smallest tensor in sight.
-    update = F.linear(F.linear(dropout(x), A) * scale, B)
-    if gain is None:
-        return F.linear(x, weight, bias) + update
-    y = (F.linear(x, weight) + update) * gain.to(x.dtype)
-    return y if bias is None else y + bias.to(y.dtype)
+    S = F.linear(x if dropout is None else dropout(x), A.to(x.dtype)) * scale
+    return F.linear(x, weight, bias) + F.linear(S, B.to(x.dtype))
+
+
+class _LoRALinear(torch.autograd.Function):
+    """`lora_linear` without dropout and gain, its gradient written out:
+
+        S  = s · x Aᵀ           y  = x Wᵀ + b + S Bᵀ
+        dS = s · dY B           dx = dY W + dS A
+        dA = dSᵀ x              dB = dYᵀ S
+
+    Left to autograd, the sums y and dx each cost a pass over a second tensor of their size; here the matrix product
+    adds to what is there. Kept for the backward pass: x, once, and S (…, r). Differentiable twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        S = (rows @ A.to(x.dtype).T).mul_(scale)
+        y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y.addmm_(S, B.to(x.dtype).T)
+        ctx.scale = scale
+        ctx.save_for_backward(x, weight, bias, A, B, S)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, bias, A, B, S = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
+        with _without_autocast(dy):
+            rows, dY = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            A_, B_ = A.to(dy.dtype), B.to(dy.dtype)
+            if torch.is_grad_enabled():  # a gradient of this gradient was asked for, and S came without a history
+                S = (rows @ A_.T) * ctx.scale
+            dS = (dY @ B_).mul_(ctx.scale) if needs_x or needs_A else None
+            dx = (dY @ weight.to(dy.dtype)).addmm_(dS, A_).view(x.shape) if needs_x else None
+            return (
+                dx,
+                (dY.T @ rows).to(weight.dtype) if needs_weight else None,
+                dY.sum(0).to(bias.dtype) if needs_bias else None,
+                (dS.T @ rows).to(A.dtype) if dS is not None and needs_A else None,
+                (dY.T @ S).to(B.dtype) if needs_B else None,
+                None,
+            )
 
 
 def lora_embedding(
@@ -111,3 +157,16 @@ def _autocast(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which products keep the dtypes they are given, also when backward() is called inside autocast."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _is_transformed() -> bool:
+    """Whether something rewrites the computation: torch.compile, which fuses the plain equation better than any
+    hand-written gradient, or a torch.func transform (vmap, jvp), which knows the plain operations only.
+    """
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

@@ -102,6 +102,13 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """Whether the forward pass adds the update to what the weight gives."""
         return self.lora_enabled and not self.merged and self.has_update
 
+    @property
+    def acting_dropout(self) -> Callable[[Tensor], Tensor] | None:
+        """The dropout of the update's input, or None where it does nothing: in `eval()`, and with probability zero."""
+        dropout = self.lora_dropout
+        idle = dropout is no_dropout or (type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0))
+        return None if idle else dropout
+
     def set_scale(self, rank: int, alpha: float, rslora: bool = False) -> None:
         """s = α/r (Hu et al. 2021, section 4.1), or α/√r (rsLoRA, Kalajdzievski 2023)."""
         self.r, self.lora_alpha, self.rslora = rank, alpha, rslora
@@ -300,7 +307,7 @@ class Linear(AdaptedLayer, nn.Linear):
         if not self.active:
             return self.guard(F.linear(x, weight, self.bias))
         A, B = self.factors()
-        return lora_linear(x, weight, self.bias, A, B, self.scaling, self.lora_dropout, self.gain())
+        return lora_linear(x, weight, self.bias, A, B, self.scaling, self.acting_dropout, self.gain())
 
 
 class MergedLinear(Linear):
