@@ -126,7 +126,8 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> P
         fp16=dtype == "float16" and loaded.device.type == "cuda",
         seed=config.seed,
         data_seed=config.seed,
-        # Rows of like length share a batch: padding is work for nothing.
+        # Batches of like length would save the padding, a tenth of the work on short rows, but rows of like length
+        # are often of one kind: the demo's exact match falls from 83 % to 76 %.
         train_sampling_strategy="random",
         eval_strategy="no" if not evaluated else "steps" if by_steps else "epoch",
         eval_steps=config.eval_steps,

@@ -16,7 +16,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
@@ -26,6 +25,7 @@ from ..core.attach import trained_whole
 from ..core.trainable import lora_names
 from ..formats import save
 from ..formats.files import replacing
+from .loss import cpu_causal_loss
 from .plan import peak_memory
 
 STATE = "adapter_state.safetensors"  # in a checkpoint: the adapter's tensors as the model names them
@@ -76,20 +76,12 @@ class CausalTrainer(_AdapterTrainer, SFTTrainer):
     ) -> Any:
         """The mean over the labels of −log p, as TRL computes it.
 
-        On a GPU TRL's fused head does this. On a CPU that head is slower than plain logits, and plain logits are
-        slower than logits at the columns that hold a label in some row, which is what is done here.
+        On a GPU by TRL's fused head, on a CPU by `loss.py`.
         """
         if inputs["input_ids"].device.type != "cpu" or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]
-        columns = (labels != -100).any(0).nonzero().squeeze(1)
-        rest = {name: value for name, value in inputs.items() if name != "labels"}
-        logits = model(**rest, use_cache=False, logits_to_keep=columns).logits
-        summed = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels[:, columns].flatten(), ignore_index=-100, reduction="sum"
-        )
-        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = summed / torch.as_tensor(count).clamp(min=1)
+        count = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = cpu_causal_loss(model, inputs) / torch.as_tensor(count).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return loss
