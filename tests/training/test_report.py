@@ -12,7 +12,8 @@ def test_the_next_commands_can_be_copied_where_lorakit_is_not_on_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """scripts/demo runs .venv/bin/lorakit, which the shell it was called from does not find by its name."""
-    monkeypatch.setattr(sys, "argv", [".venv/bin/lorakit", "train"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv/bin/lorakit"), "train"])
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "\n  .venv/bin/lorakit chat --model runs/a\n" in report.next_commands(Path("runs/a"), "hello")
     program = tmp_path / "lorakit"

@@ -88,7 +88,8 @@ def next_commands(folder: Path, prompt: str | None) -> str:
 
 def _program() -> str:
     """How this program can be called again: by its name, or by its path where the name would not find it."""
-    called = Path(sys.argv[0])
+    called, here = Path(sys.argv[0]), Path.cwd()
+    called = called.relative_to(here) if called.is_relative_to(here) else called
     return shlex.quote(str(called)) if called.name == "lorakit" and not shutil.which("lorakit") else "lorakit"
 
 
