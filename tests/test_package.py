@@ -18,7 +18,7 @@ PUBLIC = {
     *("attach", "detach", "merge", "unmerge", "disabled", "extract", "insert", "save", "load"),
     *("Adapter", "Update", "Report"),
     *("Linear", "MergedLinear", "Embedding", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"),
-    *("mark_only_lora_as_trainable", "lora_state_dict"),
+    *("mark_only_lora_as_trainable", "lora_state_dict", "install_as_loralib"),
 }
 
 

@@ -34,6 +34,7 @@ if _TYPE_CHECKING:
     from .core.layers import Linear as Linear
     from .core.layers import LoRALayer as LoRALayer
     from .core.layers import MergedLinear as MergedLinear
+    from .core.loralib import install_as_loralib as install_as_loralib
     from .core.trainable import lora_state_dict as lora_state_dict
     from .core.trainable import mark_only_lora_as_trainable as mark_only_lora_as_trainable
     from .formats import load as load
@@ -44,6 +45,7 @@ _HOME = {
     "core.attach": ("Report", "attach", "detach", "disabled", "merge", "unmerge"),
     "core.exchange": ("extract", "insert"),
     "core.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),
+    "core.loralib": ("install_as_loralib",),
     "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
     "formats": ("load", "save"),
 }
