@@ -147,6 +147,25 @@ def test_compiled_whole() -> None:
     torch.testing.assert_close(gradients(net, compiled(x).sin().sum()), gradients(net, net(x).sin().sum()))
 
 
+class OnlyLinear(Tensor):
+    """A weight that knows F.linear and nothing else, as quantised weights do."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is not F.linear:
+            raise NotImplementedError(function)
+        with torch._C.DisableTorchFunctionSubclass():
+            return F.linear(*args, **(kwargs or {}))
+
+
+def test_weight_of_another_class_is_multiplied_by_its_own_linear() -> None:
+    x, weight, bias, A, B = inputs(3)
+    wrapped = weight.detach().as_subclass(OnlyLinear)
+    wanted = [x, A, B]
+    mine = torch.autograd.grad(lora_linear(x, wrapped, bias, A, B, 0.7).sin().sum(), wanted)
+    torch.testing.assert_close(mine, torch.autograd.grad(equation(x, weight, bias, A, B).sin().sum(), wanted))
+
+
 def test_what_is_kept_for_the_backward_pass() -> None:
     """x once, and the thin product; not y, not a copy, whatever the dtype of the factors."""
     x = torch.randn(2, 50, 64, dtype=torch.bfloat16, requires_grad=True)

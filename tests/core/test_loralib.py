@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 PROGRAM = """
 import torch
@@ -45,15 +46,15 @@ print(net(x).sum(0).tolist())
 """
 
 
-def run(first: str, folder: str) -> list[str]:
+def run(first: str, folder: Path) -> list[str]:
     command = [sys.executable, "-c", first + PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def test_a_program_gives_the_same_with_the_real_loralib_and_with_lorakit(tmp_path: object) -> None:
-    theirs, mine = run("", str(tmp_path)), run("import lorakit; lorakit.install_as_loralib()\n", str(tmp_path))
+def test_a_program_gives_the_same_with_the_real_loralib_and_with_lorakit(tmp_path: Path) -> None:
+    theirs, mine = run("", tmp_path), run("import lorakit; lorakit.install_as_loralib()\n", tmp_path)
     assert mine[0] == theirs[0]
     # The same draws, the same dropout masks, the same updates: float64, up to the order of sums.
     values = [[float(value) for value in line[1].strip("[]").split(",")] for line in (mine, theirs)]

@@ -81,6 +81,7 @@ def lora_linear(
     if gain is not None:
         y = lora_linear(x, weight, None, A, B, scale, dropout) * gain.to(x.dtype)
         return y if bias is None else y + bias.to(y.dtype)
+    # A weight of another class (quantised, sharded) knows how to be multiplied in F.linear, and may know no more.
     if dropout is None and type(weight) in (Tensor, nn.Parameter) and not _is_transformed():
         fused: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scale)
         return fused

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import dense_update, dora_gain, lora_embedding, lora_linear, precise, row_norm
+from .functional import Dropout, dense_update, dora_gain, lora_embedding, lora_linear, precise, row_norm
 from .init import Init, factors_of_weight, random_factors
 
 
@@ -48,7 +48,7 @@ class LoRALayer:
 
     r: int
     lora_alpha: float
-    lora_dropout: Callable[[Tensor], Tensor]
+    lora_dropout: Dropout
     merged: bool
     merge_weights: bool
 
@@ -103,7 +103,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         return self.lora_enabled and not self.merged and self.has_update
 
     @property
-    def acting_dropout(self) -> Callable[[Tensor], Tensor] | None:
+    def acting_dropout(self) -> Dropout | None:
         """The dropout of the update's input, or None where it does nothing: in `eval()`, and with probability zero."""
         dropout = self.lora_dropout
         idle = dropout is no_dropout or (type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0))

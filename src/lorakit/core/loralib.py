@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 from . import layers, trainable
 
@@ -25,16 +26,19 @@ def install_as_loralib() -> None:
             "install_as_loralib(): loralib is imported already. Call it before the first `import loralib`."
         )
     package = _module("loralib", layers, _LAYERS)
+    package.layers = _module("loralib.layers", layers, _LAYERS)
+    package.utils = _module("loralib.utils", trainable, _UTILS)
+    package.utils.LoRALayer = layers.LoRALayer
+    for name in _UTILS:
+        setattr(package, name, getattr(trainable, name))
+    package.name = "lora"
     package.__path__ = []  # what makes it a package, whose submodules can be imported
-    package.__dict__.update({name: getattr(trainable, name) for name in _UTILS}, name="lora")
-    package.__dict__["layers"] = _module("loralib.layers", layers, _LAYERS)
-    package.__dict__["utils"] = _module("loralib.utils", trainable, _UTILS)
-    package.__dict__["utils"].LoRALayer = layers.LoRALayer
-    for module in (package, package.__dict__["layers"], package.__dict__["utils"]):
+    for module in (package, package.layers, package.utils):
         sys.modules[module.__name__] = module
 
 
-def _module(name: str, source: ModuleType, names: tuple[str, ...]) -> ModuleType:
+def _module(name: str, source: ModuleType, names: tuple[str, ...]) -> Any:
     module = ModuleType(name, f"lorakit's, under loralib's name: {', '.join(names)}.")
-    module.__dict__.update({public: getattr(source, public) for public in names})
+    for public in names:
+        setattr(module, public, getattr(source, public))
     return module

@@ -26,21 +26,21 @@ def cpu_causal_loss(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     takes. Logits are computed only at the columns that hold a label in some row.
     """
     labels = inputs["labels"][:, 1:]
-    columns = (labels != -100).any(0).nonzero().squeeze(1)
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
-    with _attention(model, labels.shape[1] + 1):
-        logits = model(**rest, use_cache=False, logits_to_keep=columns).logits
-    labels = labels[:, columns]
     learned = labels != -100
-    return F.cross_entropy(logits[learned].float(), labels[learned], reduction="sum")
+    columns = learned.any(0).nonzero().squeeze(1)
+    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    with _attention(model, tokens=inputs["input_ids"].shape[1]):
+        logits = model(**rest, use_cache=False, logits_to_keep=columns).logits
+    return F.cross_entropy(logits[learned[:, columns]].float(), labels[learned], reduction="sum")
 
 
 def _attention(model: nn.Module, tokens: int) -> AbstractContextManager[Any]:
     """The context in which attention over rows of so many tokens takes its faster form."""
-    model = getattr(model, "module", model)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else model.dtype
-    checkpointing = any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else next(model.parameters()).dtype
+    if tokens > _SHORT_ROW or dtype != torch.bfloat16:
+        return nullcontext()
     # Under gradient checkpointing the forward pass is done again outside this context, and has to come out the same.
-    if tokens > _SHORT_ROW or dtype != torch.bfloat16 or checkpointing:
+    if any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
         return nullcontext()
     return sdpa_kernel(SDPBackend.MATH)
