@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
+    from .core.adapted import LoRALayer as LoRALayer
     from .core.adapter import Adapter as Adapter
     from .core.adapter import Update as Update
     from .core.attach import Report as Report
@@ -32,7 +33,6 @@ if _TYPE_CHECKING:
     from .core.layers import ConvLoRA as ConvLoRA
     from .core.layers import Embedding as Embedding
     from .core.layers import Linear as Linear
-    from .core.layers import LoRALayer as LoRALayer
     from .core.layers import MergedLinear as MergedLinear
     from .core.loralib import install_as_loralib as install_as_loralib
     from .core.trainable import lora_state_dict as lora_state_dict
@@ -41,10 +41,11 @@ if _TYPE_CHECKING:
     from .formats import save as save
 
 _HOME = {
+    "core.adapted": ("LoRALayer",),
     "core.adapter": ("Adapter", "Update"),
     "core.attach": ("Report", "attach", "detach", "disabled", "merge", "unmerge"),
     "core.exchange": ("extract", "insert"),
-    "core.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "LoRALayer", "MergedLinear"),
+    "core.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "MergedLinear"),
     "core.loralib": ("install_as_loralib",),
     "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
     "formats": ("load", "save"),

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .adapted import AdaptedLayer, LoRALayer
 from .init import INITS, Init
-from .layers import AdaptedLayer, LoRALayer
 from .targets import Filter, Selection, closest, is_transposed, layer_class, matching, pattern_values, select
 from .trainable import Bias, bias_names
 

@@ -12,9 +12,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .adapted import AdaptedLayer
 from .adapter import Adapter, Kind, Layout, Update
 from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, trained_whole
-from .layers import AdaptedLayer, ConvLoRA, Embedding, Linear, MergedLinear
+from .layers import ConvLoRA, Embedding, Linear, MergedLinear
 from .targets import closest, layer_class, matching, refusal
 
 

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from . import layers, trainable
+from .adapted import LoRALayer
 
 _LAYERS = ("LoRALayer", "Embedding", "Linear", "MergedLinear", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d")
 _UTILS = ("mark_only_lora_as_trainable", "lora_state_dict")
@@ -20,7 +21,7 @@ def install_as_loralib() -> None:
     """
     present = sys.modules.get("loralib")
     if present is not None:
-        if getattr(present, "LoRALayer", None) is layers.LoRALayer:
+        if getattr(present, "LoRALayer", None) is LoRALayer:
             return
         raise RuntimeError(
             "install_as_loralib(): loralib is imported already. Call it before the first `import loralib`."
@@ -28,7 +29,7 @@ def install_as_loralib() -> None:
     package = _module("loralib", layers, _LAYERS)
     package.layers = _module("loralib.layers", layers, _LAYERS)
     package.utils = _module("loralib.utils", trainable, _UTILS)
-    package.utils.LoRALayer = layers.LoRALayer
+    package.utils.LoRALayer = LoRALayer
     for name in _UTILS:
         setattr(package, name, getattr(trainable, name))
     package.name = "lora"

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .layers import AdaptedLayer, Conv1d, Conv2d, Conv3d, Embedding, Linear
+from .adapted import AdaptedLayer
+from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
 
 ALL_LINEAR = "all-linear"
 Filter = Callable[[nn.Module, str], bool]

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from .layers import LoRALayer
+from .adapted import LoRALayer
 
 Bias = Literal["none", "lora_only", "all"]
 BIASES: tuple[str, ...] = get_args(Bias)
