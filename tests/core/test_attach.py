@@ -265,6 +265,47 @@ def test_rank_and_alpha_patterns() -> None:
     assert report.trainable == 4 * (32 + 32) + 4 * (32 + 16) + 2 * (32 + 32) + 2 * (32 + 16)
 
 
+def test_problem_19_blocks_of_a_fused_projection() -> None:
+    """q and v of GPT-2's c_attn, as in the paper: k keeps its weight."""
+    model = models.gpt2()
+    before = model(TOKENS).logits
+    report = lorakit.attach(model, "c_attn", rank_pattern={"c_attn": [4, 0, 2]})
+    layer = model.transformer.h[0].attn.c_attn
+    assert torch.equal(model(TOKENS).logits, before)
+    assert (type(layer).__name__, layer.r, layer.lora_alpha) == ("MergedLinear", 4, 8)
+    assert report.trainable == 2 * ((4 + 2) * 32 + 2 * 32 * 4)
+    train_a_little(model)
+    expected = model(TOKENS).logits
+    changed = layer.delta().abs().sum(0) > 0  # Conv1D: (in, out)
+    assert changed.tolist() == [True] * 32 + [False] * 32 + [True] * 32
+    adapter = lorakit.extract(model)
+    lorakit.detach(model)
+    assert torch.equal(model(TOKENS).logits, before)
+    lorakit.insert(model, adapter)
+    assert torch.equal(model(TOKENS).logits, expected)
+
+    grouped_query = nn.Sequential(nn.Linear(8, 8 + 2 + 2))
+    lorakit.attach(grouped_query, "0", rank=3, splits={"0": [8, 2, 2]})
+    assert grouped_query[0].blocks == ((8, 3), (2, 3), (2, 3))
+
+
+def test_blocks_that_do_not_fit_are_refused_before_anything_changes() -> None:
+    model = nn.Sequential(nn.Linear(4, 12), nn.Embedding(5, 4))
+    before = str(model)
+    for arguments, message in (
+        (dict(splits={"0": [8, 3]}), "'0': out_features=12, r=16, .*sizes that sum to 12"),
+        (dict(rank_pattern={"0": [4, 0, 4, 4, 4]}), "the output is not a multiple of 5 equal blocks"),
+        (dict(rank_pattern={"0": [0, 0]}), "'0': every block has rank 0"),
+        (dict(rank_pattern={"0": 0}), "rank=0: a rank is at least 1"),
+        (dict(rank_pattern={"1": [2, 2]}), "'1' is a Embedding: only the output of a linear layer comes in blocks"),
+        (dict(rank_pattern={"0": [2, 2]}, dora=True), "'0' is adapted in blocks, where dora"),
+        (dict(rank_pattern={"0": [2, 2]}, init="pissa"), "'0' is adapted in blocks, .* init 'pissa' have no meaning"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lorakit.attach(model, ["0", "1"], **arguments)
+        assert str(model) == before
+
+
 def test_report_reads_as_a_table() -> None:
     text = str(lorakit.attach(models.llama(), ["q_proj", "down_proj"], rank=4))
     rows = [line.split() for line in text.splitlines()]

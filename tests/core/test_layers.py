@@ -1,5 +1,7 @@
 """Every layer against the adapted weight written out in float64: outputs and gradients, merged and not."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -88,7 +90,36 @@ def test_merged_linear(enabled: list[bool], fan_in_fan_out: bool) -> None:
     base = layer.weight.T if fan_in_fan_out else layer.weight
     check(
         layer,
-        lambda: equation.merged_linear_weight(base, layer.lora_A, layer.lora_B, 3 / 2, enabled, 2),
+        lambda: equation.merged_linear_weight(
+            base, layer.lora_A, layer.lora_B, 3 / 2, [(12 // len(enabled), 2 * flag) for flag in enabled]
+        ),
+        lambda x, w: F.linear(x, w, layer.bias),
+        torch.randn(2, 3, 5, dtype=F64),
+    )
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+@pytest.mark.parametrize(
+    ("arguments", "blocks"),
+    [
+        (dict(r=2, splits=[6, 2, 4]), [(6, 2), (2, 2), (4, 2)]),
+        (dict(r=2, splits=[6, 2, 4], enable_lora=[True, False, True]), [(6, 2), (2, 0), (4, 2)]),
+        (dict(r=[3, 0, 1], splits=[6, 2, 4]), [(6, 3), (2, 0), (4, 1)]),
+        (dict(r=[3, 2, 1], splits=[6, 2, 4], enable_lora=[False, True, True]), [(6, 0), (2, 2), (4, 1)]),
+        (dict(r=[1, 2, 3]), [(4, 1), (4, 2), (4, 3)]),
+    ],
+    ids=["sizes", "flags", "ranks", "flags and ranks", "equal"],
+)
+def test_problem_19_blocks_of_any_size_with_a_flag_and_rank_each(arguments, blocks, fan_in_fan_out: bool) -> None:
+    layer = lorakit.MergedLinear(5, 12, lora_alpha=3, fan_in_fan_out=fan_in_fan_out, dtype=F64, **arguments)
+    randomise(layer)
+    base = layer.weight.T if fan_in_fan_out else layer.weight
+    assert (layer.splits, layer.enable_lora) == ([size for size, _ in blocks], [rank > 0 for _, rank in blocks])
+    highest = max(rank for _, rank in blocks)
+    assert layer.r == highest
+    check(
+        layer,
+        lambda: equation.merged_linear_weight(base, layer.lora_A, layer.lora_B, 3 / highest, blocks),
         lambda x, w: F.linear(x, w, layer.bias),
         torch.randn(2, 3, 5, dtype=F64),
     )
@@ -99,8 +130,55 @@ def test_problem_19_merged_linear_without_an_enabled_block_is_a_plain_linear() -
     x = torch.randn(3, 5)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     assert not any("lora_" in name for name, _ in layer.named_parameters())
-    with pytest.raises(ValueError, match="out_features=12 is not a multiple of the 5 blocks"):
+    with pytest.raises(ValueError, match="out_features=12, r=2, .*: the output is not a multiple of 5 equal blocks"):
         lorakit.MergedLinear(5, 12, r=2, enable_lora=[True] * 5)
+    for arguments in (
+        dict(r=2, splits=[6, 5]),
+        dict(r=2, splits=[13, -1]),
+        dict(r=[2, -1]),
+        dict(r=[2, 2], splits=[4, 4, 4]),
+        dict(r=2, splits=[6, 6], enable_lora=[True]),
+    ):
+        with pytest.raises(ValueError, match="expected a rank and a flag for each of the . blocks, and sizes that sum"):
+            lorakit.MergedLinear(5, 12, **arguments)
+
+
+class OwnConv(lorakit.ConvLoRA):
+    """As loralib's own subclasses are written: ConvLoRA alone is inherited."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(nn.Conv2d, *args, **kwargs)
+        self.note = "kept"
+
+
+def test_third_party_convolutions_inherit_conv_lora_alone() -> None:
+    own, ours = OwnConv(3, 8, 3, r=2, padding=1), lorakit.Conv2d(3, 8, 3, r=2, padding=1)
+    randomise(own)
+    ours.load_state_dict(own.state_dict())
+    image = torch.randn(1, 3, 5, 5)
+    expected = ours(image)
+    assert isinstance(own, OwnConv) and isinstance(own, nn.Conv2d) and type(OwnConv(3, 8, 3)) is type(own)
+    for layer in (own, copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert torch.equal(layer(image), expected)
+        assert type(layer) is type(own) and layer.note == "kept"
+    direct = lorakit.ConvLoRA(nn.Conv1d, 3, 8, 3, r=2)
+    assert direct(torch.randn(2, 3, 9)).shape == (2, 8, 7)
+
+
+def test_deleting_the_factors_leaves_the_plain_layer_or_the_merged_one() -> None:
+    x = torch.randn(3, 5)
+    layer = lorakit.Linear(5, 7, r=2)
+    randomise(layer)
+    merged = copy.deepcopy(layer)
+    expected = layer(x).detach()
+    del layer.lora_A, layer.lora_B
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    merged.eval()
+    del merged.lora_A, merged.lora_B
+    for state in (merged.state_dict(), merged.train().state_dict()):
+        plain = nn.Linear(5, 7)
+        plain.load_state_dict(state)
+        torch.testing.assert_close(plain(x), expected)
 
 
 @pytest.mark.parametrize("attached", [False, True])

@@ -121,16 +121,24 @@ class Fused(nn.Module):
         return self.qkv(x)
 
 
-@pytest.mark.parametrize("enabled", [[True, False, True], [False, True, True], [True, True, True]])
-def test_merged_linear_in_peft_is_a_block_diagonal_pair(enabled: list[bool], tmp_path: Path) -> None:
-    model = Fused(lorakit.MergedLinear(6, 12, r=2, lora_alpha=5, enable_lora=enabled))
+@pytest.mark.parametrize(
+    ("arguments", "rank", "alpha"),
+    [
+        (dict(r=2, enable_lora=[True, False, True]), 4, 10),
+        (dict(r=2, enable_lora=[False, True, True]), 4, 10),
+        (dict(r=2, enable_lora=[True, True, True]), 6, 15),
+        (dict(r=[2, 0, 3], splits=[7, 2, 3]), 5, 5 / 3 * 5),
+    ],
+)
+def test_merged_linear_in_peft_is_a_block_diagonal_pair(arguments, rank: int, alpha: float, tmp_path: Path) -> None:
+    model = Fused(lorakit.MergedLinear(6, 12, lora_alpha=5, **arguments))
     train_a_little(model)
     plain = Fused(nn.Linear(6, 12))
     plain.load_state_dict({name: model.state_dict()[name] for name in ("qkv.weight", "qkv.bias")})
     x = torch.randn(3, 6)
     lorakit.save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (2 * sum(enabled), 5 * sum(enabled))
+    assert (config["r"], config["lora_alpha"]) == (rank, pytest.approx(alpha))
     torch.testing.assert_close(load_in_peft(plain, tmp_path)(x), model(x))
 
 

@@ -18,17 +18,17 @@ def linear_weight(W: Tensor, A: Tensor, B: Tensor, scale: float, magnitude: Tens
     return (magnitude / norms)[:, None] * total
 
 
-def merged_linear_weight(W: Tensor, A: Tensor, B: Tensor, scale: float, enabled: list[bool], rank: int) -> Tensor:
-    """Blocks of rows of W (out, in): the i-th enabled one gets B's i-th block of rows times A's i-th r rows."""
-    block = W.shape[0] // len(enabled)
-    rows, used = [], 0
-    for index, flag in enumerate(enabled):
-        part = W[index * block : (index + 1) * block]
-        if flag:
-            part = part + scale * B[used * block : (used + 1) * block] @ A[used * rank : (used + 1) * rank]
-            used += 1
-        rows.append(part)
-    return torch.cat(rows)
+def merged_linear_weight(W: Tensor, A: Tensor, B: Tensor, scale: float, blocks: list[tuple[int, int]]) -> Tensor:
+    """Blocks of rows of W (out, in), of the sizes and ranks given: each takes the next rows of B and of A."""
+    parts, row, b, a = [], 0, 0, 0
+    for size, rank in blocks:
+        part = W[row : row + size]
+        if rank:
+            part = part + scale * B[b : b + size, :rank] @ A[a : a + rank]
+            b, a = b + size, a + rank
+        parts.append(part)
+        row += size
+    return torch.cat(parts)
 
 
 def embedding_weight(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -17,6 +17,7 @@ twice in memory until `unmerge`, or `detach`, which keeps the merged one alone.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -30,6 +31,23 @@ from .init import Init, factors_of_weight, random_factors
 def no_dropout(x: Tensor) -> Tensor:
     """The dropout of probability zero: a function of this module, so that layers pickle."""
     return x
+
+
+@functools.cache
+def joined(first: Any, second: Any) -> Any:
+    """The class `first` with `second` behind it, made once. It has no name to be found under, so it pickles by its two
+    parts.
+    """
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _new_joined, (first, second), self.__dict__
+
+    return type(first.__name__, (first, second), {"__module__": first.__module__, "__reduce_ex__": reduce})
+
+
+def _new_joined(first: Any, second: Any) -> Any:
+    cls = joined(first, second)
+    return cls.__new__(cls)
 
 
 class LoRALayer:
@@ -172,7 +190,8 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def unmerge(self) -> None:
         """The weight as it was before `merge`, the same object, bit for bit."""
         if self._base_weight is not None:
-            self.weight = self._base_weight
+            if self.has_update:  # a program that deleted lora_A while merged means to keep the merged weight
+                self.weight = self._base_weight
             object.__delattr__(self, "_base_weight")
         self.merged = False
 
@@ -200,7 +219,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._base_weight is not None:
+        if self._base_weight is not None and self.has_update:
             base = self._base_weight
             destination[prefix + "weight"] = base if keep_vars else base.detach()
 

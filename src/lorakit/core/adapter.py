@@ -14,6 +14,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from .functional import Blocks
+
 Kind = Literal["linear", "merged_linear", "embedding", "conv", "conv_loralib"]
 
 
@@ -22,7 +24,7 @@ class Update:
     """ΔW of one module, as its two factors. Shapes by kind (r is `rank`):
 
     linear          A (r, in)                 B (out, r)
-    merged_linear   A (r·n, in)               B (out/blocks·n, r)       n flags set in `enable_lora`
+    merged_linear   A (Σ rᵢ, in)              B (Σ sizeᵢ, max r)        sums over the `blocks` with a rank; r = max rᵢ
     embedding       A (r, vocabulary)         B (dim, r)
     conv            A (r, in/groups, *k)      B (out, r, 1, …)
     conv_loralib    A (r·k_last, in·k_last)   B (out/groups·∏k[:-1], r·k_last)
@@ -36,7 +38,7 @@ class Update:
     rslora: bool = False
     magnitude: Tensor | None = None  # DoRA's m (out,)
     fan_in_fan_out: bool = False  # linear: the module stores its weight as (in, out)
-    enable_lora: tuple[bool, ...] = ()  # merged_linear: which blocks of the output have an update
+    blocks: Blocks = ()  # merged_linear: (size, rank) of each block of the output
     groups: int = 1  # conv
 
     @property
@@ -55,7 +57,7 @@ class Layout:
     """How a layer lays out its factors, for files that hold tensors and nothing else (loralib's)."""
 
     kind: Kind
-    enable_lora: tuple[bool, ...] = ()
+    blocks: Blocks = ()
     kernel_last: int = 1  # conv_loralib: A has r·kernel_last rows
 
 

@@ -14,14 +14,16 @@ from __future__ import annotations
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer, LoRALayer
-from .init import INITS, Init
+from .functional import Blocks
+from .init import INITS, RANDOM_INITS, Init
+from .layers import Linear, MergedLinear, blocks_of
 from .targets import Filter, Selection, closest, is_transposed, layer_class, matching, pattern_values, select
 from .trainable import Bias, bias_names
 
@@ -85,8 +87,9 @@ def attach(
     rslora: bool = False,
     dora: bool = False,
     init: Init = "kaiming",
-    rank_pattern: Mapping[str, int] | None = None,
+    rank_pattern: Mapping[str, int | Sequence[int]] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    splits: Mapping[str, Sequence[int]] | None = None,
     bias: Bias = "none",
     also_train: Iterable[str] = (),
     dtype: torch.dtype | None = None,
@@ -98,6 +101,8 @@ def attach(
         ("*.q_proj"), a list of these, or a function (module, name) → bool.
     rank, alpha: r and α; alpha=None means 2·rank. rank_pattern, alpha_pattern: other values for matching modules;
         a module with a rank of its own and no alpha of its own takes 2·rank when alpha is None.
+        A sequence of ranks adapts the blocks of a fused output, 0 leaving one out: {"c_attn": [8, 0, 8]} is q and v of
+        GPT-2, as in the paper. The blocks are equal unless `splits` gives their sizes: {"qkv_proj": [512, 128, 128]}.
     dropout: probability, on the update's input. rslora: scale α/√r. dora: learn the rows' magnitudes too.
     init: how A and B begin, see `init.py`; the model's output is unchanged at first with each of them.
     bias: train no biases, those of the adapted layers, or all. also_train: modules to train whole, named like
@@ -113,13 +118,30 @@ def attach(
     names = list(selection.modules)
     ranks = pattern_values(rank_pattern or {}, names, "rank_pattern")
     alphas = pattern_values(alpha_pattern or {}, names, "alpha_pattern")
+    sizes = pattern_values(splits or {}, names, "splits")
+    blocks = {
+        name: _blocks(name, selection.modules[name], ranks.get(name, rank), sizes.get(name))
+        for name in names
+        if name in sizes or isinstance(ranks.get(name), Sequence)
+    }
+    if blocks and (dora or init not in RANDOM_INITS):
+        raise ValueError(
+            f"{next(iter(blocks))!r} is adapted in blocks, where dora and the init {init!r} have no meaning: they take "
+            f"the whole weight. Use dora=False and one of the inits {', '.join(map(repr, RANDOM_INITS))}."
+        )
+    settings: dict[str, tuple[int, float]] = {}
+    for name in names:
+        own_rank = max(own for _, own in blocks[name]) if name in blocks else ranks.get(name, rank)
+        assert isinstance(own_rank, int)
+        own_alpha = alphas.get(name, 2 * own_rank if alpha is None else alpha)
+        _check(own_rank, own_alpha, dropout, init)
+        settings[name] = own_rank, own_alpha
     whole = _modules_trained_whole(model, also_train, selection)
     bias_names(model, bias)  # refuses an unknown word before anything changes
 
     for name, module in selection.modules.items():
-        own_rank = int(ranks.get(name, rank))
-        own_alpha = alphas.get(name, 2 * own_rank if alpha is None else alpha)
-        layer = adopt(module, dropout)
+        own_rank, own_alpha = settings[name]
+        layer = adopt(module, dropout, blocks.get(name, ()))
         layer.create_update(
             own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(module)
         )
@@ -127,9 +149,12 @@ def attach(
     return _report(model, selection, trained)
 
 
-def adopt(module: nn.Module, dropout: float) -> AdaptedLayer:
-    """Change the class of a plain layer to its adapted one; it has no update yet."""
-    cls = layer_class(module)
+def adopt(module: nn.Module, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
+    """Change the class of a plain layer to its adapted one; it has no update yet.
+
+    blocks: (size, rank) of each block of a fused output, for a `MergedLinear`.
+    """
+    cls = MergedLinear if blocks else layer_class(module)
     assert cls is not None, "select() lets only adaptable modules through"
     undo = _undo(module)
     undo.original_class = type(module)
@@ -140,6 +165,8 @@ def adopt(module: nn.Module, dropout: float) -> AdaptedLayer:
     LoRALayer.__init__(module, 0, 0.0, dropout, merge_weights=False)
     if isinstance(module.lora_dropout, nn.Module):
         module.lora_dropout.train(module.training)
+    if isinstance(module, MergedLinear):
+        module.blocks = blocks
     if transposed:
         module.fan_in_fan_out = True  # type: ignore[assignment]
         module.in_features, module.out_features = module.weight.shape  # type: ignore[assignment]
@@ -256,6 +283,20 @@ def _check(rank: int, alpha: float | None, dropout: float, init: str) -> None:
         raise ValueError(f"dropout={dropout}: a probability in [0, 1) is expected.")
     if init not in INITS:
         raise ValueError(f"init={init!r}: expected one of {', '.join(map(repr, INITS))}.")
+
+
+def _blocks(name: str, module: nn.Module, rank: int | Sequence[int], sizes: Sequence[int] | None) -> Blocks:
+    """(size, rank) of each block of a fused linear layer's output."""
+    weight = module._parameters.get("weight")
+    if layer_class(module) is not Linear or weight is None:
+        raise ValueError(f"{name!r} is a {type(module).__name__}: only the output of a linear layer comes in blocks.")
+    try:
+        blocks = blocks_of(weight.shape[1 if is_transposed(module) else 0], rank, splits=sizes)
+    except ValueError as error:
+        raise ValueError(f"{name!r}: {error}") from None
+    if not any(own for _, own in blocks):
+        raise ValueError(f"{name!r}: every block has rank 0; leave the module out of the targets.")
+    return blocks
 
 
 def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selection: Selection) -> list[str]:

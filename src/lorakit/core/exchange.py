@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .adapted import AdaptedLayer
 from .adapter import Adapter, Kind, Layout, Update
 from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, trained_whole
-from .layers import ConvLoRA, Embedding, Linear, MergedLinear
-from .targets import closest, layer_class, matching, refusal
+from .layers import ConvLoRA, Embedding, Linear, MergedLinear, block_shapes
+from .targets import closest, is_transposed, layer_class, matching, refusal
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -75,7 +75,7 @@ def layouts(model: nn.Module) -> dict[str, Layout]:
         if isinstance(module, AdaptedLayer) and module.has_update:
             found[name] = Layout(
                 kind=_kind_of(module),
-                enable_lora=tuple(module.enable_lora) if isinstance(module, MergedLinear) else (),
+                blocks=module.blocks if isinstance(module, MergedLinear) else (),
                 kernel_last=module.kernel_size[-1] if isinstance(module, ConvLoRA) else 1,
             )
         elif name and layer_class(module) in (Linear, Embedding):
@@ -98,7 +98,7 @@ def _update_of(layer: AdaptedLayer) -> Update:
         rslora=layer.rslora,
         magnitude=None if magnitude is None else _copy(magnitude),
         fan_in_fan_out=isinstance(layer, Linear) and layer.fan_in_fan_out,
-        enable_lora=tuple(layer.enable_lora) if isinstance(layer, MergedLinear) else (),
+        blocks=layer.blocks if isinstance(layer, MergedLinear) else (),
         groups=layer.groups if isinstance(layer, ConvLoRA) else 1,
     )
 
@@ -116,7 +116,7 @@ def _insert_update(module: nn.Module, update: Update, dropout: float) -> None:
         layer, dtype = module, module.lora_A.dtype
     else:
         dtype = factor_dtype(module)
-        layer = adopt(module, dropout)
+        layer = adopt(module, dropout, update.blocks)
     was_merged = layer.merged
     layer.unmerge()
     for name in ("lora_A0", "lora_B0"):
@@ -167,24 +167,32 @@ def _misfit(model: nn.Module, name: str, module: nn.Module | None, update: Updat
     if reason:
         return reason
     cls = layer_class(module)
-    expected_kinds: dict[str, type[AdaptedLayer]] = {"linear": Linear, "embedding": Embedding, "conv": ConvLoRA}
+    expected_kinds: dict[str, type[AdaptedLayer]] = {
+        "linear": Linear,
+        "merged_linear": Linear,
+        "embedding": Embedding,
+        "conv": ConvLoRA,
+    }
     if cls is None or not issubclass(cls, expected_kinds.get(update.kind, ())):
         return f"holds a {update.kind} update, the model has {type(module).__name__}"
     shapes = tuple(update.A.shape), tuple(update.B.shape)
-    wanted = _plain_shapes(module, cls, update.rank)
+    wanted = _plain_shapes(module, cls, update)
     if shapes != wanted:
         return f"A and B are {shapes[0]} and {shapes[1]}, the layer needs {wanted[0]} and {wanted[1]}"
     return None
 
 
-def _plain_shapes(module: nn.Module, cls: type[AdaptedLayer], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _plain_shapes(module: nn.Module, cls: type[AdaptedLayer], update: Update) -> tuple[tuple[int, ...], ...]:
     """The factors' shapes for a module that is not adapted yet."""
-    if cls is Linear:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        outputs, inputs = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-        return (rank, inputs), (outputs, rank)
-    return cls.factor_shapes(module, rank)  # type: ignore[arg-type]  # reads the sizes that torch's class has too
+    rank = update.rank
+    if cls is not Linear:
+        return cls.factor_shapes(module, rank)  # type: ignore[arg-type]  # reads the sizes that torch's class has too
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    outputs, inputs = weight.shape[::-1] if is_transposed(module) else weight.shape
+    if update.blocks and sum(size for size, _ in update.blocks) == outputs:
+        return block_shapes(update.blocks, inputs)
+    return (rank, inputs), (outputs, rank)
 
 
 def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Dropout = Callable[[Tensor], Tensor]
+Blocks = tuple[tuple[int, int], ...]  # (size, rank) of each block of a fused output: q, k and v in one weight
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -37,6 +38,23 @@ def dense_update(A: Tensor, B: Tensor) -> Tensor:
     Trailing dimensions of a convolution's factors are flattened: A (r, in, *k), B (out, r, 1, …) → (out, in·∏k).
     """
     return precise(B).flatten(1) @ precise(A).flatten(1)
+
+
+def block_diagonal(B: Tensor, blocks: Blocks) -> Tensor:
+    """B (Σ sizeᵢ, max r), the rows of the blocks with a rank, as (Σ size, Σ rᵢ): zero outside the blocks.
+
+    Block i takes the next rᵢ columns; a block of rank 0 is zero rows.
+    """
+    total = sum(rank for _, rank in blocks)
+    rows, used, column = [], 0, 0
+    for size, rank in blocks:
+        if rank:
+            block = B[used : used + size, :rank]
+            rows.append(F.pad(block, (column, total - column - rank)))
+            used, column = used + size, column + rank
+        else:
+            rows.append(B.new_zeros(size, total))
+    return torch.cat(rows)
 
 
 def row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

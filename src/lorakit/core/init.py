@@ -22,6 +22,7 @@ from .functional import precise
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 INITS: tuple[str, ...] = get_args(Init)
+RANDOM_INITS = ("kaiming", "gaussian")  # those that do not look at the weight
 
 
 def random_factors(A: Tensor, B: Tensor, init: Init, *, embedding: bool = False) -> None:

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapted import AdaptedLayer, LoRALayer
-from .functional import lora_embedding, lora_linear
+from .adapted import AdaptedLayer, LoRALayer, joined
+from .functional import Blocks, block_diagonal, lora_embedding, lora_linear
 from .init import random_factors
+
+_NONE_ENABLED: Sequence[bool] = (False,)  # loralib's default
 
 
 class Linear(AdaptedLayer, nn.Linear):
@@ -83,63 +85,102 @@ class Linear(AdaptedLayer, nn.Linear):
 class MergedLinear(Linear):
     """Several linear layers in one weight (q, k and v), each of them with an update of its own or none.
 
-    enable_lora: a flag for each of the equal blocks of the output. With n flags set,
-    A (r·n, in), B (out/blocks·n, r): block i of B reads rows i·r … (i+1)·r of A.
+    enable_lora: a flag for each block of the output; all of them when left out beside splits or several ranks.
+    splits: the sizes of the blocks, by default equal. r: the rank, or a rank for each block (0 for none).
 
-    That is a `Linear` whose B is block-diagonal, (out, r·n), with zero rows for the blocks left out; it is computed
+    A (Σ rᵢ, in), B (Σ sizeᵢ, max r), sums over the blocks with an update: block i reads its own rᵢ rows of A with the
+    first rᵢ columns of its rows of B. The scale is lora_alpha / max r for all of them.
+
+    That is a `Linear` whose B is block-diagonal, (out, Σ rᵢ), with zero rows for the blocks left out; it is computed
     as one, so ΔW is never formed in training.
     """
 
-    lora_ind: Tensor
+    blocks: Blocks
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        r: int = 0,
+        r: int | Sequence[int] = 0,
         lora_alpha: float = 1,
         lora_dropout: float = 0.0,
-        enable_lora: Sequence[bool] = (False,),
+        enable_lora: Sequence[bool] = _NONE_ENABLED,
         fan_in_fan_out: bool = False,
         merge_weights: bool = True,
+        *,
+        splits: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        if out_features % len(enable_lora):
-            raise ValueError(
-                f"MergedLinear: out_features={out_features} is not a multiple of the {len(enable_lora)} blocks "
-                f"of enable_lora={list(enable_lora)}."
-            )
-        self.enable_lora = list(enable_lora)
+        self.blocks = blocks_of(out_features, r, enable_lora, splits)
+        rank = max(rank for _, rank in self.blocks)
         super().__init__(
-            in_features, out_features, r, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, **kwargs
+            in_features, out_features, rank, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, **kwargs
         )
 
-    def _construct(self, r: int) -> None:
-        super()._construct(r if any(self.enable_lora) else 0)
-        enabled = torch.tensor(self.enable_lora, device=self.weight.device)
-        # A buffer, to follow .to(); not persistent, to keep the state dict's keys loralib's.
-        self.register_buffer("lora_ind", enabled.repeat_interleave(self._block), persistent=False)
+    @property
+    def enable_lora(self) -> list[bool]:
+        """Which blocks have an update."""
+        return [rank > 0 for _, rank in self.blocks]
 
     @property
-    def _block(self) -> int:
-        return self.out_features // len(self.enable_lora)
+    def splits(self) -> list[int]:
+        """The sizes of the blocks."""
+        return [size for size, _ in self.blocks]
+
+    @property
+    def lora_ind(self) -> Tensor:
+        """Which rows of the weight have an update: bool (out,)."""
+        sizes = torch.tensor(self.splits, device=self.weight.device)
+        return torch.tensor(self.enable_lora, device=self.weight.device).repeat_interleave(sizes)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        enabled = sum(self.enable_lora)
-        return (rank * enabled, self.in_features), (self._block * enabled, rank)
+        return block_shapes(self.blocks, self.in_features)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A, self.zero_pad(torch.block_diag(*self.lora_B.split(self._block)))
+        return self.lora_A, block_diagonal(self.lora_B, self.blocks)
 
     def zero_pad(self, x: Tensor) -> Tensor:
-        """Rows of the enabled blocks (block·n, …) put in their places among zeros (out, …)."""
-        padded = x.new_zeros((len(self.lora_ind), *x.shape[1:]))
-        padded[self.lora_ind] = x
+        """Rows of the enabled blocks put in their places among zeros, (out, …)."""
+        enabled = self.lora_ind
+        padded = x.new_zeros((len(enabled), *x.shape[1:]))
+        padded[enabled] = x
         return padded
 
     def merge_AB(self) -> Tensor:
         """loralib's name for `delta()`."""
         return self.delta()
+
+
+def blocks_of(
+    out_features: int,
+    r: int | Sequence[int],
+    enable_lora: Sequence[bool] = _NONE_ENABLED,
+    splits: Sequence[int] | None = None,
+) -> Blocks:
+    """(size, rank) of each block of the output of a `MergedLinear`, rank 0 where there is no update.
+
+    Raises ValueError where the arguments do not agree.
+    """
+    given = f"out_features={out_features}, r={r}, enable_lora={enable_lora}, splits={splits}"
+    if enable_lora is _NONE_ENABLED and (splits is not None or isinstance(r, Sequence)):
+        enable_lora = [True] * len(r if isinstance(r, Sequence) else splits or ())
+    ranks = list(r) if isinstance(r, Sequence) else [r] * len(enable_lora)
+    if splits is None:
+        if out_features % len(enable_lora):
+            raise ValueError(f"{given}: the output is not a multiple of {len(enable_lora)} equal blocks; give splits.")
+        splits = [out_features // len(enable_lora)] * len(enable_lora)
+    if not len(splits) == len(ranks) == len(enable_lora) or sum(splits) != out_features or min(*splits, *ranks) < 0:
+        raise ValueError(
+            f"{given}: expected a rank and a flag for each of the {len(splits)} blocks, and sizes that sum to "
+            f"{out_features}."
+        )
+    return tuple((size, rank if enabled else 0) for size, rank, enabled in zip(splits, ranks, enable_lora, strict=True))
+
+
+def block_shapes(blocks: Blocks, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of A and B of a `MergedLinear`."""
+    ranks = [rank for _, rank in blocks]
+    return (sum(ranks), in_features), (sum(size for size, rank in blocks if rank), max(ranks))
 
 
 class Embedding(AdaptedLayer, nn.Embedding):
@@ -234,6 +275,9 @@ class ConvLoRA(AdaptedLayer):
         merge_weights: bool = True,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(self, conv_module):
+            # loralib's subclasses inherit ConvLoRA alone and name the convolution here
+            self.__class__ = joined(type(self), conv_module)  # type: ignore[arg-type]  # classes are hashable
         conv_module.__init__(self, in_channels, out_channels, kernel_size, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if r > 0:

@@ -15,6 +15,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import nn
 
@@ -23,6 +24,7 @@ from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
 
 ALL_LINEAR = "all-linear"
 Filter = Callable[[nn.Module, str], bool]
+Value = TypeVar("Value")
 
 _LAYER_OF: dict[type[nn.Module], type[AdaptedLayer]] = {
     nn.Linear: Linear,
@@ -98,9 +100,9 @@ def closest(pattern: str, names: Iterable[str]) -> str:
     return f"Closest: {first!r}{others}. Did you mean {suggestion!r}?"
 
 
-def pattern_values(patterns: Mapping[str, float], names: Sequence[str], what: str) -> dict[str, float]:
-    """The value for each name that some pattern of `rank_pattern` or `alpha_pattern` selects; the first one wins."""
-    values: dict[str, float] = {}
+def pattern_values(patterns: Mapping[str, Value], names: Sequence[str], what: str) -> dict[str, Value]:
+    """The value for each name that some pattern of `what` (rank_pattern, say) selects; the first one wins."""
+    values: dict[str, Value] = {}
     for pattern, value in patterns.items():
         hits = matching(pattern, names)
         if not hits:

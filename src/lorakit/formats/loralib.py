@@ -61,7 +61,7 @@ def read(path: str | Path, alpha: float | None, layouts: Mapping[str, Layout]) -
 
 def _update(A: Tensor, B: Tensor, alpha: float, layout: Layout) -> Update:
     rank = {"merged_linear": B.shape[1], "conv_loralib": A.shape[0] // layout.kernel_last}.get(layout.kind, A.shape[0])
-    return Update(layout.kind, A, B, rank, alpha, enable_lora=layout.enable_lora)
+    return Update(layout.kind, A, B, rank, alpha, blocks=layout.blocks)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

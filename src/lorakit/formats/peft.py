@@ -7,8 +7,8 @@
     trained whole                  <parameter>;  a bias of an adapted layer: .base_layer.bias
 
 Every key begins with `base_model.model.`. Two of lorakit's layers are written as the PEFT layer of the same function:
-a MergedLinear as one pair with a block-diagonal B, of rank and alpha times the number of its enabled blocks; a grouped
-convolution, whose groups share A, with A repeated along the diagonal, of rank times the groups.
+a MergedLinear as one pair with a block-diagonal B, of the sum of its blocks' ranks; a grouped convolution, whose groups
+share A, with A repeated along the diagonal, of rank times the groups.
 
 Reading refuses what it cannot place: PEFT itself drops unknown tensors without a word.
 """
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, Kind, Update
+from ..core.functional import block_diagonal
 from ..core.targets import matching
 from .files import replacing
 
@@ -117,31 +118,18 @@ def _as_peft(name: str, update: Update) -> Update:
             "size) and cannot be written exactly. Save it as a .pt file, or use attach() on a plain convolution."
         )
     if update.kind == "merged_linear":
-        blocks = sum(update.enable_lora)
-        return _scaled(update, blocks, kind="linear", B=_block_diagonal(update), enable_lora=())
+        B = block_diagonal(update.B, update.blocks)
+        return _with_rank(update, B.shape[1], kind="linear", B=B, blocks=())
     if update.kind == "conv" and update.groups > 1:
         A = _repeat_along_diagonal(update.A, update.groups)
-        return _scaled(update, update.groups, A=A)
+        return _with_rank(update, A.shape[0], A=A)
     return update
 
 
-def _scaled(update: Update, factor: int, **changes: Any) -> Update:
-    """`update` with `factor` times the rank and the same scale."""
-    alpha = update.alpha * (math.sqrt(factor) if update.rslora else factor)
-    return dataclasses.replace(update, rank=update.rank * factor, alpha=alpha, **changes)
-
-
-def _block_diagonal(update: Update) -> Tensor:
-    """B (block·n, r) of a MergedLinear as (out, r·n): block i reads its own r rows of A, disabled blocks are zero."""
-    block = update.B.shape[0] // sum(update.enable_lora)
-    full = update.B.new_zeros(block * len(update.enable_lora), update.rank * sum(update.enable_lora))
-    parts = iter(update.B.split(block))
-    column = 0
-    for index, enabled in enumerate(update.enable_lora):
-        if enabled:
-            full[index * block : (index + 1) * block, column : column + update.rank] = next(parts)
-            column += update.rank
-    return full
+def _with_rank(update: Update, rank: int, **changes: Any) -> Update:
+    """`update` with another rank and the same scale."""
+    alpha = update.scale * (math.sqrt(rank) if update.rslora else rank)
+    return dataclasses.replace(update, rank=rank, alpha=alpha, **changes)
 
 
 def _repeat_along_diagonal(A: Tensor, groups: int) -> Tensor:
@@ -275,8 +263,7 @@ def _as_grouped(name: str, update: Update, groups: int) -> Update:
             f"{name}: this update of a convolution with {groups} groups reads channels of other groups, so it is no "
             "update of the kernel and cannot be merged."
         )
-    alpha = update.alpha / (math.sqrt(groups) if update.rslora else groups)
-    return dataclasses.replace(update, A=shared.clone(), rank=update.rank // groups, alpha=alpha, groups=groups)
+    return _with_rank(update, update.rank // groups, A=shared.clone(), groups=groups)
 
 
 def _modules_to_save(config: dict[str, Any], trained: Mapping[str, Tensor]) -> tuple[str, ...]:
