@@ -19,7 +19,6 @@ if _TYPE_CHECKING:
     from .core.adapted import LoRALayer as LoRALayer
     from .core.adapter import Adapter as Adapter
     from .core.adapter import Update as Update
-    from .core.attach import Report as Report
     from .core.attach import attach as attach
     from .core.attach import detach as detach
     from .core.attach import disabled as disabled
@@ -35,6 +34,7 @@ if _TYPE_CHECKING:
     from .core.layers import Linear as Linear
     from .core.layers import MergedLinear as MergedLinear
     from .core.loralib import install_as_loralib as install_as_loralib
+    from .core.report import Report as Report
     from .core.trainable import lora_state_dict as lora_state_dict
     from .core.trainable import mark_only_lora_as_trainable as mark_only_lora_as_trainable
     from .formats import load as load
@@ -43,10 +43,11 @@ if _TYPE_CHECKING:
 _HOME = {
     "core.adapted": ("LoRALayer",),
     "core.adapter": ("Adapter", "Update"),
-    "core.attach": ("Report", "attach", "detach", "disabled", "merge", "unmerge"),
+    "core.attach": ("attach", "detach", "disabled", "merge", "unmerge"),
     "core.exchange": ("extract", "insert"),
     "core.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "MergedLinear"),
     "core.loralib": ("install_as_loralib",),
+    "core.report": ("Report",),
     "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
     "formats": ("load", "save"),
 }

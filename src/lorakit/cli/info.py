@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from collections import Counter
 
-    from ..core.attach import numberless
+    from ..core.report import numberless
     from ..formats import peft
 
     adapter = peft.read(args.adapter)

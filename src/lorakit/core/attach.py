@@ -12,8 +12,6 @@ pickling.
 from __future__ import annotations
 
 import contextlib
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +22,7 @@ from .adapted import AdaptedLayer, LoRALayer
 from .functional import Blocks
 from .init import INITS, RANDOM_INITS, Init
 from .layers import Linear, MergedLinear, blocks_of
+from .report import Report, Row
 from .targets import Filter, Selection, closest, is_transposed, layer_class, matching, pattern_values, select
 from .trainable import Bias, bias_names
 
@@ -37,44 +36,6 @@ class _Undo:
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the module's own parameters, before
     trained: dict[str, Tensor] = field(default_factory=dict)  # own parameters trained whole: their values before
     whole: bool = False  # the module was named in also_train
-
-
-@dataclass(frozen=True)
-class Row:
-    """One adapted module in a report: shape is (in, out) as the update sees it."""
-
-    name: str
-    kind: str
-    shape: tuple[int, int]
-    rank: int
-    parameters: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `attach` did. Printed, it is a table with one line for modules that differ in their numbers alone."""
-
-    rows: tuple[Row, ...]
-    trained: tuple[str, ...]  # parameters trained whole
-    skipped: dict[str, str]
-    trainable: int
-    total: int
-
-    def __str__(self) -> str:
-        groups: dict[tuple[str, str, tuple[int, int], int], list[Row]] = {}
-        for row in self.rows:
-            groups.setdefault((numberless(row.name), row.kind, row.shape, row.rank), []).append(row)
-        cells: list[tuple[str, ...]] = [("module", "", "kind", "in → out", "rank", "parameters")]
-        for (pattern, kind, (inputs, outputs), rank), rows in groups.items():
-            count = sum(row.parameters for row in rows)
-            cells.append((pattern, f"×{len(rows)}", kind, f"{inputs} → {outputs}", str(rank), f"{count:,}"))
-        lines = _table(cells)
-        counts = Counter(numberless(name) for name in self.trained)
-        lines += [f"trained whole: {name}  ×{count}" for name, count in counts.items()]
-        lines += [f"passed over: {name}: {reason}" for name, reason in self.skipped.items()]
-        percent = 100 * self.trainable / max(self.total, 1)
-        lines.append(f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {percent:.4f}")
-        return "\n".join(lines)
 
 
 def attach(
@@ -373,20 +334,3 @@ def _report(model: nn.Module, selection: Selection, trained: tuple[str, ...]) ->
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return Report(tuple(rows), trained, selection.skipped, trainable, total)
-
-
-def numberless(name: str) -> str:
-    """The name with the index of each numbered layer replaced by a star."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}")[1:]
-
-
-def _table(cells: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    left_aligned = {0, 2}
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left_aligned else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]

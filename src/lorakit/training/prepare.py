@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..core.attach import Report, attach
+from ..core.attach import attach
+from ..core.report import Report
 from . import report
 from .config import TrainConfig, warnings_for
 from .data import Data, read

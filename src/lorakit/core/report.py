@@ -1,0 +1,62 @@
+"""What `attach` did, as data and as the table that a person reads."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted module in a report: shape is (in, out) as the update sees it."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    rank: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `attach` did. Printed, it is a table with one line for modules that differ in their numbers alone."""
+
+    rows: tuple[Row, ...]
+    trained: tuple[str, ...]  # parameters trained whole
+    skipped: dict[str, str]
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str, tuple[int, int], int], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((numberless(row.name), row.kind, row.shape, row.rank), []).append(row)
+        cells: list[tuple[str, ...]] = [("module", "", "kind", "in → out", "rank", "parameters")]
+        for (pattern, kind, (inputs, outputs), rank), rows in groups.items():
+            count = sum(row.parameters for row in rows)
+            cells.append((pattern, f"×{len(rows)}", kind, f"{inputs} → {outputs}", str(rank), f"{count:,}"))
+        lines = _table(cells)
+        counts = Counter(numberless(name) for name in self.trained)
+        lines += [f"trained whole: {name}  ×{count}" for name, count in counts.items()]
+        lines += [f"passed over: {name}: {reason}" for name, reason in self.skipped.items()]
+        percent = 100 * self.trainable / max(self.total, 1)
+        lines.append(f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {percent:.4f}")
+        return "\n".join(lines)
+
+
+def numberless(name: str) -> str:
+    """The name with the index of each numbered layer replaced by a star."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}")[1:]
+
+
+def _table(cells: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    left_aligned = {0, 2}
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left_aligned else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
