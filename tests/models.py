@@ -44,6 +44,52 @@ def bert() -> nn.Module:
     return BertForSequenceClassification(config).eval()
 
 
+def qwen_moe(**settings) -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        **settings,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def gpt_oss(**settings) -> nn.Module:
+    """Experts whose matrices are stored transposed, with biases."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        **settings,
+    )
+    model = GptOssForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
 class Block(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()

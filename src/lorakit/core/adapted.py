@@ -102,6 +102,10 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """The inverse of `matrix`."""
         return matrix.view(self.weight.shape)
 
+    def draw(self, A: Tensor, B: Tensor, init: Init) -> None:
+        """Fill new factors in place such that ΔW = 0."""
+        random_factors(A, B, init)
+
     # --- the update -----------------------------------------------------------------------------------------------
 
     @property
@@ -139,7 +143,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
             self.register_buffer("lora_A0", A.clone())
             self.register_buffer("lora_B0", B.clone())
         else:
-            random_factors(A, B, init, embedding=isinstance(self, nn.Embedding))
+            self.draw(A, B, init)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         if dora:
             norm = torch.linalg.vector_norm(self.matrix(self.weight), dim=1, dtype=precise(self.weight[:0]).dtype)
@@ -168,32 +172,39 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def _dense(self) -> Tensor:
         return dense_update(*self.factors())
 
+    def adapted_weight(self) -> Tensor:
+        """g ⊙ (W + s·ΔW), dense: computed in float32 at least, rounded once to the weight's dtype."""
+        total = self.matrix(precise(self.weight)) + self.scaling * self._dense()
+        gain = self.gain()
+        if gain is not None:
+            total = total * gain[:, None]
+        return self.from_matrix(total).to(self.weight.dtype, memory_format=torch.contiguous_format)
+
     # --- merging --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W ← g ⊙ (W + s·ΔW), in float32 at least and rounded once. Nothing to do when merged already."""
+        """W ← g ⊙ (W + s·ΔW). Nothing to do when merged already."""
         if self.merged:
             return
         if self.has_update:
             base = self.weight
-            total = self.matrix(precise(base)) + self.scaling * self._dense()
-            gain = self.gain()
-            if gain is not None:
-                total = total * gain[:, None]
-            merged = self.from_matrix(total).to(base.dtype, memory_format=torch.contiguous_format)
+            merged = nn.Parameter(self.adapted_weight(), requires_grad=base.requires_grad)
             # Past nn.Module's __setattr__: the base weight must not appear among the parameters a second time.
             object.__setattr__(self, "_base_weight", base)
-            self.weight = nn.Parameter(merged, requires_grad=base.requires_grad)
+            self._put_weight(merged)
         self.merged = True
 
     def unmerge(self) -> None:
         """The weight as it was before `merge`, the same object, bit for bit."""
         if self._base_weight is not None:
             if self.has_update:  # a program that deleted lora_A while merged means to keep the merged weight
-                self.weight = self._base_weight
+                self._put_weight(self._base_weight)
             object.__delattr__(self, "_base_weight")
         self.merged = False
+
+    def _put_weight(self, weight: Tensor) -> None:
+        self.weight = weight
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
@@ -221,15 +232,18 @@ class AdaptedLayer(LoRALayer, nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._base_weight is not None and self.has_update:
             base = self._base_weight
-            destination[prefix + "weight"] = base if keep_vars else base.detach()
+            destination[self._weight_key(prefix)] = base if keep_vars else base.detach()
+
+    def _weight_key(self, prefix: str) -> str:
+        return f"{prefix}weight"
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with _unmerged(self):
+        with unmerged(self):
             super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         # .to(), .half(), .cuda(): move the base weight, then merge anew, so that it is rounded once.
-        with _unmerged(self):
+        with unmerged(self):
             return super()._apply(*args, **kwargs)
 
     def extra_repr(self) -> str:
@@ -237,7 +251,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         return f"{base}, r={self.r}, lora_alpha={self.lora_alpha}" if self.has_update else base
 
 
-class _unmerged:
+class unmerged:
     """Context in which a layer is not merged; afterwards it is again what it was."""
 
     def __init__(self, layer: AdaptedLayer) -> None:

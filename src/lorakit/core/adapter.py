@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .functional import Blocks
 
-Kind = Literal["linear", "merged_linear", "embedding", "conv", "conv_loralib"]
+Kind = Literal["linear", "merged_linear", "embedding", "conv", "conv_loralib", "experts"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Update:
     embedding       A (r, vocabulary)         B (dim, r)
     conv            A (r, in/groups, *k)      B (out, r, 1, …)
     conv_loralib    A (r·k_last, in·k_last)   B (out/groups·∏k[:-1], r·k_last)
+    experts         A (experts, r, in)        B (experts, out, r)
     """
 
     kind: Kind
@@ -40,6 +41,7 @@ class Update:
     fan_in_fan_out: bool = False  # linear: the module stores its weight as (in, out)
     blocks: Blocks = ()  # merged_linear: (size, rank) of each block of the output
     groups: int = 1  # conv
+    parameter: str = ""  # of a parameter that is read: its own name, the last part of the update's ("weight": no part)
 
     @property
     def scale(self) -> float:

@@ -22,8 +22,9 @@ from .adapted import AdaptedLayer, LoRALayer
 from .functional import Blocks
 from .init import INITS, RANDOM_INITS, Init
 from .layers import Linear, MergedLinear, blocks_of
+from .parameters import AdaptedParameter, adapt_parameter
 from .report import Report, Row
-from .targets import Filter, Selection, closest, is_transposed, layer_class, matching, pattern_values, select
+from .targets import Filter, Selection, Target, closest, is_transposed, layer_class, matching, pattern_values, select
 from .trainable import Bias, bias_names
 
 
@@ -59,7 +60,8 @@ def attach(
     """Adapt `model` in place: y = W x + b becomes y = W x + b + (alpha/rank) · B A x in every target layer.
 
     targets: "all-linear" (every linear layer but the head), a name's end ("q_proj"), a glob over whole names
-        ("*.q_proj"), a list of these, or a function (module, name) → bool.
+        ("*.q_proj"), a list of these, or a function (module, name) → bool. The name of a parameter that no layer
+        calls adapts it too ("experts.gate_up_proj"); that of an nn.MultiheadAttention, all its projections.
     rank, alpha: r and α; alpha=None means 2·rank. rank_pattern, alpha_pattern: other values for matching modules;
         a module with a rank of its own and no alpha of its own takes 2·rank when alpha is None.
         A sequence of ranks adapts the blocks of a fused output, 0 leaving one out: {"c_attn": [8, 0, 8]} is q and v of
@@ -76,12 +78,12 @@ def attach(
     """
     _check(rank, alpha, dropout, init)
     selection = select(model, targets)
-    names = list(selection.modules)
+    names = list(selection.targets)
     ranks = pattern_values(rank_pattern or {}, names, "rank_pattern")
     alphas = pattern_values(alpha_pattern or {}, names, "alpha_pattern")
     sizes = pattern_values(splits or {}, names, "splits")
     blocks = {
-        name: _blocks(name, selection.modules[name], ranks.get(name, rank), sizes.get(name))
+        name: _blocks(name, selection.targets[name], ranks.get(name, rank), sizes.get(name))
         for name in names
         if name in sizes or isinstance(ranks.get(name), Sequence)
     }
@@ -90,6 +92,9 @@ def attach(
             f"{next(iter(blocks))!r} is adapted in blocks, where dora and the init {init!r} have no meaning: they take "
             f"the whole weight. Use dora=False and one of the inits {', '.join(map(repr, RANDOM_INITS))}."
         )
+    for name, target in selection.targets.items():
+        if target.parameter:
+            _check_parameter(name, target, dropout, dora, init)
     settings: dict[str, tuple[int, float]] = {}
     for name in names:
         own_rank = max(own for _, own in blocks[name]) if name in blocks else ranks.get(name, rank)
@@ -100,26 +105,30 @@ def attach(
     whole = _modules_trained_whole(model, also_train, selection)
     bias_names(model, bias)  # refuses an unknown word before anything changes
 
-    for name, module in selection.modules.items():
+    for name, target in selection.targets.items():
         own_rank, own_alpha = settings[name]
-        layer = adopt(module, dropout, blocks.get(name, ()))
+        layer = adopt(target, dropout, blocks.get(name, ()))
         layer.create_update(
-            own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(module)
+            own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(layer.weight)
         )
     trained = choose_trainable(model, whole, bias, freeze=freeze)
     return _report(model, selection, trained)
 
 
-def adopt(module: nn.Module, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
-    """Change the class of a plain layer to its adapted one; it has no update yet.
+def adopt(target: Target, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
+    """Change the class of a plain layer, or of the module that owns a parameter, to its adapted one.
 
-    blocks: (size, rank) of each block of a fused output, for a `MergedLinear`.
+    Returns the adapted layer, which has no update yet. blocks: (size, rank) of each block of a fused output.
     """
+    module = target.module
+    undo = _undo(module)
+    if undo.original_class is None:
+        undo.original_class = type(module)
+        undo.attributes = frozenset(module.__dict__)
+    if target.parameter:
+        return adapt_parameter(module, target.parameter)
     cls = MergedLinear if blocks else layer_class(module)
     assert cls is not None, "select() lets only adaptable modules through"
-    undo = _undo(module)
-    undo.original_class = type(module)
-    undo.attributes = frozenset(module.__dict__)
     transposed = is_transposed(module)
     module.__class__ = cls
     assert isinstance(module, AdaptedLayer)
@@ -134,11 +143,9 @@ def adopt(module: nn.Module, dropout: float, blocks: Blocks = ()) -> AdaptedLaye
     return module
 
 
-def factor_dtype(module: nn.Module) -> torch.dtype:
+def factor_dtype(weight: Tensor) -> torch.dtype:
     """float32 beside half-precision weights: a step of the optimizer is too small for them to hold."""
-    dtype = module.weight.dtype
-    assert isinstance(dtype, torch.dtype)
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
 
 
 def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, freeze: bool) -> tuple[str, ...]:
@@ -172,9 +179,11 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The layers with an update, by name; a shared layer once."""
+    """The layers and parameters with an update, by name; a shared one once."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, AdaptedLayer) and module.has_update
+        module.public_name(name) if isinstance(module, AdaptedParameter) else name: module
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLayer) and module.has_update
     }
 
 
@@ -246,13 +255,26 @@ def _check(rank: int, alpha: float | None, dropout: float, init: str) -> None:
         raise ValueError(f"init={init!r}: expected one of {', '.join(map(repr, INITS))}.")
 
 
-def _blocks(name: str, module: nn.Module, rank: int | Sequence[int], sizes: Sequence[int] | None) -> Blocks:
+def _check_parameter(name: str, target: Target, dropout: float, dora: bool, init: Init) -> None:
+    """Refuse what has no meaning for a parameter that is read."""
+    what = f"{name!r} is a weight that {type(target.module).__name__} or its parent reads"
+    if dropout > 0:
+        raise ValueError(f"{what}, so its update has no input to drop: use dropout=0, or leave it out of the targets.")
+    if target.weight.dim() == 3 and (dora or init not in RANDOM_INITS):
+        raise ValueError(
+            f"{what}, with a matrix for each expert: use dora=False and one of the inits "
+            f"{', '.join(map(repr, RANDOM_INITS))}."
+        )
+
+
+def _blocks(name: str, target: Target, rank: int | Sequence[int], sizes: Sequence[int] | None) -> Blocks:
     """(size, rank) of each block of a fused linear layer's output."""
-    weight = module._parameters.get("weight")
-    if layer_class(module) is not Linear or weight is None:
-        raise ValueError(f"{name!r} is a {type(module).__name__}: only the output of a linear layer comes in blocks.")
+    module = target.module
+    if target.parameter or layer_class(module) is not Linear:
+        kind = "parameter" if target.parameter else type(module).__name__
+        raise ValueError(f"{name!r} is a {kind}: only the output of a linear layer comes in blocks.")
     try:
-        blocks = blocks_of(weight.shape[1 if is_transposed(module) else 0], rank, splits=sizes)
+        blocks = blocks_of(target.weight.shape[1 if is_transposed(module) else 0], rank, splits=sizes)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
     if not any(own for _, own in blocks):
@@ -269,7 +291,7 @@ def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selectio
         if not hits:
             raise ValueError(f"also_train={pattern!r} matches no module. {closest(pattern, names)}".rstrip())
         for name in hits:
-            inside = [target for target in selection.modules if f"{target}.".startswith(f"{name}.")]
+            inside = [target for target in selection.targets if f"{target}.".startswith(f"{name}.")]
             if inside:
                 raise ValueError(
                     f"also_train={pattern!r} trains {name!r} whole, but targets adapts {inside[0]!r} in it. Choose one."
@@ -324,11 +346,11 @@ def _layers_or_error(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def _report(model: nn.Module, selection: Selection, trained: tuple[str, ...]) -> Report:
+    layers = adapted_layers(model)
     rows = []
-    for name in selection.modules:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, AdaptedLayer)
-        outputs, inputs = layer.matrix(layer.weight).shape
+    for name in selection.targets:
+        layer = layers[name]
+        outputs, inputs = layer.matrix(layer.weight).shape[-2:]
         count = sum(p.numel() for local, p in layer.named_parameters(recurse=False) if local.startswith("lora_"))
         rows.append(Row(name, type(layer).__name__, (inputs, outputs), layer.r, count))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -16,7 +16,9 @@ from .adapted import AdaptedLayer
 from .adapter import Adapter, Kind, Layout, Update
 from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, trained_whole
 from .layers import ConvLoRA, Embedding, Linear, MergedLinear, block_shapes
-from .targets import closest, is_transposed, layer_class, matching, refusal
+from .parameters import AdaptedParameter, parameter_factor_shapes
+from .targets import Target, candidates, closest, is_transposed, layer_class, matching, matrices, refusal
+from .trainable import bias_names
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -29,7 +31,7 @@ def extract(model: nn.Module) -> Adapter:
     if not layers and not parameters:
         raise ValueError(f"{type(model).__name__} has no adapter to extract: call lorakit.attach first.")
     frozen_bias = {name for name in parameters if not any(name.startswith(f"{module}.") for module in whole)}
-    adapted_bias = {f"{name}.bias" for name in layers}
+    adapted_bias = bias_names(model, "lora_only")
     config = getattr(model, "config", None)
     return Adapter(
         updates={name: _update_of(layer) for name, layer in layers.items()},
@@ -58,9 +60,10 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     if set(adapter.updates) | set(adapter.trained) <= set(problems):
         raise ValueError(f"nothing in the adapter fits {type(model).__name__}: its modules have other names or shapes.")
 
+    layers, targets = adapted_layers(model), candidates(model)
     for name, update in adapter.updates.items():
         if name not in problems:
-            _insert_update(model.get_submodule(name), update, adapter.dropout)
+            _insert_update(layers.get(name), targets[name], update, adapter.dropout)
     trained = {name: value for name, value in adapter.trained.items() if name not in problems}
     whole = [name for name in adapter.also_train if any(key.startswith(f"{name}.") for key in trained)]
     choose_trainable(model, whole, adapter.bias, freeze=True)
@@ -72,6 +75,8 @@ def layouts(model: nn.Module) -> dict[str, Layout]:
     """How each layer of `model` that is, or could be, adapted lays out its factors: what a loralib file leaves out."""
     found: dict[str, Layout] = {}
     for name, module in model.named_modules():
+        if isinstance(module, AdaptedParameter):
+            continue  # loralib has none
         if isinstance(module, AdaptedLayer) and module.has_update:
             found[name] = Layout(
                 kind=_kind_of(module),
@@ -81,6 +86,11 @@ def layouts(model: nn.Module) -> dict[str, Layout]:
         elif name and layer_class(module) in (Linear, Embedding):
             found[name] = Layout(kind="embedding" if isinstance(module, nn.Embedding) else "linear")
     return found
+
+
+def owned_matrices(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The matrices that each module owns and that are no layer's: what a PEFT folder tells by their order alone."""
+    return {name: own for name, module in model.named_modules() if (own := matrices(module))}
 
 
 def _update_of(layer: AdaptedLayer) -> Update:
@@ -100,6 +110,7 @@ def _update_of(layer: AdaptedLayer) -> Update:
         fan_in_fan_out=isinstance(layer, Linear) and layer.fan_in_fan_out,
         blocks=layer.blocks if isinstance(layer, MergedLinear) else (),
         groups=layer.groups if isinstance(layer, ConvLoRA) else 1,
+        parameter=layer.parameter if isinstance(layer, AdaptedParameter) else "",
     )
 
 
@@ -108,15 +119,17 @@ def _kind_of(layer: AdaptedLayer) -> Kind:
         return "conv" if layer.is_factored else "conv_loralib"
     if isinstance(layer, Embedding):
         return "embedding"
+    if layer.lora_A.dim() == 3:
+        return "experts"
     return "merged_linear" if isinstance(layer, MergedLinear) else "linear"
 
 
-def _insert_update(module: nn.Module, update: Update, dropout: float) -> None:
-    if isinstance(module, AdaptedLayer):
-        layer, dtype = module, module.lora_A.dtype
+def _insert_update(layer: AdaptedLayer | None, target: Target, update: Update, dropout: float) -> None:
+    if layer is not None:
+        dtype = layer.lora_A.dtype
     else:
-        dtype = factor_dtype(module)
-        layer = adopt(module, dropout, update.blocks)
+        dtype = factor_dtype(target.weight)
+        layer = adopt(target, dropout, update.blocks)
     was_merged = layer.merged
     layer.unmerge()
     for name in ("lora_A0", "lora_B0"):
@@ -130,15 +143,15 @@ def _insert_update(module: nn.Module, update: Update, dropout: float) -> None:
 
 def _misfits(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     """Why each update or tensor has no place in `model`, by name."""
-    modules = dict(model.named_modules())
+    layers, targets = adapted_layers(model), candidates(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     problems: dict[str, str] = {}
     for name, update in adapter.updates.items():
-        reason = _misfit(model, name, modules.get(name), update)
+        reason = _misfit(layers.get(name), targets.get(name), update)
         if reason:
             problems[name] = f"{name}: {reason}"
     if len(problems) == len(adapter.updates) and adapter.updates:
-        hint = closest(next(iter(adapter.updates)), [name for name, module in modules.items() if layer_class(module)])
+        hint = closest(next(iter(adapter.updates)), [name for name, target in targets.items() if not refusal(target)])
         first = next(iter(problems))
         problems[first] = f"{problems[first]}. {hint}".rstrip(". ")
     for name, value in adapter.trained.items():
@@ -146,49 +159,54 @@ def _misfits(model: nn.Module, adapter: Adapter) -> dict[str, str]:
             problems[name] = f"{name}: the model has no such parameter"
         elif parameters[name].shape != value.shape:
             problems[name] = f"{name}: shape {tuple(value.shape)}, the model has {tuple(parameters[name].shape)}"
-    for name in adapted_layers(model):
+    for name in layers:
         if name not in adapter.updates:
             problems[name] = f"{name}: adapted in the model, missing in the adapter"
     return problems
 
 
-def _misfit(model: nn.Module, name: str, module: nn.Module | None, update: Update) -> str | None:
-    if module is None:
-        return "the model has no such module"
-    if isinstance(module, AdaptedLayer) and module.has_update:
-        present = _update_of(module)
+def _misfit(layer: AdaptedLayer | None, target: Target | None, update: Update) -> str | None:
+    if layer is not None:
+        present = _update_of(layer)
         if present.kind != update.kind:
             return f"holds a {update.kind} update, the model has a {present.kind} one"
         # Another rank is no misfit of an attached layer, but a constructor's layer has the rank it was made with.
         expected = {key: tuple(tensor.shape) for key, tensor in present.tensors().items()}
         found = {key: tuple(tensor.shape) for key, tensor in update.tensors().items()}
         return None if expected == found else f"shapes {found}, the model has {expected}"
-    reason = refusal(model, name, module)
+    if target is None:
+        return "the model has no such module"
+    reason = refusal(target)
     if reason:
         return reason
-    cls = layer_class(module)
-    expected_kinds: dict[str, type[AdaptedLayer]] = {
-        "linear": Linear,
-        "merged_linear": Linear,
-        "embedding": Embedding,
-        "conv": ConvLoRA,
-    }
-    if cls is None or not issubclass(cls, expected_kinds.get(update.kind, ())):
-        return f"holds a {update.kind} update, the model has {type(module).__name__}"
+    if update.kind not in _plain_kinds(target):
+        return f"holds a {update.kind} update, the model has {target.parameter or type(target.module).__name__}"
     shapes = tuple(update.A.shape), tuple(update.B.shape)
-    wanted = _plain_shapes(module, cls, update)
+    wanted = _plain_shapes(target, update)
     if shapes != wanted:
         return f"A and B are {shapes[0]} and {shapes[1]}, the layer needs {wanted[0]} and {wanted[1]}"
     return None
 
 
-def _plain_shapes(module: nn.Module, cls: type[AdaptedLayer], update: Update) -> tuple[tuple[int, ...], ...]:
-    """The factors' shapes for a module that is not adapted yet."""
-    rank = update.rank
+def _plain_kinds(target: Target) -> tuple[Kind, ...]:
+    """The kinds of update for what is not adapted yet."""
+    if target.parameter:
+        return ("experts",) if target.weight.dim() == 3 else ("linear",)
+    cls = layer_class(target.module)
+    if cls is Linear:
+        return "linear", "merged_linear"
+    return ("embedding",) if cls is Embedding else ("conv",)
+
+
+def _plain_shapes(target: Target, update: Update) -> tuple[tuple[int, ...], ...]:
+    """The factors' shapes for what is not adapted yet."""
+    module, weight, rank = target.module, target.weight, update.rank
+    if target.parameter:
+        return parameter_factor_shapes(module, weight, rank)
+    cls = layer_class(module)
+    assert cls is not None, "refused before"
     if cls is not Linear:
         return cls.factor_shapes(module, rank)  # type: ignore[arg-type]  # reads the sizes that torch's class has too
-    weight = module.weight
-    assert isinstance(weight, Tensor)
     outputs, inputs = weight.shape[::-1] if is_transposed(module) else weight.shape
     if update.blocks and sum(size for size, _ in update.blocks) == outputs:
         return block_shapes(update.blocks, inputs)
@@ -198,7 +216,7 @@ def _plain_shapes(module: nn.Module, cls: type[AdaptedLayer], update: Update) ->
 def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
     """Name endings that select the adapted modules and no other module, as other readers expect them ("q_proj")."""
     wanted = set(adapted)
-    others = [name for name, _ in model.named_modules() if name and name not in wanted]
+    others = [name for name in candidates(model) if name not in wanted]
     selective: dict[str, bool] = {}
     chosen: set[str] = set()
     for name in adapted:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .adapted import AdaptedLayer, LoRALayer, joined
 from .functional import Blocks, block_diagonal, lora_embedding, lora_linear
-from .init import random_factors
+from .init import Init, random_factors
 
 _NONE_ENABLED: Sequence[bool] = (False,)  # loralib's default
 
@@ -63,7 +63,7 @@ class Linear(AdaptedLayer, nn.Linear):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.has_update:
-            random_factors(self.lora_A, self.lora_B, "kaiming")
+            self.draw(self.lora_A, self.lora_B, "kaiming")
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.in_features), (self.out_features, rank)
@@ -216,7 +216,10 @@ class Embedding(AdaptedLayer, nn.Embedding):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.has_update:
-            random_factors(self.lora_A, self.lora_B, "kaiming", embedding=True)
+            self.draw(self.lora_A, self.lora_B, "kaiming")
+
+    def draw(self, A: Tensor, B: Tensor, init: Init) -> None:
+        random_factors(A, B, init, embedding=True)
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.num_embeddings), (self.embedding_dim, rank)
@@ -292,7 +295,7 @@ class ConvLoRA(AdaptedLayer):
     def reset_parameters(self) -> None:
         super().reset_parameters()  # type: ignore[misc]  # of the convolution class beside this one
         if self.has_update:
-            random_factors(self.lora_A, self.lora_B, "kaiming")
+            self.draw(self.lora_A, self.lora_B, "kaiming")
 
     @property
     def conv(self) -> nn.Module:

@@ -5,7 +5,9 @@ A target is a glob over whole dotted names ("*.q_proj", "model.layers.[0-3].*"),
 ones is the commonest way to train less than was meant (problem 4).
 
 Dispatch is on the exact type. A subclass of `nn.Linear` may read its weight in a way of its own (quantised, sharded,
-padded), and some parents read a child's weight without calling it; both are refused with the reason.
+padded), and is refused with the reason. Where a weight is read and no layer of its own is called, the parameter itself
+is the target: attention's `in_proj_weight`, the layers whose weights torch's attention and encoder layer read, and, by
+their names alone, any other matrix or stack of matrices ("experts.gate_up_proj").
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from .adapted import AdaptedLayer
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
+from .parameters import adapted_parameters
 
 ALL_LINEAR = "all-linear"
 Filter = Callable[[nn.Module, str], bool]
@@ -36,13 +39,27 @@ _LAYER_OF: dict[type[nn.Module], type[AdaptedLayer]] = {
 # Named, not imported: transformers' linear layer with a transposed weight (GPT-2).
 _TRANSFORMERS_CONV1D = ("transformers.pytorch_utils", "Conv1D")
 _ADAPTABLE = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+# They hand the weights of their linear children to a function, in their fast paths or always.
+_READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What can be adapted under one name: a layer, or a parameter of a module."""
+
+    module: nn.Module
+    parameter: str = ""  # empty: the module is a layer
+
+    @property
+    def weight(self) -> Any:
+        return self.module._parameters.get(self.parameter or "weight")
 
 
 @dataclass
 class Selection:
-    """Modules to adapt by name, and those that "all-linear" passed over with the reason."""
+    """What to adapt by name, and what "all-linear" passed over with the reason."""
 
-    modules: dict[str, nn.Module] = field(default_factory=dict)
+    targets: dict[str, Target] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -56,24 +73,49 @@ def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
     return Linear if is_transposed(module) else _LAYER_OF.get(type(module))
 
 
-def select(model: nn.Module, targets: str | Iterable[str] | Filter) -> Selection:
-    """The modules of `model` that `targets` names.
+def candidates(model: nn.Module) -> dict[str, Target]:
+    """Every name that a target can match: those of modules, and those of matrices that are no layer's."""
+    found: dict[str, Target] = {}
+    read: set[int] = set()  # layers whose weight is read by their parent
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _READING_PARENTS):
+            read |= {id(child) for child in module.children() if isinstance(child, nn.Linear)}
+        if name:
+            found[name] = Target(module, "weight" if id(module) in read else "")
+        prefix = f"{name}." if name else ""
+        found |= {prefix + parameter: Target(module, parameter) for parameter in matrices(module)}
+    return found
 
-    Raises ValueError when a target matches nothing, or matches a module that cannot be adapted.
+
+def matrices(module: nn.Module) -> tuple[str, ...]:
+    """The names of the module's own parameters that can be adapted as they are: matrices, and stacks of them."""
+    if isinstance(module, (AdaptedLayer, *_ADAPTABLE)) or layer_class(module):
+        return ()
+    return tuple(
+        name
+        for name, value in module._parameters.items()
+        if value is not None and value.dim() in (2, 3) and min(value.shape) > 1 and not name.startswith("lora_")
+    )
+
+
+def select(model: nn.Module, targets: str | Iterable[str] | Filter) -> Selection:
+    """What `targets` names in `model`.
+
+    Raises ValueError when a target matches nothing, or matches something that cannot be adapted.
     """
+    named = candidates(model)
     if callable(targets):
-        return _by_filter(model, targets)
+        return _by_filter(model, named, targets)
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
         raise ValueError("targets is empty: name at least one module, or use 'all-linear'.")
-    named = dict(model.named_modules(remove_duplicate=False))
     selection = Selection()
     for pattern in patterns:
         if pattern == ALL_LINEAR:
-            _all_linear(model, selection)
+            _all_linear(model, named, selection)
         else:
             _by_pattern(model, named, pattern, patterns, selection)
-    selection.modules = _without_duplicates(selection.modules)
+    selection.targets = _without_duplicates(selection.targets)
     return selection
 
 
@@ -114,57 +156,64 @@ def pattern_values(patterns: Mapping[str, Value], names: Sequence[str], what: st
     return values
 
 
-def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
-    """Why `module` cannot be adapted, or None when it can."""
+def refusal(target: Target) -> str | None:
+    """Why `target` cannot be adapted, or None when it can."""
+    module, kind = target.module, type(target.module).__name__
+    if isinstance(module, AdaptedLayer) and not module.has_update:
+        return f"it is a {kind} made with r=0"
+    if isinstance(module, AdaptedLayer) or target.parameter in adapted_parameters(module):
+        return "it is adapted already; call lorakit.detach(model) first"
+    if isinstance(module, nn.RNNBase):
+        return f"{kind} hands over its weights from a list of its own, so an adapter would do nothing"
+    return _weight_refusal(target.weight) if target.parameter else _layer_refusal(module)
+
+
+def _layer_refusal(module: nn.Module) -> str | None:
     kind = type(module).__name__
-    if isinstance(module, AdaptedLayer):
-        return (
-            "it is adapted already; call lorakit.detach(model) first"
-            if module.has_update
-            else f"it is a {kind} made with r=0"
-        )
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return f"{kind} is not supported: its weight is laid out (in, out/groups, *k)"
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-        return f"{type(parent).__name__} reads its weight without calling it, so an adapter would do nothing"
     if layer_class(module) is None:
         if isinstance(module, _ADAPTABLE):
             return f"{type(module).__module__}.{kind} is a subclass that may read its weight in a way of its own"
         inside = [child for child, inner in module.named_modules() if child and layer_class(inner)]
+        inside += matrices(module)
         hint = f"; inside it: {', '.join(inside[:6])}" if inside else ""
         return f"{kind} is no linear, embedding or convolution layer{hint}"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed from other parameters (weight_norm, parametrisation)"
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        return f"its weight is stored as {weight.dtype}; load the model dequantised"
     if "forward" in module.__dict__:
         return "its forward is replaced on the instance (a device_map hook?), so changing its class would do nothing"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return f"max_norm={module.max_norm} renormalises the frozen weight in place at each lookup"
+    return _weight_refusal(module._parameters.get("weight"))
+
+
+def _weight_refusal(weight: Any) -> str | None:
+    if weight is None:
+        return "its weight is computed from other parameters (weight_norm, parametrisation)"
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"its weight is stored as {weight.dtype}; load the model dequantised"
     return None
 
 
-def _by_filter(model: nn.Module, wanted: Filter) -> Selection:
+def _by_filter(model: nn.Module, named: dict[str, Target], wanted: Filter) -> Selection:
     selection = Selection()
     for name, module in model.named_modules():
         if name and wanted(module, name):
-            _take(model, name, module, selection)
-    if not selection.modules:
+            _take(named, name, selection)
+    if not selection.targets:
         raise ValueError(f"targets={wanted!r} selects no module of {type(model).__name__}.")
     return selection
 
 
 def _by_pattern(
-    model: nn.Module, named: dict[str, nn.Module], pattern: str, patterns: list[str], selection: Selection
+    model: nn.Module, named: dict[str, Target], pattern: str, patterns: list[str], selection: Selection
 ) -> None:
-    hits = matching(pattern, (name for name in named if name))
+    hits = matching(pattern, named)
     if _is_glob(pattern):
-        # A glob such as "*.attn*" may run over containers and norms; what it must not do is pass over a weight.
-        hits = [name for name in hits if layer_class(named[name]) or isinstance(named[name], _ADAPTABLE)]
+        # A glob such as "*.attn*" may run over containers, norms and position tables; what it must not do is pass over
+        # a layer.
+        hits = [name for name in hits if _is_layer(named[name])]
     if not hits:
-        adaptable = [name for name, module in named.items() if layer_class(module)]
+        adaptable = [name for name, target in named.items() if _is_layer(target)]
         message = (
             f"targets={patterns} match no module of {type(model).__name__}"
             if len(patterns) == 1
@@ -172,29 +221,50 @@ def _by_pattern(
         )
         raise ValueError(f"{message}.\n{closest(pattern, adaptable)}".rstrip())
     for name in hits:
-        _take(model, name, named[name], selection)
+        _take(named, name, selection)
 
 
-def _take(model: nn.Module, name: str, module: nn.Module, selection: Selection) -> None:
-    reason = refusal(model, name, module)
+def _take(named: dict[str, Target], name: str, selection: Selection) -> None:
+    target = named[name]
+    if isinstance(target.module, nn.MultiheadAttention) and not target.parameter:
+        for inner in (*matrices(target.module), "out_proj"):
+            _take(named, f"{name}.{inner}", selection)
+        return
+    reason = refusal(target)
     if reason:
         raise ValueError(f"{name!r} cannot be adapted: {reason}.")
-    selection.modules[name] = module
+    selection.targets[name] = target
 
 
-def _all_linear(model: nn.Module, selection: Selection) -> None:
-    """Every linear layer but the model's head, as PEFT's "all-linear" does."""
-    for name, module in model.named_modules():
-        if not name or not (isinstance(module, nn.Linear) or is_transposed(module)) or _is_head(model, name, module):
+def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection) -> None:
+    """Every linear layer but the model's head, as PEFT's "all-linear" does, and attention's projections."""
+    for name, target in named.items():
+        module = target.module
+        if _is_stack(target):
+            selection.skipped[name] = f"{type(module).__name__} has a matrix for each expert; name it to adapt them"
+        linear = isinstance(module, nn.Linear | nn.MultiheadAttention) or is_transposed(module)
+        if not linear or (isinstance(module, nn.MultiheadAttention) and not target.parameter):
             continue
-        reason = refusal(model, name, module)
+        if _is_head(model, name, module):
+            continue
+        reason = refusal(target)
         if reason:
             selection.skipped[name] = reason
         else:
-            selection.modules[name] = module
-    if not selection.modules:
+            selection.targets[name] = target
+    if not selection.targets:
         why = "".join(f"\n  {name}: {reason}" for name, reason in list(selection.skipped.items())[:5])
         raise ValueError(f"targets='all-linear' finds no linear layer in {type(model).__name__} to adapt.{why}")
+
+
+def _is_layer(target: Target) -> bool:
+    """Whether this is a layer of a kind that is adapted, or one's weight, or attention's: not any matrix."""
+    kinds = (*_ADAPTABLE, nn.MultiheadAttention)
+    return layer_class(target.module) is not None or isinstance(target.module, kinds)
+
+
+def _is_stack(target: Target) -> bool:
+    return bool(target.parameter) and target.weight is not None and target.weight.dim() == 3
 
 
 def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
@@ -206,12 +276,12 @@ def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
     return module is output or (has_base and not name.startswith(prefix + "."))
 
 
-def _without_duplicates(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Each module once, under its first name: layers may be shared (ALBERT)."""
-    names: dict[int, str] = {}
-    for name, module in modules.items():
-        names.setdefault(id(module), name)
-    return {name: modules[name] for name in names.values()}
+def _without_duplicates(targets: dict[str, Target]) -> dict[str, Target]:
+    """Each one once, under its first name: layers may be shared (ALBERT)."""
+    names: dict[tuple[int, str], str] = {}
+    for name, target in targets.items():
+        names.setdefault((id(target.module), target.parameter), name)
+    return {name: targets[name] for name in names.values()}
 
 
 def _is_glob(pattern: str) -> bool:

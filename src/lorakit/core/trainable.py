@@ -36,11 +36,10 @@ def bias_names(model: nn.Module, bias: Bias) -> set[str]:
         return set()
     if bias == "all":
         return {name for name, _ in model.named_parameters() if _is_bias(name.rpartition(".")[2])}
-    return {
-        _join(prefix, "bias")
-        for prefix, module in model.named_modules()
-        if isinstance(module, LoRALayer) and isinstance(getattr(module, "bias", None), nn.Parameter)
-    }
+    layers = (module for module in model.modules() if isinstance(module, LoRALayer))
+    # By identity: the bias beside an adapted parameter is its owner's.
+    own = {id(beside) for layer in layers if isinstance(beside := getattr(layer, "bias", None), nn.Parameter)}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:

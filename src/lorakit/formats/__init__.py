@@ -12,7 +12,7 @@ from typing import Literal
 from torch import nn
 
 from ..core.adapter import Adapter
-from ..core.exchange import extract, insert, layouts
+from ..core.exchange import extract, insert, layouts, owned_matrices
 from . import loralib, peft
 
 Format = Literal["peft", "loralib"]
@@ -50,7 +50,7 @@ def load(
     else:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such adapter folder.")
-        adapter = peft.read(path.parent if path.name == peft.TENSORS else path)
+        adapter = peft.read(path.parent if path.name == peft.TENSORS else path, owned_matrices(model))
     insert(model, adapter, force=force)
     return adapter
 

@@ -25,8 +25,14 @@ def write(adapter: Adapter, path: str | Path) -> None:
     """Write `adapter` as loralib does. Raises ValueError for what loralib has no layer for."""
     tensors: dict[str, Tensor] = {}
     for name, update in adapter.updates.items():
-        if update.kind == "conv" or update.magnitude is not None:
-            what = "a factored convolution" if update.kind == "conv" else "a DoRA layer"
+        if update.kind == "conv" or update.magnitude is not None or update.parameter:
+            what = (
+                "a parameter"
+                if update.parameter
+                else "a factored convolution"
+                if update.kind == "conv"
+                else "a DoRA layer"
+            )
             raise ValueError(f"{name} is {what}, which loralib does not have. Save into a folder (PEFT's format).")
         tensors |= {f"{name}.{key}": tensor for key, tensor in update.tensors().items()}
     tensors |= adapter.trained

@@ -6,9 +6,11 @@
     DoRA                           .lora_magnitude_vector (out); convolution (1, out, 1, …)
     trained whole                  <parameter>;  a bias of an adapted layer: .base_layer.bias
 
-Every key begins with `base_model.model.`. Two of lorakit's layers are written as the PEFT layer of the same function:
-a MergedLinear as one pair with a block-diagonal B, of the sum of its blocks' ranks; a grouped convolution, whose groups
-share A, with A repeated along the diagonal, of rank times the groups.
+Every key begins with `base_model.model.`; parameters that are adapted without a layer have names of their own there
+(`peft_names.py`). Some updates are written as the PEFT layer of the same function: a MergedLinear as one pair with a
+block-diagonal B, of the sum of its blocks' ranks; a grouped convolution, whose groups share A, with A repeated along
+the diagonal, of rank times the groups; experts with A (experts·r, in), expert by expert, and B (out, r·experts), whose
+columns run over the experts first.
 
 Reading refuses what it cannot place: PEFT itself drops unknown tensors without a word.
 """
@@ -32,6 +34,7 @@ from ..core.adapter import Adapter, Kind, Update
 from ..core.functional import block_diagonal
 from ..core.targets import matching
 from .files import replacing
+from .peft_names import Names, Place, places, plain, target_names, wrapped
 
 CONFIG, TENSORS, LEGACY_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -52,13 +55,14 @@ def write(adapter: Adapter, folder: str | Path) -> None:
     only, an empty or non-finite tensor.
     """
     updates = {name: _as_peft(name, update) for name, update in adapter.updates.items()}
-    tensors = _tensors(updates, adapter)
+    where = places(adapter.updates)
+    tensors = _tensors(updates, where, adapter)
     for key, tensor in tensors.items():
         if tensor.numel() == 0:
             raise ValueError(f"{key} is empty: a sharded model must be gathered before its adapter is saved.")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} holds NaN or infinite numbers; the adapter is not saved.")
-    config = _config(updates, adapter)
+    config = _config(updates, where, adapter)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / TENSORS) as path:
@@ -67,10 +71,15 @@ def write(adapter: Adapter, folder: str | Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read(folder: str | Path) -> Adapter:
-    """The adapter in `folder`. Raises FileNotFoundError, or ValueError naming every key that has no place."""
+def read(folder: str | Path, parameters: Mapping[str, tuple[str, ...]] | None = None) -> Adapter:
+    """The adapter in `folder`. Raises FileNotFoundError, or ValueError naming every key that has no place.
+
+    parameters: the names of the matrices that each module of the model owns (`core.exchange.owned_matrices`). Without
+    them an attention is named instead of its parameter, and experts' parameters come in the order of the configuration.
+    """
     folder = Path(folder)
     config = _read_config(folder)
+    names = Names(config.get("target_parameters") or (), parameters)
     tensors = _read_tensors(folder)
     fields: dict[str, dict[str, Tensor]] = {}
     kinds: dict[str, Kind] = {}
@@ -88,15 +97,19 @@ def read(folder: str | Path) -> Adapter:
         elif "lora_" in path or ".token_adapter." in path or path == key:
             homeless.append(key)
         elif ".original_module." not in path:  # with bias="all" PEFT also saves the untrained copy of a head's bias
-            trained[path.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+            trained[plain(path)] = tensor
     homeless += [f"{name}.lora_*" for name, parts in fields.items() if not {"A", "B"} <= parts.keys()]
     if homeless or not (fields or trained):
         listed = "\n".join(f"  {key}" for key in homeless[:20]) or "  (no tensor at all)"
         raise ValueError(f"{folder / TENSORS}: keys that no LoRA layer of lorakit has:\n{listed}")
-    settings = _settings(config, list(fields))
+    settings = _settings(config)
+    updates: dict[str, Update] = {}
+    for path, parts in fields.items():
+        name, key = names.name_and_key(path)
+        updates[name] = _update(name, kinds[path], parts, *settings(key), config)
     also_train = _modules_to_save(config, trained)
     return Adapter(
-        updates={name: _update(name, kinds[name], parts, *settings[name], config) for name, parts in fields.items()},
+        updates=updates,
         trained=trained,
         also_train=also_train,
         bias=config.get("bias") or "none",
@@ -123,6 +136,8 @@ def _as_peft(name: str, update: Update) -> Update:
     if update.kind == "conv" and update.groups > 1:
         A = _repeat_along_diagonal(update.A, update.groups)
         return _with_rank(update, A.shape[0], A=A)
+    if update.kind == "experts":
+        return dataclasses.replace(update, A=update.A.flatten(0, 1), B=update.B.permute(1, 2, 0).flatten(1))
     return update
 
 
@@ -141,7 +156,7 @@ def _repeat_along_diagonal(A: Tensor, groups: int) -> Tensor:
     return full.view(groups * rank, groups * channels, *kernel)
 
 
-def _tensors(updates: Mapping[str, Update], adapter: Adapter) -> dict[str, Tensor]:
+def _tensors(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: Adapter) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, update in updates.items():
         a, b = (
@@ -152,18 +167,19 @@ def _tensors(updates: Mapping[str, Update], adapter: Adapter) -> dict[str, Tenso
         B = update.B
         if update.kind == "conv" and update.groups > 1:
             B = B.view(B.shape[0], -1, *B.shape[2:])
-        tensors[f"{_PREFIX}{name}.{a}"], tensors[f"{_PREFIX}{name}.{b}"] = update.A, B
+        path = f"{_PREFIX}{where[name].path}"
+        tensors[f"{path}.{a}"], tensors[f"{path}.{b}"] = update.A, B
         if update.magnitude is not None:
             shape = (1, -1, *(1,) * (update.A.dim() - 2)) if update.kind == "conv" else (-1,)
-            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = update.magnitude.view(shape)
+            tensors[f"{path}.lora_magnitude_vector"] = update.magnitude.view(shape)
     for name, value in adapter.trained.items():
         module, _, local = name.rpartition(".")
-        infix = "base_layer." if module in updates and local == "bias" else ""
-        tensors[f"{_PREFIX}{module}.{infix}{local}"] = value
+        path = wrapped(module, where)
+        tensors[f"{_PREFIX}{path}.{local}" if path else _PREFIX + local] = value
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 
-def _config(updates: Mapping[str, Update], adapter: Adapter) -> dict[str, Any]:
+def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: Adapter) -> dict[str, Any]:
     with_dora = {name for name, update in updates.items() if update.magnitude is not None}
     if with_dora and len(with_dora) < len(updates):
         raise ValueError(
@@ -172,8 +188,9 @@ def _config(updates: Mapping[str, Update], adapter: Adapter) -> dict[str, Any]:
     rslora = bool(updates) and all(update.rslora for update in updates.values())
     # Where the two scales are mixed, α/r says it for all.
     alphas = {n: u.alpha if u.rslora == rslora else u.scale * u.rank for n, u in updates.items()}
-    rank, rank_pattern = _default_and_pattern({name: update.rank for name, update in updates.items()})
-    alpha, alpha_pattern = _default_and_pattern(alphas)
+    rank, rank_pattern = _default_and_pattern({where[name].key: update.rank for name, update in updates.items()})
+    alpha, alpha_pattern = _default_and_pattern({where[name].key: alpha for name, alpha in alphas.items()})
+    parameters = target_names("target_parameters", where, adapter.targets)
     return {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
@@ -181,7 +198,7 @@ def _config(updates: Mapping[str, Update], adapter: Adapter) -> dict[str, Any]:
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": adapter.dropout,
-        "target_modules": sorted(adapter.targets or updates),
+        "target_modules": target_names("target_modules", where, adapter.targets),
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "use_rslora": rslora,
@@ -191,6 +208,7 @@ def _config(updates: Mapping[str, Update], adapter: Adapter) -> dict[str, Any]:
         "modules_to_save": sorted(adapter.also_train) or None,
         "init_lora_weights": True,
         "inference_mode": True,
+        **({"target_parameters": parameters} if parameters else {}),
     }
 
 
@@ -229,11 +247,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     raise FileNotFoundError(f"{folder} has {CONFIG} but no {TENSORS}.")
 
 
-def _settings(config: dict[str, Any], names: list[str]) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of each module, patterns applied as PEFT applies them (a regular expression on the name's end)."""
+def _settings(config: dict[str, Any]) -> Callable[[str], tuple[int, float]]:
+    """Rank and alpha by name, patterns applied as PEFT applies them (a regular expression on the name's end)."""
     rank_of = _pattern_lookup(config.get("rank_pattern") or {}, config["r"])
     alpha_of = _pattern_lookup(config.get("alpha_pattern") or {}, config["lora_alpha"])
-    return {name: (int(rank_of(name)), float(alpha_of(name))) for name in names}
+    return lambda name: (int(rank_of(name)), float(alpha_of(name)))
 
 
 def _pattern_lookup(patterns: Mapping[str, float], default: float) -> Callable[[str], float]:
@@ -243,7 +261,10 @@ def _pattern_lookup(patterns: Mapping[str, float], default: float) -> Callable[[
 
 def _update(name: str, kind: Kind, parts: dict[str, Tensor], rank: int, alpha: float, config: dict[str, Any]) -> Update:
     A, B = parts["A"], parts["B"]
-    if A.shape[0] != rank:
+    experts = A.shape[0] // rank
+    if config.get("target_parameters") and kind == "linear" and experts > 1 and A.shape[0] == B.shape[1]:
+        kind, A, B = "experts", A.unflatten(0, (experts, rank)), B.unflatten(1, (rank, experts)).permute(2, 0, 1)
+    elif A.shape[0] != rank:
         raise ValueError(f"{name}: A has rank {A.shape[0]}, {CONFIG} says {rank}.")
     magnitude = parts["magnitude"].flatten() if "magnitude" in parts else None
     update = Update(
@@ -274,4 +295,5 @@ def _modules_to_save(config: dict[str, Any], trained: Mapping[str, Tensor]) -> t
 
 def _targets(config: dict[str, Any]) -> tuple[str, ...]:
     targets = config.get("target_modules") or ()
-    return (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    parameters = config.get("target_parameters") or ()
+    return (targets, *parameters) if isinstance(targets, str) else tuple(sorted((*targets, *parameters)))
