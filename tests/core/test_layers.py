@@ -209,6 +209,21 @@ def test_embedding(attached: bool, scale_grad_by_freq: bool) -> None:
         torch.testing.assert_close(layer(tokens), table[tokens])
 
 
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "pissa", "olora"])
+def test_problem_20_padding_row_keeps_no_update_whatever_the_init(init: str) -> None:
+    model = nn.Sequential(nn.Embedding(9, 5, padding_idx=2))
+    nn.init.normal_(model[0].weight)
+    lorakit.attach(model, "0", rank=3, init=init)
+    layer = model[0]
+    optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.arange(9)).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(layer(torch.tensor(2)), layer.weight[2])
+    assert not torch.equal(layer(torch.tensor(3)), layer.weight[3])
+
+
 def test_problem_20_padding_row_keeps_no_update_and_max_norm_is_refused() -> None:
     layer = lorakit.Embedding(9, 5, r=3, padding_idx=2, merge_weights=False)
     padding = layer.weight[2].clone()

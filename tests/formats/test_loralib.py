@@ -1,5 +1,6 @@
 """loralib's .pt files: written as loralib writes them, read with what they lack asked for."""
 
+import copy
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import lorakit
+from models import train_a_little
 
 
 def build(library) -> nn.Module:
@@ -113,3 +115,24 @@ def test_what_loralib_has_no_layer_for_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="0 is a DoRA layer"):
         lorakit.save(dora, tmp_path / "a.pt")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", [dict(rslora=True), dict(init="pissa"), dict(init="olora", rslora=True)])
+def test_read_with_the_alpha_of_training_it_is_the_same_function(settings: dict, tmp_path: Path) -> None:
+    """The file holds factors alone, and loralib's scale is α/r: what differs from that goes into B."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 6))
+    model = copy.deepcopy(plain)
+    lorakit.attach(model, rank=4, alpha=6, **settings)
+    train_a_little(model)
+    lorakit.save(model, tmp_path / "a.pt")
+    lorakit.load(plain, tmp_path / "a.pt", alpha=6)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(plain(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_several_alphas_are_not_written_into_a_file_that_is_read_with_one(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5))
+    lorakit.attach(model, alpha_pattern={"0": 3})
+    with pytest.raises(ValueError, match="read with one alpha, and these layers have 3, 32"):
+        lorakit.save(model, tmp_path / "a.pt")

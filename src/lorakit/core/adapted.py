@@ -106,6 +106,10 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """Fill new factors in place such that ΔW = 0."""
         random_factors(A, B, init)
 
+    def take(self, rank: int, init: Init) -> tuple[Tensor, Tensor]:
+        """Factors as matrices that are a part of the weight."""
+        return factors_of_weight(self.matrix(self.weight), rank, self.scaling, init)
+
     # --- the update -----------------------------------------------------------------------------------------------
 
     @property
@@ -138,7 +142,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         A = torch.empty(A_shape, dtype=dtype, device=self.weight.device)
         B = torch.empty(B_shape, dtype=dtype, device=self.weight.device)
         if init in ("pissa", "olora"):
-            A0, B0 = factors_of_weight(self.matrix(self.weight), rank, self.scaling, init)
+            A0, B0 = self.take(rank, init)
             A, B = A0.view(A_shape).to(dtype), B0.view(B_shape).to(dtype)
             self.register_buffer("lora_A0", A.clone())
             self.register_buffer("lora_B0", B.clone())

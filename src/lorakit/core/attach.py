@@ -67,7 +67,8 @@ def attach(
         A sequence of ranks adapts the blocks of a fused output, 0 leaving one out: {"c_attn": [8, 0, 8]} is q and v of
         GPT-2, as in the paper. The blocks are equal unless `splits` gives their sizes: {"qkv_proj": [512, 128, 128]}.
     dropout: probability, on the update's input. rslora: scale α/√r. dora: learn the rows' magnitudes too.
-    init: how A and B begin, see `init.py`; the model's output is unchanged at first with each of them.
+    init: how A and B begin, see `init.py`; the model's output is unchanged at first, up to rounding with pissa, olora
+        and dora.
     bias: train no biases, those of the adapted layers, or all. also_train: modules to train whole, named like
         targets (a new classifier head).
     dtype: of the factors; by default the weight's, or float32 beside float16 and bfloat16 weights.

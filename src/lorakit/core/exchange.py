@@ -95,16 +95,19 @@ def owned_matrices(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 def _update_of(layer: AdaptedLayer) -> Update:
     A, B = layer.factors() if not isinstance(layer, MergedLinear) else (layer.lora_A, layer.lora_B)
-    # "pissa" and "olora" count double: [A; A₀], [B, −B₀]. The scale stays what it is.
-    rank = layer.r * (2 if "lora_A0" in layer._buffers else 1)
-    alpha = layer.lora_alpha * (math.sqrt(rank / layer.r) if layer.rslora else rank / layer.r)
+    if "lora_A0" in layer._buffers:
+        # "pissa" and "olora" count double: [A; A₀], [B, −B₀]. Alpha stays, so B makes up for the smaller scale.
+        rank = 2 * layer.r
+        B = B * (math.sqrt(2) if layer.rslora else 2)
+    else:
+        rank = layer.r
     magnitude = layer._parameters.get("lora_magnitude")
     return Update(
         kind=_kind_of(layer),
         A=_copy(A),
         B=_copy(B),
         rank=rank,
-        alpha=alpha,
+        alpha=layer.lora_alpha,
         rslora=layer.rslora,
         magnitude=None if magnitude is None else _copy(magnitude),
         fan_in_fan_out=isinstance(layer, Linear) and layer.fan_in_fan_out,
@@ -170,7 +173,6 @@ def _misfit(layer: AdaptedLayer | None, target: Target | None, update: Update) -
         present = _update_of(layer)
         if present.kind != update.kind:
             return f"holds a {update.kind} update, the model has a {present.kind} one"
-        # Another rank is no misfit of an attached layer, but a constructor's layer has the rank it was made with.
         expected = {key: tuple(tensor.shape) for key, tensor in present.tensors().items()}
         found = {key: tuple(tensor.shape) for key, tensor in update.tensors().items()}
         return None if expected == found else f"shapes {found}, the model has {expected}"

@@ -62,7 +62,8 @@ def row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
     ‖w + s·bA‖² = ‖w‖² + 2s·b·(A wᵀ) + s²·b (A Aᵀ) bᵀ  for a row w of W and b of B: all products are thin.
 
-    weight (out, in), strides of any kind; A (r, in); B (out, r). Computed in float32 at least.
+    weight (out, in), strides of any kind; A (r, in); B (out, r). Sums are in float32 at least; the product with a
+    weight of lower precision is made in that precision, so that no copy of the weight is.
     """
     A, B = precise(A), precise(B)
     # The sum of squares accumulates in float32 without a float32 copy of the weight.

@@ -1,4 +1,4 @@
-"""How the factors A and B begin. Every choice starts the model where it was: ΔW is zero.
+"""How the factors A and B begin. Each starts the model where it was: ΔW is zero, with the last two up to rounding.
 
     kaiming    A ~ U(±1/√in), B = 0                 Hu et al. 2021, as loralib and PEFT draw it
     gaussian   A ~ N(0, 1/r²), B = 0                the paper's own words; PEFT's "gaussian"

@@ -221,6 +221,12 @@ class Embedding(AdaptedLayer, nn.Embedding):
     def draw(self, A: Tensor, B: Tensor, init: Init) -> None:
         random_factors(A, B, init, embedding=True)
 
+    def take(self, rank: int, init: Init) -> tuple[Tensor, Tensor]:
+        A, B = super().take(rank, init)
+        if self.padding_idx is not None:
+            A[:, self.padding_idx] = 0  # and no gradient will reach it
+        return A, B
+
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.num_embeddings), (self.embedding_dim, rank)
 
@@ -254,7 +260,7 @@ class ConvLoRA(AdaptedLayer):
     Two layouts of the factors, of different rank, told apart by their dimensions:
 
     loralib's (its constructors)    A (r·k_last, in·k_last), B (out/groups·∏k[:-1], r·k_last), ΔW = (B A) viewed as
-                                    the kernel. The rank of ΔW as a matrix (out, in/groups·∏k) is up to r·k.
+                                    the kernel. The rank of ΔW as a matrix (out, in/groups·∏k) is up to r·∏k.
     factored (`attach`)             A (r, in/groups, *k), B (out, r, 1, …): a convolution to r channels, then 1×1.
                                     With groups, every group shares A.
     """

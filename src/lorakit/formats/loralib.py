@@ -9,6 +9,7 @@ script wraps the tensors as {"model_state_dict": …}; both forms are read.
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,13 @@ from .files import replacing
 
 
 def write(adapter: Adapter, path: str | Path) -> None:
-    """Write `adapter` as loralib does. Raises ValueError for what loralib has no layer for."""
+    """Write `adapter` as loralib does. Raises ValueError for what loralib has no layer for, and for several alphas."""
+    alphas = sorted({update.alpha for update in adapter.updates.values()})
+    if len(alphas) > 1:
+        raise ValueError(
+            f"{path}: such a file is read with one alpha, and these layers have {', '.join(f'{a:g}' for a in alphas)}. "
+            "Save into a folder (PEFT's format)."
+        )
     tensors: dict[str, Tensor] = {}
     for name, update in adapter.updates.items():
         if update.kind == "conv" or update.magnitude is not None or update.parameter:
@@ -34,7 +41,9 @@ def write(adapter: Adapter, path: str | Path) -> None:
                 else "a DoRA layer"
             )
             raise ValueError(f"{name} is {what}, which loralib does not have. Save into a folder (PEFT's format).")
-        tensors |= {f"{name}.{key}": tensor for key, tensor in update.tensors().items()}
+        # loralib's scale is α/r. A scale of rsLoRA is that one with another B.
+        B = update.B * math.sqrt(update.rank) if update.rslora else update.B
+        tensors |= {f"{name}.lora_A": update.A, f"{name}.lora_B": B}
     tensors |= adapter.trained
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
