@@ -16,7 +16,7 @@ ORDER = ["core", "formats", "training", "study", "cli"]
 
 PUBLIC = {
     *("attach", "detach", "merge", "unmerge", "disabled", "extract", "insert", "save", "load"),
-    *("Adapter", "Update", "Report"),
+    *("Adapter", "Update", "Report", "combine"),
     *("Linear", "MergedLinear", "Embedding", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"),
     *("mark_only_lora_as_trainable", "lora_state_dict", "install_as_loralib"),
 }

@@ -8,13 +8,14 @@ Formats never see a layer, layers never see a file.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from .functional import Blocks
+from .functional import Blocks, block_diagonal
 
 Kind = Literal["linear", "merged_linear", "embedding", "conv", "conv_loralib", "experts"]
 
@@ -47,6 +48,18 @@ class Update:
     def scale(self) -> float:
         """s of the equation: α/r, or α/√r with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def with_rank(self, rank: int, **changes: Any) -> Update:
+        """The update with other factors, of another rank, and the same scale."""
+        alpha = self.scale * (math.sqrt(rank) if self.rslora else rank)
+        return dataclasses.replace(self, rank=rank, alpha=alpha, **changes)
+
+    def without_blocks(self) -> Update:
+        """A merged_linear update as the linear one of the same ΔW, with a block-diagonal B; any other as it is."""
+        if self.kind != "merged_linear":
+            return self
+        B = block_diagonal(self.B, self.blocks)
+        return self.with_rank(B.shape[1], kind="linear", B=B, blocks=())
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the name a layer gives them."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -31,7 +30,6 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, Kind, Update
-from ..core.functional import block_diagonal
 from ..core.targets import matching
 from .files import replacing
 from .peft_names import Names, Place, places, plain, target_names, wrapped
@@ -130,21 +128,13 @@ def _as_peft(name: str, update: Update) -> Update:
             f"{name}: a convolution made by loralib's constructor has another rank than PEFT's (r times the kernel "
             "size) and cannot be written exactly. Save it as a .pt file, or use attach() on a plain convolution."
         )
-    if update.kind == "merged_linear":
-        B = block_diagonal(update.B, update.blocks)
-        return _with_rank(update, B.shape[1], kind="linear", B=B, blocks=())
+    update = update.without_blocks()
     if update.kind == "conv" and update.groups > 1:
         A = _repeat_along_diagonal(update.A, update.groups)
-        return _with_rank(update, A.shape[0], A=A)
+        return update.with_rank(A.shape[0], A=A)
     if update.kind == "experts":
         return dataclasses.replace(update, A=update.A.flatten(0, 1), B=update.B.permute(1, 2, 0).flatten(1))
     return update
-
-
-def _with_rank(update: Update, rank: int, **changes: Any) -> Update:
-    """`update` with another rank and the same scale."""
-    alpha = update.scale * (math.sqrt(rank) if update.rslora else rank)
-    return dataclasses.replace(update, rank=rank, alpha=alpha, **changes)
 
 
 def _repeat_along_diagonal(A: Tensor, groups: int) -> Tensor:
@@ -284,7 +274,7 @@ def _as_grouped(name: str, update: Update, groups: int) -> Update:
             f"{name}: this update of a convolution with {groups} groups reads channels of other groups, so it is no "
             "update of the kernel and cannot be merged."
         )
-    return _with_rank(update, update.rank // groups, A=shared.clone(), groups=groups)
+    return update.with_rank(update.rank // groups, A=shared.clone(), groups=groups)
 
 
 def _modules_to_save(config: dict[str, Any], trained: Mapping[str, Tensor]) -> tuple[str, ...]:
