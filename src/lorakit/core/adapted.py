@@ -179,9 +179,10 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def adapted_weight(self) -> Tensor:
         """g ⊙ (W + s·ΔW), dense: computed in float32 at least, rounded once to the weight's dtype."""
         total = self.matrix(precise(self.weight)) + self.scaling * self._dense()
-        gain = self.gain()
-        if gain is not None:
-            total = total * gain[:, None]
+        if "lora_magnitude" in self._parameters:
+            # Here the sum is at hand, so its norm is taken of it: not as the sum of squares that `row_norm` adds up,
+            # which loses digits where the update cancels the weight.
+            total = total * dora_gain(self.lora_magnitude, torch.linalg.vector_norm(total, dim=1))[:, None]
         return self.from_matrix(total).to(self.weight.dtype, memory_format=torch.contiguous_format)
 
     # --- merging --------------------------------------------------------------------------------------------------

@@ -131,7 +131,10 @@ class MergedLinear(Linear):
     def lora_ind(self) -> Tensor:
         """Which rows of the weight have an update: bool (out,)."""
         sizes = torch.tensor(self.splits, device=self.weight.device)
-        return torch.tensor(self.enable_lora, device=self.weight.device).repeat_interleave(sizes)
+        enabled = torch.tensor(self.enable_lora, device=self.weight.device)
+        return enabled.repeat_interleave(
+            sizes, output_size=sum(self.splits)
+        )  # given, as "meta" has no values to add up
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return block_shapes(self.blocks, self.in_features)
