@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -276,6 +277,53 @@ def test_problem_10_convolutions_honour_every_setting(settings: dict) -> None:
         lambda x, w: plain._conv_forward(x, w, constructed.bias),
         x,
     )
+
+
+def convolution_in_peft(conv: nn.Conv2d, **settings) -> nn.Module:
+    """PEFT's layer for a convolution, and the update that it says it has."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["0"], init_lora_weights=False, **settings)
+    return peft.get_peft_model(nn.Sequential(conv), config).base_model.model[0]
+
+
+@pytest.mark.parametrize("settings", [dict(padding=1, padding_mode="circular"), dict(padding="same", dilation=2)])
+def test_problem_10_peft_fails_the_same_test(settings: dict) -> None:
+    layer = convolution_in_peft(nn.Conv2d(4, 8, 3, **settings), r=2)
+    x, conv = torch.randn(2, 4, 9, 9), layer.base_layer
+    expected = conv._conv_forward(x, conv.weight + layer.get_delta_weight("default"), conv.bias)
+    try:
+        differs = not torch.allclose(layer(x), expected, atol=1e-3)
+    except RuntimeError:  # the update is of another size than what it is added to
+        differs = True
+    assert differs
+
+
+@pytest.mark.parametrize(("rank", "groups", "outputs"), [(1, 4, 8), (3, 2, 6), (5, 6, 6), (2, 6, 12)])
+def test_problem_12_grouped_convolutions_of_any_rank_depthwise_too_and_merged(
+    rank: int, groups: int, outputs: int
+) -> None:
+    inputs = 12 if groups == 4 else 6
+    plain = nn.Conv2d(inputs, outputs, 3, padding=1, groups=groups, dtype=F64)
+    model = nn.Sequential(copy.deepcopy(plain))
+    lorakit.attach(model, "0", rank=rank, alpha=rank)
+    randomise(model)
+    layer, x = model[0], torch.randn(2, inputs, 5, 5, dtype=F64)
+    weight = equation.conv_weight(layer.weight, layer.lora_A, layer.lora_B, 1.0)
+    expected = plain._conv_forward(x, weight, plain.bias)
+    torch.testing.assert_close(model(x), expected)
+    lorakit.merge(model)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    lorakit.detach(model)
+    torch.testing.assert_close(layer.weight, weight)
+
+
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
+def test_problem_12_peft_fails_the_same_test() -> None:
+    with pytest.raises(ValueError, match="divisible"):
+        convolution_in_peft(nn.Conv2d(6, 6, 3, groups=2), r=3)
+    with pytest.raises(NotImplementedError):
+        convolution_in_peft(nn.Conv2d(6, 6, 3, groups=2), r=4).merge()
 
 
 @pytest.mark.parametrize(
