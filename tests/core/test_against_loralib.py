@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lorakit
 from models import trainable_names
@@ -305,6 +306,22 @@ def test_merge_ab_and_zero_pad(enabled: list[bool], fan_in_fan_out: bool) -> Non
     rows = torch.randn(12 // len(enabled) * sum(enabled), 3, 2, dtype=F64)
     assert torch.equal(ours.zero_pad(rows), theirs.zero_pad(rows))
     assert torch.equal(ours.zero_pad(rows[:, 0, 0]), theirs.zero_pad(rows[:, 0, 0]))
+
+
+def operations(layer: nn.Module, x: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        layer(x.requires_grad_()).sum().backward()
+    return counter.get_total_flops()
+
+
+def test_merged_linear_takes_less_than_half_of_the_operations() -> None:
+    """q and v of GPT-2's fused projection: loralib multiplies by a dense ΔW. Counted, forward and backward."""
+    arguments = dict(r=8, enable_lora=[True, False, True])
+    theirs, ours = (library.MergedLinear(768, 2304, **arguments) for library in (loralib, lorakit))
+    frozen = nn.Linear(768, 2304).requires_grad_(False)
+    counts = [operations(layer, torch.randn(256, 768)) for layer in (theirs, ours, frozen)]
+    assert counts[1] < counts[0] / 2
+    assert counts[1] < 1.03 * counts[2]
 
 
 # --- the helpers -----------------------------------------------------------------------------------------------------

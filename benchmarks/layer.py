@@ -1,0 +1,111 @@
+"""One adapted layer, forward and backward: time and kept bytes of lorakit, loralib and PEFT against the frozen layer.
+
+    python benchmarks/layer.py        about four minutes on one thread
+
+time: ratio to the floor, the frozen layer whose input needs a gradient. kept: bytes for the backward pass over those
+of the input. Each library as it comes: loralib has its factors in the weight's dtype, PEFT and lorakit in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import loralib
+import measure
+import peft
+import torch
+from torch import Tensor, nn
+
+import lorakit
+
+TOKENS, RANK, ALPHA = 1024, 16, 32
+SHAPES = [(576, 576), (576, 1536), (2048, 2048)]
+
+
+def variants(inputs: int, outputs: int, dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
+    """The frozen layer, and the same adapted by each library."""
+    torch.manual_seed(0)
+    floor = nn.Linear(inputs, outputs).to(dtype).requires_grad_(False)
+    theirs = loralib.Linear(inputs, outputs, r=RANK, lora_alpha=ALPHA, lora_dropout=dropout).to(dtype)
+    mine = nn.Sequential(copy.deepcopy(floor))
+    lorakit.attach(mine, rank=RANK, alpha=ALPHA, dropout=dropout)
+    config = peft.LoraConfig(target_modules=["0"], r=RANK, lora_alpha=ALPHA, lora_dropout=dropout)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(nn.Sequential(copy.deepcopy(floor)), config)
+    return {"floor": floor, "loralib": theirs, "PEFT": wrapped.base_model.model, "lorakit": mine}
+
+
+def fused_variants(dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
+    """q and v of GPT-2's fused projection; PEFT adapts all of it or nothing."""
+    torch.manual_seed(0)
+    floor = nn.Linear(768, 2304).to(dtype).requires_grad_(False)
+    arguments: dict[str, Any] = dict(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, enable_lora=[True, False, True])
+    made = {name: library.MergedLinear(768, 2304, **arguments).to(dtype) for name, library in LIBRARIES.items()}
+    return {"floor": floor, **made}
+
+
+LIBRARIES = {"loralib": loralib, "lorakit": lorakit}
+
+
+def row(name: str, layers: dict[str, nn.Module], inputs: int, dtype: torch.dtype, dropout: float) -> dict[str, Any]:
+    x = torch.randn(1, TOKENS, inputs, dtype=dtype).requires_grad_()
+    for layer in layers.values():
+        for local, parameter in layer.named_parameters():
+            if "lora_B" in local:
+                nn.init.normal_(parameter)
+
+    def step(layer: nn.Module) -> Callable[[], Tensor]:
+        dy = torch.ones(1, TOKENS, next(iter(layers.values()))(x).shape[-1], dtype=dtype)
+
+        def run() -> Tensor:
+            x.grad = None
+            y: Tensor = layer(x)
+            y.backward(dy)
+            return y
+
+        return run
+
+    times = measure.minima({key: step(layer) for key, layer in layers.items()})
+    size = x.numel() * x.element_size()
+    kept = {
+        key: measure.kept_bytes(lambda own=layer: own(x), layer.parameters()) / size for key, layer in layers.items()
+    }
+    own = {key: round(times[key] / times["floor"], 3) for key in layers if key != "floor"}
+    return {
+        "layer": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "dropout": str(dropout),
+        **{f"time {key}": value for key, value in own.items()},
+        **{f"kept {key}": round(kept[key], 3) for key in own},
+    }
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for it: without them the products are emulated, and say nothing."""
+    products = {dtype: torch.randn(512, 512).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    times = measure.minima({str(dtype): lambda own=matrix: own @ own for dtype, matrix in products.items()}, 0.1)
+    ratio = times["torch.bfloat16"] / times["torch.float32"]
+    if ratio > 1.5:
+        print(f"bfloat16 is left out: its products take {ratio:.1f} times as long as float32's on this processor\n")
+    return ratio <= 1.5
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16) if has_bfloat16() else (torch.float32,):
+        for dropout in (0.0, 0.05):
+            for inputs, outputs in SHAPES:
+                layers = variants(inputs, outputs, dtype, dropout)
+                rows.append(row(f"{inputs} → {outputs}", layers, inputs, dtype, dropout))
+            rows.append(row("768 → 2304, q and v", fused_variants(dtype, dropout), 768, dtype, dropout))
+    measure.print_table(rows)
+    measure.write("layer", "python benchmarks/layer.py", rows)
+
+
+if __name__ == "__main__":
+    main()
