@@ -281,14 +281,17 @@ def test_pointwise_convolutions_which_loralib_can_do_in_every_dimension(name: st
 @pytest.mark.parametrize("name", ["Linear", "MergedLinear"])
 def test_a_seed_gives_the_same_dropout_masks(name: str, fan_in_fan_out: bool) -> None:
     more = dict(enable_lora=[True, False, True]) if name == "MergedLinear" else {}
-    theirs, ours = pair(name, 20, 6, r=2, lora_dropout=0.4, fan_in_fan_out=fan_in_fan_out, **more)
-    x = torch.randn(3, 20, dtype=F64)
-    outputs = []
+    theirs, ours = pair(name, 19, 6, r=2, lora_dropout=0.4, fan_in_fan_out=fan_in_fan_out, **more)
+    x = torch.randn(3, 19, dtype=F64, requires_grad=True)
+    results = []
     for layer in (theirs, ours):
         torch.manual_seed(5)
-        outputs.append(torch.stack([layer(x), layer(x)]))  # the second draws are the same too
-    assert not torch.equal(outputs[0][0], outputs[0][1])
-    assert_same(outputs[1], outputs[0])
+        first, second = layer(x), layer(x)  # the second draws are the same too
+        gradients = torch.autograd.grad((first * second).sum(), [x, layer.lora_A, layer.lora_B])
+        results.append((first, second, *gradients))
+    assert not torch.equal(results[0][0], results[0][1])
+    for expected, actual in zip(*results, strict=True):
+        assert_same(actual, expected)
     theirs.eval(), ours.eval()
     with torch.no_grad():
         assert_same(ours(x), theirs(x))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorakit
+from lorakit.core import masks
 from lorakit.core.functional import lora_linear
 
 
@@ -182,3 +183,75 @@ def test_what_is_kept_for_the_backward_pass() -> None:
         lora_linear(x, weight, None, A, B, 2.0)
     parameters = {tensor.untyped_storage().data_ptr() for tensor in (weight, A, B)}
     assert sum(size for pointer, size in kept.items() if pointer not in parameters) == 2 * 50 * 64 * 2 + 2 * 50 * 4 * 2
+
+
+def dropped(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    torch.manual_seed(5)
+    return lora_linear(x, weight, bias, A, B, 0.7, nn.Dropout(0.4))
+
+
+def dropped_by_torch(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    torch.manual_seed(5)
+    return x @ weight.T + 0.7 * F.dropout(x, 0.4) @ A.T @ B.T + bias
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (0,)])
+def test_dropout_value_and_gradients(shape: tuple[int, ...], transposed: bool) -> None:
+    tensors = inputs(*shape, transposed=transposed)
+    expected = dropped_by_torch(*tensors)
+    torch.testing.assert_close(dropped(*tensors), expected)
+    dy = torch.randn(*shape, 4, dtype=torch.float64)
+    expected_gradients = torch.autograd.grad(expected, tensors, dy)
+    torch.testing.assert_close(torch.autograd.grad(dropped(*tensors), tensors, dy), expected_gradients)
+    if shape != (0,):
+        assert torch.autograd.gradcheck(dropped, tensors)
+        assert torch.autograd.gradgradcheck(dropped, tensors)
+
+
+def test_dropout_of_rows_that_do_not_lie_side_by_side() -> None:
+    x, *rest = inputs(3, 2)
+    turned = x.transpose(0, 1)
+    torch.testing.assert_close(dropped(turned, *rest), dropped_by_torch(turned, *rest))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_dropout_under_gradient_checkpointing(reentrant: bool) -> None:
+    tensors = inputs(3)
+    torch.manual_seed(5)
+    layer = nn.Dropout(0.4)
+
+    def call(*given: Tensor) -> Tensor:
+        return lora_linear(*given, 0.7, layer)
+
+    y = checkpoint(call, *tensors, use_reentrant=reentrant)
+    torch.rand(7)  # whatever is drawn between the two passes
+    y.sin().sum().backward()
+    got = [tensor.grad for tensor in tensors]
+    expected = torch.autograd.grad(dropped_by_torch(*tensors).sin().sum(), tensors)
+    torch.testing.assert_close(got, list(expected))
+
+
+def test_dropout_keeps_the_input_once_and_a_bit_for_each_element() -> None:
+    x = torch.randn(2, 50, 64, dtype=torch.bfloat16, requires_grad=True)
+    weight, A, B = torch.randn(32, 64).bfloat16(), torch.randn(4, 64).requires_grad_(), torch.randn(32, 4)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = lora_linear(x, weight, None, A, B, 2.0, nn.Dropout(0.1))
+    assert y.requires_grad
+    parameters = {tensor.untyped_storage().data_ptr() for tensor in (weight, A, B)}
+    own = sum(size for pointer, size in kept.items() if pointer not in parameters)
+    assert own == 2 * 50 * 64 * 2 + 2 * 50 * 64 // 8 + 2 * 50 * 4 * 2
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (8,), (3, 5), (2, 64), (0,)])
+def test_a_mask_packed_and_unpacked_is_itself(shape: tuple[int, ...]) -> None:
+    mask = torch.rand(shape) < 0.5
+    bits = masks.pack(mask)
+    assert bits.dtype == torch.uint8 and len(bits) == -(-mask.numel() // 8)
+    assert torch.equal(masks.unpack(bits, mask.shape), mask)

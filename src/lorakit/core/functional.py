@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .masks import draw_mask, pack, unpack
+
 Dropout = Callable[[Tensor], Tensor]
 Blocks = tuple[tuple[int, int], ...]  # (size, rank) of each block of a fused output: q, k and v in one weight
 
@@ -101,8 +103,9 @@ def lora_linear(
         y = lora_linear(x, weight, None, A, B, scale, dropout) * gain.to(x.dtype)
         return y if bias is None else y + bias.to(y.dtype)
     # A weight of another class (quantised, sharded) knows how to be multiplied in F.linear, and may know no more.
-    if dropout is None and type(weight) in (Tensor, nn.Parameter) and not _is_transformed():
-        fused: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scale)
+    p = 0.0 if dropout is None else dropout.p * dropout.training if type(dropout) is nn.Dropout else 1.0
+    if p < 1 and type(weight) in (Tensor, nn.Parameter) and not _is_transformed():
+        fused: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scale, p)
         return fused
     # The scale is applied to the thin product (…, r), the smallest tensor in sight.
     S = F.linear(x if dropout is None else dropout(x), A.to(x.dtype)) * scale
@@ -110,45 +113,59 @@ def lora_linear(
 
 
 class _LoRALinear(torch.autograd.Function):
-    """`lora_linear` without dropout and gain, its gradient written out:
+    """`lora_linear` without gain, its gradient written out. M is dropout's mask over 1 − p, or one:
 
-        S  = s · x Aᵀ           y  = x Wᵀ + b + S Bᵀ
-        dS = s · dY B           dx = dY W + dS A
-        dA = dSᵀ x              dB = dYᵀ S
+        S  = s · (M ⊙ x) Aᵀ      y  = x Wᵀ + b + S Bᵀ
+        dS = s · dY B            dx = dY W + M ⊙ (dS A)
+        dA = dSᵀ (M ⊙ x)         dB = dYᵀ S
 
-    Left to autograd, the sums y and dx each cost a pass over a second tensor of their size; here the matrix product
-    adds to what is there. Kept for the backward pass: x, once, and S (…, r). Differentiable twice.
+    Left to autograd, the sums y and dx each cost a pass over a second tensor of their size, and M ⊙ x is kept beside x;
+    here the matrix product adds to what is there. Kept for the backward pass: x, once, S (…, r), and M as bits.
+    Differentiable twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        S = (rows @ A.to(x.dtype).T).mul_(scale)
+        ctx.scale = scale / (1 - p)
+        mask = draw_mask(x, p).reshape(rows.shape) if p > 0 else None
+        S = (_masked(rows, mask) @ A.to(x.dtype).T).mul_(ctx.scale)
         y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y.addmm_(S, B.to(x.dtype).T)
-        ctx.scale = scale
-        ctx.save_for_backward(x, weight, bias, A, B, S)
+        ctx.save_for_backward(x, weight, bias, A, B, S, None if mask is None else pack(mask))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, A, B, S = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
+        x, weight, bias, A, B, S, bits = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         with _without_autocast(dy):
             rows, dY = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            mask = None if bits is None else unpack(bits, rows.shape).to(dy.dtype)
             A_, B_ = A.to(dy.dtype), B.to(dy.dtype)
             if torch.is_grad_enabled():  # a gradient of this gradient was asked for, and S came without a history
-                S = (rows @ A_.T) * ctx.scale
+                S = (_masked(rows, mask) @ A_.T) * ctx.scale
             dS = (dY @ B_).mul_(ctx.scale) if needs_x or needs_A else None
-            dx = (dY @ weight.to(dy.dtype)).addmm_(dS, A_).view(x.shape) if needs_x else None
+            dx = None
+            if needs_x:
+                dx = dY @ weight.to(dy.dtype)
+                dx = (dx.addmm_(dS, A_) if mask is None else dx.addcmul_(dS @ A_, mask)).view(x.shape)
             return (
                 dx,
                 (dY.T @ rows).to(weight.dtype) if needs_weight else None,
                 dY.sum(0).to(bias.dtype) if needs_bias else None,
-                (dS.T @ rows).to(A.dtype) if dS is not None and needs_A else None,
+                (dS.T @ _masked(rows, mask)).to(A.dtype) if dS is not None and needs_A else None,
                 (dY.T @ S).to(B.dtype) if needs_B else None,
                 None,
+                None,
             )
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x` times a mask in a dtype of its own kind: torch multiplies by a bool three times as slowly."""
+    return x if mask is None else x * mask
 
 
 def lora_embedding(
