@@ -722,3 +722,15 @@ def test_problem_22_loralib_crashes_on_float32_factors_beside_a_bfloat16_weight_
     actual = ours(x)
     assert actual.dtype == torch.bfloat16
     torch.testing.assert_close(actual.float(), expected, atol=0.05, rtol=0.05)
+
+
+def test_the_flags_of_a_merged_linear_are_what_was_given_and_may_be_set() -> None:
+    for library in (loralib, lorakit):
+
+        class Subclass(library.MergedLinear):
+            def __init__(self) -> None:
+                super().__init__(4, 6, r=0, enable_lora=[True, False])
+                self.enable_lora = [True, False]
+
+        assert Subclass().enable_lora == [True, False]
+        assert library.MergedLinear(4, 6).enable_lora in ([False], (False,))

@@ -95,6 +95,18 @@ def test_wrong_settings_are_refused_before_anything_changes(arguments: dict, mes
     assert str(model) == before
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("module", [nn.Linear(3, 40), nn.Embedding(40, 3), nn.Conv2d(40, 3, 3)])
+def test_a_rank_beyond_that_of_the_weight_is_refused_where_the_factors_are_taken_from_it(
+    module: nn.Module, init: str
+) -> None:
+    model = nn.Sequential(copy.deepcopy(module))
+    with pytest.raises(ValueError, match=f"'0' has a weight of rank 3 at most: init={init!r} cannot take rank=4"):
+        lorakit.attach(model, "0", rank=4, init=init)
+    assert type(model[0]) is type(module)
+    lorakit.attach(model, "0", rank=3, init=init)
+
+
 class Padded(nn.Conv2d):
     """A convolution that reads its weight in a way of its own."""
 

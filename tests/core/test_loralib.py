@@ -67,3 +67,15 @@ def test_it_can_be_called_twice_but_not_after_the_real_one() -> None:
     done = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for code in (twice, late)]
     assert "lorakit.core.layers.Linear" in done[0].stdout
     assert "RuntimeError: install_as_loralib(): loralib is imported already" in done[1].stderr
+
+
+def test_a_star_import_gives_the_same_names() -> None:
+    program = "from loralib{} import *; print(sorted(name for name in dir() if name[0] != '_'))"
+    for module in ("", ".layers", ".utils"):
+        theirs, mine = (
+            subprocess.run(
+                [sys.executable, "-c", first + program.format(module)], capture_output=True, text=True
+            ).stdout
+            for first in ("", "from lorakit import install_as_loralib as f; f(); del f\n")
+        )
+        assert theirs and mine == theirs

@@ -151,3 +151,12 @@ def test_merge_then_detach_leaves_a_plain_merged_model() -> None:
 def test_merging_a_plain_model_is_an_error() -> None:
     with pytest.raises(ValueError, match="Sequential has no adapted layer: call lorakit.attach"):
         lorakit.merge(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_weight_frozen_while_merged_stays_frozen() -> None:
+    model = nn.Sequential(lorakit.Linear(4, 3, r=2))
+    model[0].weight.requires_grad = True
+    model.eval()
+    lorakit.mark_only_lora_as_trainable(model)
+    model.train()
+    assert not model[0].weight.requires_grad

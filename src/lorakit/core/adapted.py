@@ -204,6 +204,8 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """The weight as it was before `merge`, the same object, bit for bit."""
         if self._base_weight is not None:
             if self.has_update:  # a program that deleted lora_A while merged means to keep the merged weight
+                if not self.weight.requires_grad:  # frozen meanwhile
+                    self._base_weight.requires_grad = False
                 self._put_weight(self._base_weight)
             object.__delattr__(self, "_base_weight")
         self.merged = False

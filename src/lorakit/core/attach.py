@@ -102,6 +102,11 @@ def attach(
         assert isinstance(own_rank, int)
         own_alpha = alphas.get(name, 2 * own_rank if alpha is None else alpha)
         _check(own_rank, own_alpha, dropout, init)
+        limit = min(selection.targets[name].weight.flatten(1).shape)
+        if init not in RANDOM_INITS and own_rank > limit:
+            raise ValueError(
+                f"{name!r} has a weight of rank {limit} at most: init={init!r} cannot take rank={own_rank}."
+            )
         settings[name] = own_rank, own_alpha
     whole = _modules_trained_whole(model, also_train, selection)
     bias_names(model, bias)  # refuses an unknown word before anything changes
@@ -137,7 +142,7 @@ def adopt(target: Target, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
     if isinstance(module.lora_dropout, nn.Module):
         module.lora_dropout.train(module.training)
     if isinstance(module, MergedLinear):
-        module.blocks = blocks
+        module.set_blocks(blocks)
     if transposed:
         module.fan_in_fan_out = True  # type: ignore[assignment]
         module.in_features, module.out_features = module.weight.shape  # type: ignore[assignment]

@@ -96,6 +96,7 @@ class MergedLinear(Linear):
     """
 
     blocks: Blocks
+    enable_lora: Sequence[bool]
 
     def __init__(
         self,
@@ -111,16 +112,17 @@ class MergedLinear(Linear):
         splits: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.blocks = blocks_of(out_features, r, enable_lora, splits)
-        rank = max(rank for _, rank in self.blocks)
+        blocks = blocks_of(out_features, r, enable_lora, splits)
+        rank = max(rank for _, rank in blocks)
+        self.set_blocks(blocks, None if enable_lora is _NONE_ENABLED and rank else enable_lora)
         super().__init__(
             in_features, out_features, rank, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, **kwargs
         )
 
-    @property
-    def enable_lora(self) -> list[bool]:
-        """Which blocks have an update."""
-        return [rank > 0 for _, rank in self.blocks]
+    def set_blocks(self, blocks: Blocks, enable_lora: Sequence[bool] | None = None) -> None:
+        """Before there are factors. enable_lora: the flags as they were given."""
+        self.blocks = blocks
+        self.enable_lora = [rank > 0 for _, rank in blocks] if enable_lora is None else enable_lora
 
     @property
     def splits(self) -> list[int]:
@@ -131,7 +133,7 @@ class MergedLinear(Linear):
     def lora_ind(self) -> Tensor:
         """Which rows of the weight have an update: bool (out,)."""
         sizes = torch.tensor(self.splits, device=self.weight.device)
-        enabled = torch.tensor(self.enable_lora, device=self.weight.device)
+        enabled = torch.tensor([rank > 0 for _, rank in self.blocks], device=self.weight.device)
         return enabled.repeat_interleave(
             sizes, output_size=sum(self.splits)
         )  # given, as "meta" has no values to add up

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
+import typing
 from types import ModuleType
 from typing import Any
+
+import torch
+from torch import nn
 
 from . import layers, trainable
 from .adapted import LoRALayer
@@ -26,20 +31,20 @@ def install_as_loralib() -> None:
         raise RuntimeError(
             "install_as_loralib(): loralib is imported already. Call it before the first `import loralib`."
         )
-    package = _module("loralib", layers, _LAYERS)
-    package.layers = _module("loralib.layers", layers, _LAYERS)
-    package.utils = _module("loralib.utils", trainable, _UTILS)
-    package.utils.LoRALayer = LoRALayer
-    for name in _UTILS:
-        setattr(package, name, getattr(trainable, name))
-    package.name = "lora"
+    in_layers = {name: getattr(layers, name) for name in _LAYERS}
+    in_utils = {name: getattr(trainable, name) for name in _UTILS}
+    # What loralib's own modules import comes along with `from loralib.layers import *`.
+    in_layers |= dict(torch=torch, nn=nn, F=nn.functional, math=math, Optional=typing.Optional, List=list)
+    in_utils |= dict(torch=torch, nn=nn, Dict=dict, LoRALayer=LoRALayer)
+    package = _module("loralib", in_layers | in_utils | {"name": "lora"})
+    package.layers = _module("loralib.layers", in_layers)
+    package.utils = _module("loralib.utils", in_utils)
     package.__path__ = []  # what makes it a package, whose submodules can be imported
     for module in (package, package.layers, package.utils):
         sys.modules[module.__name__] = module
 
 
-def _module(name: str, source: ModuleType, names: tuple[str, ...]) -> Any:
-    module = ModuleType(name, f"lorakit's, under loralib's name: {', '.join(names)}.")
-    for public in names:
-        setattr(module, public, getattr(source, public))
+def _module(name: str, contents: dict[str, Any]) -> Any:
+    module = ModuleType(name, "lorakit's, under loralib's name.")
+    vars(module).update(contents)
     return module
