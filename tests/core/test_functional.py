@@ -255,3 +255,38 @@ def test_a_mask_packed_and_unpacked_is_itself(shape: tuple[int, ...]) -> None:
     bits = masks.pack(mask)
     assert bits.dtype == torch.uint8 and len(bits) == -(-mask.numel() // 8)
     assert torch.equal(masks.unpack(bits, mask.shape), mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_quick_masks_drop_each_element_as_often_as_the_next(p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, rounds = torch.empty(3, 17, dtype=dtype), 4000
+    drawn = torch.stack([masks.draw_mask(x, masks.QuickDropout(p)) for _ in range(rounds)]).double()
+    assert drawn.unique().tolist() == [0, 1]
+    spread = (p * (1 - p) / rounds) ** 0.5
+    assert ((drawn.mean(0) - (1 - p)).abs() < 5 * spread).all()
+    flat = drawn.flatten(1)
+    correlation = torch.corrcoef(flat.T) - torch.eye(flat.shape[1])
+    assert correlation.abs().max() < 6 / rounds**0.5
+
+
+def test_an_attached_layer_drops_by_quick_masks_and_its_gradients_are_those_of_the_same_mask() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4)).double()
+    lorakit.attach(model, rank=2, alpha=2, dropout=0.3)
+    layer = model[0]
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    wanted = [x, layer.lora_A, layer.lora_B]
+    torch.manual_seed(5)
+    mask = masks.draw_mask(x, layer.lora_dropout) / 0.7
+    assert 0 < (mask == 0).sum() < mask.numel()
+    expected = F.linear(x, layer.weight, layer.bias) + (mask * x) @ layer.lora_A.T @ layer.lora_B.T
+    torch.manual_seed(5)
+    y = model(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(expected.sin().sum(), wanted)
+    )
+    assert torch.equal(model.eval()(x), model(x))

@@ -125,7 +125,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def acting_dropout(self) -> Dropout | None:
         """The dropout of the update's input, or None where it does nothing: in `eval()`, and with probability zero."""
         dropout = self.lora_dropout
-        idle = dropout is no_dropout or (type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0))
+        idle = dropout is no_dropout or (isinstance(dropout, nn.Dropout) and not (dropout.training and dropout.p > 0))
         return None if idle else dropout
 
     def set_scale(self, rank: int, alpha: float, rslora: bool = False) -> None:

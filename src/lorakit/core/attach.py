@@ -22,6 +22,7 @@ from .adapted import AdaptedLayer, LoRALayer
 from .functional import Blocks
 from .init import INITS, RANDOM_INITS, Init
 from .layers import Linear, MergedLinear, blocks_of
+from .masks import QuickDropout
 from .parameters import AdaptedParameter, adapt_parameter
 from .report import Report, Row
 from .targets import Filter, Selection, Target, closest, is_transposed, layer_class, matching, pattern_values, select
@@ -139,8 +140,8 @@ def adopt(target: Target, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
     module.__class__ = cls
     assert isinstance(module, AdaptedLayer)
     LoRALayer.__init__(module, 0, 0.0, dropout, merge_weights=False)
-    if isinstance(module.lora_dropout, nn.Module):
-        module.lora_dropout.train(module.training)
+    if dropout > 0:
+        module.lora_dropout = QuickDropout(dropout).train(module.training)
     if isinstance(module, MergedLinear):
         module.set_blocks(blocks)
     if transposed:

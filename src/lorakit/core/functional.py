@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .masks import draw_mask, pack, unpack
+from .masks import QuickDropout, draw_mask, pack, unpack
 
 Dropout = Callable[[Tensor], Tensor]
 Blocks = tuple[tuple[int, int], ...]  # (size, rank) of each block of a fused output: q, k and v in one weight
@@ -103,9 +103,15 @@ def lora_linear(
         y = lora_linear(x, weight, None, A, B, scale, dropout) * gain.to(x.dtype)
         return y if bias is None else y + bias.to(y.dtype)
     # A weight of another class (quantised, sharded) knows how to be multiplied in F.linear, and may know no more.
-    p = 0.0 if dropout is None else dropout.p * dropout.training if type(dropout) is nn.Dropout else 1.0
-    if p < 1 and type(weight) in (Tensor, nn.Parameter) and not _is_transformed():
-        fused: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scale, p)
+    # Of a dropout of another class, only its forward is known.
+    known = dropout is None or (
+        isinstance(dropout, nn.Dropout)
+        and type(dropout) in (nn.Dropout, QuickDropout)
+        and dropout.training
+        and dropout.p < 1
+    )
+    if known and type(weight) in (Tensor, nn.Parameter) and not _is_transformed():
+        fused: Tensor = _LoRALinear.apply(x, weight, bias, A, B, scale, dropout)
         return fused
     # The scale is applied to the thin product (…, r), the smallest tensor in sight.
     S = F.linear(x if dropout is None else dropout(x), A.to(x.dtype)) * scale
@@ -126,11 +132,18 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        dropout: nn.Dropout | None,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        ctx.scale = scale / (1 - p)
-        mask = draw_mask(x, p).reshape(rows.shape) if p > 0 else None
+        mask = None if dropout is None else draw_mask(x, dropout).reshape(rows.shape)
+        ctx.scale = scale if dropout is None else scale / (1 - dropout.p)
         S = (_masked(rows, mask) @ A.to(x.dtype).T).mul_(ctx.scale)
         y = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y.addmm_(S, B.to(x.dtype).T)
