@@ -1,6 +1,6 @@
 """One adapted layer, forward and backward: time and kept bytes of lorakit, loralib and PEFT against the frozen layer.
 
-    python benchmarks/layer.py        about four minutes on one thread
+    python benchmarks/layer.py        about a minute on one thread
 
 time: ratio to the floor, the frozen layer whose input needs a gradient. kept: bytes for the backward pass over those
 of the input. Each library as it comes: loralib has its factors in the weight's dtype, PEFT and lorakit in float32.
@@ -23,6 +23,7 @@ import lorakit
 
 TOKENS, RANK, ALPHA = 1024, 16, 32
 SHAPES = [(576, 576), (576, 1536), (2048, 2048)]
+LIBRARIES = {"loralib": loralib, "lorakit": lorakit}
 
 
 def variants(inputs: int, outputs: int, dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
@@ -48,9 +49,6 @@ def fused_variants(dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
     return {"floor": floor, **made}
 
 
-LIBRARIES = {"loralib": loralib, "lorakit": lorakit}
-
-
 def row(name: str, layers: dict[str, nn.Module], inputs: int, dtype: torch.dtype, dropout: float) -> dict[str, Any]:
     x = torch.randn(1, TOKENS, inputs, dtype=dtype).requires_grad_()
     for layer in layers.values():
@@ -58,9 +56,9 @@ def row(name: str, layers: dict[str, nn.Module], inputs: int, dtype: torch.dtype
             if "lora_B" in local:
                 nn.init.normal_(parameter)
 
-    def step(layer: nn.Module) -> Callable[[], Tensor]:
-        dy = torch.ones(1, TOKENS, next(iter(layers.values()))(x).shape[-1], dtype=dtype)
+    dy = torch.ones_like(layers["floor"](x))
 
+    def step(layer: nn.Module) -> Callable[[], Tensor]:
         def run() -> Tensor:
             x.grad = None
             y: Tensor = layer(x)

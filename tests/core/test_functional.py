@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from measure import kept_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -172,17 +173,8 @@ def test_what_is_kept_for_the_backward_pass() -> None:
     x = torch.randn(2, 50, 64, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(32, 64, dtype=torch.bfloat16)
     A, B = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        lora_linear(x, weight, None, A, B, 2.0)
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in (weight, A, B)}
-    assert sum(size for pointer, size in kept.items() if pointer not in parameters) == 2 * 50 * 64 * 2 + 2 * 50 * 4 * 2
+    kept = kept_bytes(lambda: lora_linear(x, weight, None, A, B, 2.0), (weight, A, B))
+    assert kept == 2 * 50 * 64 * 2 + 2 * 50 * 4 * 2
 
 
 def dropped(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -235,18 +227,8 @@ def test_dropout_under_gradient_checkpointing(reentrant: bool) -> None:
 def test_dropout_keeps_the_input_once_and_a_bit_for_each_element() -> None:
     x = torch.randn(2, 50, 64, dtype=torch.bfloat16, requires_grad=True)
     weight, A, B = torch.randn(32, 64).bfloat16(), torch.randn(4, 64).requires_grad_(), torch.randn(32, 4)
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = lora_linear(x, weight, None, A, B, 2.0, nn.Dropout(0.1))
-    assert y.requires_grad
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in (weight, A, B)}
-    own = sum(size for pointer, size in kept.items() if pointer not in parameters)
-    assert own == 2 * 50 * 64 * 2 + 2 * 50 * 64 // 8 + 2 * 50 * 4 * 2
+    kept = kept_bytes(lambda: lora_linear(x, weight, None, A, B, 2.0, nn.Dropout(0.1)), (weight, A, B))
+    assert kept == 2 * 50 * 64 * 2 + 2 * 50 * 64 // 8 + 2 * 50 * 4 * 2
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (8,), (3, 5), (2, 64), (0,)])

@@ -13,17 +13,10 @@ from torch import nn
 
 import lorakit
 import models
+from in_peft import load_in_peft
 from models import train_a_little
 
 TOKENS = torch.arange(14).view(2, 7)
-
-
-def load_in_peft(base: nn.Module, folder: Path) -> nn.Module:
-    """PEFT's own loading; a warning (missing keys, unknown fields) is an error, its use of a deprecated name is not."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", FutureWarning)
-        return peft.PeftModel.from_pretrained(base, str(folder)).eval()
 
 
 def make_in_peft(base: nn.Module, **settings) -> nn.Module:

@@ -176,14 +176,18 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def _dense(self) -> Tensor:
         return dense_update(*self.factors())
 
-    def adapted_weight(self) -> Tensor:
-        """g ⊙ (W + s·ΔW), dense: computed in float32 at least, rounded once to the weight's dtype."""
+    def adapted_matrix(self) -> Tensor:
+        """g ⊙ (W + s·ΔW) as a matrix (out, in), in float32 at least."""
         total = self.matrix(precise(self.weight)) + self.scaling * self._dense()
         if "lora_magnitude" in self._parameters:
             # Here the sum is at hand, so its norm is taken of it: not as the sum of squares that `row_norm` adds up,
             # which loses digits where the update cancels the weight.
             total = total * dora_gain(self.lora_magnitude, torch.linalg.vector_norm(total, dim=1))[:, None]
-        return self.from_matrix(total).to(self.weight.dtype, memory_format=torch.contiguous_format)
+        return total
+
+    def adapted_weight(self) -> Tensor:
+        """The same laid out as the weight, rounded once to its dtype."""
+        return self.from_matrix(self.adapted_matrix()).to(self.weight.dtype, memory_format=torch.contiguous_format)
 
     # --- merging --------------------------------------------------------------------------------------------------
 

@@ -52,7 +52,8 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     Like `attach`, it freezes everything else and changes neither mode nor base weights. With force, what does not fit
     is left out instead of refused. Raises ValueError listing every misfit, before anything is changed.
     """
-    problems = _misfits(model, adapter)
+    layers, targets = adapted_layers(model), candidates(model)
+    problems = _misfits(model, adapter, layers, targets)
     if problems and not force:
         shown = "\n".join(f"  {problem}" for problem in list(problems.values())[:20])
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -60,7 +61,6 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     if set(adapter.updates) | set(adapter.trained) <= set(problems):
         raise ValueError(f"nothing in the adapter fits {type(model).__name__}: its modules have other names or shapes.")
 
-    layers, targets = adapted_layers(model), candidates(model)
     for name, update in adapter.updates.items():
         if name not in problems:
             _insert_update(layers.get(name), targets[name], update, adapter.dropout)
@@ -144,9 +144,10 @@ def _insert_update(layer: AdaptedLayer | None, target: Target, update: Update, d
         layer.merge()
 
 
-def _misfits(model: nn.Module, adapter: Adapter) -> dict[str, str]:
+def _misfits(
+    model: nn.Module, adapter: Adapter, layers: dict[str, AdaptedLayer], targets: dict[str, Target]
+) -> dict[str, str]:
     """Why each update or tensor has no place in `model`, by name."""
-    layers, targets = adapted_layers(model), candidates(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     problems: dict[str, str] = {}
     for name, update in adapter.updates.items():

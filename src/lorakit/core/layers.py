@@ -134,9 +134,8 @@ class MergedLinear(Linear):
         """Which rows of the weight have an update: bool (out,)."""
         sizes = torch.tensor(self.splits, device=self.weight.device)
         enabled = torch.tensor([rank > 0 for _, rank in self.blocks], device=self.weight.device)
-        return enabled.repeat_interleave(
-            sizes, output_size=sum(self.splits)
-        )  # given, as "meta" has no values to add up
+        # The size is given because tensors on "meta" have no values to add up.
+        return enabled.repeat_interleave(sizes, output_size=sum(self.splits))
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return block_shapes(self.blocks, self.in_features)

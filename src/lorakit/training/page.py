@@ -50,11 +50,7 @@ def weight_changes(model: nn.Module) -> list[Change]:
     changes = []
     for name, layer in adapted_layers(model).items():
         weight = layer.matrix(precise(layer.weight))
-        total = weight + layer.scaling * layer.matrix(layer.delta())
-        gain = layer.gain()
-        if gain is not None:
-            total = total * gain[:, None]
-        changes.append(Change(name, float((total - weight).norm() / weight.norm().clamp_min(1e-30))))
+        changes.append(Change(name, float((layer.adapted_matrix() - weight).norm() / weight.norm().clamp_min(1e-30))))
     return changes
 
 
