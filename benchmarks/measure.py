@@ -7,6 +7,7 @@ others use. The minimum of the turns is the one that was disturbed least.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import flop_counter
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -51,6 +53,18 @@ def kept_bytes(forward: Callable[[], Any], constants: Iterable[Tensor]) -> int:
     total = sum(size for pointer, size in kept.items() if pointer not in own)
     del result
     return total
+
+
+def operations(step: Callable[[], Any]) -> int:
+    """Floating-point operations of the products in `step`, a multiplication and an addition counting as two."""
+    # torch's counter does not know the products that add in place: their shapes are those of the sum and the factors.
+    in_place = dict.fromkeys(
+        (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_),
+        lambda total, left, right, **_: 2 * math.prod(left) * right[-1],
+    )
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        step()
+    return int(counter.get_total_flops())
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import kept_bytes
+from measure import kept_bytes, operations
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -224,11 +224,19 @@ def test_dropout_under_gradient_checkpointing(reentrant: bool) -> None:
     torch.testing.assert_close(got, list(expected))
 
 
-def test_dropout_keeps_the_input_once_and_a_bit_for_each_element() -> None:
+def test_dropout_keeps_the_input_once_and_few_bits_for_each_element() -> None:
+    """A bit for each element, or a byte for each dropped one (and a few to spare), beside x and S."""
     x = torch.randn(2, 50, 64, dtype=torch.bfloat16, requires_grad=True)
-    weight, A, B = torch.randn(32, 64).bfloat16(), torch.randn(4, 64).requires_grad_(), torch.randn(32, 4)
-    kept = kept_bytes(lambda: lora_linear(x, weight, None, A, B, 2.0, nn.Dropout(0.1)), (weight, A, B))
-    assert kept == 2 * 50 * 64 * 2 + 2 * 50 * 64 // 8 + 2 * 50 * 4 * 2
+    weight, A, B = torch.randn(32, 64).bfloat16(), torch.randn(4, 64), torch.randn(32, 4)
+    constants = (weight, A.requires_grad_(), B.requires_grad_())
+    bare = x.numel() * 2 + 2 * 50 * 4 * 2
+
+    def kept(dropout: nn.Dropout) -> int:
+        return kept_bytes(lambda: lora_linear(x, weight, None, A, B, 2.0, dropout), constants) - bare
+
+    assert kept(nn.Dropout(0.1)) == kept(masks.QuickDropout(0.2)) == x.numel() // 8
+    dropped = 0.1 * x.numel()
+    assert dropped <= kept(masks.QuickDropout(0.1)) <= dropped + 6 * dropped**0.5 + 7
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (8,), (3, 5), (2, 64), (0,)])
@@ -239,30 +247,51 @@ def test_a_mask_packed_and_unpacked_is_itself(shape: tuple[int, ...]) -> None:
     assert torch.equal(masks.unpack(bits, mask.shape), mask)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
-def test_quick_masks_drop_each_element_as_often_as_the_next(p: float, dtype: torch.dtype) -> None:
+def drawn(p: float, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    """A mask of zeros and ones as an attached layer draws it."""
+    ones = torch.ones(shape, dtype=dtype)
+    return masks.draw_mask(ones, masks.QuickDropout(p)).masked(ones.flatten(0, -2)).view(shape)
+
+
+@pytest.mark.parametrize("p", [0.002, 0.05, 0.125, 0.5, 0.9])
+def test_quick_masks_drop_each_element_as_often_as_the_next(p: float) -> None:
+    """Also the first and the last one, and each independently of its neighbours and of the next mask's."""
     torch.manual_seed(0)
-    x, rounds = torch.empty(3, 17, dtype=dtype), 4000
-    drawn = torch.stack([masks.draw_mask(x, masks.QuickDropout(p)) for _ in range(rounds)]).double()
-    assert drawn.unique().tolist() == [0, 1]
+    rounds, size = 4000, max(40, round(64 / p)) if p <= 0.125 else 40
+    flat = torch.stack([drawn(p, (1, size)).flatten() for _ in range(rounds)])
+    assert flat.unique().tolist() == [0, 1]
     spread = (p * (1 - p) / rounds) ** 0.5
-    assert ((drawn.mean(0) - (1 - p)).abs() < 5 * spread).all()
-    flat = drawn.flatten(1)
-    correlation = torch.corrcoef(flat.T) - torch.eye(flat.shape[1])
-    assert correlation.abs().max() < 6 / rounds**0.5
+    far = (flat.mean(0) - (1 - p)).abs() > 4 * spread
+    assert far.sum() <= 5 + size * 3e-4 * 3  # of a binomial's mean, four deviations; skew makes more of small p
+    assert abs(flat.mean() - (1 - p)) < 4 * spread / size**0.5
+    centred = flat - (1 - p)
+    for distance in (1, 2, 8, size - 1):
+        products = centred[:, distance:] * centred[:, :-distance]
+        assert abs(products.mean()) < 5 * p * (1 - p) / products.numel() ** 0.5
 
 
-def test_an_attached_layer_drops_by_quick_masks_and_its_gradients_are_those_of_the_same_mask() -> None:
+def test_a_mask_by_gaps_is_the_same_after_packing_in_every_width() -> None:
+    for p, dtype in ((0.1, torch.uint8), (0.01, torch.int16), (0.0002, torch.int32)):
+        x = torch.randn(8, round(20 / p))
+        mask = masks.Gaps.draw(x.numel(), p)
+        assert mask.packed is not None and mask.packed.dtype == dtype
+        ones = mask.masked(torch.ones_like(x))
+        assert 0 < (ones == 0).sum() < x.numel()
+        assert torch.equal(masks.Gaps(mask.packed).masked(x), x * ones)
+        assert torch.equal(masks.Gaps(mask.packed).mask_(x.clone()), x * ones)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.3], ids=["by gaps", "by bits"])
+def test_an_attached_layer_drops_by_quick_masks_and_its_gradients_are_those_of_the_same_mask(p: float) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 4)).double()
-    lorakit.attach(model, rank=2, alpha=2, dropout=0.3)
+    model = nn.Sequential(nn.Linear(32, 4)).double()
+    lorakit.attach(model, rank=2, alpha=2, dropout=p)
     layer = model[0]
     nn.init.normal_(layer.lora_B)
-    x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 10, 32, dtype=torch.float64, requires_grad=True)
     wanted = [x, layer.lora_A, layer.lora_B]
     torch.manual_seed(5)
-    mask = masks.draw_mask(x, layer.lora_dropout) / 0.7
+    mask = drawn(p, x.shape) / (1 - p)
     assert 0 < (mask == 0).sum() < mask.numel()
     expected = F.linear(x, layer.weight, layer.bias) + (mask * x) @ layer.lora_A.T @ layer.lora_B.T
     torch.manual_seed(5)
@@ -272,3 +301,97 @@ def test_an_attached_layer_drops_by_quick_masks_and_its_gradients_are_those_of_t
         torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(expected.sin().sum(), wanted)
     )
     assert torch.equal(model.eval()(x), model(x))
+
+
+def seeded(function):  # type: ignore[no-untyped-def]
+    """`function` with the same random numbers at every call."""
+
+    def call(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return function(*tensors)
+
+    return call
+
+
+@pytest.mark.parametrize("dropout", [None, masks.QuickDropout(0.1)], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gain_value_and_gradients(with_bias: bool, dropout: nn.Dropout | None) -> None:
+    """DoRA's y = g ⊙ (x Wᵀ + s · (M ⊙ x) Aᵀ Bᵀ) + b, against the equation and numerical differentiation."""
+    torch.manual_seed(0)
+    sizes = (
+        [(3, 250, 1), (4, 1), (4,), (2, 1), (4, 2), (4,)] if dropout else [(3, 5), (4, 5), (4,), (2, 5), (4, 2), (4,)]
+    )
+    tensors = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+    @seeded
+    def mine(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, gain: Tensor) -> Tensor:
+        return lora_linear(x, weight, bias if with_bias else None, A, B, 0.7, dropout, gain)
+
+    @seeded
+    def written_out(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, gain: Tensor) -> Tensor:
+        kept = drawn(0.1, x.shape) / 0.9 if dropout else 1
+        return (x @ weight.T + 0.7 * (kept * x) @ A.T @ B.T) * gain + (bias if with_bias else 0 * bias)
+
+    wanted = tensors if with_bias else tensors[:2] + tensors[3:]
+    torch.testing.assert_close(mine(*tensors), written_out(*tensors))
+    expected = torch.autograd.grad(written_out(*tensors).sin().sum(), wanted)
+    torch.testing.assert_close(torch.autograd.grad(mine(*tensors).sin().sum(), wanted), expected)
+    if not dropout:
+        small = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+        assert torch.autograd.gradcheck(mine, small) and torch.autograd.gradgradcheck(mine, small)
+    for index in (0, 3, 4, 5):  # one gradient alone
+        alone = [tensor.detach().requires_grad_(i == index) for i, tensor in enumerate(tensors)]
+        mine(*alone).sin().sum().backward()
+        torch.testing.assert_close(
+            alone[index].grad, torch.autograd.grad(written_out(*tensors).sin().sum(), tensors[index])[0]
+        )
+
+
+def test_gain_keeps_the_input_and_one_output() -> None:
+    """u is needed for the gradient of g, and nothing more."""
+    x, weight = torch.randn(50, 64, requires_grad=True), torch.randn(32, 64)
+    A, B, gain = (torch.randn(size, requires_grad=True) for size in ((4, 64), (32, 4), (32,)))
+    kept = kept_bytes(lambda: lora_linear(x, weight, torch.randn(32), A, B, 2.0, None, gain), (weight, A, B, gain))
+    assert kept == 4 * (50 * 64 + 50 * 4 + 50 * 32)
+
+
+@pytest.mark.parametrize("dropout", [None, nn.Dropout(0.5)], ids=["no dropout", "dropout"])
+def test_operations_are_those_of_the_frozen_layer_and_six_thin_products(dropout: nn.Dropout | None) -> None:
+    rows, ins, outs, rank = 30, 24, 16, 2
+    sizes = [(rows, ins), (outs, ins), (rank, ins), (outs, rank)]
+    x, weight, A, B = (torch.randn(size) for size in sizes)
+    for tensor in (x, A, B):
+        tensor.requires_grad_()
+    dy = torch.randn(rows, outs)
+    frozen = operations(lambda: F.linear(x, weight).backward(dy))
+    assert frozen == 4 * rows * ins * outs
+    counted = operations(lambda: lora_linear(x, weight, None, A, B, 1.0, dropout).backward(dy))
+    assert counted - frozen == 6 * rows * rank * (ins + outs)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_many_rows_are_multiplied_by_the_sum_of_the_weights(transposed: bool) -> None:
+    """From a number of rows on W + s·B A is formed, where that is the lesser work, with the equation's derivatives."""
+    tensors = inputs(40, transposed=transposed)
+    expected = torch.autograd.grad(equation(*tensors).sin().sum(), tensors)
+    y = fast(*tensors)
+    torch.testing.assert_close(y, equation(*tensors))
+    torch.testing.assert_close(torch.autograd.grad(y.sin().sum(), tensors), expected)
+    assert torch.autograd.gradcheck(fast, tensors) and torch.autograd.gradgradcheck(fast, tensors)
+    assert kept_bytes(lambda: fast(*tensors), tensors[1:]) == 40 * 5 * 8
+    dense, thin, forming = 2 * 40 * 4 * 5, 2 * 40 * 2 * (4 + 5), 2 * 2 * 4 * 5
+    assert operations(lambda: fast(*tensors)) == dense + forming < dense + thin
+    few = inputs(8)
+    assert operations(lambda: fast(*few)) == 2 * 8 * (4 * 5 + 2 * (4 + 5))
+
+
+def test_in_bfloat16_the_sum_of_the_weights_is_never_rounded() -> None:
+    """An update of a thousandth of the weights is beneath bfloat16's steps, and has to arrive all the same."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(400, 16).bfloat16(), torch.randn(16, 16).bfloat16()
+    A, B = torch.randn(2, 16), 1e-3 * torch.randn(16, 2)
+    update = lora_linear(x, 0 * weight, None, A, B, 1.0)
+    torch.testing.assert_close(update.float(), x.float() @ A.T @ B.T, rtol=0.02, atol=1e-4)
+    exact = (x.double() @ (weight.double() + B.double() @ A.double()).T).float()
+    error = (lora_linear(x, weight, None, A, B, 1.0).float() - exact).norm() / exact.norm()
+    assert error < 2.0e-3  # one rounding of the sum, 2⁻⁹/√3 = 1.1e-3, and the small summand's

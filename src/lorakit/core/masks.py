@@ -1,6 +1,20 @@
-"""Dropout's mask: drawn as torch draws it or, on a CPU, four times as fast, and kept as one bit for each element."""
+"""Dropout's mask M over the input of an update: drawn cheaply, kept in few bytes, applied where it is needed.
+
+    M = 0 with probability p, else 1; the factor 1/(1 − p) goes into the scale.
+
+Kept whole, M would cost the backward pass as much memory as x, and drawn one number an element, a CPU spends more time
+on it than on the products of a small layer. So there are two forms, both a small tensor between the passes:
+
+    Bits    any p: one bit an element.
+    Gaps    p up to 1/8, on a CPU: how far it is from each dropped element to the next, one byte each. The distances
+            are geometric numbers, so p·n random numbers draw a mask of n, and dropping writes p·n zeros.
+
+A third form, regenerated from a seed inside GPU kernels, is in `kernels.py`. `Mask` itself drops nothing.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -12,23 +26,124 @@ _GATHER = 0x0102040810204080
 _SPREAD = 0x0101010101010101
 _PICK = 0x8040201008040201 - (1 << 64)
 
+# Above this p a byte for each dropped element is more than a bit for each element.
+_MOST_FOR_GAPS = 1 / 8
+# Fewer dropped elements than this and a mask might have none at all, which `Gaps` cannot say.
+_LEAST_FOR_GAPS = 64
+
 
 class QuickDropout(nn.Dropout):
-    """`nn.Dropout` that does not promise torch's masks: what `attach` uses. p counts in steps of 1/65536."""
+    """`nn.Dropout` that does not promise torch's masks: what `attach` uses."""
 
 
-def draw_mask(x: Tensor, dropout: nn.Dropout) -> Tensor:
-    """Ones, and zeros with probability p, of the shape and dtype of x: the mask that `F.dropout` would draw now.
+class Mask:
+    """M over rows x (T, in), with nothing dropped. `packed` is all that its subclasses keep of one."""
 
-    A `QuickDropout` on a CPU, where torch draws one number for each element, cuts four out of each random word.
+    def __init__(self, packed: Tensor | None = None) -> None:
+        self.packed = packed
+
+    def masked(self, x: Tensor) -> Tensor:
+        """M ⊙ x, differentiable."""
+        return x
+
+    def mask_(self, x: Tensor) -> Tensor:
+        """x ← M ⊙ x."""
+        return x
+
+    def shrink(self, x: Tensor, A: Tensor) -> Tensor:
+        """(M ⊙ x) Aᵀ     x (T, in), A (r, in) → (T, r)"""
+        return self.masked(x) @ A.T
+
+    def expand(self, dS: Tensor, A: Tensor) -> Tensor:
+        """M ⊙ (dS A)     dS (T, r), A (r, in) → (T, in)"""
+        return self.mask_(dS @ A)
+
+    def gradient_of_A(self, dS: Tensor, x: Tensor) -> Tensor:
+        """dSᵀ (M ⊙ x)     → (r, in)"""
+        return dS.T @ self.masked(x)
+
+
+class Bits(Mask):
+    """Any mask, a bit for each element."""
+
+    _dense: Tensor | None = None
+
+    @classmethod
+    def of(cls, dense: Tensor) -> Bits:
+        """From zeros and ones."""
+        mask = cls(pack(dense))
+        mask._dense = dense
+        return mask
+
+    def masked(self, x: Tensor) -> Tensor:
+        return x * self._like(x)
+
+    def mask_(self, x: Tensor) -> Tensor:
+        return x.mul_(self._like(x))
+
+    def _like(self, x: Tensor) -> Tensor:
+        """Zeros and ones in x's dtype: torch multiplies by a bool three times as slowly."""
+        if self._dense is None:
+            assert self.packed is not None
+            self._dense = unpack(self.packed, x.shape).to(x.dtype)
+        return self._dense
+
+
+class Gaps(Mask):
+    """The distances from each dropped element to the next, the first from before the beginning. A distance of 0 says
+    nothing new: the last ones are, so that the count need not be known.
+    """
+
+    _positions: Tensor | None = None
+
+    @classmethod
+    def draw(cls, size: int, p: float) -> Gaps:
+        """Of a mask with `size` elements.
+
+        A distance is 1 + ⌊ln u / ln(1 − p)⌋, u uniform in (0, 1]. In 100,000 less than one is too large for its bytes,
+        and is cut.
+        """
+        log_keep = math.log1p(-p)
+        dtypes = (torch.uint8, torch.int16, torch.int32)
+        dtype = next(own for own in dtypes if torch.iinfo(own).max * log_keep < math.log(1e-5) or own == dtypes[-1])
+        expected = p * size
+        count = math.ceil(expected + 6 * math.sqrt(expected)) + 6  # too few for one mask in 10⁹: its end is whole
+        gaps = torch.rand(count).neg_().add_(1).log_().mul_(1 / log_keep)
+        gaps = gaps.clamp_max_(torch.iinfo(dtype).max - 1).to(dtype).add_(1)
+        return cls(gaps.mul_(gaps.cumsum(0, dtype=torch.int64) <= size))
+
+    def masked(self, x: Tensor) -> Tensor:
+        return x.reshape(-1).index_fill(0, self._dropped(), 0).view(x.shape)
+
+    def mask_(self, x: Tensor) -> Tensor:
+        x.view(-1).index_fill_(0, self._dropped(), 0)
+        return x
+
+    def _dropped(self) -> Tensor:
+        if self._positions is None:
+            assert self.packed is not None
+            self._positions = self.packed.cumsum(0, dtype=torch.int64).sub_(1)
+        return self._positions
+
+
+def draw_mask(x: Tensor, dropout: nn.Dropout) -> Mask:
+    """A mask over x (…, in), seen as rows, each element dropped with probability p.
+
+    Of `nn.Dropout` itself it is the mask that `F.dropout` would draw now; a `QuickDropout` on a CPU, where torch draws
+    one number for each element, draws fewer.
     """
     if x.device.type != "cpu":
-        return torch.native_dropout(x, dropout.p, True)[1].to(x.dtype)
-    if type(dropout) is nn.Dropout:
-        return torch.empty_like(x).bernoulli_(1 - dropout.p)
-    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
-    lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return (lanes >= round(dropout.p * 65536) - 32768).to(x.dtype)
+        dense = torch.native_dropout(x, dropout.p, True)[1].to(x.dtype)
+    elif type(dropout) is nn.Dropout:
+        dense = torch.empty_like(x).bernoulli_(1 - dropout.p)
+    elif dropout.p <= _MOST_FOR_GAPS and dropout.p * x.numel() >= _LEAST_FOR_GAPS:
+        return Gaps.draw(x.numel(), dropout.p)
+    else:
+        # Four numbers of 16 bits in each random word.
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
+        lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
+        dense = (lanes >= round(dropout.p * 65536) - 32768).to(x.dtype)
+    return Bits.of(dense.reshape(-1, x.shape[-1]))
 
 
 def pack(mask: Tensor) -> Tensor:
