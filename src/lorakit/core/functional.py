@@ -15,13 +15,14 @@ These functions hold no state and no parameters; `layers.py` does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .gradients import LoRALinear
+from .gradients import Geometry, LoRAConv, LoRAEmbedding, LoRALinear
 from .masks import QuickDropout
 
 Dropout = Callable[[Tensor], Tensor]
@@ -99,15 +100,9 @@ def lora_linear(
     """
     x = _autocast(x)
     # A weight of another class (quantised, sharded) knows how to be multiplied in F.linear, and may know no more.
-    # Of a dropout of another class, only its forward is known.
-    known = dropout is None or (
-        isinstance(dropout, nn.Dropout)
-        and type(dropout) in (nn.Dropout, QuickDropout)
-        and dropout.training
-        and dropout.p < 1
-    )
-    if known and type(weight) in (Tensor, nn.Parameter) and not _is_transformed():
-        formed = dropout is None and gain is None and _forming_pays(x, weight, A, B)
+    if _is_known(dropout) and type(weight) in (Tensor, nn.Parameter) and not _is_transformed():
+        rows = x.numel() // max(x.shape[-1], 1)
+        formed = dropout is None and gain is None and _forming_pays(rows, x, weight, A, B)
         fused: Tensor = LoRALinear.apply(x, weight, bias, A, B, gain, scale, dropout, formed)
         return fused
     # The scale is applied to the thin product (…, r), the smallest tensor in sight.
@@ -116,19 +111,6 @@ def lora_linear(
         return F.linear(x, weight, bias) + F.linear(S, B.to(x.dtype))
     y = (F.linear(x, weight) + F.linear(S, B.to(x.dtype))) * gain.to(x.dtype)
     return y if bias is None else y + bias.to(y.dtype)
-
-
-def _forming_pays(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
-    """Whether forming W + s·B A once for each pass is less work than two thin products over all rows of x.
-
-    By arithmetic from T = 2·in·out/(in + out) rows on: 2·r·in·out operations twice, against 2·T·r·(in + out). But the
-    sum is bound by memory, and it takes four times as many rows to be no slower on any shape that was measured (one
-    CPU thread, widths of 192 to 3072). In half precision never: a small update vanishes when the sum is rounded.
-    """
-    if not (x.dtype == weight.dtype == A.dtype == B.dtype and x.dtype in (torch.float32, torch.float64)):
-        return False
-    outputs, inputs = weight.shape
-    return x.numel() // max(inputs, 1) >= 8 * inputs * outputs / (inputs + outputs)
 
 
 def lora_embedding(
@@ -147,8 +129,68 @@ def lora_embedding(
 
     The padding column of A gets no gradient, so a padding row that starts without an update keeps none.
     """
+    if not _is_transformed():
+        added: Tensor = LoRAEmbedding.apply(base, tokens, A, B, scale, padding_idx, scale_grad_by_freq)
+        return added
     down = F.embedding(tokens, A.T, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
     return base + F.linear((down * scale).to(base.dtype), B.to(base.dtype))
+
+
+def lora_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    geometry: Geometry,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """conv(x, W) + b + s · conv₁(conv(dropout(x), A), B), without forming B A where that is more work.
+
+    x (N, in, …) or (in, …)   weight (out, in, *k)   A (r, in, *k)   B (out, r, 1, …)   →   (N, out, …) or (out, …)
+    """
+    x = _autocast(x)
+    if x.dim() == weight.dim() - 1:
+        return lora_conv(x[None], weight, bias, A, B, scale, geometry, dropout)[0]
+    if _is_known(dropout) and type(weight) in (Tensor, nn.Parameter) and not _is_transformed():
+        positions = x.numel() // max(x.shape[1], 1) // math.prod(geometry.stride)
+        formed = dropout is None and _forming_pays(positions, x, weight, A, B)
+        fused: Tensor = LoRAConv.apply(x, weight, bias, A, B, scale, dropout, geometry, formed)
+        return fused
+    S = geometry.convolution(x if dropout is None else dropout(x), A.to(x.dtype)) * scale
+    y = geometry.convolution(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y + geometry.pointwise.convolution(S, B.to(x.dtype))
+
+
+def _is_known(dropout: Dropout | None) -> bool:
+    """Whether the hand-written gradients can draw this dropout's mask: of another class, only its forward is known."""
+    return dropout is None or (
+        isinstance(dropout, nn.Dropout)
+        and type(dropout) in (nn.Dropout, QuickDropout)
+        and dropout.training
+        and dropout.p < 1
+    )
+
+
+def forms(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether W + s·B A may be formed in the precision of these tensors.
+
+    Never in half precision: an update smaller than the weight's last digit vanishes when the sum is rounded.
+    """
+    return x.dtype == weight.dtype == A.dtype == B.dtype and x.dtype in (torch.float32, torch.float64)
+
+
+def _forming_pays(rows: int, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether forming W + s·B A once for each pass is less work than two thin products over all rows of x.
+
+    By arithmetic from T = 2·in·out/(in + out) rows on: 2·r·in·out operations twice, against 2·T·r·(in + out). But the
+    sum is bound by memory, and it takes four times as many rows to be no slower on any shape that was measured (one
+    CPU thread, widths of 192 to 3072).
+    """
+    outputs = weight.shape[0]
+    inputs = weight.numel() // max(outputs, 1)
+    return forms(x, weight, A, B) and rows * (inputs + outputs) >= 8 * inputs * outputs
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ chooses anything; `functional.py` does.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,6 +103,159 @@ class LoRALinear(torch.autograd.Function):
             dA = mask.gradient_of_A(dS, rows) if needs_A else None
             dB = (S.T @ dU).T if needs_B else None
             return dx, dW, db, dA, dB, dg, None, None, None
+
+
+class LoRAEmbedding(torch.autograd.Function):
+    """y = base + s · Sᵀ Bᵀ,  S = A[:, tokens]       base (…, dim): the frozen rows, looked up
+
+    A (r, vocabulary)   B (dim, r)
+
+    dbase = dy      dS = s · Bᵀ dyᵀ      dA[:, tokens] += dS      dB = (S dy)ᵀ
+
+    padding_idx: a column of A without a gradient. by_frequency: a column's gradient is over how often it was looked up.
+    Kept: the tokens.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Tensor,
+        tokens: Tensor,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        padding_idx: int | None,
+        by_frequency: bool,
+    ) -> Tensor:
+        ctx.scale, ctx.padding_idx, ctx.by_frequency = scale, padding_idx, by_frequency
+        ctx.save_for_backward(tokens, A, B)
+        rows = base.reshape(-1, base.shape[-1])
+        S = A.index_select(1, tokens.reshape(-1)).to(base.dtype)
+        with without_autocast(base):
+            return torch.addmm(rows, S.T, B.to(base.dtype).T, alpha=scale).view(base.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        tokens, A, B = ctx.saved_tensors
+        needs_base, _, needs_A, needs_B, *_ = ctx.needs_input_grad
+        with without_autocast(dy):
+            dY, tokens = dy.reshape(-1, dy.shape[-1]), tokens.reshape(-1)
+            dA = dB = None
+            if needs_A:
+                dS = (B.to(dy.dtype).T @ dY.T) * ctx.scale
+                dA = torch.zeros_like(A).index_add(1, tokens, dS.to(A.dtype))
+                if ctx.padding_idx is not None:
+                    dA = dA.index_fill(1, tokens.new_tensor(ctx.padding_idx), 0)
+                if ctx.by_frequency:
+                    dA = dA / tokens.bincount(minlength=A.shape[1]).clamp(min=1)
+            if needs_B:
+                dB = (A.index_select(1, tokens).to(dy.dtype) @ dY).T * ctx.scale
+        return (dy if needs_base else None), None, dA, dB, None, None, None
+
+
+class LoRAConv(torch.autograd.Function):
+    """y = conv(x, W) + b + conv₁(S, B),  S = s · conv(M ⊙ x, A)
+
+    x (N, in, …)   W (out, in, *k)   A (r, in, *k)   B (out, r, 1, …)   conv₁: a kernel of ones   M: as in `LoRALinear`
+
+    The gradients are those of `LoRALinear`, its products read as convolutions, `formed` too. Kept: x, S and the mask's
+    few bytes; formed: x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        dropout: nn.Dropout | None,
+        geometry: Geometry,
+        formed: bool,
+    ) -> Tensor:
+        channels_last = ctx.channels_last = not x.is_contiguous()
+        mask = Mask() if dropout is None else draw_mask(_inner(x, channels_last), dropout)
+        ctx.scale = scale if dropout is None else scale / (1 - dropout.p)
+        ctx.mask_class, ctx.geometry, ctx.formed = type(mask), geometry, formed
+        S = None
+        if formed:
+            y = geometry.convolution(x, _kernel_sum(weight, A, B, scale), bias)
+        else:
+            S = geometry.convolution(_masked(mask, x, channels_last), A.to(x.dtype)).mul_(ctx.scale)
+            y = geometry.convolution(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            y.add_(geometry.pointwise.convolution(S, B.to(x.dtype)))
+        needs_B = ctx.needs_input_grad[4]
+        ctx.save_for_backward(x, weight, A, B, S if needs_B else None, mask.packed)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, A, B, S, packed = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        geometry, channels_last = ctx.geometry, ctx.channels_last
+        with without_autocast(dy):
+            mask = ctx.mask_class(packed)
+            weight_, A_, B_ = (factor.to(dy.dtype) for factor in (weight, A, B))
+            dropped = _masked(mask, x, channels_last)
+            if needs_B and (S is None or torch.is_grad_enabled()):
+                S = geometry.convolution(dropped, A_) * ctx.scale
+            db = dy.flatten(2).sum((0, 2)) if needs_bias else None
+            dS = geometry.pointwise.convolution(dy, B_.transpose(0, 1)) * ctx.scale
+            beside, dA = geometry.gradients(dS, dropped, A_, needs_x and not ctx.formed, needs_A)
+            _, dB = geometry.pointwise.gradients(dy, S, B_, False, needs_B)
+            kernel = _kernel_sum(weight, A, B, ctx.scale) if ctx.formed else weight_
+            dx, dW = geometry.gradients(dy, x, kernel, needs_x, needs_weight)
+            if beside is not None:
+                dx = dx + _masked(mask, beside, channels_last)
+        return dx, dW, db, dA, dB, None, None, None, None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a kernel moves over its input, padded with zeros: what a convolution takes beside its tensors."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def pointwise(self) -> Geometry:
+        """That of a kernel of ones."""
+        ones = (1,) * len(self.stride)
+        return Geometry(ones, (0,) * len(ones), ones)
+
+    def convolution(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        unmoved = (0,) * len(self.stride)
+        return torch.convolution(x, kernel, bias, self.stride, self.padding, self.dilation, False, unmoved, 1)
+
+    def gradients(self, dy: Tensor, x: Any, kernel: Tensor, needs_x: bool, needs_kernel: bool) -> tuple[Any, Any]:
+        """With respect to x and the kernel, None for what is not needed."""
+        if not (needs_x or needs_kernel):
+            return None, None
+        unmoved, wanted = (0,) * len(self.stride), [needs_x, needs_kernel, False]
+        dx, dkernel, _ = torch.ops.aten.convolution_backward(
+            dy, x, kernel, None, self.stride, self.padding, self.dilation, False, unmoved, 1, wanted
+        )
+        return dx, dkernel
+
+
+def _kernel_sum(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W + s·B A as a kernel."""
+    return torch.addmm(weight.flatten(1), B.flatten(1), A.flatten(1), alpha=scale).view(weight.shape)
+
+
+def _inner(x: Tensor, channels_last: bool) -> Tensor:
+    """x (N, channels, …) with its dimensions in the order of its memory."""
+    return x.movedim(1, -1) if channels_last else x
+
+
+def _masked(mask: Mask, x: Tensor, channels_last: bool) -> Tensor:
+    """M ⊙ x for a mask of `_inner(x)`."""
+    inner = _inner(x, channels_last)
+    masked = mask.masked(inner.reshape(-1, inner.shape[-1])).view(inner.shape)
+    return masked.movedim(-1, 1) if channels_last else masked
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer, LoRALayer, joined
-from .functional import Blocks, block_diagonal, lora_embedding, lora_linear
+from .functional import Blocks, block_diagonal, forms, lora_conv, lora_embedding, lora_linear
+from .gradients import Geometry
 from .init import Init, random_factors
 
 _NONE_ENABLED: Sequence[bool] = (False,)  # loralib's default
@@ -273,7 +274,11 @@ class ConvLoRA(AdaptedLayer):
     out_channels: int
     kernel_size: tuple[int, ...]
     groups: int
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding_mode: Any
     bias: Tensor | None
+    _reversed_padding_repeated_twice: list[int]
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]  # torch's: padding, stride, dilation, groups
 
     def __init__(
@@ -330,21 +335,37 @@ class ConvLoRA(AdaptedLayer):
             return self.guard(self._conv_forward(x, self.weight, self.bias))
         gain = self.gain()
         if gain is None:
-            return self._conv_forward(x, self.weight, self.bias) + self._update_forward(x)
+            return self._adapted_forward(x, self.bias)
         channels = (-1, *(1,) * len(self.kernel_size))
-        y = self._conv_forward(x, self.weight, None) + self._update_forward(x)
+        y = self._adapted_forward(x, None)
         y = y * gain.to(y.dtype).view(channels)
         return y if self.bias is None else y + self.bias.to(y.dtype).view(channels)
 
-    def _update_forward(self, x: Tensor) -> Tensor:
-        x = self.lora_dropout(x)
+    def _adapted_forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """conv(x, W + s·ΔW) + bias"""
+        A, B = self.factors()
+        dropout = self.acting_dropout
         if self.is_factored and self.groups == 1:
-            A, B = self.factors()
-            down = self._conv_forward(x, A.to(x.dtype), None) * self.scaling
-            pointwise = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
-            return pointwise(down, B.to(x.dtype))
-        # Grouped kernels are thin already: one dense kernel costs less than a product for each group.
-        return self._conv_forward(x, (self.scaling * self.delta()).to(x.dtype), None)
+            x, geometry = self._padded(x)
+            return lora_conv(x, self.weight, bias, A, B, self.scaling, geometry, dropout)
+        # These kernels have no thin form: loralib's layout has none, and grouped kernels are thin already.
+        update = self.scaling * self.delta()
+        if dropout is None and forms(x, self.weight, A, B):
+            return self._conv_forward(x, self.weight + update, bias)
+        dropped = x if dropout is None else dropout(x)
+        return self._conv_forward(x, self.weight, bias) + self._conv_forward(dropped, update.to(x.dtype), None)
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        """x padded where that is not the same number of zeros on both sides, and how the kernel moves over it."""
+        sides = self._reversed_padding_repeated_twice  # torch's, for F.pad: the last dimension first
+        before, after = tuple(sides[-2::-2]), tuple(sides[-1::-2])
+        if self.padding_mode != "zeros":
+            x = F.pad(x, sides, mode=self.padding_mode)
+        elif before != after:
+            x = F.pad(x, sides)
+        else:
+            return x, Geometry(self.stride, before, self.dilation)
+        return x, Geometry(self.stride, (0,) * len(before), self.dilation)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # loralib's files call the weight conv.weight (0.1.2) or hold it under both names (its repository's head).
