@@ -82,20 +82,10 @@ def row(name: str, layers: dict[str, nn.Module], inputs: int, dtype: torch.dtype
     }
 
 
-def has_bfloat16() -> bool:
-    """Whether the processor has instructions for it: without them the products are emulated, and say nothing."""
-    products = {dtype: torch.randn(512, 512).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    times = measure.minima({str(dtype): lambda own=matrix: own @ own for dtype, matrix in products.items()}, 0.1)
-    ratio = times["torch.bfloat16"] / times["torch.float32"]
-    if ratio > 1.5:
-        print(f"bfloat16 is left out: its products take {ratio:.1f} times as long as float32's on this processor\n")
-    return ratio <= 1.5
-
-
 def main() -> None:
     torch.set_num_threads(1)
     rows = []
-    for dtype in (torch.float32, torch.bfloat16) if has_bfloat16() else (torch.float32,):
+    for dtype in (torch.float32, torch.bfloat16) if measure.has_bfloat16() else (torch.float32,):
         for dropout in (0.0, 0.05):
             for inputs, outputs in SHAPES:
                 layers = variants(inputs, outputs, dtype, dropout)

@@ -6,10 +6,13 @@ others use. The minimum of the turns is the one that was disturbed least.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
+import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -36,6 +39,16 @@ def minima(steps: Mapping[str, Callable[[], Any]], seconds: float = 1.0, least: 
             best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
         turns += 1
     return best
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for it: without them the products are emulated, and say nothing."""
+    products = {dtype: torch.randn(512, 512).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    times = minima({str(dtype): lambda own=matrix: own @ own for dtype, matrix in products.items()}, 0.1)
+    ratio = times["torch.bfloat16"] / times["torch.float32"]
+    if ratio > 1.5:
+        print(f"bfloat16 is left out: its products take {ratio:.1f} times as long as float32's on this processor\n")
+    return ratio <= 1.5
 
 
 def kept_bytes(forward: Callable[[], Any], constants: Iterable[Tensor]) -> int:
@@ -65,6 +78,21 @@ def operations(step: Callable[[], Any]) -> int:
     with flop_counter.FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         step()
     return int(counter.get_total_flops())
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak so far, that of loading a model. Linux alone; elsewhere the peak is the process's whole life's."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process held at most since `reset_peak_memory`."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import Dropout, dense_update, dora_gain, precise, row_norm
+from .functional import Dropout, add_product, dense_update, dora_gain, precise, row_norm
 from .init import Init, factors_of_weight, random_factors
 
 
@@ -102,6 +102,10 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """The inverse of `matrix`."""
         return matrix.view(self.weight.shape)
 
+    def as_product(self, weight: Tensor) -> Tensor:
+        """`weight` viewed in the shape of B A."""
+        return self.matrix(weight)
+
     def draw(self, A: Tensor, B: Tensor, init: Init) -> None:
         """Fill new factors in place such that ΔW = 0."""
         random_factors(A, B, init)
@@ -170,8 +174,13 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """DoRA's g (out,), or None for plain LoRA."""
         if "lora_magnitude" not in self._parameters:
             return None
-        A, B = (factor.detach().flatten(1) for factor in self.factors())
+        A, B = (factor.detach() for factor in self._factor_matrices())
         return dora_gain(self.lora_magnitude, row_norm(self.matrix(self.weight.detach()), A, B, self.scaling))
+
+    def _factor_matrices(self) -> tuple[Tensor, Tensor]:
+        """The same as matrices."""
+        A, B = self.factors()
+        return A.flatten(1), B.flatten(1)
 
     def _dense(self) -> Tensor:
         return dense_update(*self.factors())
@@ -187,7 +196,11 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def adapted_weight(self) -> Tensor:
         """The same laid out as the weight, rounded once to its dtype."""
-        return self.from_matrix(self.adapted_matrix()).to(self.weight.dtype, memory_format=torch.contiguous_format)
+        if torch.is_grad_enabled() or "lora_magnitude" in self._parameters:
+            return self.from_matrix(self.adapted_matrix()).to(self.weight.dtype, memory_format=torch.contiguous_format)
+        merged = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+        add_product(self.as_product(merged), self.as_product(self.weight), *self._factor_matrices(), self.scaling)
+        return merged
 
     # --- merging --------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from .gradients import Geometry, LoRAConv, LoRAEmbedding, LoRALinear
 from .masks import QuickDropout
 
+_BLOCK = 1 << 19  # bytes in the blocks of `add_product`
+
 Dropout = Callable[[Tensor], Tensor]
 Blocks = tuple[tuple[int, int], ...]  # (size, rank) of each block of a fused output: q, k and v in one weight
 
@@ -40,6 +42,26 @@ def dense_update(A: Tensor, B: Tensor) -> Tensor:
     Trailing dimensions of a convolution's factors are flattened: A (r, in, *k), B (out, r, 1, …) → (out, in·∏k).
     """
     return precise(B).flatten(1) @ precise(A).flatten(1)
+
+
+@torch.no_grad()
+def add_product(total: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
+    """total ← W + s·B A, summed in float32 at least and rounded once.
+
+    total, weight (…, out, in), strides of any kind; A (…, r, in); B (…, out, r). By blocks that stay in a processor's
+    cache, so that neither B A nor a float32 copy of the weight is ever whole.
+    """
+    if weight.dim() > 2:
+        for parts in zip(total, weight, A, B, strict=True):
+            add_product(*parts, scale)
+        return
+    if weight.stride(0) < weight.stride(1):  # stored transposed: the blocks follow the memory
+        total, weight, A, B = total.T, weight.T, B.T, A.T
+    dtype = torch.promote_types(precise(weight[:0]).dtype, precise(A[:0]).dtype)
+    A, B = A.to(dtype), B.to(dtype)
+    rows = max(1, _BLOCK // max(weight.shape[1] * A.element_size(), 1))
+    for part, base, left in zip(total.split(rows), weight.split(rows), B.split(rows), strict=True):
+        part.copy_(torch.addmm(base.to(dtype), left, A, alpha=scale))
 
 
 def block_diagonal(B: Tensor, blocks: Blocks) -> Tensor:

@@ -325,6 +325,9 @@ class ConvLoRA(AdaptedLayer):
     def is_factored(self) -> bool:
         return self.lora_A.dim() > 2
 
+    def as_product(self, weight: Tensor) -> Tensor:
+        return self.matrix(weight) if self.is_factored else weight.reshape(len(self.lora_B), -1)
+
     def _dense(self) -> Tensor:
         update = super()._dense()
         # loralib's factors multiply to another matrix, of as many entries, which is viewed as the kernel.

@@ -83,6 +83,9 @@ class AdaptedParameter(AdaptedLayer):
             for expert_A, expert_B in zip(A, B, strict=True):
                 super().draw(expert_A, expert_B, init)
 
+    def _factor_matrices(self) -> tuple[Tensor, Tensor]:
+        return self.factors()
+
     def _dense(self) -> Tensor:
         A, B = self.factors()
         return precise(B) @ precise(A)
