@@ -136,7 +136,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("layout", ["bias", "no bias", "transposed"])
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("T", "I", "O", "r"), [*SHAPES, (1153, 17, 130, 2)])
+    @pytest.mark.parametrize(("T", "I", "O", "r"), SHAPES)
     def test_linear_expand(self, T: int, I: int, O: int, r: int, dtype: torch.dtype, layout: str) -> None:  # noqa: E741
         from lorakit.core import triton_code
 
@@ -148,7 +148,10 @@ class TestKernels:
         for version in (triton_code.linear_expand, kernels.plain_linear_expand):
             close(version(x, weight, bias, S, B), expected, dtype)
 
-    @pytest.mark.parametrize("columns", [1, 6, 64, 131])
+    def test_more_row_blocks_than_are_grouped(self) -> None:
+        self.test_linear_expand(64 * 9 + 1, 17, 130, 2, torch.float32, "bias")
+
+    @pytest.mark.parametrize("columns", [1, 6, 131])
     def test_mask_is_philox_whatever_the_tile(self, columns: int) -> None:
         from lorakit.core import triton_code
 
@@ -239,22 +242,38 @@ class TestKernels:
         with kernels.only():
             assert not kernels.available(x)
 
-    def test_measured_kernels_run_where_they_may(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The clock's favourite on a GPU; in the interpreter, which has no clock, what `only` names."""
-        monkeypatch.setattr(kernels, "trials", choice.Trials(clock(0.0, 1.0)))
-        dY, B, S = (drawn(*shape, dtype=torch.bfloat16) for shape in [(40, 50), (50, 4), (40, 4)])
-        x, weight = drawn(40, 30, dtype=torch.bfloat16), drawn(50, 30, dtype=torch.bfloat16)
+    @pytest.mark.parametrize("faster", ["kernel", "plain"])
+    def test_measured_kernels_are_the_clocks_choice(self, faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As on a GPU, wherever this runs: the first call of a shape decides, and its neighbours follow."""
+        timed = clock(*((1.0, 2.0) if faster == "kernel" else (2.0, 1.0)))
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+        monkeypatch.setattr(kernels, "trials", choice.Trials(timed))
         with kernels.only("grad", "linear"):
-            for _ in range(2):
-                dS, dB = kernels.grad_S_B(dY, B, S, 0.7)
-                assert dB.dtype == torch.float32
-                close(dB, dY.double().T @ S.double(), torch.float32)
-                close(dS, 0.7 * dY.double() @ B.double(), torch.bfloat16)
-                y = kernels.linear_expand(x, weight, None, S, B)
-                close(y, x.double() @ weight.double().T + S.double() @ B.double().T, torch.bfloat16)
-        for names in ((), ("linear",)):
-            with kernels.only(*names):
-                assert kernels.grad_S_B(dY, B, S, 0.7)[1].dtype == torch.bfloat16
+            for rows in (40, 33, 64):
+                self.check_measured(rows, torch.float32 if faster == "kernel" else torch.bfloat16)
+                monkeypatch.setattr(kernels.trials, "clock", None)  # not asked again for as many rows or about as many
+        shapes = {key[0]: key[1:5] if key[0] == "grad" else key[1:6] for key in kernels.trials.faster}
+        assert shapes == {"grad": (torch.bfloat16, 64, 50, 4), "linear": (torch.bfloat16, 64, 30, 50, 4)}
+        assert set(kernels.trials.faster.values()) == {faster == "kernel"}
+
+    @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has a clock")
+    def test_without_a_clock_measured_kernels_wait_to_be_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("LORAKIT_KERNELS", raising=False)
+        self.check_measured(40, torch.bfloat16)
+        with kernels.only("linear"):
+            self.check_measured(40, torch.bfloat16)
+        with kernels.only("grad", "linear"):
+            self.check_measured(40, torch.float32)
+
+    def check_measured(self, rows: int, dB_dtype: torch.dtype) -> None:
+        dY, B, S = (drawn(*shape, dtype=torch.bfloat16) for shape in [(rows, 50), (50, 4), (rows, 4)])
+        x, weight = drawn(rows, 30, dtype=torch.bfloat16), drawn(50, 30, dtype=torch.bfloat16)
+        dS, dB = kernels.grad_S_B(dY, B, S, 0.7)
+        assert dB.dtype == dB_dtype
+        close(dB, dY.double().T @ S.double(), dB_dtype)
+        close(dS, 0.7 * dY.double() @ B.double(), torch.bfloat16)
+        y = kernels.linear_expand(x, weight, None, S, B)
+        close(y, x.double() @ weight.double().T + S.double() @ B.double().T, torch.bfloat16)
 
     @pytest.mark.parametrize("fault", ["wrong", "raising"])
     @pytest.mark.parametrize("function", ["shrink", "grad_A", "add_expand_", "grad_S_B", "linear_expand"])
@@ -454,6 +473,17 @@ def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAKIT_KERNELS", "gard")
     with pytest.raises(ValueError, match="LORAKIT_KERNELS names 'gard'"):
         choice.switched_on()
+
+
+def test_a_broken_triton_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "lorakit.core.triton_code", None)
+    monkeypatch.delattr("lorakit.core.triton_code", raising=False)
+    kernels._imported.cache_clear()
+    with pytest.warns(UserWarning, match="does without its kernels: importing Triton raised"):
+        assert not kernels._imported()
+    assert not kernels._imported()
+    kernels._imported.cache_clear()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter runs on any device")

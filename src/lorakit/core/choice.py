@@ -88,6 +88,7 @@ def sound(
 class Trials:
     """Runs the faster of two ways; on the first call with a key both are checked against each other and timed.
 
+    A trial is about forty runs, and for their length the memory of a second and a third result.
     A key starts with the kernel's name. `clock` runs a function a few times and returns the seconds of one run.
     """
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -49,7 +50,7 @@ def available(x: Tensor, rank: int = 16, name: str = "dropout") -> bool:
     """
     if not (x.is_cuda or _interpreted()) or x.dtype not in TOLERANCE or not 0 < rank <= RANKS:
         return False
-    if name not in switched_on() or not _installed():
+    if name not in switched_on() or not _imported():
         return False
     from .triton_code import padded
 
@@ -204,5 +205,13 @@ def _interpreted() -> bool:
 
 
 @cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _imported() -> bool:
+    """Whether Triton is installed, and not broken."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from . import triton_code  # noqa: F401
+    except Exception as error:  # whatever an installation can lack
+        warnings.warn(f"lorakit does without its kernels: importing Triton raised {error!r}", stacklevel=2)
+        return False
+    return True

@@ -87,8 +87,7 @@ def _shrink(
         tile = _load(x, row, column, rows, inputs)
         if DROP:
             tile = tl.where(_keep(tl.load(seed), threshold, row, first, tl.cdiv(inputs, 4), BI), tile, 0.0)
-        factor = _load(A, ranks, column, rank, inputs).to(tile.dtype)
-        total = _dot(tile, tl.trans(factor), total, DOT)
+        total = _dot(tile, tl.trans(_load(A, ranks, column, rank, inputs)), total, DOT)
     _store(S, total * scale, row, ranks, rows, rank)
 
 
@@ -106,8 +105,7 @@ def _grad_A(
         tile = _load(x, row, column, rows, inputs)
         if DROP:
             tile = tl.where(_keep(tl.load(seed), threshold, row, first, tl.cdiv(inputs, 4), BI), tile, 0.0)
-        thin = _load(dS, row, ranks, rows, rank).to(tile.dtype)
-        total = _dot(tl.trans(thin), tile, total, DOT)
+        total = _dot(tl.trans(_load(dS, row, ranks, rows, rank)), tile, total, DOT)
     _store(parts + part.to(tl.int64) * rank * inputs, total, ranks, column, rank, inputs)
 
 
@@ -119,11 +117,10 @@ def _add_expand(
     first, row = tl.program_id(0) * BI, tl.program_id(1) * BT + tl.arange(0, BT)
     column = first + tl.arange(0, BI)
     total = tl.zeros((BT, BI), tl.float32)
-    dtype = dx.dtype.element_ty
     for start in tl.range(0, rank, BR, num_stages=1):
         ranks = start + tl.arange(0, BR)
         thin, factor = _load(dS, row, ranks, rows, rank), _load(A, ranks, column, rank, inputs)
-        total = _dot(thin.to(dtype), factor.to(dtype), total, DOT)
+        total = _dot(thin, factor, total, DOT)
     if DROP:
         total = tl.where(_keep(tl.load(seed), threshold, row, first, tl.cdiv(inputs, 4), BI), total, 0.0)
     _store(dx, _load(dx, row, column, rows, inputs).to(tl.float32) + total, row, column, rows, inputs)
@@ -137,13 +134,13 @@ def _grad_S_B(
     """Program (row block, part): `chunk` columns of dY; each tile of it is multiplied from both sides."""
     block, part, ranks = tl.program_id(0), tl.program_id(1), tl.arange(0, R)
     row = block * BT + tl.arange(0, BT)
-    thin = _load(S, row, ranks, rows, rank).to(dY.dtype.element_ty)
+    thin = _load(S, row, ranks, rows, rank)
     total = tl.zeros((BT, R), tl.float32)
     dB = dB_parts + block.to(tl.int64) * outputs * rank
     for first in range(part * chunk, tl.minimum((part + 1) * chunk, outputs), BO):
         column = first + tl.arange(0, BO)
         tile = _load(dY, row, column, rows, outputs)
-        total = _dot(tile, _load(B, column, ranks, outputs, rank).to(tile.dtype), total, DOT)
+        total = _dot(tile, _load(B, column, ranks, outputs, rank), total, DOT)
         _store(dB, _dot(tl.trans(tile), thin, tl.zeros((BO, R), tl.float32), DOT), column, ranks, outputs, rank)
     _store(dS_parts + part.to(tl.int64) * rows * rank, total * scale, row, ranks, rows, rank)
 
@@ -161,17 +158,16 @@ def _linear_expand(
     row = (first + program % wide % height) * BT + tl.arange(0, BT)
     column = program % wide // height * BO + tl.arange(0, BO)
     total = tl.zeros((BT, BO), tl.float32)
-    dtype = x.dtype.element_ty
     for start in range(0, inputs, BI):
         inner = start + tl.arange(0, BI)
         inside = (inner[:, None] < inputs) & (column[None, :] < outputs)
         offsets = column.to(tl.int64)[None, :] * stride_out + inner.to(tl.int64)[:, None] * stride_in
-        base = tl.load(weight + offsets, mask=inside, other=0.0).to(dtype)
+        base = tl.load(weight + offsets, mask=inside, other=0.0)
         total = _dot(_load(x, row, inner, rows, inputs), base, total, DOT)
     for start in tl.range(0, rank, BR, num_stages=1):
         ranks = start + tl.arange(0, BR)
-        factor = _load(B, column, ranks, outputs, rank).to(dtype)
-        total = _dot(_load(S, row, ranks, rows, rank).to(dtype), tl.trans(factor), total, DOT)
+        factor = tl.trans(_load(B, column, ranks, outputs, rank))
+        total = _dot(_load(S, row, ranks, rows, rank), factor, total, DOT)
     if BIAS:
         total += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)[None, :]
     _store(y, total, row, column, rows, outputs)
@@ -185,10 +181,12 @@ def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, 
 
 
 def _dot_dtype(tensor: Tensor) -> Any:
-    """The dtype in which tiles enter a product: their own, but the interpreter multiplies bfloat16 as integers."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return tl.float32
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[tensor.dtype]
+    """The dtype in which both tiles enter a product: that of the large one.
+
+    Triton's interpreter would multiply the bits of bfloat16 as integers: there it is float32.
+    """
+    bfloat16 = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: bfloat16}[tensor.dtype]
 
 
 def padded(rank: int) -> int:
@@ -204,19 +202,21 @@ def _steps(x: Tensor, bytes_each: int, free: int = SHARED) -> int:
     return min(128 if x.element_size() == 2 else 32, max(16, 1 << (free // bytes_each).bit_length() - 1))
 
 
-def _drop(p: float, seed: Tensor | int | None, device: torch.device) -> tuple[Tensor | None, int, bool]:
-    """The kernels' (seed, threshold, DROP). A seed on the device is read there; an int is copied to it."""
-    if seed is None or p == 0:
-        return None, 0, False
+def _random(p: float, seed: Tensor | int, device: torch.device) -> tuple[Tensor, int]:
+    """The kernels' (seed, threshold). A seed on the device is read there; an int is copied to it, which waits."""
     place = seed if isinstance(seed, Tensor) else torch.tensor(seed, device=device)
-    return place, min(round(p * 2**32), 2**32 - 1), True
+    return place, min(round(p * 2**32), 2**32 - 1)
+
+
+def _drop(p: float, seed: Tensor | int | None, device: torch.device) -> tuple[Tensor | None, int, bool]:
+    """The kernels' (seed, threshold, DROP)."""
+    return (None, 0, False) if seed is None or p == 0 else (*_random(p, seed, device), True)
 
 
 def mask(seed: Tensor | int, p: float, rows: int, columns: int, device: torch.device, tile: int = 64) -> Tensor:
     out = torch.empty(rows, columns, dtype=torch.bool, device=device)
-    place = seed if isinstance(seed, Tensor) else torch.tensor(seed, device=device)
     grid = (triton.cdiv(rows, 32), triton.cdiv(columns, tile))
-    _launch(_mask, grid, out, place, min(round(p * 2**32), 2**32 - 1), rows, columns, BT=32, BI=tile)
+    _launch(_mask, grid, out, *_random(p, seed, device), rows, columns, BT=32, BI=tile)
     return out
 
 
