@@ -256,6 +256,29 @@ class TestKernels:
         assert shapes == {"grad": (torch.bfloat16, 64, 50, 4), "linear": (torch.bfloat16, 64, 30, 50, 4)}
         assert set(kernels.trials.faster.values()) == {faster == "kernel"}
 
+    @pytest.mark.parametrize("function", ["grad_S_B", "linear_expand"])
+    def test_a_trial_is_not_deceived_by_a_B_of_zero(self, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """B starts at zero, and nearly everything agrees with that."""
+        from lorakit.core import triton_code
+
+        zero, thin, wide, weight = (torch.ones(n, m, device=DEVICE) for n, m in [(50, 4), (40, 4), (40, 50), (50, 50)])
+        zero.zero_()
+        arguments = (wide, zero, thin, 0.7) if function == "grad_S_B" else (wide, weight, None, thin, zero)
+        right = getattr(triton_code, function)
+        with kernels.only("grad", "linear"):
+            assert kernels.available(wide, 4, "grad") and kernels.available(wide, 4, "linear")
+            wrong = (
+                (lambda dY, B, S, scale: right(dY, B, S, 2 * scale))
+                if function == "grad_S_B"
+                else (lambda x, weight, bias, S, B: right(x, weight, bias, 2 * S, B))
+            )
+            monkeypatch.setattr(triton_code, function, wrong)
+            monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+            monkeypatch.setattr(kernels, "trials", choice.Trials(clock(0.0, 1.0)))
+            with pytest.warns(UserWarning, match="differs from plain torch's"):
+                getattr(kernels, function)(*arguments)
+        assert list(kernels.trials.faster.values()) == [False]
+
     @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has a clock")
     def test_without_a_clock_measured_kernels_wait_to_be_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("LORAKIT_KERNELS", raising=False)

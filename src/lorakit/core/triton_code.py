@@ -244,7 +244,7 @@ def grad_A(dS: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | int | None = No
     # As many parts as make PROGRAMS programs: at I = 4096 four, together 1 MiB of float32 for each 16 of rank, where X
     # is 32 MiB at T = 4096 in bfloat16.
     chunk = _chunk(rows, BT, PROGRAMS // triton.cdiv(inputs, BI))
-    count = max(1, triton.cdiv(rows, chunk))
+    count = triton.cdiv(rows, chunk)
     parts = x.new_empty(count, rank, inputs, dtype=torch.float32)
     place, threshold, DROP = _drop(p, seed, x.device)
     arguments = (dS, x, parts, place, threshold, rows, inputs, rank, chunk)
@@ -289,7 +289,7 @@ def grad_S_B(dY: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Te
     BO = min(64, _steps(dY, 2 * (BT * size + R * B.element_size()) + R * 4, free=SHARED - BT * R * size))
     blocks = triton.cdiv(rows, BT)
     chunk = _chunk(outputs, BO, PROGRAMS // max(1, blocks))
-    count = max(1, triton.cdiv(outputs, chunk))
+    count = triton.cdiv(outputs, chunk)
     dS_parts = dY.new_empty(count, rows, rank, dtype=torch.float32)
     dB_parts = dY.new_empty(blocks, outputs, rank, dtype=torch.float32)
     arguments = (dY, B, S, dS_parts, dB_parts, scale, rows, outputs, rank, chunk)
