@@ -11,11 +11,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import loralib
 import measure
-import peft
 import torch
 from torch import Tensor, nn
 
@@ -23,21 +22,27 @@ import lorakit
 
 TOKENS, RANK, ALPHA = 1024, 16, 32
 SHAPES = [(576, 576), (576, 1536), (2048, 2048)]
-LIBRARIES = {"loralib": loralib, "lorakit": lorakit}
+loralib, peft = measure.optional("loralib"), measure.optional("peft")
 
 
-def variants(inputs: int, outputs: int, dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
-    """The frozen layer, and the same adapted by each library."""
+def variants(
+    inputs: int, outputs: int, dtype: torch.dtype, dropout: float, rank: int = RANK, device: str = "cpu"
+) -> dict[str, nn.Module]:
+    """The frozen layer, and the same adapted by each library that is installed; alpha is twice the rank."""
     torch.manual_seed(0)
-    floor = nn.Linear(inputs, outputs).to(dtype).requires_grad_(False)
-    theirs = loralib.Linear(inputs, outputs, r=RANK, lora_alpha=ALPHA, lora_dropout=dropout).to(dtype)
+    floor = nn.Linear(inputs, outputs, device=device).to(dtype).requires_grad_(False)
+    made: dict[str, nn.Module] = {"floor": floor}
+    if loralib:
+        theirs = loralib.Linear(inputs, outputs, r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
+        made["loralib"] = theirs.to(device, dtype)
+    if peft:
+        config = peft.LoraConfig(target_modules=["0"], r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made["PEFT"] = peft.get_peft_model(nn.Sequential(copy.deepcopy(floor)), config).base_model.model
     mine = nn.Sequential(copy.deepcopy(floor))
-    lorakit.attach(mine, rank=RANK, alpha=ALPHA, dropout=dropout)
-    config = peft.LoraConfig(target_modules=["0"], r=RANK, lora_alpha=ALPHA, lora_dropout=dropout)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        wrapped = peft.get_peft_model(nn.Sequential(copy.deepcopy(floor)), config)
-    return {"floor": floor, "loralib": theirs, "PEFT": wrapped.base_model.model, "lorakit": mine}
+    lorakit.attach(mine, rank=rank, alpha=2 * rank, dropout=dropout)
+    return {**made, "lorakit": mine}
 
 
 def fused_variants(dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
@@ -45,29 +50,31 @@ def fused_variants(dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
     torch.manual_seed(0)
     floor = nn.Linear(768, 2304).to(dtype).requires_grad_(False)
     arguments: dict[str, Any] = dict(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, enable_lora=[True, False, True])
-    made = {name: library.MergedLinear(768, 2304, **arguments).to(dtype) for name, library in LIBRARIES.items()}
+    libraries = {"loralib": loralib, "lorakit": lorakit} if loralib else {"lorakit": lorakit}
+    made = {name: library.MergedLinear(768, 2304, **arguments).to(dtype) for name, library in libraries.items()}
     return {"floor": floor, **made}
 
 
-def row(name: str, layers: dict[str, nn.Module], inputs: int, dtype: torch.dtype, dropout: float) -> dict[str, Any]:
-    x = torch.randn(1, TOKENS, inputs, dtype=dtype).requires_grad_()
+def training_steps(layers: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Forward and backward through each layer, its update no longer zero."""
     for layer in layers.values():
         for local, parameter in layer.named_parameters():
             if "lora_B" in local:
                 nn.init.normal_(parameter)
-
     dy = torch.ones_like(layers["floor"](x))
 
-    def step(layer: nn.Module) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            x.grad = None
-            y: Tensor = layer(x)
-            y.backward(dy)
-            return y
+    def step(layer: nn.Module) -> Tensor:
+        x.grad = None
+        y: Tensor = layer(x)
+        y.backward(dy)
+        return y
 
-        return run
+    return {key: partial(step, layer) for key, layer in layers.items()}
 
-    times = measure.minima({key: step(layer) for key, layer in layers.items()})
+
+def row(name: str, layers: dict[str, nn.Module], inputs: int, dtype: torch.dtype, dropout: float) -> dict[str, Any]:
+    x = torch.randn(1, TOKENS, inputs, dtype=dtype).requires_grad_()
+    times = measure.minima(training_steps(layers, x))
     size = x.numel() * x.element_size()
     kept = {
         key: measure.kept_bytes(lambda own=layer: own(x), layer.parameters()) / size for key, layer in layers.items()

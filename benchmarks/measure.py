@@ -7,6 +7,8 @@ others use. The minimum of the turns is the one that was disturbed least.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import json
 import math
 import platform
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,17 +29,27 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def minima(steps: Mapping[str, Callable[[], Any]], seconds: float = 1.0, least: int = 7) -> dict[str, float]:
-    """The shortest time of each step in seconds, the steps taking turns for about that long each."""
+def wall_seconds(step: Callable[[], Any]) -> float:
+    """How long one step takes on the wall's clock."""
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def minima(
+    steps: Mapping[str, Callable[[], Any]],
+    seconds: float = 1.0,
+    least: int = 7,
+    clock: Callable[[Callable[[], Any]], float] = wall_seconds,
+) -> dict[str, float]:
+    """The shortest time of each step in seconds by `clock`, the steps taking turns for about that long each."""
     best: dict[str, float] = {}
     for step in steps.values():
         step()  # allocators and threads wake up
     started, turns = time.perf_counter(), 0
     while turns < least or time.perf_counter() - started < seconds * len(steps):
         for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            best[name] = min(best.get(name, float("inf")), time.perf_counter() - begin)
+            best[name] = min(best.get(name, float("inf")), clock(step))
         turns += 1
     return best
 
@@ -81,7 +94,7 @@ def operations(step: Callable[[], Any]) -> int:
 
 
 def reset_peak_memory() -> None:
-    """Forget the peak so far, that of loading a model. Linux alone; elsewhere the peak is the process's whole life's."""
+    """Forget the peak so far, that of loading a model. On Linux alone; elsewhere the peak is that of its life."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -114,17 +127,24 @@ def write(name: str, command: str, rows: list[dict[str, Any]]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, the threads in use and the versions that matter."""
+    """The processors, the threads in use and the versions that matter."""
     info = Path("/proc/cpuinfo")
     models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     features = torch.backends.cpu.get_cpu_capability()
+    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "processor": models[0] if models else platform.processor(),
         "instructions": features,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def optional(name: str) -> ModuleType | None:
+    """The library of that name, if it is installed: what is compared with what there is."""
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 
 def _commit() -> str:

@@ -250,7 +250,7 @@ def test_a_mask_packed_and_unpacked_is_itself(shape: tuple[int, ...]) -> None:
 def drawn(p: float, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
     """A mask of zeros and ones as an attached layer draws it."""
     ones = torch.ones(shape, dtype=dtype)
-    return masks.draw_mask(ones, masks.QuickDropout(p)).masked(ones.flatten(0, -2)).view(shape)
+    return masks.draw_mask(ones, masks.QuickDropout(p), 2).masked(ones.flatten(0, -2)).view(shape)
 
 
 @pytest.mark.parametrize("p", [0.002, 0.05, 0.125, 0.5, 0.9])

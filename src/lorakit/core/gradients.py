@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import kernels
 from .masks import Mask, draw_mask
 
 
@@ -55,17 +56,16 @@ class LoRALinear(torch.autograd.Function):
         formed: bool,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        mask = Mask() if dropout is None else draw_mask(x, dropout)
+        mask = Mask() if dropout is None else draw_mask(x, dropout, len(A))
         ctx.scale = scale if dropout is None else scale / (1 - dropout.p)
-        ctx.mask_class, ctx.formed = type(mask), formed
+        ctx.mask_class, ctx.p, ctx.formed = type(mask), mask.p, formed
         S = u = None
         bias = None if bias is None else bias.to(x.dtype)
         if formed:
-            y = F.linear(rows, torch.addmm(weight, B, A, alpha=scale), bias)
+            y = F.linear(rows, _sum(weight, A, B, scale), bias)
         else:
-            S, Bt = mask.shrink(rows, A.to(x.dtype)).mul_(ctx.scale), B.to(x.dtype).T
-            y = S @ Bt if bias is None or gain is not None else torch.addmm(bias, S, Bt)
-            y.addmm_(rows, weight.to(x.dtype).T)
+            S = mask.shrink(rows, A.to(x.dtype)).mul_(ctx.scale)
+            y = kernels.linear_expand(rows, weight, bias if gain is None else None, S, B)
             if gain is not None:
                 u, gain_ = y, gain.to(x.dtype)
                 y = u * gain_ if bias is None else torch.addcmul(bias, u, gain_)
@@ -79,7 +79,7 @@ class LoRALinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_A, needs_B, needs_gain, *_ = ctx.needs_input_grad
         with without_autocast(dy):
             rows, dY = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-            mask = ctx.mask_class(packed)
+            mask = ctx.mask_class(packed, ctx.p)
             weight_, A_, B_ = (factor.to(dy.dtype) for factor in (weight, A, B))
             # Where a gradient of this gradient was asked for, what was kept has no history.
             again = torch.is_grad_enabled()
@@ -91,17 +91,18 @@ class LoRALinear(torch.autograd.Function):
                 dg = (dY * u).sum(0)
             db = dY.sum(0) if needs_bias else None
             dU = dY if gain is None else dY * gain.to(dy.dtype)
-            dS = (dU @ B_).mul_(ctx.scale) if needs_A or (needs_x and not ctx.formed) else None
-            dx = None
+            dS = dB = dx = None
+            if needs_B and not again:
+                dS, dB = kernels.grad_S_B(dU, B, S, ctx.scale)
+            else:
+                dS = (dU @ B_) * ctx.scale
+                dB = (S.T @ dU).T if needs_B else None
             if needs_x:
-                if ctx.formed:
-                    dx = dU @ torch.addmm(weight, B, A, alpha=ctx.scale)
-                else:
-                    dx = mask.expand(dS, A_).addmm_(dU, weight_)
+                formed = ctx.formed
+                dx = dU @ _sum(weight, A, B, ctx.scale) if formed else mask.gradient_of_x(dU, weight_, dS, A_)
                 dx = dx.view(x.shape)
             dW = dU.T @ rows if needs_weight else None
             dA = mask.gradient_of_A(dS, rows) if needs_A else None
-            dB = (S.T @ dU).T if needs_B else None
             return dx, dW, db, dA, dB, dg, None, None, None
 
 
@@ -176,12 +177,12 @@ class LoRAConv(torch.autograd.Function):
         formed: bool,
     ) -> Tensor:
         channels_last = ctx.channels_last = not x.is_contiguous()
-        mask = Mask() if dropout is None else draw_mask(_inner(x, channels_last), dropout)
+        mask = Mask() if dropout is None else draw_mask(_inner(x, channels_last), dropout, len(A))
         ctx.scale = scale if dropout is None else scale / (1 - dropout.p)
-        ctx.mask_class, ctx.geometry, ctx.formed = type(mask), geometry, formed
+        ctx.mask_class, ctx.p, ctx.geometry, ctx.formed = type(mask), mask.p, geometry, formed
         S = None
         if formed:
-            y = geometry.convolution(x, _kernel_sum(weight, A, B, scale), bias)
+            y = geometry.convolution(x, _sum(weight, A, B, scale), bias)
         else:
             S = geometry.convolution(_masked(mask, x, channels_last), A.to(x.dtype)).mul_(ctx.scale)
             y = geometry.convolution(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -196,7 +197,7 @@ class LoRAConv(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         geometry, channels_last = ctx.geometry, ctx.channels_last
         with without_autocast(dy):
-            mask = ctx.mask_class(packed)
+            mask = ctx.mask_class(packed, ctx.p)
             weight_, A_, B_ = (factor.to(dy.dtype) for factor in (weight, A, B))
             dropped = _masked(mask, x, channels_last)
             if needs_B and (S is None or torch.is_grad_enabled()):
@@ -205,7 +206,7 @@ class LoRAConv(torch.autograd.Function):
             dS = geometry.pointwise.convolution(dy, B_.transpose(0, 1)) * ctx.scale
             beside, dA = geometry.gradients(dS, dropped, A_, needs_x and not ctx.formed, needs_A)
             _, dB = geometry.pointwise.gradients(dy, S, B_, False, needs_B)
-            kernel = _kernel_sum(weight, A, B, ctx.scale) if ctx.formed else weight_
+            kernel = _sum(weight, A, B, ctx.scale) if ctx.formed else weight_
             dx, dW = geometry.gradients(dy, x, kernel, needs_x, needs_weight)
             if beside is not None:
                 dx = dx + _masked(mask, beside, channels_last)
@@ -241,8 +242,8 @@ class Geometry:
         return dx, dkernel
 
 
-def _kernel_sum(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + s·B A as a kernel."""
+def _sum(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W + s·B A, a convolution's read as matrices and laid out as its kernel."""
     return torch.addmm(weight.flatten(1), B.flatten(1), A.flatten(1), alpha=scale).view(weight.shape)
 
 

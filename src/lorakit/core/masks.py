@@ -3,13 +3,15 @@
     M = 0 with probability p, else 1; the factor 1/(1 − p) goes into the scale.
 
 Kept whole, M would cost the backward pass as much memory as x, and drawn one number an element, a CPU spends more time
-on it than on the products of a small layer. So there are two forms, both a small tensor between the passes:
+on it than on the products of a small layer. So there are three forms, each a small tensor between the passes:
 
     Bits    any p: one bit an element.
     Gaps    p up to 1/8, on a CPU: how far it is from each dropped element to the next, one byte each. The distances
             are geometric numbers, so p·n random numbers draw a mask of n, and dropping writes p·n zeros.
 
-A third form, regenerated from a seed inside GPU kernels, is in `kernels.py`. `Mask` itself drops nothing.
+    Seeded  on a GPU: the seed alone. The kernels of `kernels.py` make the mask in registers, in both passes.
+
+`Mask` itself drops nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import kernels
 
 # Eight bytes of 0 or 1 times _GATHER have the eight bits in the highest byte; a byte times _SPREAD, and _PICK, has
 # bit i alone in byte i.
@@ -37,10 +41,10 @@ class QuickDropout(nn.Dropout):
 
 
 class Mask:
-    """M over rows x (T, in), with nothing dropped. `packed` is all that its subclasses keep of one."""
+    """M over rows x (T, in), with nothing dropped. `packed` is what is kept of a mask, p the probability of a zero."""
 
-    def __init__(self, packed: Tensor | None = None) -> None:
-        self.packed = packed
+    def __init__(self, packed: Tensor | None = None, p: float = 0.0) -> None:
+        self.packed, self.p = packed, p
 
     def masked(self, x: Tensor) -> Tensor:
         """M ⊙ x, differentiable."""
@@ -54,9 +58,9 @@ class Mask:
         """(M ⊙ x) Aᵀ     x (T, in), A (r, in) → (T, r)"""
         return self.masked(x) @ A.T
 
-    def expand(self, dS: Tensor, A: Tensor) -> Tensor:
-        """M ⊙ (dS A)     dS (T, r), A (r, in) → (T, in)"""
-        return self.mask_(dS @ A)
+    def gradient_of_x(self, dY: Tensor, weight: Tensor, dS: Tensor, A: Tensor) -> Tensor:
+        """dY W + M ⊙ (dS A)     dY (T, out), W (out, in), dS (T, r), A (r, in) → (T, in)"""
+        return self.mask_(dS @ A).addmm_(dY, weight)
 
     def gradient_of_A(self, dS: Tensor, x: Tensor) -> Tensor:
         """dSᵀ (M ⊙ x)     → (r, in)"""
@@ -69,9 +73,9 @@ class Bits(Mask):
     _dense: Tensor | None = None
 
     @classmethod
-    def of(cls, dense: Tensor) -> Bits:
+    def of(cls, dense: Tensor, p: float) -> Bits:
         """From zeros and ones."""
-        mask = cls(pack(dense))
+        mask = cls(pack(dense), p)
         mask._dense = dense
         return mask
 
@@ -110,7 +114,7 @@ class Gaps(Mask):
         count = math.ceil(expected + 6 * math.sqrt(expected)) + 6  # too few for one mask in 10⁹: its end is whole
         gaps = torch.rand(count).neg_().add_(1).log_().mul_(1 / log_keep)
         gaps = gaps.clamp_max_(torch.iinfo(dtype).max - 1).to(dtype).add_(1)
-        return cls(gaps.mul_(gaps.cumsum(0, dtype=torch.int64) <= size))
+        return cls(gaps.mul_(gaps.cumsum(0, dtype=torch.int64) <= size), p)
 
     def masked(self, x: Tensor) -> Tensor:
         return x.reshape(-1).index_fill(0, self._dropped(), 0).view(x.shape)
@@ -126,24 +130,63 @@ class Gaps(Mask):
         return self._positions
 
 
-def draw_mask(x: Tensor, dropout: nn.Dropout) -> Mask:
+class Seeded(Mask):
+    """A seed, of which the kernels make the mask whenever they need it.
+
+    They have no derivative: a second one is taken of plain products with the mask written out.
+    """
+
+    @classmethod
+    def draw(cls, device: torch.device, p: float) -> Seeded:
+        return cls(kernels.draw_seed(device), p)
+
+    def masked(self, x: Tensor) -> Tensor:
+        return x * self._like(x)
+
+    def mask_(self, x: Tensor) -> Tensor:
+        return x.mul_(self._like(x))
+
+    def shrink(self, x: Tensor, A: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().shrink(x, A)
+        return kernels.shrink(x, A, 1 - self.p, self.p, self.packed)  # which divides by 1 − p
+
+    def gradient_of_x(self, dY: Tensor, weight: Tensor, dS: Tensor, A: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().gradient_of_x(dY, weight, dS, A)
+        return kernels.add_expand_(dY @ weight, dS, A, self.p, self.packed)
+
+    def gradient_of_A(self, dS: Tensor, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().gradient_of_A(dS, x)
+        return kernels.grad_A(dS, x, self.p, self.packed)
+
+    def _like(self, x: Tensor) -> Tensor:
+        assert self.packed is not None
+        return kernels.mask(self.packed, self.p, x.shape[0], x.shape[1], x.device).to(x.dtype)
+
+
+def draw_mask(x: Tensor, dropout: nn.Dropout, rank: int) -> Mask:
     """A mask over x (…, in), seen as rows, each element dropped with probability p.
 
-    Of `nn.Dropout` itself it is the mask that `F.dropout` would draw now; a `QuickDropout` on a CPU, where torch draws
-    one number for each element, draws fewer.
+    Of `nn.Dropout` itself it is the mask that `F.dropout` would draw now. A `QuickDropout` draws fewer numbers: in GPU
+    kernels where those run for this rank, and on a CPU, where torch draws one number for each element.
     """
+    p = dropout.p
+    if type(dropout) is QuickDropout and kernels.available(x, rank):
+        return Seeded.draw(x.device, p)
     if x.device.type != "cpu":
-        dense = torch.native_dropout(x, dropout.p, True)[1].to(x.dtype)
+        dense = torch.native_dropout(x, p, True)[1].to(x.dtype)
     elif type(dropout) is nn.Dropout:
-        dense = torch.empty_like(x).bernoulli_(1 - dropout.p)
-    elif dropout.p <= _MOST_FOR_GAPS and dropout.p * x.numel() >= _LEAST_FOR_GAPS:
-        return Gaps.draw(x.numel(), dropout.p)
+        dense = torch.empty_like(x).bernoulli_(1 - p)
+    elif p <= _MOST_FOR_GAPS and p * x.numel() >= _LEAST_FOR_GAPS:
+        return Gaps.draw(x.numel(), p)
     else:
         # Four numbers of 16 bits in each random word.
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
         lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
-        dense = (lanes >= round(dropout.p * 65536) - 32768).to(x.dtype)
-    return Bits.of(dense.reshape(-1, x.shape[-1]))
+        dense = (lanes >= round(p * 65536) - 32768).to(x.dtype)
+    return Bits.of(dense.reshape(-1, x.shape[-1]), p)
 
 
 def pack(mask: Tensor) -> Tensor:

@@ -1,0 +1,137 @@
+"""The layers of Llama-3-8B on one GPU, forward and backward in bfloat16: time and memory against the frozen layer.
+
+    python benchmarks/gpu.py            under eight minutes; writes results/<name of the GPU>.json
+    python benchmarks/gpu.py --quick    two rows, written nowhere
+
+time: ratio to the floor, the frozen layer whose input needs a gradient; minima of CUDA events, the variants in turns.
+"lorakit plain" is lorakit with its Triton kernels switched off. kept: bytes kept for the backward pass over those of
+the input. peak: the most memory that a step takes beyond the floor's step, over the bytes of the input. grad, linear:
+which way the two kernels that are used only where they are faster were decided. TFLOP/s are the floor's.
+
+Without a GPU every number is "not measured", and says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import layer
+import measure
+import torch
+from torch import Tensor
+
+from lorakit.core import choice, kernels
+
+SHAPES = {
+    "q, o": (4096, 4096),
+    "k, v": (4096, 1024),
+    "gate, up": (4096, 14336),
+    "down": (14336, 4096),
+}
+ROWS = list(product(SHAPES, (4096, 16384), (16, 64), (0.0, 0.05)))
+QUICK = [("k, v", 4096, 16, 0.05), ("q, o", 4096, 16, 0.05)]
+ADAPTED = ["lorakit", "lorakit plain", "PEFT", "loralib"]
+MEASURED = [f"{what} {name}" for what in ("time", "kept", "peak") for name in ADAPTED] + ["grad", "linear", "TFLOP/s"]
+NO_GPU = "not measured: no GPU at hand"
+NOT_INSTALLED = "not installed"
+
+
+class EventClock:
+    """Seconds of a step between two CUDA events, behind a gigabyte or two written to memory.
+
+    That empties the L2 cache, and takes about a millisecond in which the host runs ahead of the device, as it does in
+    training: what is timed is the device's work, not the launching of it.
+    """
+
+    def __init__(self) -> None:
+        self.ballast = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+
+    def __call__(self, step: Callable[[], Any]) -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self.ballast.zero_()
+        self.ballast.zero_()
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000
+
+
+def with_kernels(names: tuple[str, ...], step: Callable[[], Tensor]) -> Tensor:
+    with kernels.only(*names):
+        return step()
+
+
+def peak_bytes(step: Callable[[], Any], x: Tensor) -> int:
+    """The most memory in use at any moment of the step, beyond what was before."""
+    x.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def decided(name: str, tokens: int, inputs: int, outputs: int, rank: int) -> str:
+    """What the trials say of a kernel on this shape."""
+    shape = (outputs, rank) if name == "grad" else (inputs, outputs, rank)
+    for key, faster in kernels.trials.faster.items():
+        if key[:3] == (name, torch.bfloat16, tokens) and key[3 : 3 + len(shape)] == shape:
+            return "kernel" if faster else "plain"
+    return "not tried"
+
+
+def measured(name: str, tokens: int, rank: int, dropout: float, clock: EventClock) -> dict[str, Any]:
+    inputs, outputs = SHAPES[name]
+    layers = layer.variants(inputs, outputs, torch.bfloat16, dropout, rank, "cuda")
+    x = torch.randn(1, tokens, inputs, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    steps = layer.training_steps(layers, x)
+    layers["lorakit plain"] = layers["lorakit"]
+    steps["lorakit plain"] = partial(with_kernels, (), steps["lorakit"])
+    steps["lorakit"] = partial(with_kernels, choice.NAMES, steps["lorakit"])
+    # The first round, which is not timed, compiles, checks and chooses kernels.
+    times = measure.minima(steps, seconds=0.5, clock=clock)
+    peaks = {key: peak_bytes(step, x) for key, step in steps.items()}
+    size = x.numel() * x.element_size()
+    kept = {}
+    for key, own in layers.items():
+        with kernels.only(*(() if key == "lorakit plain" else choice.NAMES)):
+            kept[key] = measure.kept_bytes(lambda own=own: own(x), own.parameters())
+    numbers: dict[str, Any] = dict.fromkeys(MEASURED, NOT_INSTALLED)
+    for key in ADAPTED:
+        if key in layers:
+            numbers[f"time {key}"] = round(times[key] / times["floor"], 3)
+            numbers[f"kept {key}"] = round(kept[key] / size, 3)
+            numbers[f"peak {key}"] = round((peaks[key] - peaks["floor"]) / size, 3)
+    for kernel in ("grad", "linear"):
+        numbers[kernel] = decided(kernel, tokens, inputs, outputs, rank)
+    return {**numbers, "TFLOP/s": round(4e-12 * tokens * inputs * outputs / times["floor"], 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="two rows, written nowhere")
+    quick = parser.parse_args().quick
+    clock = EventClock() if torch.cuda.is_available() else None
+    rows = []
+    for name, tokens, rank, dropout in QUICK if quick and clock else ROWS:
+        row = {"layer": f"{name}: {SHAPES[name][0]} → {SHAPES[name][1]}", "tokens": str(tokens), "rank": str(rank)}
+        numbers = measured(name, tokens, rank, dropout, clock) if clock else dict.fromkeys(MEASURED, NO_GPU)
+        rows.append({**row, "dropout": str(dropout), **numbers})
+    if clock:
+        measure.print_table(rows)
+    else:
+        print(f"{len(rows)} rows, {NO_GPU}")
+    if not (quick and clock):
+        gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-") if clock else "gpu"
+        measure.write(gpu, "python benchmarks/gpu.py", rows)
+
+
+if __name__ == "__main__":
+    main()
