@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -31,18 +31,36 @@ def variants(
     """The frozen layer, and the same adapted by each library that is installed; alpha is twice the rank."""
     torch.manual_seed(0)
     floor = nn.Linear(inputs, outputs, device=device).to(dtype).requires_grad_(False)
-    made: dict[str, nn.Module] = {"floor": floor}
+    made = {"floor": floor}
     if loralib:
         theirs = loralib.Linear(inputs, outputs, r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
         made["loralib"] = theirs.to(device, dtype)
+    return {**made, **adapted(floor, dropout, rank)}
+
+
+def adapted(floor: nn.Module, dropout: float, rank: int = RANK, dora: bool = False) -> dict[str, nn.Module]:
+    """Copies of a frozen layer, adapted by PEFT, if it is installed, and by lorakit."""
+    made = {}
     if peft:
-        config = peft.LoraConfig(target_modules=["0"], r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
+        settings = dict(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, use_dora=dora)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            config = peft.LoraConfig(target_modules=["0"], **settings)
             made["PEFT"] = peft.get_peft_model(nn.Sequential(copy.deepcopy(floor)), config).base_model.model
     mine = nn.Sequential(copy.deepcopy(floor))
-    lorakit.attach(mine, rank=rank, alpha=2 * rank, dropout=dropout)
+    lorakit.attach(mine, "0", rank=rank, alpha=2 * rank, dropout=dropout, dora=dora)
     return {**made, "lorakit": mine}
+
+
+def conv_variants(dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
+    """3×3 over 64 channels. loralib's factors make an update of three times the rank, and its dropout does nothing."""
+    torch.manual_seed(0)
+    floor = nn.Conv2d(64, 64, 3, padding=1).to(dtype).requires_grad_(False)
+    made: dict[str, nn.Module] = {"floor": floor}
+    if loralib:
+        theirs = loralib.Conv2d(64, 64, 3, r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, padding=1)
+        made["loralib"] = theirs.to(dtype)
+    return {**made, **adapted(floor, dropout)}
 
 
 def fused_variants(dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
@@ -72,8 +90,8 @@ def training_steps(layers: dict[str, nn.Module], x: Tensor) -> dict[str, Callabl
     return {key: partial(step, layer) for key, layer in layers.items()}
 
 
-def row(name: str, layers: dict[str, nn.Module], inputs: int, dtype: torch.dtype, dropout: float) -> dict[str, Any]:
-    x = torch.randn(1, TOKENS, inputs, dtype=dtype).requires_grad_()
+def row(name: str, layers: dict[str, nn.Module], x: Tensor, dropout: float) -> dict[str, Any]:
+    x.requires_grad_()
     times = measure.minima(training_steps(layers, x))
     size = x.numel() * x.element_size()
     kept = {
@@ -82,11 +100,23 @@ def row(name: str, layers: dict[str, nn.Module], inputs: int, dtype: torch.dtype
     own = {key: round(times[key] / times["floor"], 3) for key in layers if key != "floor"}
     return {
         "layer": name,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(x.dtype).removeprefix("torch."),
         "dropout": str(dropout),
         **{f"time {key}": value for key, value in own.items()},
         **{f"kept {key}": round(kept[key], 3) for key in own},
     }
+
+
+def cases(dtype: torch.dtype, dropout: float) -> Iterator[tuple[str, dict[str, nn.Module], Tensor]]:
+    """Each layer's name, its variants, and an input."""
+    for inputs, outputs in SHAPES:
+        x = torch.randn(1, TOKENS, inputs).to(dtype)
+        yield f"{inputs} → {outputs}", variants(inputs, outputs, dtype, dropout), x
+    yield "768 → 2304, q and v", fused_variants(dtype, dropout), torch.randn(1, TOKENS, 768).to(dtype)
+    floor = nn.Linear(576, 576).to(dtype).requires_grad_(False)
+    layers = {"floor": floor, **adapted(floor, dropout, dora=True)}
+    yield "576 → 576, DoRA", layers, torch.randn(1, TOKENS, 576).to(dtype)
+    yield "conv 64 → 64, 3 × 3", conv_variants(dtype, dropout), torch.randn(8, 64, 28, 28).to(dtype)
 
 
 def main() -> None:
@@ -94,10 +124,7 @@ def main() -> None:
     rows = []
     for dtype in (torch.float32, torch.bfloat16) if measure.has_bfloat16() else (torch.float32,):
         for dropout in (0.0, 0.05):
-            for inputs, outputs in SHAPES:
-                layers = variants(inputs, outputs, dtype, dropout)
-                rows.append(row(f"{inputs} → {outputs}", layers, inputs, dtype, dropout))
-            rows.append(row("768 → 2304, q and v", fused_variants(dtype, dropout), 768, dtype, dropout))
+            rows += [row(*case, dropout) for case in cases(dtype, dropout)]
     measure.print_table(rows)
     measure.write("layer", "python benchmarks/layer.py", rows)
 

@@ -310,3 +310,21 @@ def test_a_head_trained_whole_travels_with_the_adapter(tmp_path: Path) -> None:
     lorakit.load(other, tmp_path)
     assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
     assert other.classifier.weight.requires_grad
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read from /proc")
+def test_problem_37_memory_is_flat_over_a_thousand_rounds_of_load_and_detach(tmp_path: Path) -> None:
+    """safetensors' load_file alone would leave four megabytes behind."""
+    model = nn.ModuleDict({f"layer{i}": nn.Linear(8, 8) for i in range(30)})
+    lorakit.attach(model, "layer*", rank=2)
+    lorakit.save(model, tmp_path)
+    lorakit.detach(model)
+
+    def resident(rounds: int) -> int:
+        for _ in range(rounds):
+            lorakit.load(model, tmp_path)
+            lorakit.detach(model)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    before = resident(100)
+    assert resident(1000) - before < 1_000_000

@@ -35,6 +35,7 @@ from .choice import TOLERANCE, Trials, asked_for, event_seconds, is_capturing, o
 __all__ = ["add_expand_", "available", "draw_seed", "grad_A", "grad_S_B", "linear_expand", "mask", "only", "shrink"]
 
 RANKS = 256  # beyond it a thin tile is no longer thin, and does not fit into registers
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton too reads it when it is imported
 Seed = Tensor | int | None
 
 trials = Trials(event_seconds)
@@ -47,7 +48,7 @@ def available(x: Tensor, rank: int = 16, name: str = "dropout") -> bool:
     The first call for a device, dtype and (padded) rank runs them on small tensors and compares with plain torch. If
     one raises or is wrong, a warning says so and they are not used again.
     """
-    if not (x.is_cuda or _interpreted()) or x.dtype not in TOLERANCE or not 0 < rank <= RANKS:
+    if not (x.is_cuda or INTERPRETED) or x.dtype not in TOLERANCE or not 0 < rank <= RANKS:
         return False
     if type(x) not in (Tensor, nn.Parameter):  # fake, sharded, …: nothing that a kernel could read
         return False
@@ -201,10 +202,6 @@ def _run(way: Callable[..., Any], first: Tensor, *rest: Any) -> tuple[Tensor, ..
 def _bucket(rows: int) -> int:
     """`rows` rounded up to a power of two: batches of about one size share a trial."""
     return 1 << (rows - 1).bit_length() if rows else 0
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

@@ -228,7 +228,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / TENSORS).is_file():
         try:
-            return safetensors.torch.load_file(folder / TENSORS)
+            # Not load_file, which leaves some bytes behind for each tensor (safetensors 0.8), and maps the file.
+            return safetensors.torch.load((folder / TENSORS).read_bytes())
         except safetensors.SafetensorError as error:
             raise ValueError(f"{folder / TENSORS}: not a complete safetensors file ({error}).") from None
     if (folder / LEGACY_TENSORS).is_file():
