@@ -21,6 +21,7 @@ from . import page, report
 from .config import TrainConfig, to_yaml
 from .evaluate import compare
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
+from .plan import keep_few_kernels
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def train(config: TrainConfig) -> Path:
     resume = _checkpoint_to_resume(config, out)
     _refuse_used_folder(config, out, resume)
     quiet_libraries()
+    keep_few_kernels()
     prepared = prepare(config)
     _say(start_block(prepared))
     if config.dry_run:

@@ -10,7 +10,9 @@ what lives at once is what a GPU's allocator reports. To it come the weights, th
   layers and drops others between them this adds up to half of what lives, so the noted blocks are laid out as glibc
   would lay them out.
 
-Not counted: what loading the model takes for itself, and the buffers that libraries of matrix products keep.
+Not counted: what loading the model takes for itself, the buffers that libraries of matrix products keep (held small,
+`keep_few_kernels`), and the small objects of Python and autograd that pin some more holes: measured peaks are up to a
+tenth higher (benchmarks/plan.py).
 The time is the arithmetic of a step divided by the speed of one product measured on the device: a rough figure, printed
 as one.
 """
@@ -261,6 +263,16 @@ def forget_peak(device: torch.device) -> None:
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN keep 32 of the kernels that it makes, one for each shape of a product, in place of 1024.
+
+    In bfloat16 every new length of row brings some 60, about 9 MB, scattered over the heap: 24 batches of the demo held
+    0.33 GB more with all of them, and were no faster. Read by oneDNN before its first product; the user's values stay.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "32")
 
 
 def resident_memory() -> int:
