@@ -94,8 +94,8 @@ def _checkpoint_to_resume(config: TrainConfig, out: Path) -> str | None:
 def _load(prepared: Prepared) -> Loaded:
     labels, dtype = labels_of(prepared.data), weights_dtype(prepared.config, prepared.data)
     if labels is None:
-        return load_causal_lm(prepared.config.model, dtype=dtype)
-    return load_classifier(prepared.config.model, labels=labels, dtype=dtype)
+        return load_causal_lm(prepared.config.model, dtype=dtype, tokenizer=prepared.tokenizer)
+    return load_classifier(prepared.config.model, labels=labels, dtype=dtype, tokenizer=prepared.tokenizer)
 
 
 def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> Progress:

@@ -11,8 +11,8 @@ what lives at once is what a GPU's allocator reports. To it come the weights, th
   would lay them out.
 
 Not counted: what loading the model takes for itself, the buffers that libraries of matrix products keep (held small,
-`keep_few_kernels`), and the small objects of Python and autograd that pin some more holes: measured peaks are up to a
-tenth higher (benchmarks/plan.py).
+`keep_few_kernels`), and the small objects of Python and autograd that pin some more holes: measured peaks are 3 to 14 %
+higher (benchmarks/plan.py).
 The time is the arithmetic of a step divided by the speed of one product measured on the device: a rough figure, printed
 as one.
 """
