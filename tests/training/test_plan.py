@@ -105,6 +105,19 @@ def test_memory_that_cannot_be_planned_is_no_reason_to_stop() -> None:
     assert (found.peak_bytes, found.unplanned, found.steps) == (None, "RuntimeError: no such operation", 30)
 
 
+def test_experts_in_float32_which_fake_tensors_cannot_multiply(capfd: pytest.CaptureFixture[str]) -> None:
+    ids = torch.ones(2, 4, dtype=torch.long)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = models.qwen_moe()
+        found = make_plan(
+            model,
+            lambda: model(input_ids=ids, labels=ids).loss,
+            **dict(rows=2, tokens=8, batch_size=2, accumulation=1, epochs=1.0, max_steps=None, rate=1e9),
+        )
+    assert found.peak_bytes is None and found.unplanned.startswith("RuntimeError: Expected inputs of BF16 type")
+    assert capfd.readouterr().err == ""
+
+
 def config(model: Path, data: Path, **settings: object) -> TrainConfig:
     return TrainConfig(model=str(model), data=str(data), output_dir="unused", dtype="float32", **settings)
 

@@ -23,6 +23,7 @@ import bisect
 import contextlib
 import ctypes
 import itertools
+import logging
 import math
 import os
 import platform
@@ -87,7 +88,9 @@ def make_plan(
     operations = (6 if checkpointing else 4) * matrices * seen / processes()
     seconds = _OVERHEAD * operations / rate
     try:
-        step = step_storages(model, loss, accumulation)
+        # torch logs the traceback of what fake tensors cannot do before it raises it.
+        with mock.patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True):
+            step = step_storages(model, loss, accumulation)
     except Exception as error:  # whatever a model does that fake tensors cannot: the run itself may be fine
         return Plan(steps, seen, None, seconds, unplanned=f"{type(error).__name__}: {str(error).splitlines()[0]}")
     weights = sum(p.nbytes for p in itertools.chain(model.parameters(), model.buffers()))
