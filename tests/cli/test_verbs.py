@@ -85,7 +85,9 @@ def test_train_prints_what_a_person_needs(tiny_lm: Path, tmp_path: Path, capsys:
         "model.layers.*.self_attn.q_proj  ×2  Linear",
         "trainable params: ",
         "2 steps of 8 rows",
-        "of memory at the peak",
+        "of memory at the peak of training",
+        "; peak memory ",
+        " (planned ",
         "exact match",
         "    base      ",
         f"{out}/: README.md, adapter_config.json",
@@ -224,6 +226,21 @@ def test_problem_30_a_resumed_run_equals_the_uninterrupted_one(tiny_lm: Path, tm
     assert straight == resumed
     steps = [json.loads(line)["step"] for line in (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+
+
+def test_gradient_checkpointing_trains_every_factor_as_without_it(tiny_lm: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    data = rows(tmp_path / "d.jsonl", 17)
+    plain, checkpointed = tmp_path / "plain", tmp_path / "checkpointed"
+    options = ["--max-steps", "2", "--lr", "0.01", "--eval-samples", "0"]
+    assert main(train_args(tiny_lm, data, plain, *options)) == 0
+    assert main(train_args(tiny_lm, data, checkpointed, *options, "--gradient-checkpointing")) == 0
+    expected, found = (load_file(out / "adapter_model.safetensors") for out in (plain, checkpointed))
+    torch.testing.assert_close(found, expected)
+    factors = [tensor for name, tensor in found.items() if "lora_B" in name]
+    assert len(factors) == 14
+    assert all(factor.any() for factor in factors)
 
 
 def test_problem_44_accumulated_gradients_are_those_of_the_whole_batch(tiny_lm: Path, tmp_path: Path) -> None:

@@ -149,6 +149,19 @@ def test_bad_rows_are_named_by_file_and_line(row: object, message: str, tmp_path
     assert str(error.value) == message
 
 
+def test_bad_rows_are_listed_by_file_and_line_whatever_is_wrong_with_them(tmp_path: Path) -> None:
+    empty = {"prompt": "", "completion": "b"}
+    write(tmp_path / "train.jsonl", empty, "[1]", PAIR, *[empty, "{"] * 4)
+    write(tmp_path / "test.jsonl", empty, "{")
+    with pytest.raises(DataError) as error:
+        read(str(tmp_path))
+    places = [tuple(line.split(":")[:2]) for line in str(error.value).splitlines()[1:]]
+    assert places == [
+        *(("test.jsonl", "1"), ("test.jsonl", "2")),
+        *(("train.jsonl", str(n)) for n in (1, 2, 4, 5, 6, 7, 8, 9, 10, 11)),
+    ]
+
+
 def test_all_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         read(write(tmp_path / "d.jsonl", PAIR, *[row for row, _ in BAD]))

@@ -6,15 +6,18 @@ import torch.nn.functional as F
 
 import lorakit
 import models
-from lorakit.training.loss import cpu_causal_loss
+from lorakit.training import loss as loss_module
+from lorakit.training.loss import causal_loss, frozen_head
 
 
+@pytest.mark.parametrize("targets", ["all-linear", "lm_head"])
 @pytest.mark.parametrize("tokens", [12, 140], ids=["short rows", "long rows"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradient(dtype: torch.dtype, checkpointing: bool, tokens: int) -> None:
+def test_loss_and_gradient(dtype: torch.dtype, checkpointing: bool, tokens: int, targets: str) -> None:
     model = models.llama().to(dtype).train()
-    lorakit.attach(model, rank=2)
+    lorakit.attach(model, targets, rank=2)
+    models.train_a_little(model)
     if checkpointing:
         # transformers renamed it; the old name warns.
         new = hasattr(model, "activation_checkpointing_enable")
@@ -25,7 +28,10 @@ def test_loss_and_gradient(dtype: torch.dtype, checkpointing: bool, tokens: int)
     labels[1, 8:], mask[1, 8:] = -100, 0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    loss = cpu_causal_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": labels})
+    head = frozen_head(model)
+    assert (head is None) == (targets == "lm_head")
+    loss = causal_loss(model, {"input_ids": ids, "attention_mask": mask, "labels": labels}, head)
+    assert "forward" not in vars(model.get_output_embeddings())
     gradients = torch.autograd.grad(loss, trained)
 
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
@@ -35,7 +41,45 @@ def test_loss_and_gradient(dtype: torch.dtype, checkpointing: bool, tokens: int)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, trained), **close)
 
 
-def test_no_label_at_all() -> None:
+@pytest.mark.parametrize("count", [1, 5, 11])
+def test_chunks_of_a_frozen_head(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradient of each label, each with a weight of its own, with chunks of 5 that do and do not fit."""
+    monkeypatch.setattr(loss_module, "_CHUNK", 5)
+    hidden = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
+    weight, labels = torch.randn(17, 6, dtype=torch.float64), torch.randint(17, (count,))
+    upstream = torch.randn(count, dtype=torch.float64)
+    losses = loss_module._FrozenHead.apply(hidden, weight, labels)
+    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(losses, hidden, upstream), torch.autograd.grad(expected, hidden, upstream)
+    )
+
+
+def test_a_head_is_used_alone_only_where_its_output_is_what_the_model_returns() -> None:
+    from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    plain = models.llama().requires_grad_(False)
+    assert frozen_head(plain) is plain.lm_head
+    assert frozen_head(models.llama()) is None  # trained
+    for model in (
+        Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8, final_logit_softcapping=0.5)),
+        CohereForCausalLM(CohereConfig(**sizes, logit_scale=0.0625)),
+    ):
+        model.requires_grad_(False).eval()
+        assert frozen_head(model) is None
+        ids = torch.randint(3, 64, (2, 9))
+        loss = causal_loss(model, {"input_ids": ids, "labels": ids}, None)
+        logits = model(input_ids=ids).logits[:, :-1]
+        torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_label_at_all(frozen: bool) -> None:
     ids = torch.zeros(2, 6, dtype=torch.long)
-    loss = cpu_causal_loss(models.llama(), {"input_ids": ids, "labels": torch.full_like(ids, -100)})
-    assert loss == 0
+    model = models.llama().requires_grad_(not frozen)
+    head = frozen_head(model)
+    assert (head is not None) == frozen
+    assert causal_loss(model, {"input_ids": ids, "labels": torch.full_like(ids, -100)}, head) == 0

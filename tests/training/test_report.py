@@ -1,11 +1,12 @@
 """What is printed at the end of a run."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from lorakit.training import report
+from lorakit.training import page, report
 
 
 def test_the_next_commands_can_be_copied_where_lorakit_is_not_on_the_path(
@@ -23,3 +24,13 @@ def test_the_next_commands_can_be_copied_where_lorakit_is_not_on_the_path(
     assert "\n  lorakit generate --model 'my runs' --prompt 'it'\"'\"'s'\n" in report.next_commands(
         Path("my runs"), "it's"
     )
+
+
+def test_the_page_shows_what_went_wrong_before_what_went_right() -> None:
+    samples = tuple(report.Sample(f"asked-{i}", "base", "adapter", "expected") for i in range(12))
+    right = tuple(i not in (3, 5, 6, 8, 11) for i in range(12))
+    result = report.Comparison(12, "test", {"exact match": (0.0, 7 / 12)}, samples, right)
+    html = page.render(title="t", summary="", history=[], result=result, changes=[])
+    order = re.findall(r"asked-(\d+)", html)
+    assert order == ["3", "5", "6", "8", "0", "1", "2", "4", "7", "9", "10", "11"]
+    assert html.index("asked-4") < html.index("<details>") < html.index("asked-7")

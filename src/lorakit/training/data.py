@@ -110,7 +110,7 @@ def read(data: str, *, fields: Mapping[str, str] | None = None, holdout: float =
                 continue
             examples[split].append(example)
     if problems:
-        raise DataError(problems)
+        raise DataError(sorted(problems, key=_place))
     if not examples.get("train"):
         raise DataError([f"{data}: no rows to train on."])
     notes: list[str] = []
@@ -175,6 +175,13 @@ def _read_hub(name: str) -> dict[str, list[_Row]]:
         if stem is not None:
             splits[split] = [_Row(f"{name}/{stem} row {i + 1}", dict(row)) for i, row in enumerate(loaded[stem])]
     return splits
+
+
+def _place(problem: str) -> tuple[str, int]:
+    """File and line at the beginning of what is wrong with a row."""
+    file, _, rest = problem.partition(":")
+    line = rest.partition(":")[0]
+    return file, int(line) if line.isdecimal() else 0
 
 
 def _read_file(path: Path, problems: list[str]) -> list[_Row]:

@@ -20,8 +20,9 @@ from ..formats.files import replacing
 from . import page, report
 from .config import TrainConfig, to_yaml
 from .evaluate import compare
-from .models import LABELS, Loaded, has_fast_bfloat16, load_causal_lm, load_classifier
-from .prepare import Prepared, attach_as, labels_of, prepare, start_block, weights_dtype
+from .models import LABELS, Loaded, load_causal_lm, load_classifier
+from .plan import keep_few_kernels
+from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
 
 if TYPE_CHECKING:
     from .trainers import Progress
@@ -38,6 +39,7 @@ def train(config: TrainConfig) -> Path:
     resume = _checkpoint_to_resume(config, out)
     _refuse_used_folder(config, out, resume)
     quiet_libraries()
+    keep_few_kernels()
     prepared = prepare(config)
     _say(start_block(prepared))
     if config.dry_run:
@@ -92,8 +94,8 @@ def _checkpoint_to_resume(config: TrainConfig, out: Path) -> str | None:
 def _load(prepared: Prepared) -> Loaded:
     labels, dtype = labels_of(prepared.data), weights_dtype(prepared.config, prepared.data)
     if labels is None:
-        return load_causal_lm(prepared.config.model, dtype=dtype)
-    return load_classifier(prepared.config.model, labels=labels, dtype=dtype)
+        return load_causal_lm(prepared.config.model, dtype=dtype, tokenizer=prepared.tokenizer)
+    return load_classifier(prepared.config.model, labels=labels, dtype=dtype, tokenizer=prepared.tokenizer)
 
 
 def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> Progress:
@@ -106,8 +108,6 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> P
 
     config, causal = prepared.config, prepared.data.task == "causal-lm"
     dtype = weights_dtype(config, prepared.data)
-    # Asked for by name, float32 means float32.
-    autocast = config.dtype == "auto" and dtype == "float32" and has_fast_bfloat16(loaded.device)
     evaluated = bool(prepared.valid)
     by_steps = config.eval_steps is not None
     settings: dict[str, Any] = dict(
@@ -121,7 +121,7 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> P
         weight_decay=config.weight_decay,
         lr_scheduler_type=config.scheduler,
         warmup_steps=config.warmup_ratio,
-        bf16=autocast,
+        bf16=uses_autocast(config, prepared.data),
         use_cpu=loaded.device.type == "cpu",
         fp16=dtype == "float16" and loaded.device.type == "cuda",
         seed=config.seed,
@@ -211,7 +211,11 @@ def _write_reports(
 
 
 def _end_block(prepared: Prepared, out: Path, progress: Progress, result: report.Comparison | None) -> str:
-    peak = f"peak memory {report.size(progress.peak_bytes)} (planned {report.size(prepared.plan.peak_bytes)})"
+    planned = prepared.plan.peak_bytes
+    peak = f"peak memory {report.size(progress.peak_bytes)}"
+    peak += " (not planned)" if planned is None else f" (planned {report.size(planned)})"
+    if progress.loading_bytes > progress.peak_bytes:
+        peak += f"; {report.size(progress.loading_bytes)} while the model was loaded"
     lines = [report.heading("done"), f"trained in {report.duration(progress.seconds)}; {peak}"]
     if result is not None and result.rows:
         lines.append(report.comparison(result))

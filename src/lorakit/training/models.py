@@ -66,15 +66,29 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return resolved
 
 
-def load_causal_lm(name: str, *, dtype: str = "auto", device: torch.device | None = None) -> Loaded:
-    """A causal language model and its tokenizer from a folder, a .gguf file or a hub id."""
+def load_causal_lm(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Loaded:
+    """A causal language model and its tokenizer from a folder, a .gguf file or a hub id.
+
+    tokenizer: the model's own, where it is loaded already.
+    """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, name, dtype, device)
+    return _load(AutoModelForCausalLM, name, dtype, device, tokenizer)
 
 
 def load_classifier(
-    name: str, *, labels: tuple[str, ...], dtype: str = "auto", device: torch.device | None = None
+    name: str,
+    *,
+    labels: tuple[str, ...],
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Loaded:
     """A sequence classifier with a head for `labels`; no labels make it a regression on one number."""
     from transformers import AutoModelForSequenceClassification
@@ -85,7 +99,7 @@ def load_classifier(
         settings["problem_type"] = "single_label_classification"
     else:
         settings["problem_type"] = "regression"
-    return _load(AutoModelForSequenceClassification, name, dtype, device, **settings)
+    return _load(AutoModelForSequenceClassification, name, dtype, device, tokenizer, **settings)
 
 
 def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTrainedModel:
@@ -176,10 +190,17 @@ def _labels_of(adapter: str) -> tuple[str, ...]:
     return tuple(json.loads(path.read_text(encoding="utf-8")))
 
 
-def _load(auto: Any, name: str, dtype: str, device: torch.device | None, **settings: Any) -> Loaded:
+def _load(
+    auto: Any,
+    name: str,
+    dtype: str,
+    device: torch.device | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    **settings: Any,
+) -> Loaded:
     device = device or best_device()
     folder, options = _locate(name)
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
     if "gguf_file" in options:
         from transformers import GgufConfig
 

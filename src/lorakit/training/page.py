@@ -127,8 +127,11 @@ def _result(result: Comparison) -> str:
     for name, (before, after) in result.metrics.items():
         shown = f"{metric_value(name, before)} → {metric_value(name, after)}"
         parts.append(f"<p><span class=big>{shown}</span> {html.escape(name)}, base → adapter</p>")
+    pairs = list(zip(result.samples, result.right, strict=True))
+    # What went wrong is looked for first: up to four such rows, then right ones, eight in sight.
+    wrong, good = ([pair for pair in pairs if pair[1] == right] for right in (False, True))
     rows = []
-    for sample, right in zip(result.samples, result.right, strict=True):
+    for sample, right in [*wrong[:4], *good, *wrong[4:]]:
         mark = "<span class=right>✓</span>" if right else "<span class=wrong>✗</span>"
         texts = (sample.prompt, sample.base, sample.adapter, sample.expected)
         cells = "".join(f"<td><code>{html.escape(text.strip()[:600])}</code></td>" for text in texts)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core.attach import attach
@@ -17,8 +17,9 @@ from . import report
 from .config import TrainConfig, warnings_for
 from .data import Data, read
 from .evaluate import Style
+from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, resolve_dtype, skeleton
-from .plan import Plan, make_plan, speed
+from .plan import Plan, make_plan, processes, speed
 from .tokens import Encoded, encode_all, encode_text, preview
 
 if TYPE_CHECKING:
@@ -64,13 +65,16 @@ def prepare(config: TrainConfig) -> Prepared:
         raise ValueError(
             f"no row of {config.data} is left to train on; raise --max-seq-length {config.max_seq_length}."
         )
+    from . import trainers  # noqa: F401  the libraries that training needs are part of the memory planned
+
     dtype = weights_dtype(config, data)
     rate = speed(best_device(), resolve_dtype(dtype, best_device()))
-    with FakeTensorMode():
+    batch = _largest_batch(config, data, train)
+    with FakeTensorMode() as fake:
         model = skeleton(config.model, labels=labels_of(data), dtype=dtype)
         # The init decides no shape but doubles the work here (it may decompose each weight).
         attached = attach_as(dataclasses.replace(config, init="kaiming"), model, new_head=data.task != "causal-lm")
-        plan = _plan(config, data, train, model, rate)
+        plan = _plan(config, data, train, model, rate, _faked(batch, fake))
     return Prepared(config, data, tokenizer, style, train, valid, tuple(notes), attached, plan)
 
 
@@ -90,11 +94,22 @@ def start_block(prepared: Prepared) -> str:
         f"{config.model}: {weights_dtype(config, data)} on {best_device()}",
         str(prepared.attached),
         report.heading("plan"),
-        f"{plan.steps} steps of {config.batch_size * config.gradient_accumulation_steps} rows, {plan.tokens:,} tokens; "
+        f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
         f"learning rate {config.learning_rate:g}, {config.scheduler}; seed {config.seed}",
-        f"about {report.size(plan.peak_bytes)} of memory at the peak and {report.duration(plan.seconds)} of training",
+        f"{_memory(plan)} {report.duration(plan.seconds)} of training",
     ]
     return "\n".join(lines)
+
+
+def _rows_a_step(config: TrainConfig) -> int:
+    return config.batch_size * config.gradient_accumulation_steps * processes()
+
+
+def _memory(plan: Plan) -> str:
+    if plan.peak_bytes is None:
+        return f"memory not planned ({plan.unplanned}); about"
+    each = " in each process" if processes() > 1 else ""
+    return f"about {report.size(plan.peak_bytes)} of memory{each} at the peak of training and"
 
 
 def attach_as(config: TrainConfig, model: nn.Module, *, new_head: bool) -> Report:
@@ -119,6 +134,11 @@ def weights_dtype(config: TrainConfig, data: Data) -> str:
         return config.dtype
     trains_weights = data.task != "causal-lm" or bool(config.also_train) or config.bias != "none"
     return "bfloat16" if has_fast_bfloat16(best_device()) and not trains_weights else "float32"
+
+
+def uses_autocast(config: TrainConfig, data: Data) -> bool:
+    """Whether products of float32 weights are made in bfloat16. Asked for by name, float32 means float32."""
+    return config.dtype == "auto" and weights_dtype(config, data) == "float32" and has_fast_bfloat16(best_device())
 
 
 def labels_of(data: Data) -> tuple[str, ...] | None:
@@ -181,16 +201,51 @@ def _example_lines(prepared: Prepared) -> list[str]:
     return lines + [report.marked(preview(row, prepared.tokenizer), colour) for row in rows]
 
 
-def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: nn.Module, rate: float) -> Plan:
-    lengths = sorted(len(row["input_ids"]) for row in rows)[-config.batch_size :]
-    shape = (len(lengths), lengths[-1])
-    ones = torch.ones(shape, dtype=torch.long, device=best_device())
-    batch: dict[str, Any] = {"input_ids": ones, "attention_mask": ones}
-    if data.task == "causal-lm":
-        batch |= {"labels": ones, "use_cache": False}
+def _largest_batch(config: TrainConfig, data: Data, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What training has at once at most: the longest rows together, with their labels where they really are."""
+    longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-config.batch_size :]
+    lengths = [len(row["input_ids"]) for row in longest]
+    ids = torch.ones(len(longest), lengths[-1], dtype=torch.long)
+    # Without padding, models do without the mask; with fake tensors they always make one, and keep a little more.
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
+    if data.task != "causal-lm":
+        return batch | {"labels": torch.tensor([row["labels"] for row in longest])}
+    labels = [row["labels"] + [-100] * (lengths[-1] - len(row["labels"])) for row in longest]
+    return batch | {"labelled": labelled(torch.tensor(labels))}
+
+
+def _faked(batch: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
+    """The batch on the device, without contents; called under `mode`."""
+
+    def fake(tensor: Tensor) -> Tensor:
+        return mode.from_tensor(tensor).to(best_device())
+
+    return {
+        name: fake(value) if isinstance(value, Tensor) else Labelled(*map(fake, vars(value).values()))
+        for name, value in batch.items()
+    }
+
+
+def _plan(
+    config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: Any, rate: float, batch: dict[str, Any]
+) -> Plan:
+    if config.gradient_checkpointing:
+        # transformers renamed it; the old name warns.
+        new = hasattr(model, "activation_checkpointing_enable")
+        (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)()
+    model.train()
+    where = batch.pop("labelled", None)
+
+    def loss() -> Tensor:
+        with torch.autocast(best_device().type, torch.bfloat16, enabled=uses_autocast(config, data)):
+            if where is not None:
+                return loss_at(where, model, batch, frozen_head(model))
+            classified: Tensor = model(**batch).loss
+            return classified
+
     return make_plan(
         model,
-        batch,
+        loss,
         rows=len(rows),
         tokens=_tokens(rows),
         batch_size=config.batch_size,
@@ -198,6 +253,7 @@ def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: nn
         epochs=config.epochs,
         max_steps=config.max_steps,
         rate=rate,
+        checkpointing=config.gradient_checkpointing,
     )
 
 

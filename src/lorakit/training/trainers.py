@@ -25,8 +25,8 @@ from ..core.attach import trained_whole
 from ..core.trainable import lora_names
 from ..formats import save
 from ..formats.files import replacing
-from .loss import cpu_causal_loss
-from .plan import peak_memory
+from .loss import causal_loss, frozen_head, plain_head
+from .plan import forget_peak, peak_memory
 
 STATE = "adapter_state.safetensors"  # in a checkpoint: the adapter's tensors as the model names them
 
@@ -71,17 +71,24 @@ class ClassifierTrainer(_AdapterTrainer):
 class CausalTrainer(_AdapterTrainer, SFTTrainer):
     """Causal language models, on rows that carry their labels."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._on_cpu = self.args.device.type == "cpu"
+        self._head = frozen_head(self.model) if self._on_cpu else None
+        # TRL's fused head multiplies by the head's weight itself and would never ask an adapter on it.
+        self._fused = not self._on_cpu and plain_head(self.model) is not None
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean over the labels of −log p, as TRL computes it.
 
-        On a GPU by TRL's fused head, on a CPU by `loss.py`.
+        On a GPU by TRL's fused head, on a CPU and with an adapter on the head by `loss.py`.
         """
-        if inputs["input_ids"].device.type != "cpu" or return_outputs:
+        if self._fused or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         count = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = cpu_causal_loss(model, inputs) / torch.as_tensor(count).clamp(min=1)
+        loss = causal_loss(model, inputs, self._head) / torch.as_tensor(count).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return loss
@@ -97,11 +104,14 @@ class Progress(TrainerCallback):
         self.path = folder / "metrics.jsonl"
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
-        self.peak_bytes = 0
+        self.loading_bytes = 0  # the peak before training began
+        self.peak_bytes = 0  # and of training alone, where the system can tell them apart
         self._bar: tqdm[Any] | None = None
         self._began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.loading_bytes = peak_memory(args.device)
+        forget_peak(args.device)
         self._began = time.perf_counter()
         if not state.is_world_process_zero:
             return

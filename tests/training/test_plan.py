@@ -1,0 +1,176 @@
+"""What a run is said to take before it starts."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import plan as benchmark
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lorakit
+import models
+from lorakit.training.config import TrainConfig
+from lorakit.training.loss import frozen_head, labelled, loss_at
+from lorakit.training.plan import Plan, forget_peak, glibc_peak, live_peak, make_plan, peak_memory, step_storages
+from lorakit.training.prepare import prepare, start_block
+
+
+def rows(path: Path) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"turn {i % 6}", "completion": "on"}) + "\n" for i in range(24)))
+    return path
+
+
+class Exponents(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(100))
+
+    def loss(self) -> Tensor:
+        return self.w.exp().sum()
+
+
+def test_the_storages_of_a_step_are_counted_to_the_byte() -> None:
+    with FakeTensorMode():
+        model = Exponents()
+        # exp w, kept (400); its sum (4); the gradient of the sum (4); the gradient of w (400)
+        assert live_peak(step_storages(model, model.loss)) == 808
+        # the second batch finds the gradient of the first (400), and adds its own to it
+        assert live_peak(step_storages(model, model.loss, accumulation=2)) == 1208
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def storages(fake: bool, dtype: torch.dtype) -> list[tuple[int, int]]:
+    from transformers import AutoModelForCausalLM
+
+    where = labelled(torch.tensor([[-100] * 4 + [1] * 12] * 3))
+    ids = torch.ones(3, 16, dtype=torch.long)
+    mask = ids.clone()
+    mask[0, 15] = 0  # padding: without it a real step has no mask
+    config = models.llama().config
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else torch.enable_grad():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+        lorakit.attach(model, rank=2, dropout=0.25)
+        head = frozen_head(model)
+        assert head is not None
+        return step_storages(model, lambda: loss_at(where, model, {"input_ids": ids, "attention_mask": mask}, head))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fake_step_makes_the_storages_of_a_real_one(dtype: torch.dtype) -> None:
+    fake, real = storages(True, dtype), storages(False, dtype)
+    assert live_peak(fake) == live_peak(real)
+    assert Counter(size for _, size in fake if abs(size) > 64) == Counter(size for _, size in real if abs(size) > 64)
+
+
+def test_holes_of_the_heap() -> None:
+    def peak(*changes: int) -> int:
+        """n makes block 1, 2, … of so many bytes; −n frees block n."""
+        made = [change for change in changes if change > 0]
+        numbers = iter(range(1, len(made) + 1))
+        events = [(next(numbers), c) if c > 0 else (-c, -made[-c - 1]) for c in changes]
+        freed = {-change for change in changes if change < 0}
+        return glibc_peak(events + [(n, -size) for n, size in enumerate(made, 1) if n not in freed])
+
+    assert peak(1024, 1024, -1, 1024) == 3 * 1024  # the hole is too small for an aligned block of its own size
+    assert peak(1024, 1024, -1, 512) == 2 * 1024
+    assert peak(1024, 1024, 1024, -1, -2, 1900) == 3 * 1024  # neighbouring holes are one
+    assert peak(1024, 1024, -2, 2048) == 3 * 1024  # the free end of the heap grows by what it lacks
+    assert peak(1 << 25, -1, 1 << 25) == 1 << 25  # a large block leaves no hole
+
+
+def plan(loss: object = None, **settings: object) -> Plan:
+    with FakeTensorMode():
+        model = Exponents()
+        arguments = dict(rows=100, tokens=1000, batch_size=5, accumulation=2, epochs=3.0, max_steps=None, rate=1e9)
+        return make_plan(model, loss or model.loss, **{**arguments, **settings})
+
+
+def test_each_process_takes_its_share_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = plan()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    shared = plan()
+    # 100 rows: 20 batches, or 5 for each of four processes; two batches a step, the last step of an epoch shorter
+    assert (alone.steps, shared.steps) == (30, 9)
+    assert alone.tokens == shared.tokens == 3000
+
+
+def test_memory_that_cannot_be_planned_is_no_reason_to_stop() -> None:
+    def loss() -> Tensor:
+        raise RuntimeError("no such operation\nand more")
+
+    found = plan(loss)
+    assert (found.peak_bytes, found.unplanned, found.steps) == (None, "RuntimeError: no such operation", 30)
+
+
+def test_experts_in_float32_which_fake_tensors_cannot_multiply(capfd: pytest.CaptureFixture[str]) -> None:
+    ids = torch.ones(2, 4, dtype=torch.long)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = models.qwen_moe()
+        found = make_plan(
+            model,
+            lambda: model(input_ids=ids, labels=ids).loss,
+            **dict(rows=2, tokens=8, batch_size=2, accumulation=1, epochs=1.0, max_steps=None, rate=1e9),
+        )
+    assert found.peak_bytes is None and found.unplanned.startswith("RuntimeError: Expected inputs of BF16 type")
+    assert capfd.readouterr().err == ""
+
+
+def config(model: Path, data: Path, **settings: object) -> TrainConfig:
+    return TrainConfig(model=str(model), data=str(data), output_dir="unused", dtype="float32", **settings)
+
+
+def test_the_start_block_says_why_memory_is_not_planned(
+    tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("fake tensors cannot do this")
+
+    data = rows(tmp_path / "d.jsonl")
+    assert "of memory at the peak of training" in start_block(prepare(config(tiny_lm, data)))
+    monkeypatch.setattr("lorakit.training.prepare.loss_at", fails)
+    block = start_block(prepare(config(tiny_lm, data)))
+    assert "memory not planned (RuntimeError: fake tensors cannot do this); about" in block
+
+
+def test_the_plan_sees_checkpointing_and_the_largest_batch(tiny_lm: Path, tmp_path: Path, monkeypatch) -> None:
+    """With one row of 600 characters the step is larger than without it, and smaller where it is checkpointed."""
+    peaks = {}
+
+    def spy(*arguments: object) -> list[tuple[int, int]]:
+        peaks[name] = step_storages(*arguments)
+        return peaks[name]
+
+    monkeypatch.setattr("lorakit.training.plan.step_storages", spy)
+    data = rows(tmp_path / "d.jsonl")
+    name = "short"
+    prepare(config(tiny_lm, data, holdout=0.0))
+    with data.open("a") as file:
+        file.write('{"prompt": "' + 600 * "x" + '", "completion": "on"}\n')
+    name = "long"
+    prepare(config(tiny_lm, data, holdout=0.0))
+    name = "checkpointed"
+    prepare(config(tiny_lm, data, holdout=0.0, gradient_checkpointing=True))
+    live = {name: live_peak(events) for name, events in peaks.items()}
+    assert live["short"] * 5 < live["long"]
+    assert live["checkpointed"] < 0.7 * live["long"]
+    made = {name: sum(size for _, size in events if size > 0) for name, events in peaks.items()}
+    assert made["checkpointed"] > made["long"]  # what is dropped is made again
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")
+def test_a_peak_is_forgotten() -> None:
+    device = torch.device("cpu")
+    block = torch.ones(100_000_000)
+    high = peak_memory(device)
+    del block
+    forget_peak(device)
+    assert peak_memory(device) < high - 300_000_000
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_real_model_is_within_15_per_cent() -> None:
+    measured, planned = benchmark.run(2, 256, "float32", ["--dropout", "0.05"])
+    assert planned == pytest.approx(measured, rel=0.15)
