@@ -6,15 +6,12 @@ others use. The minimum of the turns is the one that was disturbed least.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import json
 import math
 import platform
-import resource
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -91,21 +88,6 @@ def operations(step: Callable[[], Any]) -> int:
     with flop_counter.FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         step()
     return int(counter.get_total_flops())
-
-
-def reset_peak_memory() -> None:
-    """Forget the peak so far, that of loading a model. On Linux alone; elsewhere the peak is that of its life."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Bytes of memory that this process held at most since `reset_peak_memory`."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

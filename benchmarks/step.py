@@ -23,6 +23,8 @@ import measure
 import torch
 from torch import nn
 
+from lorakit.training.memory import forget_peak, peak_memory
+
 ROWS, TOKENS, RANK, ALPHA, THREADS = 4, 256, 16, 32, 2
 VARIANTS = ["floor", "lorakit", "loralib", "PEFT", "full"]
 
@@ -81,7 +83,7 @@ def worker(variant: str, dtype: torch.dtype, dropout: float) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-    measure.reset_peak_memory()
+    forget_peak(torch.device("cpu"))
     step()
     print("ready", flush=True)
     for line in sys.stdin:
@@ -90,22 +92,14 @@ def worker(variant: str, dtype: torch.dtype, dropout: float) -> None:
         began = time.perf_counter()
         step()
         print(time.perf_counter() - began, flush=True)
-    print(measure.peak_memory(), flush=True)
+    print(peak_memory(torch.device("cpu")), flush=True)
 
 
 def compare(dtype: torch.dtype, dropout: float, steps: int) -> list[dict[str, Any]]:
     """A row for each variant."""
     name = str(dtype).removeprefix("torch.")
     command = [sys.executable, __file__, "--worker"]
-    processes = {
-        variant: subprocess.Popen(
-            [*command, variant, "--dtype", name, "--dropout", str(dropout)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for variant in VARIANTS
-    }
+    processes: dict[str, subprocess.Popen[str]] = {}
 
     def ask(process: subprocess.Popen[str], word: str) -> float:
         assert process.stdin is not None
@@ -120,8 +114,10 @@ def compare(dtype: torch.dtype, dropout: float, steps: int) -> list[dict[str, An
         return 0.0 if line == "ready" else float(line)
 
     try:
-        for process in processes.values():
-            answer(process)
+        for variant in VARIANTS:  # one after the other: two that load at once take far more than twice as long
+            own = [*command, variant, "--dtype", name, "--dropout", str(dropout)]
+            processes[variant] = subprocess.Popen(own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            answer(processes[variant])
         best = dict.fromkeys(VARIANTS, float("inf"))
         for _ in range(steps):
             for variant, process in processes.items():

@@ -14,7 +14,8 @@ import lorakit
 import models
 from lorakit.training.config import TrainConfig
 from lorakit.training.loss import frozen_head, labelled, loss_at
-from lorakit.training.plan import Plan, forget_peak, glibc_peak, live_peak, make_plan, peak_memory, step_storages
+from lorakit.training.memory import forget_peak, glibc_peak, live_peak, peak_memory, step_storages
+from lorakit.training.plan import Plan, make_plan
 from lorakit.training.prepare import prepare, start_block
 
 

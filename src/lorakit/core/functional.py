@@ -21,11 +21,15 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .gradients import Geometry, LoRAConv, LoRAEmbedding, LoRALinear
 from .masks import QuickDropout
 
 _BLOCK = 1 << 19  # bytes in the blocks of `add_product`
+
+# Classes of weights that are multiplied as their numbers say. Fake ones are planned with: see training/memory.py.
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 Dropout = Callable[[Tensor], Tensor]
 Blocks = tuple[tuple[int, int], ...]  # (size, rank) of each block of a fused output: q, k and v in one weight
@@ -122,7 +126,7 @@ def lora_linear(
     """
     x = _autocast(x)
     # A weight of another class (quantised, sharded) knows how to be multiplied in F.linear, and may know no more.
-    if _is_known(dropout) and type(weight) in (Tensor, nn.Parameter) and not _is_transformed():
+    if _is_known(dropout) and type(weight) in _PLAIN and not _is_transformed():
         rows = x.numel() // max(x.shape[-1], 1)
         formed = dropout is None and gain is None and _forming_pays(rows, x, weight, A, B)
         fused: Tensor = LoRALinear.apply(x, weight, bias, A, B, gain, scale, dropout, formed)
@@ -175,7 +179,7 @@ def lora_conv(
     x = _autocast(x)
     if x.dim() == weight.dim() - 1:
         return lora_conv(x[None], weight, bias, A, B, scale, geometry, dropout)[0]
-    if _is_known(dropout) and type(weight) in (Tensor, nn.Parameter) and not _is_transformed():
+    if _is_known(dropout) and type(weight) in _PLAIN and not _is_transformed():
         positions = x.numel() // max(x.shape[1], 1) // math.prod(geometry.stride)
         formed = dropout is None and _forming_pays(positions, x, weight, A, B)
         fused: Tensor = LoRAConv.apply(x, weight, bias, A, B, scale, dropout, geometry, formed)

@@ -20,8 +20,8 @@ from ..formats.files import replacing
 from . import page, report
 from .config import TrainConfig, to_yaml
 from .evaluate import compare
+from .memory import keep_few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
-from .plan import keep_few_kernels
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from ..core.trainable import lora_names
 from ..formats import save
 from ..formats.files import replacing
 from .loss import causal_loss, frozen_head, plain_head
-from .plan import forget_peak, peak_memory
+from .memory import forget_peak, peak_memory
 
 STATE = "adapter_state.safetensors"  # in a checkpoint: the adapter's tensors as the model names them
 
