@@ -1,9 +1,11 @@
 """One adapted layer, forward and backward: time and kept bytes of lorakit, loralib and PEFT against the frozen layer.
 
-    python benchmarks/layer.py        about a minute on one thread
+    python benchmarks/layer.py        about two minutes on one thread
 
 time: ratio to the floor, the frozen layer whose input needs a gradient. kept: bytes for the backward pass over those
 of the input. Each library as it comes: loralib has its factors in the weight's dtype, PEFT and lorakit in float32.
+products alone: torch's eight products without autograd, dropout and casts, over the frozen layer's two: what nothing
+made of the same products can beat.
 """
 
 from __future__ import annotations
@@ -90,19 +92,41 @@ def training_steps(layers: dict[str, nn.Module], x: Tensor) -> dict[str, Callabl
     return {key: partial(step, layer) for key, layer in layers.items()}
 
 
+def bare_products(floor: nn.Linear, x: Tensor) -> dict[str, Callable[[], Any]]:
+    """The products of the frozen layer alone, and those with the six thin ones: what is left without autograd."""
+    X, W = x.detach().flatten(0, -2), floor.weight
+    A, B = torch.randn(RANK, X.shape[1]).to(x.dtype), torch.randn(len(W), RANK).to(x.dtype)
+    dY = torch.randn(len(X), len(W)).to(x.dtype)
+
+    def frozen() -> Any:
+        return X @ W.T, dY @ W
+
+    def adapted() -> Any:
+        S, dS = X @ A.T, dY @ B
+        return (S @ B.T).addmm_(X, W.T), (dS @ A).addmm_(dY, W), S.T @ dY, dS.T @ X
+
+    return {"bare floor": frozen, "bare": adapted}
+
+
 def row(name: str, layers: dict[str, nn.Module], x: Tensor, dropout: float) -> dict[str, Any]:
     x.requires_grad_()
-    times = measure.minima(training_steps(layers, x))
+    steps: dict[str, Callable[[], Any]] = training_steps(layers, x)
+    floor = layers["floor"]
+    if isinstance(floor, nn.Linear):
+        steps |= bare_products(floor, x)
+    times = measure.minima(steps)
     size = x.numel() * x.element_size()
     kept = {
         key: measure.kept_bytes(lambda own=layer: own(x), layer.parameters()) / size for key, layer in layers.items()
     }
     own = {key: round(times[key] / times["floor"], 3) for key in layers if key != "floor"}
+    bare = {"time products alone": round(times["bare"] / times["bare floor"], 3)} if "bare" in times else {}
     return {
         "layer": name,
         "dtype": str(x.dtype).removeprefix("torch."),
         "dropout": str(dropout),
         **{f"time {key}": value for key, value in own.items()},
+        **bare,
         **{f"kept {key}": round(kept[key], 3) for key in own},
     }
 

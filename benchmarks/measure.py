@@ -93,7 +93,7 @@ def operations(step: Callable[[], Any]) -> int:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """One line for each row, columns in the order of the first."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    cells = [columns, *([_text(row.get(column, "")) for column in columns] for row in rows)]
+    cells = [columns, *([text(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
@@ -104,14 +104,14 @@ def write(name: str, command: str, rows: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     record = {"command": command, "commit": _commit(), "machine": machine(), "rows": rows}
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.writetext(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {path.relative_to(ROOT)}")
 
 
 def machine() -> dict[str, Any]:
     """The processors, the threads in use and the versions that matter."""
     info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    models = [line.partition(":")[2].strip() for line in info.readtext().splitlines() if line.startswith("model name")]
     features = torch.backends.cpu.get_cpu_capability()
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
     return {
@@ -136,5 +136,6 @@ def _commit() -> str:
     return f"{head} with changes" if changed else head
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """A cell of a table."""
     return f"{value:.2f}" if isinstance(value, float) else str(value)

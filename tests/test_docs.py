@@ -96,3 +96,13 @@ def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
     (tmp_path / page.name).write_text(program, encoding="utf-8")
     done = subprocess.run([sys.executable, "-W", "error", page.name], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tables_of_performance_md_are_those_of_the_results() -> None:
+    """`python benchmarks/tables.py` writes them."""
+    import tables
+
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.filled(page) == page
+    shown = re.findall(r"<!-- ([\w-]+) -->\n", page)
+    assert set(shown) - {"end"} == {path.stem for path in (ROOT / "benchmarks/results").glob("*.json")}

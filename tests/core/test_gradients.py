@@ -232,6 +232,27 @@ def test_autocast(kind: str) -> None:
         torch.testing.assert_close(gradient, exact, rtol=0.05, atol=0.03 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("attached", [True, False])
+def test_autocast_does_not_round_an_update_away(attached: bool, groups: int) -> None:
+    """It is far beneath bfloat16's steps at the weight: the sum of the two kernels would not show it."""
+    layer = lorakit.Conv2d(4, 4, 1, r=2, groups=groups, bias=False)
+    if attached:
+        model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=groups, bias=False))
+        lorakit.attach(model, "0", rank=2)
+        layer = model[0]
+    nn.init.ones_(layer.weight)
+    nn.init.normal_(layer.lora_A, std=0.01)
+    nn.init.normal_(layer.lora_B, std=0.01)
+    plane = torch.randn(2, 1, 20, 20)
+    x = torch.cat((plane, -plane, plane, -plane), 1)  # which the weight alone sums to zero
+    exact = layer._conv_forward(x, layer.scaling * layer.delta(), None)
+    assert 0 < exact.abs().max() < 1e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x).float()
+    torch.testing.assert_close(y, exact, rtol=0.05, atol=0.02 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("kind", LINEAR_AND_CONV)
 def test_inputs_of_odd_strides(kind: str) -> None:
     """Transposed rows, images with the channels last in memory, every second element of a larger tensor."""

@@ -4,7 +4,7 @@
     DoRA  (Liu et al. 2024, eq. 5)       y = g ⊙ (W x + s · B A x) + b,     g = m / ‖W + s · B A‖
 
 W is the frozen weight, A (r, in) projects down, B (out, r) projects up, s is α/r (or α/√r, rsLoRA), and the norm is
-taken over each output row. B A is never formed where the layer allows two thin products instead of one dense one.
+taken over each output row. B A is formed only where two thin products over all rows of x would be more work.
 
 Precision: the activations decide it. A and B are usually float32 beside a bfloat16 weight; here they are cast to the
 activation's dtype, never the other way round, because a float32 copy of x would cost more memory than all adapters
@@ -120,7 +120,7 @@ def lora_linear(
     dropout: Dropout | None = None,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + b + s · (dropout(x) Aᵀ) Bᵀ, without forming B A; with `gain`, everything but the bias times it.
+    """x Wᵀ + b + s · (dropout(x) Aᵀ) Bᵀ; with `gain`, everything but the bias times it.
 
     x (…, in)   weight (out, in)   bias (out)   A (r, in)   B (out, r)   gain (out)   →   (…, out)
     """
@@ -172,7 +172,7 @@ def lora_conv(
     geometry: Geometry,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """conv(x, W) + b + s · conv₁(conv(dropout(x), A), B), without forming B A where that is more work.
+    """conv(x, W) + b + s · conv₁(conv(dropout(x), A), B), conv₁ with a kernel of ones.
 
     x (N, in, …) or (in, …)   weight (out, in, *k)   A (r, in, *k)   B (out, r, 1, …)   →   (N, out, …) or (out, …)
     """
@@ -204,7 +204,8 @@ def forms(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
 
     Never in half precision: an update smaller than the weight's last digit vanishes when the sum is rounded.
     """
-    return x.dtype == weight.dtype == A.dtype == B.dtype and x.dtype in (torch.float32, torch.float64)
+    dtype = _dtype(x)
+    return dtype == weight.dtype == A.dtype == B.dtype and dtype in (torch.float32, torch.float64)
 
 
 def _forming_pays(rows: int, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
@@ -221,10 +222,15 @@ def _forming_pays(rows: int, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) ->
 
 def _autocast(x: Tensor) -> Tensor:
     """`x` as autocast would cast it, once: left to itself autocast casts, and keeps, a copy for each product."""
+    return x.to(_dtype(x))
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """The dtype of products with x: its own, or autocast's."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def _is_transformed() -> bool:
