@@ -337,13 +337,6 @@ def test_kept_by_a_convolution_is_its_input_once(dtype: torch.dtype, dropout: fl
     assert 0 <= kept - x.numel() * x.element_size() - S <= (x.numel() / 8 if dropout else 0)
 
 
-def test_kept_by_a_convolution_over_many_positions_is_its_input() -> None:
-    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
-    lorakit.attach(model, "0", rank=2)
-    x = torch.randn(2, 8, 32, 32, requires_grad=True)
-    assert kept_bytes(lambda: model(x), model.parameters()) == x.numel() * 4
-
-
 def test_shared_inputs_are_kept_once() -> None:
     """q, k and v, and gate and up, read one tensor: a block keeps it once, with dropout as without."""
     layers = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("q", "k", "v")})
@@ -364,9 +357,13 @@ def test_operations_of_a_grouped_convolution_are_those_of_one_kernel() -> None:
     assert operations(lambda: model(x)) == operations(lambda: plain(x)) + forming
 
 
-def test_operations_of_a_convolution_over_many_positions() -> None:
-    plain = nn.Conv2d(8, 8, 3, padding=1)
+def test_operations_of_a_convolution_are_those_of_r_channels_more_and_of_ones() -> None:
+    """And as many for the gradients of x, A and B; W has none."""
+    plain = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
     model = nn.Sequential(copy.deepcopy(plain))
     lorakit.attach(model, "0", rank=2)
-    x = torch.randn(2, 8, 32, 32)
-    assert operations(lambda: model(x)) == operations(lambda: plain(x)) + 2 * 8 * 2 * 72
+    x = torch.randn(2, 8, 32, 32, requires_grad=True)
+    thin, ones = 2 * 2 * 32 * 32 * (8 * 9) * 2, 2 * 2 * 32 * 32 * 8 * 2
+    assert operations(lambda: model(x)) == operations(lambda: plain(x)) + thin + ones
+    frozen = operations(lambda: plain(x).sum().backward())
+    assert operations(lambda: model(x).sum().backward()) == frozen + 3 * thin + 3 * ones

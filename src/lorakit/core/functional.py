@@ -15,7 +15,6 @@ These functions hold no state and no parameters; `layers.py` does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -180,13 +179,11 @@ def lora_conv(
     if x.dim() == weight.dim() - 1:
         return lora_conv(x[None], weight, bias, A, B, scale, geometry, dropout)[0]
     if _is_known(dropout) and type(weight) in _PLAIN and not _is_transformed():
-        positions = x.numel() // max(x.shape[1], 1) // math.prod(geometry.stride)
-        formed = dropout is None and _forming_pays(positions, x, weight, A, B)
-        fused: Tensor = LoRAConv.apply(x, weight, bias, A, B, scale, dropout, geometry, formed)
+        fused: Tensor = LoRAConv.apply(x, weight, bias, A, B, scale, dropout, geometry)
         return fused
     S = geometry.convolution(x if dropout is None else dropout(x), A.to(x.dtype)) * scale
     y = geometry.convolution(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return y + geometry.pointwise.convolution(S, B.to(x.dtype))
+    return y + Geometry.of_ones(B).convolution(S, B.to(x.dtype))
 
 
 def _is_known(dropout: Dropout | None) -> bool:
@@ -215,8 +212,7 @@ def _forming_pays(rows: int, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) ->
     sum is bound by memory, and it takes four times as many rows to be no slower on any shape that was measured (one
     CPU thread, widths of 192 to 3072).
     """
-    outputs = weight.shape[0]
-    inputs = weight.numel() // max(outputs, 1)
+    outputs, inputs = weight.shape
     return forms(x, weight, A, B) and rows * (inputs + outputs) >= 8 * inputs * outputs
 
 
