@@ -331,10 +331,17 @@ def test_kept_by_a_convolution_is_its_input_once(dtype: torch.dtype, dropout: fl
     """And S, of rank r, and the mask in at most a bit an element."""
     model = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1)).to(dtype)
     lorakit.attach(model, "0", rank=2, dropout=dropout)
-    x = torch.randn(2, 8, 6, 6, dtype=dtype, requires_grad=True)
+    x = torch.randn(1, 8, 6, 6, dtype=dtype, requires_grad=True)
     kept = kept_bytes(lambda: model(x), model.parameters())
-    S = 2 * 2 * 6 * 6 * x.element_size()
+    S = 2 * 6 * 6 * x.element_size()
     assert 0 <= kept - x.numel() * x.element_size() - S <= (x.numel() / 8 if dropout else 0)
+
+
+def test_kept_by_a_convolution_over_many_positions_is_its_input() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1))
+    lorakit.attach(model, "0", rank=2)
+    x = torch.randn(2, 8, 32, 32, requires_grad=True)
+    assert kept_bytes(lambda: model(x), model.parameters()) == x.numel() * 4
 
 
 def test_shared_inputs_are_kept_once() -> None:
@@ -357,13 +364,16 @@ def test_operations_of_a_grouped_convolution_are_those_of_one_kernel() -> None:
     assert operations(lambda: model(x)) == operations(lambda: plain(x)) + forming
 
 
-def test_operations_of_a_convolution_are_those_of_r_channels_more_and_of_ones() -> None:
-    """And as many for the gradients of x, A and B; W has none."""
+@pytest.mark.parametrize("size", [3, 32], ids=["few positions", "many positions"])
+def test_operations_of_a_convolution(size: int) -> None:
+    """r channels more and their kernel of ones, forward and for the gradients of x, A and B; or, formed, one kernel."""
     plain = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
     model = nn.Sequential(copy.deepcopy(plain))
     lorakit.attach(model, "0", rank=2)
-    x = torch.randn(2, 8, 32, 32, requires_grad=True)
-    thin, ones = 2 * 2 * 32 * 32 * (8 * 9) * 2, 2 * 2 * 32 * 32 * 8 * 2
-    assert operations(lambda: model(x)) == operations(lambda: plain(x)) + thin + ones
-    frozen = operations(lambda: plain(x).sum().backward())
-    assert operations(lambda: model(x).sum().backward()) == frozen + 3 * thin + 3 * ones
+    x = torch.randn(1, 8, size, size, requires_grad=True)
+    positions = size * size
+    thin, ones, forming = 2 * positions * 2 * 8 * 9, 2 * positions * 2 * 8, 2 * 8 * 2 * 72
+    more = operations(lambda: model(x)) - operations(lambda: plain(x))
+    assert more == (forming if size == 32 else thin + ones)
+    more = operations(lambda: model(x).sum().backward()) - operations(lambda: plain(x).sum().backward())
+    assert more == (2 * forming + 2 * thin + 2 * ones if size == 32 else 3 * thin + 3 * ones)

@@ -15,6 +15,7 @@ These functions hold no state and no parameters; `layers.py` does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -29,6 +30,10 @@ _BLOCK = 1 << 19  # bytes in the blocks of `add_product`
 
 # Classes of weights that are multiplied as their numbers say. Fake ones are planned with: see training/memory.py.
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
+
+# See `_forming_pays`. Adding matrices is bound by memory: it takes four times as many rows to be no slower on any shape
+# that was measured (one CPU thread, widths of 192 to 3072). Thin convolutions are so slow that one time will do.
+_LINEAR_GAIN, _CONV_GAIN = 4, 1
 
 Dropout = Callable[[Tensor], Tensor]
 Blocks = tuple[tuple[int, int], ...]  # (size, rank) of each block of a fused output: q, k and v in one weight
@@ -127,7 +132,9 @@ def lora_linear(
     # A weight of another class (quantised, sharded) knows how to be multiplied in F.linear, and may know no more.
     if _is_known(dropout) and type(weight) in _PLAIN and not _is_transformed():
         rows = x.numel() // max(x.shape[-1], 1)
-        formed = dropout is None and gain is None and _forming_pays(rows, x, weight, A, B)
+        formed = (
+            dropout is None and gain is None and forms(x, weight, A, B) and _forming_pays(rows, weight, _LINEAR_GAIN)
+        )
         fused: Tensor = LoRALinear.apply(x, weight, bias, A, B, gain, scale, dropout, formed)
         return fused
     # The scale is applied to the thin product (…, r), the smallest tensor in sight.
@@ -179,7 +186,9 @@ def lora_conv(
     if x.dim() == weight.dim() - 1:
         return lora_conv(x[None], weight, bias, A, B, scale, geometry, dropout)[0]
     if _is_known(dropout) and type(weight) in _PLAIN and not _is_transformed():
-        fused: Tensor = LoRAConv.apply(x, weight, bias, A, B, scale, dropout, geometry)
+        positions = x.numel() // max(x.shape[1] * math.prod(geometry.stride), 1)
+        formed = dropout is None and forms(x, weight, A, B) and _forming_pays(positions, weight, _CONV_GAIN)
+        fused: Tensor = LoRAConv.apply(x, weight, bias, A, B, scale, dropout, geometry, formed)
         return fused
     S = geometry.convolution(x if dropout is None else dropout(x), A.to(x.dtype)) * scale
     y = geometry.convolution(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -205,15 +214,15 @@ def forms(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
     return dtype == weight.dtype == A.dtype == B.dtype and dtype in (torch.float32, torch.float64)
 
 
-def _forming_pays(rows: int, x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
+def _forming_pays(rows: int, weight: Tensor, gain: int) -> bool:
     """Whether forming W + s·B A once for each pass is less work than two thin products over all rows of x.
 
-    By arithmetic from T = 2·in·out/(in + out) rows on: 2·r·in·out operations twice, against 2·T·r·(in + out). But the
-    sum is bound by memory, and it takes four times as many rows to be no slower on any shape that was measured (one
-    CPU thread, widths of 192 to 3072).
+    By arithmetic from T = 2·in·out/(in + out) rows on: 2·r·in·out operations twice, against 2·T·r·(in + out). `gain` is
+    how many times that arithmetic has to say so.
     """
-    outputs, inputs = weight.shape
-    return forms(x, weight, A, B) and rows * (inputs + outputs) >= 8 * inputs * outputs
+    outputs = len(weight)
+    inputs = weight.numel() // max(outputs, 1)
+    return rows * (inputs + outputs) >= gain * 2 * inputs * outputs
 
 
 def _autocast(x: Tensor) -> Tensor:

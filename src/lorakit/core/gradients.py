@@ -107,8 +107,8 @@ class LoRALinear(torch.autograd.Function):
 
 
 def _sum(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + s·B A"""
-    return torch.addmm(weight, B, A, alpha=scale)
+    """W + s·B A, a convolution's read as matrices and laid out as its kernel."""
+    return torch.addmm(weight.flatten(1), B.flatten(1), A.flatten(1), alpha=scale).view(weight.shape)
 
 
 class LoRAEmbedding(torch.autograd.Function):
@@ -164,9 +164,11 @@ class LoRAConv(torch.autograd.Function):
 
     x (N, in, …)   W (out, in, *k)   A (r, in, *k)   B (out, r, 1, …)   conv₁: a kernel of ones   M: as in `LoRALinear`
 
-    The gradients are those of `LoRALinear`, its products read as convolutions. Without dropout W and A, which are small
-    beside x, are laid together as one kernel of out + r channels: a convolution of few channels takes a quarter of the
-    time of one of many, and r channels more take next to none. Kept: x, S and the mask's few bytes.
+    The gradients are those of `LoRALinear`, its products read as convolutions, `formed` too. If not formed, and without
+    dropout, W and A are laid together as one kernel of out + r channels: they are small beside x, and r channels more
+    take next to no time, where a convolution to r channels by itself takes a quarter of that to 64.
+
+    Kept: x, S and the mask's few bytes; formed: x.
     """
 
     @staticmethod
@@ -180,11 +182,16 @@ class LoRAConv(torch.autograd.Function):
         scale: float,
         dropout: nn.Dropout | None,
         geometry: Geometry,
+        formed: bool,
     ) -> Tensor:
         channels_last = not x.is_contiguous()
         mask = Mask() if dropout is None else draw_mask(_inner(x, channels_last), dropout, len(A))
         ctx.scale = scale if dropout is None else scale / (1 - dropout.p)
         ctx.mask_class, ctx.p, ctx.geometry, ctx.channels_last = type(mask), mask.p, geometry, channels_last
+        ctx.formed = formed
+        if formed:
+            ctx.save_for_backward(x, weight, A, B, None, None)
+            return geometry.convolution(x, _sum(weight, A, B, scale), bias)
         weight_, A_ = weight.to(x.dtype), A.to(x.dtype)
         bias_ = None if bias is None else bias.to(x.dtype)
         if dropout is None:
@@ -211,7 +218,9 @@ class LoRAConv(torch.autograd.Function):
                 S = geometry.convolution(dropped, A_) * ctx.scale
             dS = _pointwise(dy, B_.transpose(0, 1)) * ctx.scale
             dx = None
-            if needs_x and packed is None:
+            if needs_x and ctx.formed:
+                dx, _ = geometry.gradients(dy, x, _sum(weight, A, B, ctx.scale), True, False)
+            elif needs_x and packed is None:
                 together = torch.cat((dy, dS), 1), x, torch.cat((weight_, A_))
                 dx, _ = geometry.gradients(*together, True, False)
             elif needs_x:
@@ -221,7 +230,7 @@ class LoRAConv(torch.autograd.Function):
             _, dA = geometry.gradients(dS, dropped, A_, False, needs_A)
             _, dB = Geometry.of_ones(B).gradients(dy, S, B_, False, needs_B)
             db = dy.flatten(2).sum((0, 2)) if needs_bias else None
-        return dx, dW, db, dA, dB, None, None, None
+        return dx, dW, db, dA, dB, None, None, None, None
 
 
 @dataclass(frozen=True)
