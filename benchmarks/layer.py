@@ -131,6 +131,29 @@ def row(name: str, layers: dict[str, nn.Module], x: Tensor, dropout: float) -> d
     }
 
 
+def shared_input(dtype: torch.dtype) -> dict[str, Any]:
+    """q, k and v of SmolLM2: what reading X once for the three, their factors A stacked, would save."""
+    X = torch.randn(TOKENS, 576).to(dtype)
+    A = [torch.randn(RANK, 576).to(dtype) for _ in range(3)]
+    dS = [torch.randn(TOKENS, RANK).to(dtype) for _ in range(3)]
+    weights = [torch.randn(outputs, 576).to(dtype) for outputs in (576, 192, 192)]
+    stacked_A, stacked_dS = torch.cat(A), torch.cat(dS, 1)
+    dY = [torch.randn(TOKENS, len(weight)).to(dtype) for weight in weights]
+    times = measure.minima(
+        {
+            "floor": lambda: [(X @ W.T, dy @ W) for W, dy in zip(weights, dY, strict=True)],
+            "apart": lambda: [(X @ own.T, thin.T @ X) for own, thin in zip(A, dS, strict=True)],
+            "stacked": lambda: (X @ stacked_A.T, stacked_dS.T @ X),
+        }
+    )
+    saved = (times["apart"] - times["stacked"]) / times["floor"]
+    return {
+        "layer": "q, k and v, one input",
+        "dtype": str(dtype).removeprefix("torch."),
+        "stacking A would save": round(saved, 3),
+    }
+
+
 def cases(dtype: torch.dtype, dropout: float) -> Iterator[tuple[str, dict[str, nn.Module], Tensor]]:
     """Each layer's name, its variants, and an input."""
     for inputs, outputs in SHAPES:
@@ -149,6 +172,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16) if measure.has_bfloat16() else (torch.float32,):
         for dropout in (0.0, 0.05):
             rows += [row(*case, dropout) for case in cases(dtype, dropout)]
+        rows.append(shared_input(dtype))
     measure.print_table(rows)
     measure.write("layer", "python benchmarks/layer.py", rows)
 

@@ -104,7 +104,7 @@ class Gaps(Mask):
     def draw(cls, size: int, p: float) -> Gaps:
         """Of a mask with `size` elements.
 
-        A distance is 1 + ⌊ln u / ln(1 − p)⌋, u uniform in (0, 1]. In 100,000 less than one is too large for its bytes,
+        A distance is 1 + ⌊ln u / ln(1 − p)⌋, u uniform in [0, 1]. In 100,000 less than one is too large for its bytes,
         and is cut.
         """
         log_keep = math.log1p(-p)
@@ -112,7 +112,8 @@ class Gaps(Mask):
         dtype = next(own for own in dtypes if torch.iinfo(own).max * log_keep < math.log(1e-5) or own == dtypes[-1])
         expected = p * size
         count = math.ceil(expected + 6 * math.sqrt(expected)) + 6  # too few for one mask in 10⁹: its end is whole
-        gaps = torch.rand(count).neg_().add_(1).log_().mul_(1 / log_keep)
+        uniform = _random(count, torch.int32).to(torch.float32).mul_(2**-32).add_(0.5)
+        gaps = uniform.log_().mul_(1 / log_keep)
         gaps = gaps.clamp_max_(torch.iinfo(dtype).max - 1).to(dtype).add_(1)
         return cls(gaps.mul_(gaps.cumsum(0, dtype=torch.int64) <= size), p)
 
@@ -182,11 +183,14 @@ def draw_mask(x: Tensor, dropout: nn.Dropout, rank: int) -> Mask:
     elif p <= _MOST_FOR_GAPS and p * x.numel() >= _LEAST_FOR_GAPS:
         return Gaps.draw(x.numel(), p)
     else:
-        # Four numbers of 16 bits in each random word.
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
-        lanes = words.view(torch.int16)[: x.numel()].view(x.shape)
-        dense = (lanes >= round(p * 65536) - 32768).to(x.dtype)
+        dense = (_random(x.numel(), torch.int16).view(x.shape) >= round(p * 65536) - 32768).to(x.dtype)
     return Bits.of(dense.reshape(-1, x.shape[-1]), p)
+
+
+def _random(count: int, dtype: torch.dtype) -> Tensor:
+    """Uniform integers over all of an integer dtype, cut out of words of 64 bits: torch draws a word for each number."""
+    words = torch.empty(-(-count * dtype.itemsize // 8), dtype=torch.int64).random_(-(1 << 63), None)
+    return words.view(dtype)[:count]
 
 
 def pack(mask: Tensor) -> Tensor:
