@@ -395,3 +395,22 @@ def test_in_bfloat16_the_sum_of_the_weights_is_never_rounded() -> None:
     exact = (x.double() @ (weight.double() + B.double() @ A.double()).T).float()
     error = (lora_linear(x, weight, None, A, B, 1.0).float() - exact).norm() / exact.norm()
     assert error < 2.0e-3  # one rounding of the sum, 2⁻⁹/√3 = 1.1e-3, and the small summand's
+
+
+@pytest.mark.parametrize("rows", [1, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_without_gradients(dtype: torch.dtype, rows: int) -> None:
+    """Rows no more than the rank are multiplied by the factors as they are; the value is the equation's."""
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(size).to(dtype) for size in ((rows, 32), (16, 32), (16,)))
+    A, B = (torch.randn(size, dtype=torch.promote_types(dtype, torch.float32)) for size in ((3, 32), (16, 3)))
+    exact = equation(*(tensor.double() for tensor in (x, weight, bias, A, B)))
+    tolerance = 1e-12 if dtype == torch.float64 else 0.02
+    with torch.no_grad():
+        y = lora_linear(x, weight, bias, A, B, 0.7)
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=tolerance * exact.abs().max().item())
+        with torch.autocast("cpu", torch.bfloat16):
+            y = lora_linear(x.float(), weight.float(), bias.float(), A.float(), B.float(), 0.7)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=0.02 * exact.abs().max().item())

@@ -43,8 +43,7 @@ class LoRALinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
+    def value(
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -54,24 +53,29 @@ class LoRALinear(torch.autograd.Function):
         scale: float,
         dropout: nn.Dropout | None,
         formed: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Mask]:
+        """y, and S, u and the mask where they were made on the way."""
         rows = x.reshape(-1, x.shape[-1])
-        mask = Mask() if dropout is None else draw_mask(x, dropout, len(A))
-        ctx.scale = scale if dropout is None else scale / (1 - dropout.p)
-        ctx.mask_class, ctx.p, ctx.formed = type(mask), mask.p, formed
         S = u = None
-        bias = None if bias is None else bias.to(x.dtype)
+        mask = Mask() if dropout is None else draw_mask(x, dropout, len(A))
         if formed:
             y = F.linear(rows, _sum(weight, A, B, scale), bias)
         else:
-            S = mask.shrink(rows, A.to(x.dtype)).mul_(ctx.scale)
+            S = mask.shrink(rows, A.to(x.dtype)).mul_(scale / (1 - mask.p))
             y = kernels.linear_expand(rows, weight, bias if gain is None else None, S, B)
-            if gain is not None:
-                u, gain_ = y, gain.to(x.dtype)
-                y = u * gain_ if bias is None else torch.addcmul(bias, u, gain_)
-        *_, needs_B, needs_gain, _, _, _ = ctx.needs_input_grad
+        if gain is not None:
+            u, gain_ = y, gain.to(x.dtype)
+            y = u * gain_ if bias is None else torch.addcmul(bias.to(x.dtype), u, gain_)
+        return y.view(*x.shape[:-1], y.shape[-1]), S, u, mask
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        x, weight, _, A, B, gain, scale, _, formed = inputs
+        y, S, u, mask = LoRALinear.value(*inputs)
+        ctx.mask_class, ctx.p, ctx.scale, ctx.formed = type(mask), mask.p, scale / (1 - mask.p), formed
+        _, _, _, _, needs_B, needs_gain, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x, weight, A, B, gain, S if needs_B else None, u if needs_gain else None, mask.packed)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:

@@ -188,7 +188,7 @@ def draw_mask(x: Tensor, dropout: nn.Dropout, rank: int) -> Mask:
 
 
 def _random(count: int, dtype: torch.dtype) -> Tensor:
-    """Uniform integers over all of an integer dtype, cut out of words of 64 bits: torch draws a word for each number."""
+    """Uniform integers over all of `dtype`, cut out of words of 64 bits: torch draws a word for each number."""
     words = torch.empty(-(-count * dtype.itemsize // 8), dtype=torch.int64).random_(-(1 << 63), None)
     return words.view(dtype)[:count]
 
