@@ -138,8 +138,7 @@ def lora_linear(
         )
         inputs: tuple[Any, ...] = (x, weight, bias, A, B, gain, scale, dropout, formed)
         if not torch.is_grad_enabled():
-            few = rows <= len(A) and dropout is None and gain is None
-            return _few_rows(x, weight, bias, A, B, scale) if few else LoRALinear.value(*inputs)[0]
+            return LoRALinear.value(*inputs)[0]
         fused: Tensor = LoRALinear.apply(*inputs)
         return fused
     # The scale is applied to the thin product (…, r), the smallest tensor in sight.
@@ -148,13 +147,6 @@ def lora_linear(
         return F.linear(x, weight, bias) + F.linear(S, B.to(x.dtype))
     y = (F.linear(x, weight) + F.linear(S, B.to(x.dtype))) * gain.to(x.dtype)
     return y if bias is None else y + bias.to(y.dtype)
-
-
-def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`lora_linear` for no more rows than the rank, as in generating text: casting x is less work than casting A."""
-    bias = None if bias is None else bias.to(x.dtype)
-    update = F.linear(F.linear(x.to(A.dtype), A), B)
-    return F.linear(x, weight.to(x.dtype), bias).add_(update, alpha=scale)
 
 
 def lora_embedding(

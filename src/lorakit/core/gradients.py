@@ -60,6 +60,11 @@ class LoRALinear(torch.autograd.Function):
         mask = Mask() if dropout is None else draw_mask(x, dropout, len(A))
         if formed:
             y = F.linear(rows, _sum(weight, A, B, scale), bias)
+        elif dropout is None and len(rows) <= len(A):
+            # As in generating text: to cast x is less work than to cast A, and y is nothing to save a pass over.
+            S = F.linear(rows.to(A.dtype), A).mul_(scale)
+            y = F.linear(rows, weight.to(x.dtype), None if bias is None or gain is not None else bias.to(x.dtype))
+            y = y.add_(F.linear(S, B))
         else:
             S = mask.shrink(rows, A.to(x.dtype)).mul_(scale / (1 - mask.p))
             y = kernels.linear_expand(rows, weight, bias if gain is None else None, S, B)
@@ -87,8 +92,8 @@ class LoRALinear(torch.autograd.Function):
             weight_, A_, B_ = (factor.to(dy.dtype) for factor in (weight, A, B))
             # Where a gradient of this gradient was asked for, what was kept has no history.
             again = torch.is_grad_enabled()
-            if needs_B and (S is None or again):
-                S = mask.shrink(rows, A_) * ctx.scale
+            if needs_B:
+                S = mask.shrink(rows, A_) * ctx.scale if S is None or again else S.to(dy.dtype)
             dg = None
             if needs_gain:
                 u = rows @ weight_.T + S @ B_.T if again else u
