@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> None:
     from ..study import page, report
     from ..study.run import study_of
 
+    if args.output_dir and Path(args.output_dir).is_file():
+        raise FileExistsError(f"--output-dir {args.output_dir} is a file.")
     study = study_of(args.adapter, args.other, args.model, dtype=args.dtype)
     print(report.as_json(study) if args.json else report.text(study, every=args.modules), end="" if args.json else "\n")
     if args.output_dir:

@@ -357,7 +357,7 @@ def _against_base(update: Directions, layer: AdaptedLayer, factors: Factors, who
 
 def _shares(values: Tensor) -> Tensor:
     # Divided by the largest first: the square of a tiny update would vanish.
-    energy = (values / values[0]).square()
+    energy = (values.double() / values[0]).square()
     return energy / energy.sum()
 
 

@@ -7,6 +7,7 @@ colour with as much opacity as its number is large.
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,7 @@ def render(study: Study) -> str:
     ]
     if study.base is not None:
         sections += ["<h2>Amplification</h2>", _amplification(modules)]
-    sections += ["<h2>Singular values of ΔW</h2>", _spectra(modules)]
+    sections += ["<h2>Singular values of ΔW</h2>", _spectra(study)]
     if study.similarities:
         sections += [f"<h2>The same directions as {html.escape(study.other or '')}?</h2>", _similarities(study)]
     return document(f"What {study.adapter} did", sections)
@@ -103,7 +104,7 @@ def bars(values: Sequence[float], label: str, ceiling: float, width: int = 150, 
 
 
 def _table(groups: dict[str, list[Item]], columns: Sequence[Column], legend: Sequence[tuple[str, str]]) -> str:
-    head = "".join(f"<th>{html.escape(column.head)}</th>" for column in columns)
+    head = "".join(f'<th style="text-align:right">{html.escape(column.head)}</th>' for column in columns)
     rows = []
     for name, own in groups.items():
         times = f" ×{len(own)}" if len(own) > 1 else ""
@@ -130,28 +131,30 @@ def _amplification(modules: Sequence[Analysis]) -> str:
         column("amplification", lambda module: module.base.amplification),
     ]
     legend = [
-        (
-            "‖UᵀWV‖",
-            "what W does between two spaces of as many dimensions as ΔW has rank: those of ΔW, W's strongest ones, ",
-        ),
-        ("random", "ones, in root mean square. Far below W's strongest: ΔW does not repeat what W stresses already"),
+        ("‖UᵀWV‖", "what W does between two spaces of as many dimensions as ΔW has rank"),
+        ("of W", "W's own strongest directions. Is ‖UᵀWV‖ of ΔW far less, ΔW does not repeat what W stresses already"),
+        ("random", "directions, in root mean square. Is ‖UᵀWV‖ of ΔW more, ΔW takes up what W has in it"),
         ("amplification", "‖ΔW‖ / ‖UᵀWV‖ with U and V of ΔW, the factor of Hu et al. 2021, section 7.3"),
     ]
     return _table(ordered(grouped(modules), change_of), columns, legend)
 
 
-def _spectra(modules: Sequence[Analysis]) -> str:
-    drawn = modules[:_DRAWN]
-    parts = [_left_out(len(modules), "most changed")]
-    for index, (name, own) in enumerate(ordered(grouped(drawn), change_of).items()):
+def _spectra(study: Study) -> str:
+    """Bars of every matrix, group by group, the layers in their order."""
+    drawn = {module.name for module in by_change(study.modules)[:_DRAWN]}
+    groups = ordered(grouped(module for module in study.modules if module.name in drawn), change_of)
+    parts = [_left_out(len(study.modules), "most changed")]
+    for index, (name, own) in enumerate(groups.items()):
         ceiling = max((module.singular_values[0] for module in own if module.singular_values), default=1.0)
         figures = "".join(
-            _figure(bars(module.singular_values, module.name, ceiling), f"{module.name}: {number(module.norm)}")
+            _figure(
+                bars(module.singular_values, module.name, ceiling), f"{_numbers(module.name)}: {number(module.norm)}"
+            )
             for module in own
         )
         parts.append(
             f"<details{' open' if not index else ''}><summary><code>{html.escape(name)}</code>: σ from 0 to "
-            f"{number(ceiling)}; below each, ‖ΔW‖</summary>{_FIGURES.format(figures)}</details>"
+            f"{number(ceiling)}; below each, its number and ‖ΔW‖</summary>{_FIGURES.format(''.join(figures))}</details>"
         )
     return "".join(parts)
 
@@ -165,19 +168,19 @@ def _similarities(study: Study) -> str:
         _table(groups, SIMILARITY_COLUMNS, SIMILARITY_LEGEND),
         _scale(),
     ]
-    for name, own in groups.items():
-        figures = "".join(_mean_map(own, field, caption) for field, caption in _MAPS)
-        title = f"<code>{html.escape(name)}</code>{f', mean of {len(own)}' if len(own) > 1 else ''}"
-        parts.append(f"<p>{title}</p>{_FIGURES.format(figures)}")
+    parts.append(_FIGURES.format("".join(_maps(name, own) for name, own in groups.items())))
     if len(groups) < len(alike):
-        each = "".join(
-            f"<p><code>{html.escape(one.name)}</code></p>"
-            + _FIGURES.format("".join(_mean_map([one], field, caption) for field, caption in _MAPS))
-            for one in alike[:_DRAWN]
-        )
+        each = _FIGURES.format("".join(_maps(one.name, [one]) for one in alike[:_DRAWN]))
         note = _left_out(len(alike), "most alike")
         parts.append(f"<details><summary>each of the matrices</summary>{note}{each}</details>")
     return "".join(parts)
+
+
+def _maps(name: str, own: Sequence[Similarity]) -> str:
+    """The three heat maps of one matrix, or their means over several."""
+    title = f"<code>{html.escape(name)}</code>{f', mean of {len(own)}' if len(own) > 1 else ''}"
+    figures = "".join(_mean_map(own, field, caption) for field, caption in _MAPS)
+    return f'<div style="min-width:17rem">{title}{_FIGURES.format(figures)}</div>'
 
 
 def _mean_map(own: Sequence[Similarity], field: str, caption: str) -> str:
@@ -191,10 +194,16 @@ def _mean_map(own: Sequence[Similarity], field: str, caption: str) -> str:
 
 
 def _figure(drawing: str, caption: str) -> str:
+    style = "font-size:.75rem;min-width:4rem"
     return (
-        f'<figure style="margin:0">{drawing}<figcaption class=soft style="font-size:.75rem">{html.escape(caption)}'
-        "</figcaption></figure>"
+        f'<figure style="margin:0">{drawing}<figcaption class=soft style="{style}">{html.escape(caption)}</figcaption>'
+        "</figure>"
     )
+
+
+def _numbers(name: str) -> list[int]:
+    """What tells a matrix from the others of its group."""
+    return [int(digits) for digits in re.findall(r"(?<=[.\[])\d+(?=[.\]])", f".{name}")]
 
 
 def _scale() -> str:

@@ -81,14 +81,14 @@ def as_json(study: Study) -> str:
 
 def grouped(items: Iterable[Item]) -> dict[str, list[Item]]:
     """Those whose names differ in their numbers alone, and whose shapes and ranks do not, under a name with stars."""
-    groups: dict[tuple[str, Any], list[Item]] = {}
+    groups: dict[tuple[str, str], list[Item]] = {}
     for item in items:
         name = re.sub(r"\[\d+\]", "[*]", numberless(item.name))
-        size = (item.shape, item.rank if isinstance(item, Analysis) else item.ranks)
-        groups.setdefault((name, size), []).append(item)
+        ranks = str(item.rank) if isinstance(item, Analysis) else "{}, {}".format(*item.ranks)
+        groups.setdefault((name, "{} × {}, rank {}".format(*item.shape, ranks)), []).append(item)
     names = [name for name, _ in groups]
     return {
-        own[0].name if len(own) == 1 else name if names.count(name) == 1 else f"{name} {size[0]}": own
+        own[0].name if len(own) == 1 else name if names.count(name) == 1 else f"{name} ({size})": own
         for (name, size), own in groups.items()
     }
 
@@ -206,7 +206,7 @@ SIMILARITY_COLUMNS = [
     Column("by chance", lambda own: "{:.3f} {:.3f}".format(*own[0].chance)),
 ]
 SIMILARITY_LEGEND = [
-    ("A", "of A's singular directions, as in the paper: φ(1, 1), the strongest ones, and φ(r₁, r₂), all of them"),
+    ("A", "φ(1, 1) and φ(r₁, r₂), the strongest directions and all, of A, as in the paper"),
     ("input", "the same of ΔW's directions on the side of the input"),
     ("output", "and on the side of the output"),
     ("by chance", "φ(r₁, r₂) of random spaces, input and output: max(r₁, r₂)/d"),
