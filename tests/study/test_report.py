@@ -14,7 +14,7 @@ import models
 from lorakit.study import page
 from lorakit.study.analysis import analyze, compare
 from lorakit.study.report import Study, as_json, grouped, number, text
-from lorakit.study.run import local_base
+from lorakit.study.run import local_base, study_of
 from models import train_a_little
 
 
@@ -182,3 +182,17 @@ def test_the_base_is_taken_from_this_machine_alone(tmp_path: Path, monkeypatch: 
     assert local_base("some/model") is None  # no weights
     (snapshot / "model.safetensors").touch()
     assert local_base("some/model") == str(snapshot)
+
+
+def test_what_the_tables_do_not_show_is_noted(tiny_lm: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    lorakit.attach(model, "q_proj", rank=2, dora=True, also_train=["lm_head"])
+    train_a_little(model)
+    lorakit.save(model, tmp_path / "dora")
+    found = study_of(str(tmp_path / "dora"))
+    assert found.base == str(tiny_lm) and all(module.dora for module in found.modules)
+    gains, whole = found.notes
+    assert gains.startswith("DoRA: ΔW is s·B A; the gain")
+    assert whole == "trained whole, with no low rank to analyze: lm_head.weight."

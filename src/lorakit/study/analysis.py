@@ -127,6 +127,7 @@ class Similarity:
     From A's rows, from ΔW's input directions (right) and from its output directions (left). A and the input directions
     span the same space where B has full rank, in another order: A's depends on how A and B share the product, ΔW's does
     not. B starts at zero, so what is alike on the left was learnt; A starts at random, from the seed.
+    PiSSA's and OLoRA's files hold [A; A₀], the start taken from W beside what was learnt: there A says little.
     """
 
     name: str
@@ -233,7 +234,7 @@ def intruder_cosines(before: Tensor, after: Tensor) -> tuple[float, ...]:
     """For each column of `after`, the largest |cosine| with a column of `before`.
 
     before (out, m): W's left singular vectors. after (out, k): the strongest of W'. A small one is an intruder
-    dimension (Shuttleworth et al. 2024, section 3): a strong direction that W has nothing like. Directions of W whose
+    dimension (Shuttleworth et al. 2024): a strong direction that W has nothing like. Directions of W whose
     singular values are equal may turn among themselves, and then each is unlike any before without being new.
     """
     if not after.shape[1]:

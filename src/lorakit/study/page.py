@@ -56,14 +56,14 @@ def render(study: Study) -> str:
     return document(f"What {study.adapter} did", sections)
 
 
-def heat_map(phi: Sequence[Sequence[float]], label: str, cell: int = 10) -> str:
+def heat_map(phi: Sequence[Sequence[float]], label: str) -> str:
     """φ(i, j) as an SVG drawing, i downwards, j to the right, from 0 (the page) to 1 (full colour).
 
     Cells of one level are one path, and neighbours in a row one rectangle: 16 × 16 cells take some hundred bytes.
     """
     rows, columns = len(phi), len(phi[0]) if phi else 0
     if not rows or not columns:
-        return f"<figure style='margin:0'><figcaption class=soft>{html.escape(label)}: ΔW = 0</figcaption></figure>"
+        return "<p class=soft>ΔW = 0</p>"
     levels: dict[int, list[str]] = {}
     for i, row in enumerate(phi):
         start = 0
@@ -76,7 +76,7 @@ def heat_map(phi: Sequence[Sequence[float]], label: str, cell: int = 10) -> str:
     paths = "".join(
         f'<path d="{"".join(pieces)}" fill-opacity="{level / _LEVELS:g}"/>' for level, pieces in sorted(levels.items())
     )
-    scale = max(2.0, min(cell, 160 / max(rows, columns)))
+    scale = max(2.0, min(10.0, 160 / max(rows, columns)))  # pixels a cell
     width, height, margin = columns * scale, rows * scale, 24
     return (
         f'<svg width="{width + margin:g}" height="{height + margin:g}" role="img" aria-label="{html.escape(label)}">'
