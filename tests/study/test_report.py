@@ -49,9 +49,15 @@ def test_the_table_groups_layers_and_puts_the_most_changed_first(study: Study) -
     assert "each by itself" not in every
     assert every.splitlines()[3].startswith("1.mlp.down_proj")
     # A mean over the layers, each of which is in the table of all.
-    mean = sum(module.norm for module in study.modules if "q_proj" in module.name) / 2
-    line = next(line for line in printed.splitlines() if line.startswith("self_attn.q_proj"))
-    assert number(mean) in line.split()
+    both = [module for module in study.modules if "q_proj" in module.name]
+    bases = [module.base for module in both if module.base is not None]
+    cells = next(line.split() for line in printed.splitlines() if line.startswith("self_attn.q_proj"))
+    assert float(cells[5]) == pytest.approx(sum(module.norm for module in both) / 2, rel=5e-3)
+    assert float(cells[6].rstrip("%")) == pytest.approx(50 * sum(base.change or 0 for base in bases), rel=5e-3)
+    assert float(cells[7]) == pytest.approx(sum(base.amplification or 0 for base in bases) / 2, rel=5e-3)
+    shares = [[float(cell.rstrip("%")) for cell in cells[8:10]], [base.energy_within[4] for base in bases]]
+    assert shares[0] == pytest.approx([50 * sum(side) for side in zip(*shares[1], strict=True)], abs=0.06)
+    assert cells[10] == f"{sum(base.intruders for base in bases)}/20" and bases[0].intruders > 0
 
 
 def test_without_base_weights_the_columns_that_need_them_are_gone(study: Study) -> None:
@@ -132,7 +138,7 @@ def test_the_page_parses_and_draws_every_matrix(study: Study) -> None:
     parser.feed(drawn)
     parser.close()
     assert parser.open == []
-    assert "http" not in drawn and "a note <&>" in parser.words and "prefers-color-scheme: dark" in drawn
+    assert "http" not in drawn and "a note &lt;&amp;&gt;" in drawn and "prefers-color-scheme: dark" in drawn
     # 4 spectra; the scale; three heat maps for each of 2 groups and of 4 matrices.
     assert parser.count["svg"] == 4 + 1 + 3 * 2 + 3 * 4
     for words in ("Amplification", "Singular values of ΔW", "The same directions as theirs?", "mean of 2"):
