@@ -35,7 +35,7 @@ def test_help_and_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     overview = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == overview
-    for verb in ("train", "generate", "chat", "eval", "merge", "info", "check", "init"):
+    for verb in ("train", "generate", "chat", "eval", "merge", "info", "analyze", "check", "init"):
         assert f"\n  {verb} " in overview
         assert main([verb, "--help"]) == 0
         text = capsys.readouterr().out
@@ -57,6 +57,11 @@ def test_help_and_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["generate", "--model", "x"],
             "lorakit generate: the following arguments are required: --prompt/-p. (lorakit generate",
+        ),
+        (["analyze"], "lorakit analyze: the following arguments are required: adapter. (lorakit analyze --help)"),
+        (
+            ["analyze", "x", "--ouput-dir", "y"],
+            "lorakit analyze: unknown argument '--ouput-dir'. Did you mean '--output",
         ),
         (["train", "--config", "no.yaml"], "lorakit train: --config no.yaml: no such file"),
     ],
@@ -141,6 +146,33 @@ def test_adapters_that_do_not_fit(tiny_lm: Path, tiny_encoder: Path, data: Path,
     assert (code, "is no adapter folder: it has no adapter_config.json" in err) == (1, True)
     code, err = run(capsys, "merge", "--model", tiny_lm, "--output-dir", tmp_path / "m")
     assert (code, "is a base model without an adapter; give --adapter FOLDER" in err) == (1, True)
+
+
+def test_analyze_says_what_does_not_fit(tiny_lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import lorakit
+    import models
+
+    for name, targets in (("one", ["q_proj", "k_proj"]), ("two", ["q_proj"])):
+        model = models.llama()
+        lorakit.attach(model, targets, rank=2)
+        lorakit.save(model, tmp_path / name)
+    one, two = tmp_path / "one", tmp_path / "two"
+    code, err = run(capsys, "analyze", one, two, "--model", tiny_lm)
+    assert (code, err.splitlines()[0]) == (1, "error: the two adapters do not cover the same modules:")
+    assert "  model.layers.0.self_attn.k_proj: in the first adapter only" in err and "q_proj" not in err
+    code, err = run(capsys, "analyze", tmp_path / "none")
+    assert (code, "is no adapter folder: it has no adapter_config.json" in err) == (1, True)
+    code, err = run(capsys, "analyze", one, "--model", tmp_path / "no" / "model")
+    assert (code, "no model at" in err) == (1, True)
+    (tmp_path / "file").touch()
+    code, err = run(capsys, "analyze", one, "--output-dir", tmp_path / "file")
+    assert (code, err) == (1, f"error: --output-dir {tmp_path / 'file'} is a file.")
+    other = models.bert()
+    lorakit.attach(other, "query", rank=2)
+    lorakit.save(other, tmp_path / "bert")
+    (tmp_path / "bert" / "labels.json").write_text('["a", "b"]')
+    code, err = run(capsys, "analyze", tmp_path / "bert", "--model", tiny_lm)
+    assert (code, "the adapter does not fit LlamaForSequenceClassification" in err) == (1, True)
 
 
 def test_problem_50_a_loss_that_is_no_number_stops_the_run(tiny_lm: Path, data: Path, tmp_path: Path, capsys) -> None:

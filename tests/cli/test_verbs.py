@@ -185,6 +185,76 @@ def test_info_and_check_need_no_weights(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "d.jsonl"]
 
 
+def test_analyze_measures_an_adapter_beside_its_base_and_another(
+    adapter: Path, tiny_lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "analysis"
+    words = ["--rank", "4", "--seed", "1", "--epochs", "2", "--eval-samples", "0"]
+    assert main(train_args(tiny_lm, rows(tmp_path / "d.jsonl"), other, *words)) == 0
+    capsys.readouterr()
+    assert main(["analyze", str(adapter), str(other), "--output-dir", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert f"base weights: {tiny_lm}" in printed.out and "amplified" in printed.out and printed.err == ""
+    assert f"φ with {other}" in printed.out and "note:" not in printed.out
+    assert sorted(path.name for path in out.iterdir()) == ["analysis.html", "analysis.json"]
+    data = json.loads((out / "analysis.json").read_text())
+    assert len(data["modules"]) == len(data["similarities"]) == 14
+    assert all(module["base"]["change"] > 0 for module in data["modules"])
+    assert (out / "analysis.html").read_text().startswith("<!doctype html>")
+    assert main(["analyze", str(adapter), str(other), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == data
+    assert main(["analyze", str(adapter), "--modules"]) == 0
+    assert capsys.readouterr().out.count("self_attn.q_proj") == 2
+
+
+def test_analyze_reads_an_adapter_that_peft_saved(
+    tiny_lm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import warnings
+
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    weight = base.model.layers[1].self_attn.q_proj.weight.detach().double().clone()
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(base, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.save_pretrained(tmp_path / "theirs")
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    change = layer.get_delta_weight("default").detach().double()
+    assert main(["analyze", str(tmp_path / "theirs"), "--model", str(tiny_lm), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["modules"]
+    assert [module["name"] for module in found] == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert found[1]["scale"] == 3  # 6/√4
+    U, S, Vh = torch.linalg.svd(change)
+    assert found[1]["singular_values"] == pytest.approx(S[:4].tolist(), rel=1e-5)
+    assert found[1]["base"]["change"] == pytest.approx(float(change.norm() / weight.norm()), rel=1e-5)
+    between = float((U[:, :4].T @ weight @ Vh[:4].T).norm())
+    assert found[1]["base"]["amplification"] == pytest.approx(float(change.norm()) / between, rel=1e-4)
+
+
+def test_analyze_without_base_weights_says_what_it_leaves_out(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in adapter.glob("adapter_*"):
+        (moved / path.name).write_bytes(path.read_bytes())
+    config = json.loads((moved / "adapter_config.json").read_text())
+    for named in ("some/hub-model", str(tmp_path / "gone" / "base"), None):
+        (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        assert main(["analyze", str(moved)]) == 0
+        printed = capsys.readouterr().out
+        notes = [line for line in printed.splitlines() if line.startswith("note: ")]
+        assert len(notes) == 1 and "what needs W is left out" in notes[0] and (named or "names none") in notes[0]
+        assert "amplified" not in printed and "eff." in printed
+
+
 @pytest.mark.parametrize("labels", [("good", "bad"), (0.5, 1.25, 3.0)], ids=["classes", "regression"])
 def test_problem_32_a_classifier_with_its_new_head(
     labels: tuple[object, ...], tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -207,6 +277,10 @@ def test_problem_32_a_classifier_with_its_new_head(
     else:
         assert set(scores["metrics"]) == {"pearson"}
     assert main(["merge", "--model", str(out), "--output-dir", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    capsys.readouterr()
+    assert main(["analyze", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "amplified" in printed and "note: trained whole, with no low rank to analyze: classifier.bias" in printed
 
 
 def test_problem_30_a_resumed_run_equals_the_uninterrupted_one(tiny_lm: Path, tmp_path: Path) -> None:

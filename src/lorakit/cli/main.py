@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ..training.config import UsageError, suggestion
 
-VERBS = ("train", "generate", "chat", "eval", "merge", "info", "check", "init")
+VERBS = ("train", "generate", "chat", "eval", "merge", "info", "analyze", "check", "init")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

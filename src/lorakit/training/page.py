@@ -70,6 +70,11 @@ def render(
     if changes:
         sections.append(f"<h2>What changed in the weights</h2>{_changes(changes)}")
     sections.append(f"<h2>The run</h2><pre>{html.escape(summary.strip())}</pre>")
+    return document(title, sections)
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    """A whole page, light or dark as its reader's screen is, from pieces of HTML."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -1,0 +1,1 @@
+"""What an adaptation did to the weights."""

@@ -1,0 +1,258 @@
+"""What `lorakit analyze` says: a table for a person, everything as JSON for a program.
+
+A model has the same few matrices in each of its layers, so the table has a line for those whose names differ in their
+numbers alone, with the means over them; below come the most changed ones by themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ..core.report import numberless
+from ..training.report import heading
+from .analysis import THRESHOLD, TOP, AgainstBase, Analysis, Similarity
+
+_MOST = 5  # lines of the most changed
+_DIGITS = 6  # significant ones in the JSON
+
+Item = TypeVar("Item", bound=Analysis | Similarity)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that one run of `lorakit analyze` found, matrices in the adapter's order."""
+
+    adapter: str
+    base: str | None  # None: no weights at hand
+    modules: tuple[Analysis, ...]
+    other: str | None = None
+    similarities: tuple[Similarity, ...] = ()
+    notes: tuple[str, ...] = ()  # what was left out, and why
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: its head, and what it shows of the matrices of a line."""
+
+    head: str
+    cell: Callable[[Sequence[Any]], str]
+
+
+def text(study: Study, every: bool = False) -> str:
+    """The tables. every: a line for each matrix."""
+    count = len(study.modules)
+    matrices = f"{count} {'matrix' if count == 1 else 'matrices'}"
+    lines = [heading(f"{study.adapter}: {matrices}").lstrip("\n")]
+    lines += [f"base weights: {study.base}"] if study.base else []
+    lines += _sections(by_change(study.modules), change_columns(study), every, "most changed, each by itself")
+    lines += ["", *(f"  {head:<10} {meaning}" for head, meaning in change_legend(study))]
+    if study.similarities:
+        lines.append(heading(f"φ with {study.other}: 1 the same directions, 0 orthogonal ones"))
+        alike = sorted(study.similarities, key=likeness, reverse=True)
+        lines += _sections(alike, SIMILARITY_COLUMNS, every, "most alike, each by itself")
+        lines += ["", *(f"  {head:<10} {meaning}" for head, meaning in SIMILARITY_LEGEND)]
+    lines += [line for note in study.notes for line in ("", f"note: {note}")]
+    return "\n".join(lines)
+
+
+def as_json(study: Study) -> str:
+    """Everything, numbers to six digits; a number that does not exist is null."""
+
+    def tidy(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.{_DIGITS}g}")
+        if isinstance(value, dict):
+            return {key: tidy(item) for key, item in value.items()}
+        return [tidy(item) for item in value] if isinstance(value, list | tuple) else value
+
+    plain = dataclasses.asdict(study)
+    for module, analysis in zip(plain["modules"], study.modules, strict=True):
+        if analysis.base is not None:
+            module["base"]["intruders"] = analysis.base.intruders
+    for alike, similarity in zip(plain["similarities"], study.similarities, strict=True):
+        alike["chance"] = dict(zip(("right", "left"), similarity.chance, strict=True))
+    return json.dumps(tidy(plain), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def grouped(items: Iterable[Item]) -> dict[str, list[Item]]:
+    """Those whose names differ in their numbers alone, and whose shapes and ranks do not, under a name with stars."""
+    groups: dict[tuple[str, str], list[Item]] = {}
+    for item in items:
+        name = re.sub(r"\[\d+\]", "[*]", numberless(item.name))
+        ranks = str(item.rank) if isinstance(item, Analysis) else "{}, {}".format(*item.ranks)
+        groups.setdefault((name, "{} × {}, rank {}".format(*item.shape, ranks)), []).append(item)
+    names = [name for name, _ in groups]
+    return {
+        own[0].name if len(own) == 1 else name if names.count(name) == 1 else f"{name} ({size})": own
+        for (name, size), own in groups.items()
+    }
+
+
+def by_change(modules: Iterable[Analysis]) -> list[Analysis]:
+    """The most changed first."""
+    return sorted(modules, key=change_of, reverse=True)
+
+
+def change_of(module: Analysis) -> float:
+    """How far a module has moved: relative to its weight where that is known."""
+    return module.norm if module.base is None else module.base.change or 0.0
+
+
+def ordered(groups: dict[str, list[Item]], key: Callable[[Item], float]) -> dict[str, list[Item]]:
+    """The groups by the mean of `key`, largest first."""
+    return dict(sorted(groups.items(), key=lambda group: sum(map(key, group[1])) / len(group[1]), reverse=True))
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of those that exist."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """To a few significant digits; a dash where there is none."""
+    if value is None:
+        return "–"
+    return f"{value:#.{digits}g}".rstrip(".") if 1e-3 <= abs(value) < 10**digits else f"{value:.{digits}g}"
+
+
+def percent(share: float | None) -> str:
+    """A share of one, to a few significant digits."""
+    return "–" if share is None else f"{number(100 * share)}%"
+
+
+def change_columns(study: Study) -> list[Column]:
+    """What the table of changes shows, with base weights or without."""
+
+    def base(modules: Sequence[Analysis], pick: Callable[[AgainstBase], float | None]) -> float | None:
+        return mean(pick(module.base) for module in modules if module.base is not None)
+
+    def within(modules: Sequence[Analysis]) -> str:
+        pairs = [_within_rank(module) for module in modules]
+        left, right = (mean(pair[side] for pair in pairs if pair is not None) for side in (0, 1))
+        return "–" if left is None or right is None else f"{left:.1%} {right:.1%}"
+
+    def intruders(modules: Sequence[Analysis]) -> str:
+        bases = [module.base for module in modules if module.base is not None]
+        return f"{sum(b.intruders for b in bases)}/{sum(len(b.cosines) for b in bases)}"
+
+    columns = [
+        Column("rank", lambda modules: str(modules[0].rank)),
+        Column("eff.", lambda modules: f"{mean(m.effective_rank for m in modules):.1f}"),
+        Column("90%", lambda modules: f"{mean(m.directions_90 for m in modules):.1f}"),
+        Column("‖ΔW‖", lambda modules: number(mean(m.norm for m in modules))),
+    ]
+    if study.base is None:
+        columns.insert(3, Column("99%", lambda modules: f"{mean(m.directions_99 for m in modules):.1f}"))
+        columns.append(Column("σ₁", lambda modules: number(mean(max(m.singular_values, default=0.0) for m in modules))))
+        return columns
+    return [
+        *columns,
+        Column("/‖W‖", lambda modules: percent(base(modules, lambda b: b.change))),
+        Column("amplified", lambda modules: number(base(modules, lambda b: b.amplification))),
+        Column("in top r", within),
+        Column("intruders", intruders),
+    ]
+
+
+def change_legend(study: Study) -> list[tuple[str, str]]:
+    """What the columns mean."""
+    legend = [
+        ("eff.", "effective rank of ΔW: exp of the entropy of its shares of energy, σ²/Σσ²"),
+        ("90%", "how many directions hold 90 % of the energy"),
+    ]
+    if study.base is None:
+        return [*legend, ("σ₁", "the largest singular value of ΔW")]
+    return [
+        *legend,
+        ("/‖W‖", "‖W' − W‖ / ‖W‖: how far the weight has moved"),
+        ("amplified", "‖ΔW‖ / ‖UᵀWV‖: how many times more than W itself does in ΔW's directions"),
+        ("in top r", "ΔW's energy in W's r strongest output, input directions; by chance r/out, r/in"),
+        ("intruders", f"of W's {TOP} strongest directions, after: those with no |cosine| ≥ {THRESHOLD} to one before"),
+    ]
+
+
+def likeness(similarity: Similarity) -> float:
+    """φ(r₁, r₂) of the output directions: B starts at zero, so what is alike there was learnt."""
+    return _last(similarity.left) or 0.0
+
+
+def _first(phi: Sequence[Sequence[float]]) -> float | None:
+    return phi[0][0] if phi and phi[0] else None
+
+
+def _last(phi: Sequence[Sequence[float]]) -> float | None:
+    return phi[-1][-1] if phi and phi[0] else None
+
+
+def _first_and_last(pick: Callable[[Similarity], Any]) -> Callable[[Sequence[Similarity]], str]:
+    def cell(own: Sequence[Similarity]) -> str:
+        pair = mean(_first(pick(s)) for s in own), mean(_last(pick(s)) for s in own)
+        return " ".join("–" if value is None else f"{value:.3f}" for value in pair)
+
+    return cell
+
+
+SIMILARITY_COLUMNS = [
+    Column("ranks", lambda own: "{}, {}".format(*own[0].ranks)),
+    Column("A", _first_and_last(lambda similarity: similarity.A)),
+    Column("input", _first_and_last(lambda similarity: similarity.right)),
+    Column("output", _first_and_last(lambda similarity: similarity.left)),
+    Column("by chance", lambda own: "{:.3f} {:.3f}".format(*own[0].chance)),
+]
+SIMILARITY_LEGEND = [
+    ("A", "φ(1, 1) and φ(r₁, r₂), the strongest directions and all, of A, as in the paper"),
+    ("input", "the same of ΔW's directions on the side of the input"),
+    ("output", "and on the side of the output"),
+    ("by chance", "φ(r₁, r₂) of random spaces, input and output: max(r₁, r₂)/d"),
+]
+
+
+def _within_rank(module: Analysis) -> tuple[float, float] | None:
+    """ΔW's energy within as many of W's directions as ΔW has."""
+    return None if module.base is None else module.base.energy_within.get(len(module.singular_values))
+
+
+def _sections(items: Sequence[Item], columns: Sequence[Column], every: bool, title: str) -> list[str]:
+    """A line for each group and the first few items, or a line for each item."""
+    groups = grouped(items)
+    if every or len(groups) == len(items):
+        return _table({item.name: [item] for item in items}, columns)
+    key: Any = change_of if isinstance(items[0], Analysis) else likeness
+    few = {item.name: [item] for item in items[:_MOST]}
+    return [*_table(ordered(groups, key), columns), "", f"{title}:", *_table(few, columns)]
+
+
+def _table(groups: dict[str, list[Item]], columns: Sequence[Column]) -> list[str]:
+    """One line a group. What all names begin with is said once, in the head: lines stay within a terminal's width."""
+    prefix = _common_prefix(list(groups))
+    cells = [[f"{prefix}…" if prefix else "module", "", *(column.head for column in columns)]]
+    for name, own in groups.items():
+        times = f"×{len(own)}" if len(own) > 1 else ""
+        cells.append([name.removeprefix(prefix), times, *(column.cell(own) for column in columns)])
+    widths = [max(len(row[index]) for row in cells) for index in range(len(cells[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+            if width
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """The dotted parts that all names begin with; none for a single name."""
+    if len(names) < 2:
+        return ""
+    depth = 0
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        depth += 1
+    return "".join(f"{part}." for part in names[0].split(".")[:depth])

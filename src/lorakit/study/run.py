@@ -1,0 +1,87 @@
+"""From the folders that `lorakit analyze` is given to a `Study`: which base weights, what is read, what is left out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from ..core.adapter import Adapter
+from ..core.exchange import owned_matrices
+from ..formats import peft
+from ..training.models import load_with_adapter
+from .analysis import analyze, compare, factors_of, matched
+from .report import Study
+
+
+def study_of(adapter: str, other: str | None = None, model: str | None = None, *, dtype: str = "float32") -> Study:
+    """Analyze the adapter's folder, and compare it with the folder `other`.
+
+    model: the base; without it, the one that the adapter names, if that is on this machine. Nothing is fetched unless
+    `model` is a hub id. Raises FileNotFoundError, or ValueError for adapters that do not fit the base or one another.
+    """
+    first = peft.read(adapter)
+    second = None if other is None else peft.read(other)
+    factors_of(first)  # what cannot be analyzed is refused before a model is loaded
+    if second is not None:
+        matched(first, second)
+    base = model or local_base(first.base_model)
+    notes = _notes(first, base)
+    loaded = None
+    if base is not None:
+        loaded = load_with_adapter(base, adapter, dtype=dtype).model
+        owned = owned_matrices(loaded)  # some names in a file are told by the model alone
+        first = peft.read(adapter, owned)
+        second = None if other is None else peft.read(other, owned)
+    matrices = tqdm(
+        analyze(first, loaded),
+        total=len(factors_of(first)),
+        desc="matrices",
+        leave=False,
+        dynamic_ncols=True,
+        disable=not sys.stderr.isatty(),
+    )
+    return Study(
+        adapter=adapter,
+        base=base,
+        modules=tuple(matrices),
+        other=other,
+        similarities=() if second is None else tuple(compare(first, second)),
+        notes=notes,
+    )
+
+
+def local_base(name: str | None) -> str | None:
+    """Where the base model of this name is on this machine: a path that exists, or a hub id's folder in the hub's
+    cache. None where it is not, or where the cache holds no weights.
+    """
+    if not name:
+        return None
+    if Path(name).expanduser().exists():
+        return name
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a path, of another machine
+        return None
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    return str(folder) if any([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]) else None
+
+
+def _notes(adapter: Adapter, base: str | None) -> tuple[str, ...]:
+    """A line for each thing that the tables do not show."""
+    notes = []
+    if base is None:
+        named = f"{adapter.base_model!r} is not on this machine" if adapter.base_model else "the adapter names none"
+        notes.append(f"without a base model what needs W is left out: {named}; give it with --model.")
+    if any(update.magnitude is not None for update in adapter.updates.values()):
+        notes.append("DoRA: ΔW is s·B A; the gain of the rows enters /‖W‖ and intruders, where W is known.")
+    if adapter.trained:
+        shown = ", ".join(list(adapter.trained)[:4]) + (", …" if len(adapter.trained) > 4 else "")
+        notes.append(f"trained whole, with no low rank to analyze: {shown}.")
+    return tuple(notes)
