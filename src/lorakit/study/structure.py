@@ -2,13 +2,13 @@
 
     stack       the nn.ModuleList whose every member holds an attention (a module whose class is called …Attention…)
     attention   the outermost such module of a block; more than one (cross-attention) is refused
-    projections the last linear layer of the attention, and the last one of the block outside it: what each sublayer
-                writes to the residual stream. Their outputs must be as wide as the model, or it is refused
+    ends        the last linear layer of the attention, and the last one of the block outside it: what each sublayer
+                writes to the residual stream. Experts, and outputs not as wide as the model, are refused
     norms       modules of the block called …Norm… whose weight is as wide as the model
     head        what lies beside a transformers model's base and is no language head
 
 "Last" is in the order of definition, which in BERT, RoBERTa, DeBERTa, MPNet, GPT-2, Llama and their kin is the order
-in which the layers run. A block of experts has no single such layer, and is refused by its width or runs them all.
+in which the layers run.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ..core.targets import closest, is_transposed, matching
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block: its name, itself, and what its two sublayers end in."""
+    """One transformer block of a model of this width, d_model."""
 
     name: str
     module: nn.Module
-    attention: nn.Module
-    attention_output: nn.Module  # the output projection; an nn.MultiheadAttention itself, which never calls its own
-    mlp_output: nn.Module
-    width: int  # d_model
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({type(self.module).__name__})"
 
 
 def blocks_of(model: nn.Module) -> list[Block]:
@@ -47,7 +47,43 @@ def blocks_of(model: nn.Module) -> list[Block]:
             f"members each hold an attention, found {found}."
         )
     ((name, stack),) = stacks.items()
-    return [_block(f"{name}.{index}", module, model) for index, module in enumerate(stack)]
+    width = getattr(getattr(model, "config", None), "hidden_size", None) or _outputs(_linears(stack)[-1][1])
+    return [Block(f"{name}.{index}", module, width) for index, module in enumerate(stack)]
+
+
+def attention_of(block: Block) -> nn.Module:
+    found = _attentions(block.module)
+    if len(found) != 1:
+        kinds = ", ".join(type(attention).__name__ for attention in found)
+        raise ValueError(f"{block} holds more than one attention: {kinds}. Only self-attention is expected.")
+    return found[0]
+
+
+def ends_of(block: Block) -> tuple[nn.Module, nn.Module]:
+    """The output projections of the attention and of the MLP.
+
+    An nn.MultiheadAttention stands for its own, which it never calls. Raises ValueError that says what was not found.
+    """
+    attention = attention_of(block)
+    own = set(attention.modules())
+    outside = [module for module in block.module.modules() if module not in own]
+    if any(_is_experts(module) for module in outside):
+        raise ValueError(f"{block} has an MLP of experts, so no single layer is its output projection.")
+    linears = [module for _, module in _linears(block.module)]
+    ends = []
+    for what, inside in (("attention", own), ("MLP", set(outside))):
+        found = [module for module in linears if module in inside]
+        if what == "attention" and isinstance(attention, nn.MultiheadAttention):
+            found = [attention]
+        if not found:
+            raise ValueError(f"{block}: no linear layer found that is the output projection of the {what}.")
+        if _outputs(found[-1]) != block.width:
+            raise ValueError(
+                f"{block}: the last linear layer of the {what} has {_outputs(found[-1])} outputs, not the model's "
+                f"{block.width}, so it is not the output projection that was looked for."
+            )
+        ends.append(found[-1])
+    return ends[0], ends[1]
 
 
 def norms_of(block: Block) -> dict[str, nn.Module]:
@@ -65,8 +101,9 @@ def norm_after_mlp(block: Block) -> nn.Module | None:
     None where there is none (GPT-2, Llama), and where all layers lie side by side in the block, so that structure does
     not tell which norm comes when.
     """
+    _, end = ends_of(block)
     for parent in block.module.modules():
-        if parent is not block.module and block.mlp_output in parent.children():
+        if parent is not block.module and end in parent.children():
             norms = [module for module in parent.children() if _is_norm(module)]
             return norms[0] if len(norms) == 1 else None
     return None
@@ -74,11 +111,9 @@ def norm_after_mlp(block: Block) -> nn.Module | None:
 
 def query_and_value(block: Block) -> tuple[list[str], bool]:
     """The names of the layers that give q and v, and whether it is one layer that gives q, k and v side by side."""
-    inputs = {
-        name: module
-        for name, module in _linears(block.module)
-        if module is not block.attention_output and module in set(block.attention.modules())
-    }
+    own = set(attention_of(block).modules())
+    layers = [(name, module) for name, module in _linears(block.module) if module in own]
+    inputs = dict(layers[:-1])  # the last is the output projection
     if len(inputs) == 1:
         ((name, module),) = inputs.items()
         if _outputs(module) == 3 * block.width:
@@ -86,7 +121,7 @@ def query_and_value(block: Block) -> tuple[list[str], bool]:
     found = [[name for name in inputs if name.rpartition(".")[2].lower().startswith(letter)] for letter in ("q", "v")]
     if [len(names) for names in found] != [1, 1]:
         raise ValueError(
-            f"{block.name!r} ({type(block.module).__name__}): expected one layer for the query and one for the value, "
+            f"{block}: expected one layer for the query and one for the value, "
             f"or one three times as wide as the model; found {', '.join(map(repr, inputs)) or 'none'}. "
             f"Name the layers in targets."
         )
@@ -122,32 +157,6 @@ def base_of(model: nn.Module) -> nn.Module:
     return base if isinstance(base, nn.Module) else model
 
 
-def _block(name: str, module: nn.Module, model: nn.Module) -> Block:
-    where = f"{name!r} ({type(module).__name__})"
-    attentions = _attentions(module)
-    if len(attentions) > 1:
-        kinds = ", ".join(type(attention).__name__ for attention in attentions)
-        raise ValueError(f"{where} holds more than one attention: {kinds}. Only self-attention is expected.")
-    attention = attentions[0]
-    own = set(attention.modules())
-    linears = [linear for _, linear in _linears(module)]
-    inside = [linear for linear in linears if linear in own]
-    outside = [linear for linear in linears if linear not in own]
-    if isinstance(attention, nn.MultiheadAttention):
-        inside = [attention]
-    for found, what in ((inside, "the attention"), (outside, "the MLP")):
-        if not found:
-            raise ValueError(f"{where}: no linear layer found as the output projection of {what}.")
-    width = getattr(getattr(model, "config", None), "hidden_size", None) or _outputs(outside[-1])
-    for found, what in ((inside, "attention"), (outside, "MLP")):
-        if _outputs(found[-1]) != width:
-            raise ValueError(
-                f"{where}: the last linear layer of the {what} has {_outputs(found[-1])} outputs, not the model's "
-                f"{width}, so it is not the output projection that was looked for."
-            )
-    return Block(name, module, attention, inside[-1], outside[-1], width)
-
-
 def _attentions(module: nn.Module) -> list[nn.Module]:
     """The outermost modules inside this one that are an attention by their class's name."""
     found: list[nn.Module] = []
@@ -168,3 +177,10 @@ def _outputs(module: nn.Module) -> int:
 
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and module._parameters.get("weight") is not None
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Stacked matrices of experts, or a list of several modules that are alike."""
+    stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    alike = isinstance(module, nn.ModuleList) and len(module) > len({type(member) for member in module})
+    return stacked or alike
