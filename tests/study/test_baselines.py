@@ -319,7 +319,7 @@ def test_at_first_the_output_is_the_base_models_but_with_a_prefix(model, method:
     else:
         assert torch.equal(after, before)
     assert isinstance(applied, Applied)
-    assert {type(module).training for module in base.modules() if module.training} == set()  # still in eval()
+    assert not any(module.training for module in base.modules())
 
 
 @pytest.mark.parametrize("model", [*CAUSAL, gpt2_classifier])
@@ -354,15 +354,36 @@ def test_an_encoders_prefix_begins_as_words_after_the_first_token(model) -> None
 
 def test_a_prefix_moves_positions_and_types_that_are_given() -> None:
     model = make(bert)
-    PrefixEmbedding(length=3).apply(model)
+    torch.manual_seed(5)
+    words = torch.randint(VOCAB, (3,)).expand(len(IDS), -1)
+    longer = torch.cat((IDS[:, :1], words, IDS[:, 1:]), 1)
     types = torch.tensor([[0, 0, 0, 1, 1, 1, 1]]).expand(4, -1)
+    expected = model(input_ids=longer, token_type_ids=torch.cat((torch.zeros_like(words), types), 1)).logits
+    torch.manual_seed(5)
+    PrefixEmbedding(length=3).apply(model)
+    torch.testing.assert_close(model(input_ids=IDS, token_type_ids=types).logits, expected)
     positions = torch.arange(7)[None]
-    expected = model(input_ids=IDS, token_type_ids=types).logits
     torch.testing.assert_close(model(input_ids=IDS, token_type_ids=types, position_ids=positions).logits, expected)
-    assert (expected - model(input_ids=IDS).logits).abs().max() > 1e-3
     model = make(llama)
     PrefixLayer(length=3).apply(model)
     torch.testing.assert_close(model(IDS, position_ids=positions).logits, model(IDS).logits)
+
+
+def test_a_prefix_begins_the_same_in_training_mode_and_leaves_the_modes() -> None:
+    vectors = []
+    for training in (False, True):
+        model = make(gpt2).train(training)
+        model.transformer.h[0].eval()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        modes = {name: module.training for name, module in model.named_modules()}
+        torch.manual_seed(5)
+        applied = PrefixLayer(length=3).apply(model)
+        vectors.append([parameter.detach() for parameter in applied.parameters()])
+        assert {name: model.get_submodule(name).training for name in modes} == modes
+    for left, right in zip(*vectors, strict=True):
+        assert torch.equal(left, right)
 
 
 def by_hand(h: Tensor, adapter: nn.Module, f) -> Tensor:
@@ -438,6 +459,43 @@ def test_the_places_are_the_ones_meant_in_causal_models() -> None:
             assert tuple(names[end] for end in structure.ends_of(block)) == ends
             assert structure.norm_after_mlp(block) is None
             assert set(structure.norms_of(block)) == norms
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        (bert, ["attention.self.query", "attention.self.value"]),
+        (roberta, ["attention.self.query", "attention.self.value"]),
+        (mpnet, ["attention.attn.q", "attention.attn.v"]),
+        (deberta, ["attention.self.query_proj", "attention.self.value_proj"]),
+        (gpt2, ["attn.c_attn"]),
+        (llama, ["self_attn.q_proj", "self_attn.v_proj"]),
+    ],
+)
+def test_loras_layers_are_query_and_value(model, names: list[str]) -> None:
+    blocks = structure.blocks_of(make(model))
+    applied = LoRA(rank=2).apply(make(model))
+    assert {name.rpartition(".lora_")[0] for name in applied.trained} == {
+        f"{b.name}.{n}" for b in blocks for n in names
+    }
+    if model is gpt2:  # of q, k and v the second stays as it is
+        base, x = make(model).transformer.h[0].attn.c_attn, torch.randn(5, D)
+        models.train_a_little(applied.model)
+        change = applied.model.transformer.h[0].attn.c_attn(x) - base(x)
+        assert [bool(part.abs().max() > 1e-3) for part in change.split(D, -1)] == [True, False, True]
+
+
+def test_top_layers_are_the_last_ones() -> None:
+    applied = TopLayers(k=2).apply(make(gpt2))
+    assert {name.partition(".h.")[2].partition(".")[0] for name in applied.trained} == {"1", "2"}
+
+
+def test_lora_is_attachs_and_saved_as_that(tmp_path: Path) -> None:
+    applied = filled(LoRA(rank=2), make(bert))
+    lorakit.save(applied.model, tmp_path)
+    model = make(bert)
+    lorakit.load(model, tmp_path)
+    assert torch.equal(logits(model), logits(applied.model))  # with the head
 
 
 # --- training --------------------------------------------------------------------------------------------------------

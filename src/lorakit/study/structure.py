@@ -47,7 +47,8 @@ def blocks_of(model: nn.Module) -> list[Block]:
             f"members each hold an attention, found {found}."
         )
     ((name, stack),) = stacks.items()
-    width = getattr(getattr(model, "config", None), "hidden_size", None) or _outputs(_linears(stack)[-1][1])
+    linears = _linears(stack)
+    width = getattr(getattr(model, "config", None), "hidden_size", None) or (_outputs(linears[-1][1]) if linears else 0)
     return [Block(f"{name}.{index}", module, width) for index, module in enumerate(stack)]
 
 
