@@ -1,0 +1,472 @@
+"""The methods that the LoRA paper compares LoRA with (Hu et al. 2021, section 5.1), each applied and taken back alike.
+
+    applied = Houlsby(bottleneck=8).apply(model)     # in place; the model trains and generates as before
+    …                                                # an optimizer over applied.parameters()
+    applied.save("houlsby.safetensors")              # what was trained, and the settings
+    applied.remove()                                 # the model as it was, bit for bit
+
+With L blocks of width d, the parameters that each trains, besides a new head's:
+
+    Full              all
+    BitFit            every bias                                   Ben Zaken et al. 2021
+    TopLayers         the last k blocks (the paper's FT^Top2)
+    HeadOnly          none: the head alone
+    Houlsby           2L · (2dr + r + d), + 2d for each LayerNorm  after attention and MLP: AdapterH (2019)
+    Pfeiffer          L · (2dr + r + d)                            after the MLP's norm: AdapterP (2021)
+    PrefixEmbedding   d · l                                        trained embeddings in l extra positions
+    PrefixLayer       L · d · l                                    trained inputs of every block there
+    LoRA              2 · L̂ · d · r for L̂ matrices d × d           lorakit.attach; with rsLoRA, DoRA, PiSSA
+
+A new classifier head is trained by every method and counted apart, as the paper counts: `parameter_count` is without
+it. A model is told by its structure (`structure.py`), and what is put into it hangs on hooks (`inserted.py`); its own
+state-dict keys stay, those of `lorakit_adapter` and `lorakit_prefix` modules come beside them. An adapter leaves the
+output as it was at first, to the bit; a prefix changes it at once, since attention sees the new positions.
+
+Two things of the paper's are left out. Infix tokens (its l_i, here 0) stand at the end of the prompt, which a model's
+forward pass is not told. And PEFT's prefix tuning, which hands keys and values over in the cache (2 · L · d · l
+parameters), is not used: DeBERTa-v2 and MPNet have no cache, and gradient checkpointing does without one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..core.attach import adapted_layers, attach, detach, unmerge
+from ..core.init import Init
+from ..core.trainable import bias_names, lora_names
+from ..formats.files import replacing
+from .inserted import Bottleneck, Span, Vectors, given_to
+from .structure import attention_of, base_of, blocks_of, ends_of, head_of, norm_after_mlp, norms_of, query_and_value
+
+Head = str | Iterable[str] | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its settings, which are its fields, its size first. A kind supplies `_install`."""
+
+    name: ClassVar[str]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON knows them."""
+        settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return settings
+
+    def __str__(self) -> str:
+        """The name, the size and the settings that are not the default: one method in a table."""
+        shown = [
+            f"{own.name}={getattr(self, own.name)}"
+            for index, own in enumerate(dataclasses.fields(self))
+            if index == 0 or getattr(self, own.name) != own.default
+        ]
+        return f"{self.name}({', '.join(shown)})"
+
+    def apply(self, model: nn.Module, head: Head = None) -> Applied:
+        """Make `model` train what this method trains, in place.
+
+        head: the modules that are a new head, named like targets; None finds a transformers classifier's. Values,
+        modes and existing keys stay as they are. Raises ValueError, before anything is changed, when the model lacks
+        what the method needs or has a method's changes already.
+        """
+        if "_lorakit_method" in model.__dict__ or adapted_layers(model):
+            before = model.__dict__.get("_lorakit_method", "lorakit.attach's adapter")
+            raise ValueError(f"{type(model).__name__} has {before} already: take it back first.")
+        modules = head_of(model, head)
+        requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        # By identity: a weight that the head shares with the base is the base's, as a tied language head is.
+        inside = {id(p) for name in modules for p in model.get_submodule(name).parameters()}
+        head_names = tuple(name for name, parameter in model.named_parameters() if id(parameter) in inside)
+        buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+        inserted = _Inserted()
+        trained = self._install(model, modules, inserted)
+        names = tuple(name for name, _ in model.named_parameters() if name in trained and name not in head_names)
+        values = {
+            name: model.get_parameter(name).detach().clone() for name in (*names, *head_names) if name in requires_grad
+        }
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name in names or name in head_names
+        model.__dict__["_lorakit_method"] = str(self)
+        return Applied(model, self, names, head_names, inserted, requires_grad, values, buffers)
+
+    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+        """Put in what the method needs; the names of the parameters to train, the head's among them or not."""
+        raise NotImplementedError
+
+
+@dataclass
+class _Inserted:
+    """The modules and hooks that were put into a model, to be taken out again."""
+
+    modules: list[tuple[nn.Module, str]] = field(default_factory=list)  # parent, name
+    handles: list[RemovableHandle] = field(default_factory=list)
+
+    def add(self, parent: nn.Module, name: str, child: nn.Module) -> None:
+        parent.add_module(name, child.train(parent.training))
+        self.modules.append((parent, name))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for parent, name in self.modules:
+            del parent._modules[name]
+
+
+@dataclass
+class Applied:
+    """A method at work in a model. Copied with `copy.deepcopy`, it is at work in the copy of the model."""
+
+    model: nn.Module
+    method: Method
+    trained: tuple[str, ...]  # names of the parameters that the method trains
+    head: tuple[str, ...]  # and of a new head's
+    _inserted: _Inserted = field(repr=False)
+    _requires_grad: dict[str, bool] = field(repr=False)  # before, of every parameter
+    _values: dict[str, Tensor] = field(repr=False)  # before, of the trained ones that the model had
+    _buffers: dict[str, Tensor] = field(repr=False)  # before, all of them: a BatchNorm's follow the training
+
+    @property
+    def parameter_count(self) -> int:
+        """Trained parameters without the head, as the papers count."""
+        return sum(self.model.get_parameter(name).numel() for name in self.trained)
+
+    @property
+    def head_count(self) -> int:
+        return sum(self.model.get_parameter(name).numel() for name in self.head)
+
+    def __str__(self) -> str:
+        head = f" and {self.head_count:,} of the head" if self.head else ""
+        return f"{self.method}: {self.parameter_count:,} parameters{head}"
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, the head's last: what an optimizer takes."""
+        return [self.model.get_parameter(name) for name in (*self.trained, *self.head)]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was trained, by name, with the buffers that are new (PiSSA's A₀ and B₀) or changed (BatchNorm's)."""
+        tensors = {name: self.model.get_parameter(name).detach() for name in (*self.trained, *self.head)}
+        kept = self.model.state_dict().keys()
+        for name, buffer in self.model.named_buffers():
+            if name in kept and not (name in self._buffers and torch.equal(buffer, self._buffers[name])):
+                tensors[name] = buffer
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take on the trained values of another model. Raises ValueError unless the names and shapes are the same."""
+        buffers = dict(self.model.named_buffers())
+        own = {name: self.model.get_parameter(name) for name in (*self.trained, *self.head)}
+        places = {**own, **{name: buffers[name] for name in tensors if name in buffers}}
+        missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
+        if missing or unexpected:
+            raise ValueError(
+                f"these are not the tensors of {self.method} on {type(self.model).__name__}: "
+                f"missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}."
+            )
+        for name, place in places.items():
+            if place.shape != tensors[name].shape:
+                raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, expected {tuple(place.shape)}.")
+        with torch.no_grad():
+            for name, place in places.items():
+                place.copy_(tensors[name])
+
+    def save(self, path: str | Path) -> None:
+        """Write `state_dict()` as a safetensors file, with the method's name and settings in its metadata."""
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        metadata = {"format": "pt", "method": self.method.name, "settings": json.dumps(self.method.settings)}
+        with replacing(Path(path)) as temporary:
+            safetensors.torch.save_file(tensors, temporary, metadata=metadata)
+
+    def load(self, path: str | Path) -> None:
+        """Read what `save` wrote. Raises ValueError when it is another method's, or has other settings."""
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        written = metadata.get("method"), json.loads(metadata.get("settings", "null"))
+        if written != (self.method.name, self.method.settings):
+            raise ValueError(f"{path} was written by {written[0]} with {written[1]}, but this is {self.method}.")
+        self.load_state_dict(tensors)
+
+    def remove(self) -> None:
+        """Give back the model that the method was applied to: modules, hooks, keys, values, requires_grad."""
+        if "_lorakit_method" not in self.model.__dict__:
+            raise ValueError(f"{self.method} has been taken back already.")
+        self._inserted.remove()
+        if layers := adapted_layers(self.model):
+            if any(layer.merged for layer in layers.values()):
+                unmerge(self.model)
+            detach(self.model)
+        with torch.no_grad():
+            for name, value in self._values.items():
+                parameter = self.model.get_parameter(name)
+                parameter.copy_(value)
+                parameter.grad = None
+            for name, value in self._buffers.items():
+                self.model.get_buffer(name).copy_(value)
+        for name, flag in self._requires_grad.items():
+            self.model.get_parameter(name).requires_grad = flag
+        del self.model.__dict__["_lorakit_method"]
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Every parameter. To take it back, a copy of the whole model is kept."""
+
+    name = "full"
+
+    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+        return {name for name, _ in model.named_parameters()}
+
+
+@dataclass(frozen=True)
+class BitFit(Method):
+    """Every bias, those of the norms too (Ben Zaken et al. 2021)."""
+
+    name = "bitfit"
+
+    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+        names = bias_names(model, "all")
+        if not {name for name in names if not _is_in(name, head)}:
+            raise ValueError(
+                f"{type(model).__name__} has no biases{' outside its head' if names else ''}, so BitFit has nothing "
+                f"to train; take another method (Llama and its kin were trained without biases)."
+            )
+        return names
+
+
+@dataclass(frozen=True)
+class TopLayers(Method):
+    """The last k transformer blocks, whole: the paper's FT^Top2."""
+
+    name = "top-layers"
+    k: int = 2
+
+    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+        blocks = blocks_of(model)
+        if not 1 <= self.k <= len(blocks):
+            raise ValueError(f"k={self.k}: {type(model).__name__} has {len(blocks)} blocks.")
+        last = {id(parameter) for block in blocks[-self.k :] for parameter in block.module.parameters()}
+        return {name for name, parameter in model.named_parameters() if id(parameter) in last}
+
+
+@dataclass(frozen=True)
+class HeadOnly(Method):
+    """The new head, and nothing else."""
+
+    name = "head"
+
+    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+        if not head:
+            raise ValueError(f"{type(model).__name__} has no new head: name its modules with head=.")
+        return set()
+
+
+@dataclass(frozen=True)
+class Houlsby(Method):
+    """A bottleneck after the attention and one after the MLP of each block (AdapterH; Houlsby et al. 2019, figure 2).
+
+    norms: the blocks' norms are trained with them, as there. GELU, as in the authors' program.
+    """
+
+    name = "adapter-h"
+    bottleneck: int = 8
+    norms: bool = True
+
+    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+        _check_size("bottleneck", self.bottleneck)
+        blocks = blocks_of(model)
+        trained = {id(p) for block in blocks for norm in norms_of(block).values() for p in norm.parameters()}
+        before = {name for name, parameter in model.named_parameters() if self.norms and id(parameter) in trained}
+        for block, ends in [(block, ends_of(block)) for block in blocks]:
+            for site in ends:
+                adapter = Bottleneck(block.width, self.bottleneck, nn.GELU(), like=_weight(ends[1]))
+                inserted.add(site, ADAPTER, adapter)
+                inserted.handles.append(site.register_forward_hook(adapter.add))
+        return before | _names_in(model, ADAPTER)
+
+
+@dataclass(frozen=True)
+class Pfeiffer(Method):
+    """A bottleneck at the end of each block alone (AdapterP; Pfeiffer et al. 2021), with ReLU.
+
+    In a post-norm block (BERT, RoBERTa, DeBERTa, MPNet) it lies between the norm after the MLP and that same norm used
+    once more. In another one there is no such norm, and it follows the block: y + up(f(down(y))).
+    """
+
+    name = "adapter-p"
+    bottleneck: int = 16
+
+    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+        _check_size("bottleneck", self.bottleneck)
+        for block, (_, end) in [(block, ends_of(block)) for block in blocks_of(model)]:
+            adapter = Bottleneck(block.width, self.bottleneck, nn.ReLU(), like=_weight(end))
+            norm = norm_after_mlp(block)
+            site, hook = (block.module, adapter.add) if norm is None else (norm, adapter.add_before_norm)
+            inserted.add(site, ADAPTER, adapter)
+            inserted.handles.append(site.register_forward_hook(hook))
+        return _names_in(model, ADAPTER)
+
+
+@dataclass(frozen=True)
+class PrefixEmbedding(Method):
+    """l extra positions with trained embeddings (Hu et al. 2021, section 5.1), which begin as those of random tokens.
+
+    Positions count: a model for n of them takes texts of n − l tokens. Needs a transformers model.
+    """
+
+    name = "prefix-embedding"
+    length: int = 32
+
+    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+        span, embedding = _open_span(model, self.length)
+        words = torch.randint(embedding.num_embeddings, (self.length,))
+        vectors = Vectors(embedding.weight[words.to(embedding.weight.device)], span)
+        _hook_span(model, span, inserted)
+        inserted.add(embedding, PREFIX, vectors)
+        inserted.handles.append(embedding.register_forward_hook(vectors.in_output))
+        return _names_in(model, PREFIX)
+
+
+@dataclass(frozen=True)
+class PrefixLayer(Method):
+    """l extra positions where every block's input is trained (Hu et al. 2021, section 5.1).
+
+    They begin as what the blocks are given for random tokens: with activations of real words the method learns better
+    (Li and Liang 2021, section 7.4). So at first a causal model does what it does after these tokens.
+    """
+
+    name = "prefix-layer"
+    length: int = 32
+
+    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+        span, embedding = _open_span(model, self.length)
+        blocks = [block.module for block in blocks_of(model)]
+        words = torch.randint(embedding.num_embeddings, (1, self.length))
+        with given_to(blocks) as seen, torch.no_grad(), _evaluating(model):
+            base_of(model)(input_ids=words.to(embedding.weight.device))
+        _hook_span(model, span, inserted)
+        for block, states in zip(blocks, seen, strict=True):
+            vectors = Vectors(states[0], span)
+            inserted.add(block, PREFIX, vectors)
+            inserted.handles.append(block.register_forward_pre_hook(vectors.in_input, with_kwargs=True))
+        return _names_in(model, PREFIX)
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """lorakit.attach with these settings. targets: "query-value" are q and v of each block, as in the paper.
+
+    Where one layer gives q, k and v, as in GPT-2, they are its blocks; dora and pissa need a layer each.
+    """
+
+    name = "lora"
+    rank: int = 8
+    alpha: float | None = None
+    targets: str | tuple[str, ...] = "query-value"
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    init: Init = "kaiming"
+
+    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+        targets: list[str] | str | tuple[str, ...] = self.targets
+        ranks = {}
+        if self.targets == "query-value":
+            found = [query_and_value(block) for block in blocks_of(model)]
+            targets = [name for names, _ in found for name in names]
+            ranks = {name: (self.rank, 0, self.rank) for names, fused in found if fused for name in names}
+        attach(
+            model,
+            targets,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            rslora=self.rslora,
+            dora=self.dora,
+            init=self.init,
+            rank_pattern=ranks,
+            also_train=head,
+        )
+        return lora_names(model)
+
+
+# What a command line calls each. With the sizes as they are, the methods that have a size per block train about 0.3M
+# parameters of RoBERTa-base, as LoRA does with r = 8: the paper's smallest budget (table 2).
+METHODS: dict[str, Callable[..., Method]] = {
+    "full": Full,
+    "bitfit": BitFit,
+    "top-layers": TopLayers,
+    "head": HeadOnly,
+    "adapter-h": Houlsby,
+    "adapter-p": Pfeiffer,
+    "prefix-embedding": PrefixEmbedding,
+    "prefix-layer": PrefixLayer,
+    "lora": LoRA,
+    "rslora": functools.partial(LoRA, rslora=True),
+    "dora": functools.partial(LoRA, dora=True),
+    "pissa": functools.partial(LoRA, init="pissa"),
+}
+
+ADAPTER, PREFIX = "lorakit_adapter", "lorakit_prefix"
+
+
+class _evaluating:
+    """Inside, every module is in `eval()`; afterwards each is in the mode it was in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None:
+        for module, mode in self.modes:
+            module.training = mode
+
+
+def _open_span(model: nn.Module, length: int) -> tuple[Span, nn.Embedding]:
+    """The span for `length` positions in a transformers model, and its embedding of tokens. Changes nothing."""
+    _check_size("length", length)
+    blocks = blocks_of(model)
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError(f"{type(model).__name__} has no embedding of tokens, which a prefix needs.")
+    causal = any(getattr(module, "is_causal", False) for module in attention_of(blocks[0]).modules())
+    padding = {embedding.padding_idx, getattr(getattr(model, "config", None), "pad_token_id", None)}
+    placeholder = next(token for token in range(embedding.num_embeddings) if token not in padding)
+    return Span(0 if causal else 1, length, placeholder), embedding
+
+
+def _hook_span(model: nn.Module, span: Span, inserted: _Inserted) -> None:
+    base = base_of(model)
+    inserted.handles.append(base.register_forward_pre_hook(span.open, with_kwargs=True))
+    inserted.handles.append(base.register_forward_hook(span.close, always_call=True))
+
+
+def _names_in(model: nn.Module, inserted: str) -> set[str]:
+    """The parameters of the inserted modules of this name."""
+    return {name for name, _ in model.named_parameters() if inserted in name.split(".")}
+
+
+def _weight(module: nn.Module) -> Tensor:
+    return module.get_parameter("weight")
+
+
+def _is_in(name: str, modules: Iterable[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _check_size(what: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{what}={value}: at least 1 is expected.")

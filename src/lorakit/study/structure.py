@@ -1,0 +1,187 @@
+"""Where a transformer's blocks, their sublayers and its new head are, found by structure and not by the model's name.
+
+    stack       the nn.ModuleList whose every member holds an attention (a module whose class is called …Attention…)
+    attention   the outermost such module of a block; more than one (cross-attention) is refused
+    ends        the last linear layer of the attention, and the last one of the block outside it: what each sublayer
+                writes to the residual stream. Experts, and outputs not as wide as the model, are refused
+    norms       modules of the block called …Norm… whose weight is as wide as the model
+    head        what lies beside a transformers model's base and is no language head
+
+"Last" is in the order of definition, which in BERT, RoBERTa, DeBERTa, MPNet, GPT-2, Llama and their kin is the order
+in which the layers run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..core.targets import closest, is_transposed, matching
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block of a model of this width, d_model."""
+
+    name: str
+    module: nn.Module
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({type(self.module).__name__})"
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    """The blocks from the first to the last. Raises ValueError that names what was not found."""
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in stacks)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(_attentions, module)):
+            stacks[name] = module
+    if len(stacks) != 1:
+        found = f"{len(stacks)}: {', '.join(map(repr, stacks))}" if stacks else "none"
+        raise ValueError(
+            f"{type(model).__name__} has no single stack of transformer blocks: expected one nn.ModuleList whose "
+            f"members each hold an attention, found {found}."
+        )
+    ((name, stack),) = stacks.items()
+    linears = _linears(stack)
+    width = getattr(getattr(model, "config", None), "hidden_size", None) or (_outputs(linears[-1][1]) if linears else 0)
+    return [Block(f"{name}.{index}", module, width) for index, module in enumerate(stack)]
+
+
+def attention_of(block: Block) -> nn.Module:
+    found = _attentions(block.module)
+    if len(found) != 1:
+        kinds = ", ".join(type(attention).__name__ for attention in found)
+        raise ValueError(f"{block} holds more than one attention: {kinds}. Only self-attention is expected.")
+    return found[0]
+
+
+def ends_of(block: Block) -> tuple[nn.Module, nn.Module]:
+    """The output projections of the attention and of the MLP.
+
+    An nn.MultiheadAttention stands for its own, which it never calls. Raises ValueError that says what was not found.
+    """
+    attention = attention_of(block)
+    own = set(attention.modules())
+    outside = [module for module in block.module.modules() if module not in own]
+    if any(_is_experts(module) for module in outside):
+        raise ValueError(f"{block} has an MLP of experts, so no single layer is its output projection.")
+    linears = [module for _, module in _linears(block.module)]
+    ends = []
+    for what, inside in (("attention", own), ("MLP", set(outside))):
+        found = [module for module in linears if module in inside]
+        if what == "attention" and isinstance(attention, nn.MultiheadAttention):
+            found = [attention]
+        if not found:
+            raise ValueError(f"{block}: no linear layer found that is the output projection of the {what}.")
+        if _outputs(found[-1]) != block.width:
+            raise ValueError(
+                f"{block}: the last linear layer of the {what} has {_outputs(found[-1])} outputs, not the model's "
+                f"{block.width}, so it is not the output projection that was looked for."
+            )
+        ends.append(found[-1])
+    return ends[0], ends[1]
+
+
+def norms_of(block: Block) -> dict[str, nn.Module]:
+    """The block's norms over the residual stream, by name within the block: not those of an attention's heads."""
+    return {
+        name: module
+        for name, module in block.module.named_modules()
+        if _is_norm(module) and module.get_parameter("weight").numel() == block.width
+    }
+
+
+def norm_after_mlp(block: Block) -> nn.Module | None:
+    """The norm that ends a post-norm block: the one beside the MLP's output projection, in a module of their own.
+
+    None where there is none (GPT-2, Llama), and where all layers lie side by side in the block, so that structure does
+    not tell which norm comes when.
+    """
+    _, end = ends_of(block)
+    for parent in block.module.modules():
+        if parent is not block.module and end in parent.children():
+            norms = [module for module in parent.children() if _is_norm(module)]
+            return norms[0] if len(norms) == 1 else None
+    return None
+
+
+def query_and_value(block: Block) -> tuple[list[str], bool]:
+    """The names of the layers that give q and v, and whether it is one layer that gives q, k and v side by side."""
+    own = set(attention_of(block).modules())
+    layers = [(name, module) for name, module in _linears(block.module) if module in own]
+    inputs = dict(layers[:-1])  # the last is the output projection
+    if len(inputs) == 1:
+        ((name, module),) = inputs.items()
+        if _outputs(module) == 3 * block.width:
+            return [f"{block.name}.{name}"], True
+    found = [[name for name in inputs if name.rpartition(".")[2].lower().startswith(letter)] for letter in ("q", "v")]
+    if [len(names) for names in found] != [1, 1]:
+        raise ValueError(
+            f"{block}: expected one layer for the query and one for the value, "
+            f"or one three times as wide as the model; found {', '.join(map(repr, inputs)) or 'none'}. "
+            f"Name the layers in targets."
+        )
+    return [f"{block.name}.{name}" for (name,) in found], False
+
+
+def head_of(model: nn.Module, head: str | Iterable[str] | None) -> list[str]:
+    """The names of the modules that are a new head. head: their names; None finds a transformers model's.
+
+    Empty for a language model, whose head was trained with it, and for a model without a base beside which a head lies.
+    """
+    if head is not None:
+        names = [name for name, _ in model.named_modules() if name]
+        chosen: list[str] = []
+        for pattern in [head] if isinstance(head, str) else head:
+            hits = matching(pattern, names)
+            if not hits:
+                raise ValueError(f"head={pattern!r} matches no module. {closest(pattern, names)}".rstrip())
+            chosen += hits
+        return chosen
+    base = base_of(model)
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if base is model or output is not None:
+        return []
+    return [
+        name for name, module in model.named_children() if module is not base and any(True for _ in module.parameters())
+    ]
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """A transformers model's base model, without the head; any other model itself."""
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    return base if isinstance(base, nn.Module) else model
+
+
+def _attentions(module: nn.Module) -> list[nn.Module]:
+    """The outermost modules inside this one that are an attention by their class's name."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        found += [child] if "attention" in type(child).__name__.lower() else _attentions(child)
+    return found
+
+
+def _linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)]
+
+
+def _outputs(module: nn.Module) -> int:
+    if isinstance(module, nn.MultiheadAttention):
+        return int(module.embed_dim)
+    return int(module.get_parameter("weight").shape[1 if is_transposed(module) else 0])
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and module._parameters.get("weight") is not None
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Stacked matrices of experts, or a list of several modules that are alike."""
+    stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
+    alike = isinstance(module, nn.ModuleList) and len(module) > len({type(member) for member in module})
+    return stacked or alike
