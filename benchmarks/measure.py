@@ -104,14 +104,14 @@ def write(name: str, command: str, rows: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     record = {"command": command, "commit": _commit(), "machine": machine(), "rows": rows}
     path = RESULTS / f"{name}.json"
-    path.writetext(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {path.relative_to(ROOT)}")
 
 
 def machine() -> dict[str, Any]:
     """The processors, the threads in use and the versions that matter."""
     info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.readtext().splitlines() if line.startswith("model name")]
+    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     features = torch.backends.cpu.get_cpu_capability()
     gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
     return {
