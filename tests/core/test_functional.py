@@ -347,6 +347,14 @@ def test_gain_value_and_gradients(with_bias: bool, dropout: nn.Dropout | None) -
         )
 
 
+def test_second_derivative_of_the_gain_alone() -> None:
+    """Beside a frozen B: S is not kept, and has to be made again."""
+    tensors = inputs(3)
+    gain = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    frozen = [tensor.detach() for tensor in tensors[1:]]
+    assert torch.autograd.gradgradcheck(lambda x, gain: lora_linear(x, *frozen, 0.7, None, gain), [tensors[0], gain])
+
+
 def test_gain_keeps_the_input_and_one_output() -> None:
     """u is needed for the gradient of g, and nothing more."""
     x, weight = torch.randn(50, 64, requires_grad=True), torch.randn(32, 64)

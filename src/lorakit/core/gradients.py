@@ -92,7 +92,7 @@ class LoRALinear(torch.autograd.Function):
             weight_, A_, B_ = (factor.to(dy.dtype) for factor in (weight, A, B))
             # Where a gradient of this gradient was asked for, what was kept has no history.
             again = torch.is_grad_enabled()
-            if needs_B:
+            if needs_B or (needs_gain and again):
                 S = mask.shrink(rows, A_) * ctx.scale if S is None or again else S.to(dy.dtype)
             dg = None
             if needs_gain:

@@ -1,1 +1,1 @@
-"""What an adaptation did to the weights."""
+"""What an adaptation did to the weights, and the methods to compare it with."""
