@@ -154,6 +154,14 @@ def test_only_the_most_changed_of_many_matrices_are_drawn_and_the_page_says_so(
     assert drawn.count("<svg") == 3 + 1 + 3 * 2 + 3 * 3
 
 
+def test_layers_are_drawn_in_the_order_of_their_numbers(study: Study) -> None:
+    """A file holds them in the order of their names, the tenth behind the first."""
+    like = next(module for module in study.modules if "q_proj" in module.name)
+    modules = tuple(dataclasses.replace(like, name=f"layers.{layer}.q_proj") for layer in (0, 1, 10, 2))
+    drawn = re.findall(r"\[(\d+)\]: ", page.render(dataclasses.replace(study, modules=modules, similarities=())))
+    assert drawn == ["0", "1", "2", "10"]
+
+
 def test_a_heat_map_has_each_number_in_its_place() -> None:
     phi = [[1.0, 0.5, 0.5], [0.0, 0.26, 1.0]]
     drawing = page.heat_map(phi, "φ")

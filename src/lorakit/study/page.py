@@ -150,7 +150,7 @@ def _spectra(study: Study) -> str:
             _figure(
                 bars(module.singular_values, module.name, ceiling), f"{_numbers(module.name)}: {number(module.norm)}"
             )
-            for module in own
+            for module in sorted(own, key=lambda module: _numbers(module.name))
         )
         parts.append(
             f"<details{' open' if not index else ''}><summary><code>{html.escape(name)}</code>: σ from 0 to "
