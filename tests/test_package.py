@@ -50,7 +50,8 @@ def test_imports_run_one_way() -> None:
         if part not in ORDER:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level == 2 and node.module:
+            depth = len(path.relative_to(SOURCE).parts)
+            if isinstance(node, ast.ImportFrom) and node.level == depth and node.module:
                 target = node.module.split(".")[0]
                 if target in ORDER and ORDER.index(target) > ORDER.index(part):
                     wrong.append(f"{path.relative_to(SOURCE)} imports {node.module}")

@@ -27,8 +27,8 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..formats.files import replacing
-    from ..study import page, report
-    from ..study.run import study_of
+    from ..study.analysis import page, report
+    from ..study.analysis.run import study_of
 
     if args.output_dir and Path(args.output_dir).is_file():
         raise FileExistsError(f"--output-dir {args.output_dir} is a file.")

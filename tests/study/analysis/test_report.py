@@ -11,10 +11,10 @@ import torch
 
 import lorakit
 import models
-from lorakit.study import page
-from lorakit.study.analysis import analyze, compare
-from lorakit.study.report import Study, as_json, grouped, number, text
-from lorakit.study.run import local_base, study_of
+from lorakit.study.analysis import page
+from lorakit.study.analysis.measures import analyze, compare
+from lorakit.study.analysis.report import Study, as_json, grouped, number, text
+from lorakit.study.analysis.run import local_base, study_of
 from models import train_a_little
 
 

@@ -43,10 +43,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..core.attach import adapted_layers, attach, detach, unmerge
-from ..core.init import Init
-from ..core.trainable import bias_names, lora_names
-from ..formats.files import replacing
+from ...core.attach import adapted_layers, attach, detach, unmerge
+from ...core.init import Init
+from ...core.trainable import bias_names, lora_names
+from ...formats.files import replacing
 from .inserted import Bottleneck, Span, Vectors, given_to
 from .structure import attention_of, base_of, blocks_of, ends_of, head_of, norm_after_mlp, norms_of, query_and_value
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..core.adapter import Adapter
-from ..core.exchange import owned_matrices
-from ..formats import peft
-from ..training.models import load_with_adapter
-from .analysis import analyze, compare, factors_of, matched
+from ...core.adapter import Adapter
+from ...core.exchange import owned_matrices
+from ...formats import peft
+from ...training.models import load_with_adapter
+from .measures import analyze, compare, factors_of, matched
 from .report import Study
 
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..training.page import document
-from .analysis import Analysis, Similarity
+from ...training.page import document
+from .measures import Analysis, Similarity
 from .report import (
     SIMILARITY_COLUMNS,
     SIMILARITY_LEGEND,

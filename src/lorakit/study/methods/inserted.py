@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import factor_dtype
+from ...core.attach import factor_dtype
 
 
 class Bottleneck(nn.Module):

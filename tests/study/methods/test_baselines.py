@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import lorakit
 import models
-from lorakit.study import baselines, inserted, structure
-from lorakit.study.baselines import (
+from lorakit.study.methods import baselines, inserted, structure
+from lorakit.study.methods.baselines import (
     METHODS,
     Applied,
     BitFit,

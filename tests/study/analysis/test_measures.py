@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import lorakit
 import models
-from lorakit.study import analysis, page, report, run
-from lorakit.study.analysis import (
+from lorakit.study.analysis import measures, page, report, run
+from lorakit.study.analysis.measures import (
     analyze,
     compare,
     directions,
@@ -406,7 +406,7 @@ def test_what_cannot_be_analyzed_is_refused() -> None:
         list(analyze(adapter))
 
 
-@pytest.mark.parametrize("module", [analysis, report, page, run], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [measures, report, page, run], ids=lambda module: module.__name__)
 def test_public_functions_and_classes_say_what_they_do(module) -> None:
     assert module.__doc__ and len(module.__doc__) > 80
     own = {name: value for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..core.targets import closest, is_transposed, matching
+from ...core.targets import closest, is_transposed, matching
 
 
 @dataclass(frozen=True)

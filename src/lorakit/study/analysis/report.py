@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ..core.report import numberless
-from ..training.report import heading
-from .analysis import THRESHOLD, TOP, AgainstBase, Analysis, Similarity
+from ...core.report import numberless
+from ...training.report import heading
+from .measures import THRESHOLD, TOP, AgainstBase, Analysis, Similarity
 
 _MOST = 5  # lines of the most changed
 _DIGITS = 6  # significant ones in the JSON

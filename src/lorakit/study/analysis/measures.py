@@ -38,10 +38,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.adapted import AdaptedLayer, unmerged
-from ..core.adapter import Adapter, Update
-from ..core.attach import adapted_layers
-from ..core.functional import precise
+from ...core.adapted import AdaptedLayer, unmerged
+from ...core.adapter import Adapter, Update
+from ...core.attach import adapted_layers
+from ...core.functional import precise
 
 TOP, THRESHOLD = 10, 0.5  # of `intruder_cosines`: the directions looked at, and the cosine below which one is new
 _LISTED = 20  # names in an error

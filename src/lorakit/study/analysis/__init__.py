@@ -1,0 +1,1 @@
+"""`lorakit analyze`: what an adaptation did to the weights."""
