@@ -1,0 +1,158 @@
+"""What a comparison found, as plain data: runs, and the rows of a table made of them.
+
+A `Run` is one training, and a line of OUT/runs.jsonl: a run that stands there with the same key is not made again.
+Rows summarise the runs of a method on a task over the seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of a method on a task, with one seed and one learning rate, and what came of it."""
+
+    key: str  # of everything that decides the outcome: task, data, method, training, seed, rate
+    task: str
+    method: str  # with its settings: "lora(rank=8)"
+    seed: int
+    learning_rate: float
+    steps: int
+    parameters: int  # trained, without a new head
+    head: int  # parameters of a new head
+    diverged: bool  # the loss was no number at some step; there are no scores then
+    valid: dict[str, float]  # what the learning rate is chosen by, first; see `Metric`
+    test: dict[str, float]  # empty for a run of the search that was not the best
+    seconds: float  # of training
+    peak_bytes: int  # of training: the process on a CPU, tensors on a GPU
+    file_bytes: int  # of the trained parameters in a file
+    latency: float  # seconds of a forward pass as the method serves: LoRA merged
+    base_latency: float  # and of the model without it, on the same rows
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The mean of the seeds, and half of its 95 % confidence interval (Student's t); None from a single seed."""
+
+    mean: float
+    half: float | None
+    values: tuple[float, ...]  # in the order of the seeds
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Raises ValueError without values."""
+        count = len(values)
+        if not count:
+            raise ValueError("an interval of no values.")
+        mean = sum(values) / count
+        if count == 1:
+            return cls(mean, None, tuple(values))
+        from scipy import stats
+
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
+        quantile = float(stats.t.ppf(0.975, count - 1))
+        return cls(mean, quantile * deviation / math.sqrt(count), tuple(values))
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a task, over all seeds."""
+
+    task: str
+    method: str
+    parameters: int
+    head: int
+    learning_rate: float
+    tried: dict[float, float | None]  # rate → what it was chosen by on the validation rows; None: diverged
+    scores: dict[str, Interval]  # metric → over the seeds that did not diverge; empty where all did
+    seeds: int
+    diverged: int  # seeds that did
+    seconds: float  # mean
+    peak_bytes: int  # largest
+    file_bytes: int
+    latency: float  # of the model without the method: 1.0 is its own time
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What the scores of a task come from."""
+
+    name: str
+    source: str  # where the data came from, as the user named it
+    kind: str  # classification | regression | causal-lm | images, …
+    rows: dict[str, int]  # train, valid, test
+    metrics: tuple[str, ...]  # the first is the one that is plotted
+    chosen_by: str  # the validation metric of the learning-rate search
+    training: dict[str, Any]  # steps, batch size, epochs, …: settings shared by all methods
+    published: dict[str, dict[str, float]] = field(default_factory=dict)  # method as published → metric → value
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that one `lorakit compare` found."""
+
+    model: str
+    tasks: tuple[TaskFacts, ...]
+    rows: tuple[Row, ...]  # tasks in order, methods in order
+    left_out: tuple[tuple[str, str, str], ...]  # task, method, why it does not apply
+    seeds: tuple[int, ...]
+    trials: int  # learning rates that each method may try on each task
+    machine: dict[str, str]
+    finished: bool = True  # False: some runs are still to be made
+
+
+class Ledger:
+    """runs.jsonl: a line for each finished run, written as soon as it is finished."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._runs: dict[str, Run] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    run = Run(**json.loads(line))
+                except (ValueError, TypeError):
+                    continue  # a line that an interruption cut off, or another version's
+                self._runs[run.key] = run
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def get(self, key: str) -> Run | None:
+        return self._runs.get(key)
+
+    def add(self, run: Run) -> None:
+        """Keep `run`, in memory and in the file; one of the same key is superseded."""
+        self._runs[run.key] = run
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        with self.path.open("a", encoding="utf-8") as file:
+            # After a line that was cut off, a line of its own.
+            file.write(("\n" if text and not text.endswith("\n") else "") + json.dumps(asdict(run)) + "\n")
+
+
+def row_of(runs: Sequence[Run], searched: Iterable[Run], chosen_by: str) -> Row:
+    """runs: of one method on one task, one for each seed. searched: those of the learning-rate search."""
+    first = runs[0]
+    good = [run for run in runs if not run.diverged]
+    metrics: Mapping[str, float] = good[0].test if good else {}
+    return Row(
+        task=first.task,
+        method=first.method,
+        parameters=first.parameters,
+        head=first.head,
+        learning_rate=first.learning_rate,
+        tried={run.learning_rate: None if run.diverged else run.valid[chosen_by] for run in searched},
+        scores={metric: Interval.of([run.test[metric] for run in good]) for metric in metrics},
+        seeds=len(runs),
+        diverged=len(runs) - len(good),
+        seconds=sum(run.seconds for run in runs) / len(runs),
+        peak_bytes=max(run.peak_bytes for run in runs),
+        file_bytes=first.file_bytes,
+        latency=min(run.latency for run in runs) / min(run.base_latency for run in runs),
+    )
