@@ -8,23 +8,16 @@ import pytest
 import yaml
 
 from lorakit.cli.main import _kebab_flags, _Parser
-from lorakit.training.config import (
-    TrainConfig,
-    UsageError,
-    add_arguments,
-    commented_yaml,
-    from_args,
-    to_yaml,
-    warnings_for,
-)
+from lorakit.training.config import TrainConfig, warnings_for
+from lorakit.training.settings import UsageError, add_arguments, commented_yaml, from_args, to_yaml
 
 REQUIRED = ["--model", "m", "--data", "d", "--output-dir", "o"]
 
 
 def parse(*words: str) -> TrainConfig:
     parser = _Parser(prog="lorakit train")
-    add_arguments(parser)
-    return from_args(parser.parse_args(_kebab_flags(list(words))))
+    add_arguments(TrainConfig, parser)
+    return from_args(TrainConfig, parser.parse_args(_kebab_flags(list(words))))
 
 
 def test_defaults_are_those_of_the_documentation() -> None:
@@ -130,7 +123,7 @@ def test_config_yaml_runs_it_again(tmp_path: Path) -> None:
 
 
 def test_the_commented_file_is_valid_and_names_every_setting(tmp_path: Path) -> None:
-    text = commented_yaml()
+    text = commented_yaml(TrainConfig, "train")
     names = {field.name for field in dataclasses.fields(TrainConfig)}
     assert yaml.safe_load(text) == {"model": "path/to/model", "data": "data.jsonl", "output_dir": "out"}
     uncommented = "\n".join(
@@ -151,7 +144,7 @@ def test_learning_rates_out_of_range_are_pointed_out() -> None:
 
 def test_no_argument_is_taken_for_another_parsers(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    add_arguments(TrainConfig, parser)
     parser.print_help()
     out = capsys.readouterr().out
     assert "(default: 16)" in out and "--model-name-or-path" in out

@@ -8,17 +8,19 @@ HELP = "check the data and plan a run, without training"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..training.config import add_arguments
+    from ..training.config import TrainConfig
+    from ..training.settings import add_arguments
 
-    add_arguments(parser)
+    add_arguments(TrainConfig, parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..training.config import from_args
+    from ..training.config import TrainConfig
+    from ..training.settings import from_args
 
     if not hasattr(args, "output_dir"):
         args.output_dir = "-"  # nothing is written, so it need not be said where
-    config = from_args(args)
+    config = from_args(TrainConfig, args)
     from ..training.loop import quiet_libraries
     from ..training.prepare import prepare, start_block
 

@@ -17,10 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..training.config import commented_yaml
+    from ..training.config import TrainConfig
+    from ..training.settings import commented_yaml
 
     if args.file == "-":
-        print(commented_yaml(), end="")
+        print(commented_yaml(TrainConfig, "train"), end="")
         return
     path = Path(args.file)
     if path.exists() and not args.force:
@@ -28,6 +29,6 @@ def run(args: argparse.Namespace) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder.")
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(commented_yaml(), encoding="utf-8")
+    temporary.write_text(commented_yaml(TrainConfig, "train"), encoding="utf-8")
     os.replace(temporary, path)
     print(f"written: {path}. Set model and data in it, then: lorakit check --config {path}")

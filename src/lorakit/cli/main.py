@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from ..training.config import UsageError, suggestion
+from ..training.settings import UsageError, suggestion
 
 VERBS = ("train", "generate", "chat", "eval", "merge", "info", "analyze", "check", "init")
 

@@ -8,15 +8,17 @@ HELP = "train an adapter on a data file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..training.config import add_arguments
+    from ..training.config import TrainConfig
+    from ..training.settings import add_arguments
 
-    add_arguments(parser)
+    add_arguments(TrainConfig, parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..training.config import from_args
+    from ..training.config import TrainConfig
+    from ..training.settings import from_args
 
-    config = from_args(args)
+    config = from_args(TrainConfig, args)
     from ..training.loop import train
 
     train(config)

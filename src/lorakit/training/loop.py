@@ -18,11 +18,12 @@ import torch
 from ..formats import save
 from ..formats.files import replacing
 from . import page, report
-from .config import TrainConfig, to_yaml
+from .config import TrainConfig
 from .evaluate import compare
 from .memory import keep_few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
+from .settings import to_yaml
 
 if TYPE_CHECKING:
     from .trainers import Progress
