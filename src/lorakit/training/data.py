@@ -54,6 +54,7 @@ class Example:
     messages: tuple[dict[str, str], ...] | None = None
     prompt: str | None = None
     completion: str | None = None
+    others: tuple[str, ...] = ()  # completions that are right as well
     text: str | None = None
     text_pair: str | None = None
     label: str | float | None = None
@@ -83,15 +84,32 @@ class _Row:
     values: dict[str, Any]
 
 
-def read(data: str, *, fields: Mapping[str, str] | None = None, holdout: float = 0.05, seed: int = 0) -> Data:
+@dataclass(frozen=True)
+class Hub:
+    """Which part of a hub data set is meant, where its id alone does not say."""
+
+    subset: str | None = None  # its configuration
+    revision: str | None = None
+    splits: Mapping[str, str | None] = field(default_factory=dict)  # train, valid, test → the split's name there
+
+
+def read(
+    data: str,
+    *,
+    fields: Mapping[str, str] | None = None,
+    holdout: float = 0.05,
+    seed: int = 0,
+    hub: Hub = Hub(),
+) -> Data:
     """Read and check all rows of `data`: a file, a folder with train|valid|test files, or a hub id.
 
-    fields: the file's keys for the roles messages, prompt, completion, text, label ("text": "a,b" is a pair).
+    fields: the file's keys for the roles messages, prompt, completion, text, label ("text": "a,b" is a pair), and
+    references, a list of right answers beside or in place of the completion.
     holdout: the share of train that is held out, at random by `seed`, when there is no other split; at most 100 rows.
 
     Raises DataError listing every bad row, FileNotFoundError for a path that is not there.
     """
-    splits, problems = _read_splits(data)
+    splits, problems = _read_splits(data, hub)
     fields = dict(fields or {})
     examples: dict[str, list[Example]] = {}
     shapes: dict[str, str] = {}
@@ -126,7 +144,7 @@ def read(data: str, *, fields: Mapping[str, str] | None = None, holdout: float =
 # --- files to rows -------------------------------------------------------------------------------------------------
 
 
-def _read_splits(data: str) -> tuple[dict[str, list[_Row]], list[str]]:
+def _read_splits(data: str, hub: Hub) -> tuple[dict[str, list[_Row]], list[str]]:
     """Raw rows by split, and a line for each that could not even be read."""
     path = Path(data).expanduser()
     problems: list[str] = []
@@ -149,7 +167,7 @@ def _read_splits(data: str) -> tuple[dict[str, list[_Row]], list[str]]:
         raise FileNotFoundError(
             f"{data}: no such file or folder." + (f" Did you mean {path.parent / near[0]}?" if near else "")
         )
-    return _read_hub(data), problems
+    return _read_hub(data, hub), problems
 
 
 def _split_file(folder: Path, stems: Sequence[str]) -> Path | None:
@@ -165,12 +183,19 @@ def _is_path(data: str) -> bool:
     return data.startswith((".", "~", "/")) or data.count("/") > 1 or "\\" in data or Path(data).suffix in SUFFIXES
 
 
-def _read_hub(name: str) -> dict[str, list[_Row]]:
+def _read_hub(name: str, hub: Hub) -> dict[str, list[_Row]]:
     from datasets import load_dataset
 
-    loaded = load_dataset(name)
+    loaded = load_dataset(name, hub.subset, revision=hub.revision)
+    named = {split: own for split, own in hub.splits.items() if own is not None}
+    if unknown := sorted(set(named.values()) - set(loaded)):
+        raise ValueError(f"{name} has no split {unknown[0]!r}; it has {', '.join(loaded)}.")
     splits: dict[str, list[_Row]] = {"train": [], "valid": [], "test": []}
     for split, stems in _SPLIT_NAMES.items():
+        if split in named:
+            stems = (named[split],)
+        elif split != "train" and named:
+            continue  # where splits are named, others are not meant
         stem = next((stem for stem in stems if stem in loaded), None)
         if stem is not None:
             splits[split] = [_Row(f"{name}/{stem} row {i + 1}", dict(row)) for i, row in enumerate(loaded[stem])]
@@ -288,7 +313,7 @@ def _parse(row: _Row, fields: Mapping[str, str]) -> tuple[str, Example]:
         return "messages", Example(row.where, messages=_messages(values["messages"], "role", "content"))
     if "conversations" in keys:
         return "conversations", Example(row.where, messages=_messages(values["conversations"], "from", "value"))
-    if {"prompt", "completion"} <= keys:
+    if "prompt" in keys and ({"completion", "references"} & keys):
         return "prompt+completion", _pair(row, values)
     if {"instruction", "output"} <= keys:
         more = values.get("input") or ""
@@ -342,10 +367,26 @@ def _text(values: Mapping[str, Any], key: str) -> str:
 
 
 def _pair(row: _Row, values: Mapping[str, Any]) -> Example:
-    if isinstance(values["prompt"], list) and isinstance(values["completion"], list):
-        both = [*values["prompt"], *values["completion"]]
-        return Example(row.where, messages=_messages(both, "role", "content"))
-    return Example(row.where, prompt=_text(values, "prompt"), completion=_text(values, "completion"))
+    prompt, completion = values["prompt"], values.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return Example(row.where, messages=_messages([*prompt, *completion], "role", "content"))
+    if isinstance(prompt, list):
+        prompt = _linear(prompt)
+    references = values.get("references") or []
+    if not isinstance(references, list):
+        raise _BadRow(f"references is {_kind(references)}, expected a list of texts")
+    right = {"completion": completion} if "completion" in values else {}
+    right |= {f"reference {number}": text for number, text in enumerate(references, 1)}
+    texts = list(dict.fromkeys(_text(right, key) for key in right))
+    if not texts:
+        raise _BadRow("references is empty")
+    return Example(row.where, prompt=_text({"prompt": prompt}, "prompt"), completion=texts[0], others=tuple(texts[1:]))
+
+
+def _linear(parts: Sequence[Any]) -> str:
+    """Records as a line, as GPT-2 reads them in the LoRA paper: "subject : relation : object | …"."""
+    texts = [part.replace(" | ", " : ") if isinstance(part, str) else " : ".join(map(str, part)) for part in parts]
+    return " | ".join(" ".join(text.split()) for text in texts)
 
 
 def _messages(value: Any, role_key: str, content_key: str) -> tuple[dict[str, str], ...]:

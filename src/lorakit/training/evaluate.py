@@ -78,8 +78,8 @@ def compare(
 
 def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int) -> Comparison:
     with disabled(loaded.model):
-        base = _predict(loaded, data, examples, max_length, "base model")
-    adapted = _predict(loaded, data, examples, max_length, "adapter")
+        base = predict(loaded, data, examples, max_length, "base model")
+    adapted = predict(loaded, data, examples, max_length, "adapter")
     asked = [" | ".join(filter(None, (example.text, example.text_pair))) for example in examples]
     if data.labels:
         expected = [str(example.label) for example in examples]
@@ -93,20 +93,26 @@ def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[E
 
 
 @torch.inference_mode()
-def _predict(loaded: Loaded, data: Data, examples: Sequence[Example], max_length: int, label: str) -> list[Any]:
-    """The class name, or for a regression the number, that the model gives each example."""
-    found: list[Any] = []
+def predict(loaded: Loaded, data: Data, examples: Sequence[Example], max_length: int, label: str) -> list[Any]:
+    """The class name, or for a regression the number, that the model gives each example, in order.
+
+    Rows of like length share a batch. label: what the progress bar calls the model.
+    """
+    encoded = [encode_text(example, loaded.tokenizer, max_length) for example in examples]
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
+    found: dict[int, Any] = {}
     size = 32
-    batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
     for batch in _progress(batches, len(batches), f"predicting with the {label}"):
-        rows = [encode_text(example, loaded.tokenizer, max_length) for example in batch]
+        rows = [encoded[index] for index in batch]
         inputs = loaded.tokenizer.pad(rows, return_tensors="pt").to(loaded.device)
         logits = loaded.model(**inputs).logits.float()
         if data.labels:
-            found += [data.labels[index] for index in logits.argmax(-1).tolist()]
+            answered = [data.labels[index] for index in logits.argmax(-1).tolist()]
         else:
-            found += logits[:, 0].tolist()
-    return found
+            answered = logits[:, 0].tolist()
+        found.update(zip(batch, answered, strict=True))
+    return [found[index] for index in range(len(encoded))]
 
 
 def _question(example: Example) -> str:

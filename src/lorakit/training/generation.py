@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 
 @torch.inference_mode()
 def answers(
-    loaded: Loaded, prompts: Sequence[list[int]], *, max_new_tokens: int, batch_size: int = 16
+    loaded: Loaded,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    search: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
-    """The greedy answer to each prompt (token ids), in order.
+    """The answer to each prompt (token ids), in order. search: num_beams and the like for `generate`; greedy without.
 
     Prompts of like length share a batch, padded on the left, so that every answer starts at the same column.
     """
@@ -25,7 +30,9 @@ def answers(
     following = 0
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        done.update(zip(batch, _answer_batch(loaded, [prompts[i] for i in batch], max_new_tokens), strict=True))
+        done.update(
+            zip(batch, _answer_batch(loaded, [prompts[i] for i in batch], max_new_tokens, search or {}), strict=True)
+        )
         while following in done:
             yield done.pop(following)
             following += 1
@@ -80,7 +87,9 @@ def stream(
         raise failure[0]
 
 
-def _answer_batch(loaded: Loaded, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+def _answer_batch(
+    loaded: Loaded, prompts: list[list[int]], max_new_tokens: int, search: Mapping[str, Any]
+) -> list[str]:
     width = max(map(len, prompts))
     pad = loaded.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=loaded.device)
@@ -91,6 +100,7 @@ def _answer_batch(loaded: Loaded, prompts: list[list[int]], max_new_tokens: int)
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
+        **search,
     )
     decoded: list[str] = loaded.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
     return decoded

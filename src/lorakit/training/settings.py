@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -50,13 +51,15 @@ def setting(
     group: str,
     example: str = "",
     aliases: tuple[str, ...] = (),
+    factory: Callable[[], Any] | None = None,
     parse: Parse | None = None,
     file_only: bool = False,
     **limits: Any,
 ) -> Any:
     """A field. Limits: above, at_least, below. aliases: other flags people type from habit.
 
-    parse: reads a value that has parts of its own; its field is compared and written as it is. file_only: no flag.
+    factory: makes the default. parse: reads a value that has parts of its own, from a flag or a file. file_only: the
+    setting has no flag.
     """
     metadata = {
         "help": help,
@@ -67,6 +70,8 @@ def setting(
         "parse": parse,
         "file_only": file_only,
     }
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
     if isinstance(default, tuple):
         return field(default_factory=lambda: default, metadata=metadata)
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
@@ -117,8 +122,12 @@ def to_yaml(config: Any) -> str:
     """Every setting as YAML, in the order of the fields: what config.yaml holds."""
     import yaml
 
-    values = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
-    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    def lists(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: lists(own) for name, own in value.items()}
+        return [lists(own) for own in value] if isinstance(value, list | tuple) else value
+
+    return str(yaml.safe_dump(lists(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True))
 
 
 def commented_yaml(config: type, verb: str) -> str:
@@ -178,10 +187,10 @@ class _Setting:
         if self.meta["parse"] is not None:
             return self.meta["parse"](value, where, problems)
         try:
-            converted = _as_type(value, self.type)
+            converted = as_type(value, self.type)
         except ValueError:
             hint = suggestion(str(value), self.choices) if self.choices else ""
-            problems.append(f"{where}: expected {_describe(self.type)}, found {value!r}.{hint}")
+            problems.append(f"{where}: expected {describe(self.type)}, found {value!r}.{hint}")
             return None
         problem = _outside(converted, self.meta["limits"])
         if problem:
@@ -194,7 +203,7 @@ class _Setting:
         if self.meta["parse"] is not None:
             return "LIST"
         names = {"a whole number": "N", "a number": "X", "names separated by commas": "NAMES"}
-        return names.get(_describe(self.type), "TEXT")
+        return names.get(describe(self.type), "TEXT")
 
     def help_with_default(self) -> str:
         text = str(self.meta["help"]).replace("%", "%%")
@@ -210,12 +219,12 @@ def _settings(config: type[Any]) -> dict[str, _Setting]:
     return {own.name: _Setting(own.name, types[own.name], own) for own in dataclasses.fields(config)}
 
 
-def _as_type(value: Any, wanted: Any) -> Any:
+def as_type(value: Any, wanted: Any) -> Any:
     origin, options = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None
-        return _as_type(value, next(option for option in options if option is not type(None)))
+        return as_type(value, next(option for option in options if option is not type(None)))
     if origin is Literal:
         if value not in options:
             raise ValueError
@@ -255,10 +264,10 @@ def _outside(value: Any, limits: Mapping[str, float]) -> str | None:
     return None
 
 
-def _describe(wanted: Any) -> str:
+def describe(wanted: Any) -> str:
     origin, options = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
-        return _describe(next(option for option in options if option is not type(None)))
+        return describe(next(option for option in options if option is not type(None)))
     if origin is Literal:
         return "one of " + ", ".join(options)
     if origin is tuple:
@@ -345,6 +354,8 @@ def _yaml_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, tuple):
         return "[" + ", ".join(value) + "]"
+    if isinstance(value, str) and not value.replace("-", "").replace("_", "").isalnum():
+        return json.dumps(value, ensure_ascii=False)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -1,0 +1,257 @@
+"""The settings of `lorakit compare`, and what they come to for each method on each task.
+
+A YAML file may hold `tasks:`, a mapping of names to settings, and `methods:`, a list; both may change what stands at
+the top of the file:
+
+    model: path/to/model
+    epochs: 3                                   for every task and method
+    tasks:
+      reviews: {data: reviews.jsonl}
+      news: {data: news.jsonl, epochs: 1}       another number here
+    methods:
+      - full
+      - lora rank=4
+      - {method: lora rank=64, learning_rate: 1e-4}
+
+The innermost wins: method, task, top. Nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ...training.settings import UsageError, Yaml, plain, read_mapping, setting
+
+if TYPE_CHECKING:
+    from ..methods.baselines import Method
+
+_MODEL, _METHODS, _DATA, _TRAINING, _SEARCH = "model and output", "methods", "data", "training", "search"
+
+
+def _methods(value: str | Yaml, where: str, problems: list[str]) -> tuple[str | dict[str, Any], ...]:
+    """Methods separated by commas, or a list in a file; checked, and left as they were written."""
+    items: list[tuple[Any, str]] = []
+    if isinstance(value, Yaml):
+        import yaml
+
+        nodes = value.node.value if isinstance(value.node, yaml.SequenceNode) else [value.node]
+        for node in nodes:
+            own = Yaml(value.path, node)
+            items.append(
+                (_method_item(own, problems) if isinstance(node, yaml.MappingNode) else plain(node), own.place)
+            )
+    else:
+        items = [(text.strip(), where) for text in value.split(",") if text.strip()]
+    for item, place in items:
+        _check_method(item["method"] if isinstance(item, dict) else item, place, problems)
+    if not items:
+        problems.append(f"{where}: names no method.")
+    return tuple(item for item, _ in items)
+
+
+def _method_item(source: Yaml, problems: list[str]) -> dict[str, Any]:
+    """A mapping with `method` and settings of training."""
+    import yaml
+
+    rest = [(key, value) for key, value in source.node.value if key.value != "method"]
+    names = [value for key, value in source.node.value if key.value == "method"]
+    if not names:
+        problems.append(f"{source.place}: expected a key `method` that names it.")
+        return {"method": "full"}
+    mapping = yaml.MappingNode(source.node.tag, rest, source.node.start_mark, source.node.end_mark)
+    settings = read_mapping(CompareConfig, Yaml(source.path, mapping), problems, groups=(_TRAINING,))
+    return {"method": plain(names[0]), **settings}
+
+
+def _check_method(text: Any, where: str, problems: list[str]) -> None:
+    from ..methods.naming import method_of
+
+    try:
+        method_of(str(text))
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+
+
+def _tasks(value: str | Yaml, where: str, problems: list[str]) -> dict[str, dict[str, Any]]:
+    import yaml
+
+    assert isinstance(value, Yaml)  # a setting without a flag
+    if not isinstance(value.node, yaml.MappingNode):
+        problems.append(f"{where}: expected names of tasks, each with its settings.")
+        return {}
+    return {
+        str(plain(name)): read_mapping(
+            CompareConfig, Yaml(value.path, settings), problems, groups=(_DATA, _METHODS, _TRAINING)
+        )
+        for name, settings in value.node.value
+    }
+
+
+def _published(value: str | Yaml, where: str, problems: list[str]) -> dict[str, Any]:
+    """What was published of a task: a number of its first metric for each label, or one for each metric."""
+    assert isinstance(value, Yaml)
+    found = plain(value.node)
+    if not isinstance(found, dict) or not all(
+        isinstance(score, int | float)
+        or (isinstance(score, dict) and all(isinstance(one, int | float) for one in score.values()))
+        for score in found.values()
+    ):
+        problems.append(f"{where}: expected labels, each with a number or with numbers by metric.")
+        return {}
+    return {str(label): score for label, score in found.items()}
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Everything that `lorakit compare` takes."""
+
+    model: str = setting(
+        help="base model: a folder, a .gguf file or a hub id",
+        group=_MODEL,
+        example="path/to/model",
+        aliases=("model-name-or-path",),
+    )
+    output_dir: str = setting(
+        help="folder for the runs, the tables and the page; finished runs in it are not made again",
+        group=_MODEL,
+        example="out",
+        aliases=("o",),
+    )
+    data: str | None = setting(
+        None,
+        help="jsonl, json, csv, parquet or txt file; a folder with train|valid|test files; or a hub id",
+        group=_DATA,
+        aliases=("dataset-name",),
+    )
+    tasks: dict[str, dict[str, Any]] = setting(
+        help="several tasks: names, each with the settings that differ",
+        group=_MODEL,
+        parse=_tasks,
+        file_only=True,
+        factory=dict,
+    )
+    methods: tuple[str | dict[str, Any], ...] = setting(
+        ("full", "bitfit", "adapter-h", "prefix-layer", "lora"),
+        help='what to compare, with settings if need be: "full,lora rank=4,lora rank=64 targets=q_proj+v_proj"',
+        group=_METHODS,
+        parse=_methods,
+    )
+
+    seeds: int = setting(3, help="how many: 0, 1, …", group=_SEARCH, at_least=1)
+    trials: int = setting(
+        4, help="learning rates that each method may try on each task, with seed 0", group=_SEARCH, at_least=1
+    )
+    dry_run: bool = setting(False, help="say what would be run, then stop", group=_SEARCH)
+
+    subset: str | None = setting(None, help="configuration of a hub data set", group=_DATA)
+    revision: str | None = setting(None, help="revision of a hub data set", group=_DATA)
+    train_split: str | None = setting(None, help="a hub data set's split to train on", group=_DATA)
+    valid_split: str | None = setting(None, help="and to choose the learning rate on", group=_DATA)
+    test_split: str | None = setting(None, help="and to report", group=_DATA)
+    system: str | None = setting(None, help="system message put before conversations that have none", group=_DATA)
+    plain: bool = setting(False, help="do not wrap prompts in the model's chat template", group=_DATA)
+    template: str = setting(
+        "{prompt}", help="what a prompt is put into when it is not wrapped", group=_DATA, example="{prompt}\\n"
+    )
+    prompt_field: str | None = setting(None, help="the data's key for the prompt", group=_DATA)
+    completion_field: str | None = setting(None, help="the data's key for the completion", group=_DATA)
+    references_field: str | None = setting(None, help="the data's key for a list of right answers", group=_DATA)
+    text_field: str | None = setting(None, help="the data's key for the text (two, with a comma: a pair)", group=_DATA)
+    label_field: str | None = setting(None, help="the data's key for the label", group=_DATA)
+    messages_field: str | None = setting(None, help="the data's key for the messages", group=_DATA)
+    max_seq_length: int = setting(512, help="longest row, in tokens; longer ones are cut", group=_DATA, at_least=2)
+    train_rows: int | None = setting(None, help="at most so many, drawn once", group=_DATA, at_least=1)
+    valid_rows: int | None = setting(500, help="at most so many, drawn once", group=_DATA, at_least=1)
+    test_rows: int | None = setting(None, help="at most so many questions, drawn once", group=_DATA, at_least=1)
+    metrics: tuple[str, ...] = setting(
+        (), help="what to report, separated by commas, the first to be drawn (default: by the data)", group=_DATA
+    )
+    max_new_tokens: int | None = setting(
+        None, help="longest answer (default: 16 over the longest expected one)", group=_DATA, at_least=1
+    )
+    beams: int = setting(1, help="of the search for an answer; 1: greedy", group=_DATA, at_least=1)
+    length_penalty: float = setting(1.0, help="of beam search: exponent of the length", group=_DATA)
+    no_repeat_ngram: int = setting(0, help="tokens in a row that no answer repeats; 0: none", group=_DATA, at_least=0)
+    published: dict[str, Any] = setting(
+        help="numbers to show beside: a label, and what it scored",
+        group=_DATA,
+        parse=_published,
+        file_only=True,
+        factory=dict,
+    )
+
+    epochs: float = setting(3.0, help="passes over the data", group=_TRAINING, aliases=("num-train-epochs",), above=0)
+    max_steps: int | None = setting(None, help="stop after this many steps", group=_TRAINING, at_least=1)
+    batch_size: int = setting(
+        16, help="rows a step", group=_TRAINING, aliases=("per-device-train-batch-size",), at_least=1
+    )
+    gradient_accumulation_steps: int = setting(1, help="batches added up for a step", group=_TRAINING, at_least=1)
+    learning_rate: float | None = setting(
+        None, help="at its highest (default: searched)", group=_TRAINING, aliases=("lr",), above=0
+    )
+    scheduler: Literal["linear", "cosine", "constant"] = setting(
+        "linear", help="learning rate over time", group=_TRAINING
+    )
+    warmup_ratio: float = setting(
+        0.06, help="share of the steps in which it rises", group=_TRAINING, at_least=0, below=1
+    )
+    warmup_steps: int | None = setting(None, help="steps in which it rises, instead", group=_TRAINING, at_least=0)
+    weight_decay: float = setting(0.0, help="AdamW's", group=_TRAINING, at_least=0)
+    label_smoothing: float = setting(
+        0.0, help="share of the probability given to all classes or tokens", group=_TRAINING, at_least=0, below=1
+    )
+    gradient_checkpointing: bool = setting(False, help="less memory, more time", group=_TRAINING)
+    dtype: Literal["auto", "float32"] = setting(
+        "auto",
+        help="of the products; auto: bfloat16 where the device is fast at it. Weights are float32",
+        group=_TRAINING,
+    )
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """A method, and how it is trained on a task."""
+
+    method: Method
+    training: CompareConfig
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """A task: its name, its settings, and the methods compared on it."""
+
+    name: str
+    data: CompareConfig
+    methods: tuple[MethodConfig, ...]
+
+
+def tasks_of(config: CompareConfig) -> tuple[TaskConfig, ...]:
+    """Every task with its methods. Raises UsageError when there is no data, or two methods are the same."""
+    from pathlib import Path
+
+    named = config.tasks or ({Path(config.data).stem: {}} if config.data else {})
+    if not named:
+        raise UsageError("missing: --data data.jsonl   (or tasks: in a YAML file)")
+    tasks = []
+    for name, settings in named.items():
+        own = dataclasses.replace(config, **settings)
+        if own.data is None:
+            raise UsageError(f"task {name}: data is missing.")
+        tasks.append(TaskConfig(name, own, tuple(_resolved(own))))
+    return tuple(tasks)
+
+
+def _resolved(task: CompareConfig) -> list[MethodConfig]:
+    from ..methods.naming import method_of, name_of
+
+    found: dict[str, MethodConfig] = {}
+    for item in task.methods:
+        settings = dict(item) if isinstance(item, dict) else {"method": item}
+        method = method_of(settings.pop("method"))
+        name = name_of(method)
+        if name in found:
+            raise UsageError(f"methods: {name!r} is named twice.")
+        found[name] = MethodConfig(method, dataclasses.replace(task, **settings))
+    return list(found.values())
