@@ -1,5 +1,6 @@
 """What a mistake gets: one clear message, no traceback, exit code 1 or 2, nothing written."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -201,6 +202,26 @@ def test_interrupts_are_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(info, "run", interrupted)
     code, err = run(capsys, "info", "x")
     assert (code, err) == (130, "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [
+        ("sacrebleu", "study"),
+        ("rouge_score.rouge_scorer", "study"),
+        ("sklearn.metrics", "study"),
+        ("scipy.stats", "study"),
+        ("transformers", "train"),
+        ("scipy_like", "train"),
+    ],
+)
+def test_a_missing_package_names_the_extra(module: str, extra: str, monkeypatch, capsys) -> None:
+    from lorakit.cli import info
+
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    monkeypatch.setattr(info, "run", lambda args: importlib.import_module(module))
+    code, err = run(capsys, "info", "x")
+    assert (code, module in err, err.endswith(f' pip install "lorakit[{extra}]"')) == (1, True, True)
 
 
 def test_init_writes_a_file_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,3 +28,5 @@ def test_accuracy_and_pearson() -> None:
     assert pearson([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert pearson([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
     assert pearson([1, 1, 1], [1, 2, 3]) == 0
+    assert pearson([0.1, 0.1, 0.1], [1, 2, 3]) == 0  # sum([0.1] * 3) / 3 is not 0.1
+    assert pearson([1, 2, 3], [0.1, 0.1, 0.1]) == 0

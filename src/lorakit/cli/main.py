@@ -126,6 +126,8 @@ def _kebab_flags(words: list[str]) -> list[str]:
 
 def _message(error: Exception) -> str:
     if isinstance(error, ImportError) and not str(error.name or "").startswith("lorakit"):
+        if str(error.name).partition(".")[0] in ("sacrebleu", "rouge_score", "sklearn", "scipy"):
+            return f'{error}. Scores need more packages: pip install "lorakit[study]"'
         return f'{error}. Training needs more packages: pip install "lorakit[train]"'
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"{error.filename}: no such file or folder."

@@ -26,6 +26,8 @@ def accuracy(predicted: Sequence[Any], expected: Sequence[Any]) -> float:
 
 def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
     """Pearson's correlation, in [−1, 1]; 0 where one side is constant."""
+    if any(all(value == side[0] for value in side) for side in (predicted, expected)):
+        return 0.0  # the mean of a constant is rounded, and the deviations from it would be noise, not 0
     mean_p, mean_e = sum(predicted) / len(predicted), sum(expected) / len(expected)
     pairs = [(p - mean_p, e - mean_e) for p, e in zip(predicted, expected, strict=True)]
     norm = math.sqrt(sum(p * p for p, _ in pairs) * sum(e * e for _, e in pairs))

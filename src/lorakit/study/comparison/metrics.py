@@ -1,0 +1,254 @@
+"""Scores on the scale that papers print, each by the implementation that papers use.
+
+Shares and correlations are times 100 (an accuracy of 95.1); BLEU, chrF and TER are sacrebleu's 0 to 100; perplexity is
+as it is. A score is one number for all rows together and is taken from
+
+    classes, numbers    predicted, expected: one of each a row
+    texts               the answers; and for each question a tuple of all its references, as many as it has
+    loss                Σ −log p of each row, in nats; and how many tokens it is the sum over
+
+Every score raises ValueError where there are no rows, or more of one side than of the other. A constant side, which
+correlates with nothing, scores 0.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ...training import metrics
+from ...training.config import suggestion
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score: what it is called, what it is taken from, and which way is better."""
+
+    name: str
+    of: Literal["classes", "numbers", "texts", "loss"]
+    score: Callable[[Sequence[Any], Sequence[Any]], float]  # predicted, expected
+    higher_is_better: bool = True
+
+
+def default_metrics(task: str, answers: bool) -> tuple[str, ...]:
+    """The names of what is usually reported for a task; the first is the most telling.
+
+    answers: of a causal-lm, whether its rows have prompts to answer; without them it is only the text that is scored.
+    """
+    _scored(task, answers)
+    if task == "classification":
+        return "accuracy", "matthews"
+    if task == "regression":
+        return "pearson", "spearman"
+    return ("exact-match", "bleu", "chrf", "rouge-l", "perplexity") if answers else ("perplexity",)
+
+
+def metrics_for(names: Sequence[str], task: str, answers: bool) -> list[Metric]:
+    """The metrics of these names. Raises ValueError for one that is unknown or does not fit the task."""
+    scored = _scored(task, answers)
+    fitting = ", ".join(name for name, metric in METRICS.items() if metric.of in scored)
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"unknown metric {name!r}.{suggestion(name, METRICS)} This task has: {fitting}.")
+        if METRICS[name].of not in scored:
+            here = f"{task} without prompts" if task == "causal-lm" and not answers else task
+            raise ValueError(f"{name} is for {METRICS[name].of}; this task is {here}. It has: {fitting}.")
+    return [METRICS[name] for name in names]
+
+
+def _scored(task: str, answers: bool) -> tuple[str, ...]:
+    """What a model for this task gives to score."""
+    if task == "causal-lm":
+        return ("texts", "loss") if answers else ("loss",)
+    kinds = {"classification": ("classes",), "regression": ("numbers",)}
+    if task not in kinds:
+        raise ValueError(f"no metrics for the task {task!r}, only for: {', '.join(kinds)}, causal-lm.")
+    return kinds[task]
+
+
+# --- classes -------------------------------------------------------------------------------------------------------
+
+
+def _accuracy(predicted: Sequence[Any], expected: Sequence[Any]) -> float:
+    _check(predicted, expected)
+    return 100 * metrics.accuracy(predicted, expected)
+
+
+def _matthews(predicted: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Matthews' correlation; of more than two classes Gorodkin's R_K, which is the same for two."""
+    from sklearn.metrics import matthews_corrcoef
+
+    _check(predicted, expected)
+    if _constant(predicted) or _constant(expected):
+        return 0.0
+    with _many_classes():
+        return 100 * float(matthews_corrcoef(expected, predicted))
+
+
+def _f1(predicted: Sequence[Any], expected: Sequence[Any]) -> float:
+    """Of two classes the F1 of the one that sorts last; of more the mean of every class's F1 (macro).
+
+    GLUE reports the F1 of its class 1, which sorts after 0. Only classes that occur on either side count.
+    """
+    from sklearn.metrics import f1_score
+
+    _check(predicted, expected)
+    classes = sorted({*predicted, *expected})
+    counted = classes if len(classes) > 2 else classes[-1:]
+    with _many_classes():
+        return 100 * float(f1_score(expected, predicted, labels=counted, average="macro"))
+
+
+@contextmanager
+def _many_classes() -> Iterator[None]:
+    """Without scikit-learn's warning that many classes in few rows may be numbers: they are not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
+        yield
+
+
+# --- numbers -------------------------------------------------------------------------------------------------------
+
+
+def _pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:
+    _check(predicted, expected)
+    return 100 * metrics.pearson(predicted, expected)
+
+
+def _spearman(predicted: Sequence[float], expected: Sequence[float]) -> float:
+    """Pearson's correlation of the ranks; equal numbers share the mean of their ranks."""
+    from scipy.stats import spearmanr
+
+    _check(predicted, expected)
+    if _constant(predicted) or _constant(expected):
+        return 0.0
+    return 100 * float(spearmanr(predicted, expected).statistic)
+
+
+# --- texts ---------------------------------------------------------------------------------------------------------
+
+
+def _exact_match(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> float:
+    """The share of answers that match any of their references, as `training.metrics.exact_match` does."""
+    _check_texts(predicted, expected)
+    right = sum(
+        any(metrics.exact_match(answer, reference) for reference in references)
+        for answer, references in zip(predicted, expected, strict=True)
+    )
+    return 100 * right / len(predicted)
+
+
+def _bleu(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> float:
+    """As the command sacrebleu: case counts, tokenizer 13a, exponential smoothing, orders 1 to 4.
+
+    An order of which the answers have no n-gram at all makes it 0, even where every answer is right: it is not for
+    answers that are all shorter than four tokens.
+    """
+    from sacrebleu.metrics import BLEU
+
+    return float(BLEU().corpus_score(predicted, _streams(predicted, expected)).score)
+
+
+def _chrf(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> float:
+    """chrF2 as the command sacrebleu: characters' n-grams of orders 1 to 6 without white space, recall weighs double.
+
+    The n-grams are counted against each question's best reference.
+    """
+    from sacrebleu.metrics import CHRF
+
+    return float(CHRF().corpus_score(predicted, _streams(predicted, expected)).score)
+
+
+def _rouge_l(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> float:
+    """The F1 of the longest common subsequence of words, with each question's best reference; mean over questions.
+
+    No stemmer. Words are runs of a–z and 0–9 in lower case, as in the original ROUGE: other scripts have none, and
+    score 0.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    _check_texts(predicted, expected)
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    best = [
+        scorer.score_multi(references, answer)["rougeL"].fmeasure
+        for answer, references in zip(predicted, expected, strict=True)
+    ]
+    return 100 * float(sum(best)) / len(best)
+
+
+def _ter(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> float:
+    """Edits and moved phrases for each 100 words of reference, as the command sacrebleu: case does not count.
+
+    The edits are those to each question's nearest reference, the words the mean over its references.
+    """
+    from sacrebleu.metrics import TER
+
+    return float(TER().corpus_score(predicted, _streams(predicted, expected)).score)
+
+
+def _streams(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> list[list[str | None]]:
+    """The references as sacrebleu wants them: all first ones, all second ones, …; None where a question has no more.
+
+    An empty text would not do: it is a reference too, of length 0, and shortens what TER divides by.
+    """
+    _check_texts(predicted, expected)
+    most = max(map(len, expected))
+    return [[references[i] if i < len(references) else None for references in expected] for i in range(most)]
+
+
+# --- loss ----------------------------------------------------------------------------------------------------------
+
+
+def _perplexity(losses: Sequence[float], tokens: Sequence[int]) -> float:
+    """exp(Σ −log p / Σ tokens) over all rows: a long row counts more than a short one."""
+    _check(losses, tokens)
+    count = sum(tokens)
+    if not count:
+        raise ValueError("the perplexity of no token.")
+    try:
+        return math.exp(sum(losses) / count)
+    except OverflowError:
+        return math.inf
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+
+def _check(predicted: Sequence[Any], expected: Sequence[Any]) -> None:
+    if len(predicted) != len(expected):
+        raise ValueError(f"{len(predicted)} predictions for {len(expected)} rows.")
+    if not len(expected):
+        raise ValueError("a score of no rows.")
+
+
+def _check_texts(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> None:
+    _check(predicted, expected)
+    for row, references in enumerate(expected):
+        if not references:
+            raise ValueError(f"question {row + 1} has no reference.")
+
+
+def _constant(values: Sequence[Any]) -> bool:
+    return all(value == values[0] for value in values)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", "classes", _accuracy),
+        Metric("matthews", "classes", _matthews),
+        Metric("f1", "classes", _f1),
+        Metric("pearson", "numbers", _pearson),
+        Metric("spearman", "numbers", _spearman),
+        Metric("exact-match", "texts", _exact_match),
+        Metric("bleu", "texts", _bleu),
+        Metric("chrf", "texts", _chrf),
+        Metric("rouge-l", "texts", _rouge_l),
+        Metric("ter", "texts", _ter, higher_is_better=False),
+        Metric("perplexity", "loss", _perplexity, higher_is_better=False),
+    )
+}
