@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ..training.settings import UsageError, suggestion
 
-VERBS = ("train", "generate", "chat", "eval", "merge", "info", "analyze", "check", "init")
+VERBS = ("train", "generate", "chat", "eval", "merge", "info", "compare", "analyze", "check", "init")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def _run(words: list[str]) -> int:
     if verb not in VERBS:
         raise UsageError(f"unknown command {verb!r}.{suggestion(verb, VERBS)} (lorakit --help lists them)")
     module = importlib.import_module(f".{verb}", __package__)
-    usage = f"lorakit {verb} [options]" if verb in ("train", "check") else None  # too many to list twice
+    usage = f"lorakit {verb} [options]" if verb in ("train", "check", "compare") else None  # too many to list twice
     parser = _Parser(prog=f"lorakit {verb}", usage=usage, description=module.HELP[0].upper() + module.HELP[1:] + ".")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     module.add_arguments(parser)

@@ -51,24 +51,33 @@ def labelled(labels: Tensor) -> Labelled:
     return Labelled(columns, rows, at, following[rows, columns[at]])
 
 
-def causal_loss(model: nn.Module, inputs: Mapping[str, Any], head: nn.Linear | None) -> Tensor:
+def causal_loss(
+    model: nn.Module, inputs: Mapping[str, Any], head: nn.Linear | None, label_smoothing: float = 0.0
+) -> Tensor:
     """The sum over the labels of −log p, a float32 scalar; `model` may be wrapped (DistributedDataParallel).
 
     inputs: input_ids and labels (rows, tokens), labels −100 where there is nothing to learn, and what else the model
-    takes. head: `frozen_head` of the model.
+    takes. head: `frozen_head` of the model; None where labels are smoothed, as torch's cross_entropy does it.
     """
     rest = {name: value for name, value in inputs.items() if name != "labels"}
-    return loss_at(labelled(inputs["labels"]), model, rest, head)
+    return loss_at(labelled(inputs["labels"]), model, rest, head, label_smoothing)
 
 
-def loss_at(where: Labelled, model: nn.Module, inputs: Mapping[str, Any], head: nn.Linear | None) -> Tensor:
+def loss_at(
+    where: Labelled,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    head: nn.Linear | None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """`causal_loss` with the labels found. No shape in it depends on what a tensor holds, so fake ones will do."""
     # Logits are computed only at the columns that hold a label in some row.
     wanted = {**inputs, "use_cache": False, "logits_to_keep": where.columns}
     with _attention(model, tokens=inputs["input_ids"].shape[1]):
         if head is None:
             logits = model(**wanted).logits
-            return F.cross_entropy(logits[where.rows, where.at].float(), where.labels, reduction="sum")
+            at_labels = logits[where.rows, where.at].float()
+            return F.cross_entropy(at_labels, where.labels, reduction="sum", label_smoothing=label_smoothing)
         # The loss is computed in the head's place, inside the model's forward pass, so that a wrapper which looks at
         # what the forward pass returns (DistributedDataParallel) finds the graph that leads to the parameters.
         with _replaced(head, lambda hidden: _FrozenHead.apply(hidden[where.rows, where.at], head.weight, where.labels)):

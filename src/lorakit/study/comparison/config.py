@@ -153,7 +153,7 @@ class CompareConfig:
     system: str | None = setting(None, help="system message put before conversations that have none", group=_DATA)
     plain: bool = setting(False, help="do not wrap prompts in the model's chat template", group=_DATA)
     template: str = setting(
-        "{prompt}", help="what a prompt is put into when it is not wrapped", group=_DATA, example="{prompt}\\n"
+        "{prompt}", help="what a prompt is put into before the model reads it", group=_DATA, example="{prompt}\\n"
     )
     prompt_field: str | None = setting(None, help="the data's key for the prompt", group=_DATA)
     completion_field: str | None = setting(None, help="the data's key for the completion", group=_DATA)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...training import metrics
-from ...training.config import suggestion
+from ...training.settings import suggestion
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def name_of(method: Method) -> str:
                 if index == 0 or getattr(method, own.name) != getattr(usual, own.name)
             ]
             found.append([name, *words])
-    return " ".join(min(found, key=lambda words: len(words)))
+    return min((" ".join(words) for words in found), key=len)
 
 
 def _read(value: str, wanted: Any) -> Any:

@@ -1,0 +1,72 @@
+"""What a person sees while runs are made: a bar of runs and, below it, the run's steps; a line a run in a log."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .results import Run
+
+
+class Progress:
+    """Two bars on a terminal, a line for each finished run elsewhere."""
+
+    def __init__(self) -> None:
+        self._runs: tqdm[Any] | None = None
+        self._steps: tqdm[Any] | None = None
+        self._expected = 0  # runs that the bar stands at when the method in hand is done
+        self._silent = not sys.stderr.isatty()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for bar in (self._steps, self._runs):
+            if bar is not None:
+                bar.close()
+
+    def begin(self, most: int) -> None:
+        """most: runs if every search takes all its trials; the bar skips those that are not needed."""
+        self._runs = tqdm(total=most, desc="runs", unit="run", dynamic_ncols=True, disable=self._silent)
+
+    def run(self, task: str, method: str, seed: int, rate: float, steps: int) -> None:
+        """A run begins."""
+        self._close_steps()
+        label = f"{task}: {method}, rate {rate:g}, seed {seed}"
+        self._steps = tqdm(total=steps, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=self._silent)
+
+    def step(self) -> None:
+        if self._steps is not None:
+            self._steps.update()
+
+    def says(self, what: str) -> None:
+        """What the run does after its last step."""
+        if self._steps is not None:
+            self._steps.set_postfix_str(what)
+
+    def finished(self, run: Run) -> None:
+        self._close_steps()
+        if self._runs is not None:
+            self._runs.update()
+        if self._silent:
+            scores = ", ".join(f"{name} {score:.2f}" for name, score in (run.test or run.valid).items())
+            where = "test" if run.test else "validation"
+            said = "diverged" if run.diverged else f"{where}: {scores}"
+            print(
+                f"{run.task}: {run.method}, rate {run.learning_rate:g}, seed {run.seed}: {said}; {run.seconds:.0f} s",
+                flush=True,
+            )
+
+    def advance_to_method_end(self, runs: int) -> None:
+        """The bar moves over runs of this method that were not needed."""
+        self._expected += runs
+        if self._runs is not None:
+            self._runs.update(self._expected - self._runs.n)
+
+    def _close_steps(self) -> None:
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None

@@ -1,0 +1,317 @@
+"""The runs of a comparison: for each task and method the search for a learning rate, then every seed at the best one.
+
+Each finished run is a line of runs.jsonl, and a run that stands there is not made again: an interrupted comparison
+goes on where it was, and one with more seeds or methods makes the new ones alone.
+
+The search's best run is the run of seed 0. Its weights are kept in memory until the search is over, so that it need
+not be trained twice, and the answers of the others need not be generated.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ...training.memory import keep_few_kernels
+from ...training.report import heading
+from ..methods.baselines import Applied, Method
+from ..methods.naming import name_of
+from .config import CompareConfig, MethodConfig
+from .fit import fit, steps_of
+from .progress import Progress
+from .results import Comparison, Ledger, Row, Run, TaskFacts, row_of
+from .search import best_rate, next_rate
+from .tasks import Task, fingerprint, served
+
+RUNS = "runs.jsonl"
+_TURNS = 7  # of the two models whose latency is compared, interleaved; the least time of each counts
+_DECIDES = (
+    *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "scheduler", "warmup_ratio", "warmup_steps"),
+    *("weight_decay", "label_smoothing", "gradient_checkpointing"),
+)  # settings of training that change what comes out, besides the learning rate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A task, the methods to compare on it, and what was published of it."""
+
+    task: Task
+    methods: Sequence[MethodConfig]
+    published: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+
+
+def compare(
+    model: str, plans: Sequence[Plan], folder: Path, *, seeds: int, trials: int, progress: Progress | None = None
+) -> Comparison:
+    """Make the runs that `folder` does not hold yet, and return what all of them say."""
+    keep_few_kernels()
+    folder.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(folder / RUNS)
+    progress = progress or Progress()
+    progress.begin(sum(len(plan.methods) * (seeds + trials - 1) for plan in plans))
+    rows: list[Row] = []
+    left_out: list[tuple[str, str, str]] = []
+    with progress:
+        for plan in plans:
+            for method in plan.methods:
+                runs = _Runs(plan.task, method, ledger, progress)
+                try:
+                    rows.append(runs.of_all_seeds(seeds, trials))
+                except _NotApplicable as reason:
+                    left_out.append((plan.task.name, name_of(method.method), str(reason)))
+                progress.advance_to_method_end(seeds + trials - 1)
+    return Comparison(
+        model=model,
+        tasks=tuple(_facts(plan) for plan in plans),
+        rows=tuple(rows),
+        left_out=tuple(left_out),
+        seeds=tuple(range(seeds)),
+        trials=trials,
+        machine=machine(),
+    )
+
+
+class _NotApplicable(Exception):
+    """Why the method cannot be applied to the model."""
+
+
+class _Runs:
+    """The runs of one method on one task."""
+
+    def __init__(self, task: Task, config: MethodConfig, ledger: Ledger, progress: Progress) -> None:
+        self.task, self.config, self.ledger, self.progress = task, config, ledger, progress
+        self.name = name_of(config.method)
+        self._best: tuple[Run, dict[str, Tensor]] | None = None  # of this search: a run, and what it trained
+
+    def of_all_seeds(self, seeds: int, trials: int) -> Row:
+        rate = self.config.training.learning_rate
+        searched: list[Run] = []
+        if rate is None:
+            rate, searched = self._search(trials)
+        runs = [self._tested(seed, rate) for seed in range(seeds)]
+        return row_of(runs, searched, self.task.chosen_by)
+
+    def _search(self, trials: int) -> tuple[float, list[Run]]:
+        """The best learning rate, and the runs that say so. Where every run diverged, the lowest."""
+        higher = self.task.higher_is_better
+        runs: dict[float, Run] = {}
+        tried: dict[float, float | None] = {}
+        while (rate := next_rate(self.config.method, tried, trials, higher)) is not None:
+            key = self._key(0, rate)
+            run = self.ledger.get(key) or self._made(key, 0, rate, test=False)
+            runs[rate] = run
+            tried[rate] = None if run.diverged else run.valid[self.task.chosen_by]
+            if self._best is not None and self._best[0].learning_rate != best_rate(tried, higher):
+                self._best = None
+        return best_rate(tried, higher) or min(tried), list(runs.values())
+
+    def _tested(self, seed: int, rate: float) -> Run:
+        key = self._key(seed, rate)
+        run = self.ledger.get(key)
+        if run is not None and (run.test or run.diverged):
+            return run
+        if run is not None and self._best is not None and self._best[0].key == key:
+            run = self._with_test(*self._best)
+            self._best = None
+            self.ledger.add(run)
+            return run
+        return self._made(key, seed, rate, test=True)
+
+    def _made(self, key: str, seed: int, rate: float, *, test: bool) -> Run:
+        """Train, score, take the time, and write it down."""
+        training = self.config.training
+        self.progress.run(self.task.name, self.name, seed, rate, steps_of(self.task, training))
+        model, applied = self._applied(seed)
+        fitted = fit(applied, self.task, training, seed=seed, learning_rate=rate, step=self.progress.step)
+        valid: dict[str, float] = {}
+        scores: dict[str, float] = {}
+        if not fitted.diverged:
+            self.progress.says("validation")
+            valid = self.task.validate(applied)
+            if test:
+                self.progress.says("test")
+                scores = self.task.test(applied)
+        run = Run(
+            key=key,
+            task=self.task.name,
+            method=self.name,
+            seed=seed,
+            learning_rate=rate,
+            steps=fitted.steps,
+            parameters=applied.parameter_count,
+            head=applied.head_count,
+            diverged=fitted.diverged,
+            valid=valid,
+            test=scores,
+            seconds=fitted.seconds,
+            peak_bytes=fitted.peak_bytes,
+            file_bytes=sum(tensor.nbytes for tensor in applied.state_dict().values()),
+            latency=0.0,
+            base_latency=0.0,
+        )
+        if not test and not fitted.diverged:
+            self._keep_if_best(run, applied)
+        latency, base_latency = self._latencies(applied, model)
+        run = dataclasses.replace(run, latency=latency, base_latency=base_latency)
+        self.ledger.add(run)
+        self.progress.finished(run)
+        return run
+
+    def _keep_if_best(self, run: Run, applied: Applied) -> None:
+        score, sign = run.valid[self.task.chosen_by], 1 if self.task.higher_is_better else -1
+        if self._best is None or sign * score > sign * self._best[0].valid[self.task.chosen_by]:
+            self._best = run, {name: tensor.clone() for name, tensor in applied.state_dict().items()}
+
+    def _with_test(self, run: Run, trained: dict[str, Tensor]) -> Run:
+        """The best run of the search with the scores on the test rows, from the weights that were kept."""
+        _, applied = self._applied(run.seed)
+        applied.load_state_dict(trained)
+        self.progress.says("test")
+        scores = self.task.test(applied)
+        applied.remove()
+        kept = self.ledger.get(run.key)
+        assert kept is not None
+        return dataclasses.replace(kept, test=scores)
+
+    def _applied(self, seed: int) -> tuple[nn.Module, Applied]:
+        model = self.task.model(seed)
+        torch.manual_seed(seed)
+        try:
+            return model, self.config.method.apply(model, self.task.head)
+        except ValueError as error:
+            raise _NotApplicable(str(error)) from None
+
+    def _latencies(self, applied: Applied, model: nn.Module) -> tuple[float, float]:
+        """Seconds of a forward pass with the method and, on the same rows, of the model without it.
+
+        Takes the method out of the model.
+        """
+        ours = served(applied, self.task.half)
+        applied.remove()
+        models = (ours, copy.deepcopy(model).to(torch.bfloat16) if self.task.half else model)
+        least = [float("inf")] * 2
+        with torch.inference_mode():
+            for _ in range(_TURNS):
+                for index, one in enumerate(models):
+                    began = time.perf_counter()
+                    self.task.serve(one)
+                    _wait()
+                    least[index] = min(least[index], time.perf_counter() - began)
+        return least[0], least[1]
+
+    def _key(self, seed: int, rate: float) -> str:
+        training = {name: getattr(self.config.training, name) for name in _DECIDES}
+        method: Method = self.config.method
+        return fingerprint(self.task.fingerprint, self.task.name, method.name, method.settings, training, seed, rate)
+
+
+def plan_block(config: CompareConfig, plans: Sequence[Plan]) -> str:
+    """What will be run, before it is: rows and steps of each task, methods with their trained parameters."""
+    lines = [heading("model").lstrip("\n"), config.model]
+    for plan in plans:
+        task, counted = plan.task, _counted(plan)
+        rows = ", ".join(f"{name} {count:,}" for name, count in task.rows.items())
+        steps = sorted({steps_of(task, method.training) for method in plan.methods})
+        lines.append(heading(f"task {task.name}"))
+        lines.append(f"{task.source}: {task.kind}; rows: {rows}; {' or '.join(map(str, steps))} steps a run")
+        lines.append(f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows")
+        width = max(map(len, counted))
+        lines += [f"  {name:<{width}}  {said}" for name, said in counted.items()]
+    trials = [1 if method.training.learning_rate else config.trials for plan in plans for method in plan.methods]
+    lines.append(heading("runs"))
+    lines.append(
+        f"at most {sum(config.seeds + most - 1 for most in trials)}: {config.seeds} seeds, "
+        f"at most {config.trials} learning rates for a method on a task"
+    )
+    return "\n".join(lines)
+
+
+def _counted(plan: Plan) -> dict[str, str]:
+    """For each method how many parameters it trains, or why it cannot be applied; no weight is loaded for it."""
+    said = {}
+    for method in plan.methods:
+        with FakeTensorMode():
+            model = plan.task.blueprint()
+            try:
+                applied = method.method.apply(model, plan.task.head)
+            except ValueError as error:
+                said[name_of(method.method)] = f"left out: {error}"
+                continue
+            head = f" and {applied.head_count:,} of the head" if applied.head_count else ""
+            said[name_of(method.method)] = f"{applied.parameter_count:>12,} parameters{head}"
+    return said
+
+
+def machine() -> dict[str, str]:
+    """What the times were taken on."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {
+        **gpu,
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _facts(plan: Plan) -> TaskFacts:
+    task = plan.task
+    trainings = [method.training for method in plan.methods]
+    shared = {
+        name: getattr(trainings[0], name)
+        for name in _DECIDES
+        if len({getattr(training, name) for training in trainings}) == 1
+    }
+    steps = {steps_of(task, training) for training in trainings}
+    if len(steps) == 1:
+        shared["steps"] = steps.pop()
+    return TaskFacts(
+        name=task.name,
+        source=task.source,
+        kind=task.kind,
+        rows=dict(task.rows),
+        metrics=task.metrics,
+        chosen_by=task.chosen_by,
+        training=shared,
+        published={label: dict(scores) for label, scores in plan.published.items()},
+    )
+
+
+def plans_of(config: CompareConfig) -> list[Plan]:
+    """Read and check the data of every task, before any weight is loaded."""
+    from .config import tasks_of
+    from .tasks import task_of
+
+    plans = []
+    for task in tasks_of(config):
+        made = task_of(task, config.model)
+        published = {
+            label: score if isinstance(score, dict) else {made.metrics[0]: score}
+            for label, score in task.data.published.items()
+        }
+        plans.append(Plan(made, task.methods, published))
+    return plans
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="ignore").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or os.uname().machine

@@ -1,0 +1,71 @@
+"""The search for a learning rate: a walk on the ladder …, 1e-4, 3e-4, 1e-3, 3e-3, … to where validation is best.
+
+Every method may try the same number of rates on a task, with seed 0, and begins where its kind is usually trained. The
+next rate is the neighbour of the best one so far, the higher first; between two worse neighbours the search ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..methods.baselines import (
+    BitFit,
+    Full,
+    HeadOnly,
+    Houlsby,
+    LoRA,
+    Method,
+    Pfeiffer,
+    PrefixEmbedding,
+    PrefixLayer,
+    TopLayers,
+)
+
+_START = {
+    Full: 1e-4,
+    TopLayers: 1e-4,
+    BitFit: 1e-3,
+    HeadOnly: 3e-3,
+    Houlsby: 1e-3,
+    Pfeiffer: 1e-3,
+    PrefixEmbedding: 1e-2,
+    PrefixLayer: 1e-2,
+    LoRA: 1e-3,
+}
+_STRONGER = 3e-4  # LoRA whose update moves faster: scaled by α/√r, or begun with the weight's largest directions
+
+
+def next_rate(method: Method, tried: Mapping[float, float | None], trials: int, higher_is_better: bool) -> float | None:
+    """The rate to try next, or None when the search is over.
+
+    tried: rate → validation score, None where the run diverged, which is worse than any score.
+    """
+    if not tried:
+        return start(method)
+    if len(tried) >= trials:
+        return None
+    best = best_rate(tried, higher_is_better)
+    if best is None:
+        return _step(min(tried), -1)
+    return next((rate for rate in (_step(best, 1), _step(best, -1)) if rate not in tried), None)
+
+
+def best_rate(tried: Mapping[float, float | None], higher_is_better: bool) -> float | None:
+    """The best of the rates that did not diverge; of equals the lower. None where all did."""
+    sign = 1 if higher_is_better else -1
+    scores = {rate: sign * score for rate, score in tried.items() if score is not None}
+    return min(scores, key=lambda rate: (-scores[rate], rate), default=None)
+
+
+def start(method: Method) -> float:
+    """The first rate of the search."""
+    if isinstance(method, LoRA) and (method.rslora or method.init != "kaiming"):
+        return _STRONGER
+    return _START[type(method)]
+
+
+def _step(rate: float, by: int) -> float:
+    """The neighbour on the ladder, as the number that its decimal digits are."""
+    mantissa, _, exponent = f"{rate:.0e}".partition("e")
+    rung = 2 * int(exponent) + (mantissa == "3") + by
+    return float(f"{'3' if rung % 2 else '1'}e{rung // 2}")

@@ -1,0 +1,380 @@
+"""What a comparison is made on: rows, a model, a loss, and scores.
+
+`Task` is all that `run.py` knows of it. Two kinds read any data that `lorakit train` reads: `Sequences` (a classifier
+or a regression) and `Answers` (a causal language model); others are a subclass away, as images are in
+benchmarks/experiments/vision.py.
+
+Where the data has no test split, its validation split is what is reported; what is then missing is held out of the
+training rows, whole questions at a time, so that no test question was seen in training.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...core.attach import adapted_layers, merge
+from ...training.data import Data, Example, Hub, read
+from ...training.evaluate import predict
+from ...training.generation import answers
+from ...training.loss import causal_loss, frozen_head
+from ...training.models import (
+    Loaded,
+    best_device,
+    has_fast_bfloat16,
+    load_causal_lm,
+    load_classifier,
+    load_tokenizer,
+    skeleton,
+)
+from ...training.prepare import fields_of, labels_of
+from ...training.tokens import encode_all, encode_text, prompt_ids, reference
+from ..methods.baselines import Applied, Head
+from .config import CompareConfig, TaskConfig
+from .metrics import METRICS, default_metrics, metrics_for
+
+_HELD_OUT = 0.1  # of the training rows, for each split that the data lacks
+_BATCH = 16  # rows at a time where nothing is trained
+_SERVED = 8  # rows whose time is taken
+
+
+class Task(ABC):
+    """Rows in three splits, a model to train on them, and how good it is."""
+
+    name: str
+    source: str  # where the data came from
+    kind: str
+    rows: dict[str, int]  # of train, valid, test
+    train: Sequence[Any]  # what `collate` takes
+    metrics: tuple[str, ...]  # of `test`, the first to be drawn
+    chosen_by: str  # the metric of `validate` that chooses the learning rate
+    fingerprint: str  # of all that decides a score and is no setting of training
+    head: Head = None  # modules that are new; None: told by the model
+    half: bool = False  # whether products are made in bfloat16
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether `chosen_by` is better the higher it is."""
+        return self.chosen_by not in METRICS or METRICS[self.chosen_by].higher_is_better
+
+    @abstractmethod
+    def model(self, seed: int) -> nn.Module:
+        """The pretrained model on its device, in eval mode, a new head drawn by `seed`."""
+
+    @abstractmethod
+    def collate(self, rows: list[Any]) -> dict[str, Any]:
+        """A batch of training rows."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Any], label_smoothing: float) -> Tensor:
+        """The mean loss of a batch."""
+
+    @abstractmethod
+    def validate(self, applied: Applied) -> dict[str, float]:
+        """Scores on the validation rows, `chosen_by` among them."""
+
+    @abstractmethod
+    def test(self, applied: Applied) -> dict[str, float]:
+        """A score for each of `metrics` on the test rows."""
+
+    @abstractmethod
+    def serve(self, model: nn.Module) -> None:
+        """One forward pass over a few test rows: what the latency is taken of."""
+
+    @abstractmethod
+    def blueprint(self) -> nn.Module:
+        """The model without its weights, under FakeTensorMode: for counting parameters."""
+
+
+def task_of(task: TaskConfig, model: str) -> Sequences | Answers:
+    """Read and check the data of a task. Loads the model's tokenizer, no weights. Raises what `read` raises."""
+    settings = task.data
+    assert settings.data is not None
+    splits = {"train": settings.train_split, "valid": settings.valid_split, "test": settings.test_split}
+    fields = fields_of(settings) | ({"references": settings.references_field} if settings.references_field else {})
+    hub = Hub(settings.subset, settings.revision, splits)
+    data = read(settings.data, fields=fields, holdout=0.0, hub=hub)
+    kind = Answers if data.task == "causal-lm" else Sequences
+    return kind(task.name, model, settings, _split(data, settings))
+
+
+class _Text(Task):
+    """A task whose model reads text."""
+
+    def __init__(self, name: str, model: str, settings: CompareConfig, data: Data) -> None:
+        self.name, self.kind, self.source = name, data.task, settings.data or ""
+        self.settings, self.data, self._model_name = settings, data, model
+        self.tokenizer = load_tokenizer(model)
+        self.device = best_device()
+        self.half = settings.dtype == "auto" and has_fast_bfloat16(self.device)
+        has_answers = data.train[0].text is None
+        names = settings.metrics or default_metrics(data.task, has_answers)
+        self.metrics = tuple(metric.name for metric in metrics_for(names, data.task, has_answers))
+        self.rows = {"train": len(data.train), "valid": len(data.valid), "test": len(data.test)}
+        decides = (
+            *("plain", "system", "template", "max_seq_length", "max_new_tokens", "beams", "length_penalty"),
+            *("no_repeat_ngram", "dtype"),
+        )
+        said = {name: getattr(settings, name) for name in decides}
+        self.fingerprint = fingerprint(model, self.metrics, said, *map(asdict, (*data.train, *data.valid, *data.test)))
+
+    def blueprint(self) -> nn.Module:
+        model: nn.Module = skeleton(self._model_name, labels=labels_of(self.data), dtype="float32")
+        return model
+
+    def products(self) -> AbstractContextManager[Any]:
+        """The context in which products have the precision of the settings."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
+    def _pad(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.tokenizer.pad(rows, return_tensors="pt").data
+        return batch
+
+
+class Sequences(_Text):
+    """Classes or numbers for texts."""
+
+    def __init__(self, name: str, model: str, settings: CompareConfig, data: Data) -> None:
+        super().__init__(name, model, settings, data)
+        self.train = [{**self._encoded(example), "labels": self._label(example)} for example in data.train]
+        self.chosen_by = self.metrics[0]
+        self._few = [self._encoded(example) for example in data.test[:_SERVED]]
+
+    def model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        loaded = load_classifier(
+            self._model_name, labels=self.data.labels, dtype="float32", device=self.device, tokenizer=self.tokenizer
+        )
+        model: nn.Module = loaded.model
+        return model
+
+    def collate(self, rows: list[Any]) -> dict[str, Any]:
+        return self._pad(rows)
+
+    def loss(self, model: nn.Module, batch: dict[str, Any], label_smoothing: float) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with self.products():
+            logits = model(**inputs).logits.float()
+        if not self.data.labels:
+            return F.mse_loss(logits.squeeze(-1), batch["labels"].float())
+        return F.cross_entropy(logits, batch["labels"], label_smoothing=label_smoothing)
+
+    def validate(self, applied: Applied) -> dict[str, float]:
+        return self._scores(applied, self.data.valid)
+
+    def test(self, applied: Applied) -> dict[str, float]:
+        return self._scores(applied, self.data.test)
+
+    def serve(self, model: nn.Module) -> None:
+        model(**{name: value.to(self.device) for name, value in self._pad(self._few).items()})
+
+    def _scores(self, applied: Applied, examples: list[Example]) -> dict[str, float]:
+        loaded = Loaded(applied.model, self.tokenizer)
+        with self.products():
+            found = predict(loaded, self.data, examples, self.settings.max_seq_length, self.name)
+        expected = [str(e.label) if self.data.labels else float(e.label or 0.0) for e in examples]
+        return {name: METRICS[name].score(found, expected) for name in self.metrics}
+
+    def _encoded(self, example: Example) -> dict[str, Any]:
+        return dict(encode_text(example, self.tokenizer, self.settings.max_seq_length))
+
+    def _label(self, example: Example) -> int | float:
+        return self.data.labels.index(str(example.label)) if self.data.labels else float(example.label or 0.0)
+
+
+class Answers(_Text):
+    """Texts that a causal language model writes: answers to prompts, or plain text.
+
+    The learning rate is chosen by the perplexity of the right answers. Answers are generated by a copy of the model in
+    the precision of the products, greedily or as the settings say; adapters stay beside the weights in it.
+    """
+
+    def __init__(self, name: str, model: str, settings: CompareConfig, data: Data) -> None:
+        train, valid, test = (_in_template(rows, settings) for rows in (data.train, data.valid, data.test))
+        data = replace(data, train=train, valid=valid, test=test)
+        super().__init__(name, model, settings, data)
+        self.chosen_by = "perplexity"
+        self.chat = self.tokenizer.chat_template is not None and not settings.plain
+        self.train = self._tokens(data.train)
+        self._valid, self._test = self._tokens(data.valid), self._tokens(data.test)
+        self._model: nn.Module | None = None
+
+    def model(self, seed: int) -> nn.Module:
+        if self._model is None:  # it has no new head, so that one serves all seeds
+            loaded = load_causal_lm(self._model_name, dtype="float32", device=self.device, tokenizer=self.tokenizer)
+            self._model = loaded.model
+        return self._model
+
+    def collate(self, rows: list[Any]) -> dict[str, Any]:
+        width = max(len(row["input_ids"]) for row in rows)
+        pads = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        return {
+            name: torch.tensor([row[name] + [pad] * (width - len(row[name])) for row in rows])
+            for name, pad in pads.items()
+        }
+
+    def loss(self, model: nn.Module, batch: dict[str, Any], label_smoothing: float) -> Tensor:
+        with self.products():
+            head = None if label_smoothing else frozen_head(model)
+            total = causal_loss(model, batch, head, label_smoothing)
+        count: Tensor = (batch["labels"][:, 1:] != -100).sum()
+        return total / count.clamp(min=1)
+
+    def validate(self, applied: Applied) -> dict[str, float]:
+        return {"perplexity": METRICS["perplexity"].score(*self._losses(applied.model, self._valid))}
+
+    def test(self, applied: Applied) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        written = [name for name in self.metrics if METRICS[name].of == "texts"]
+        if written:
+            expected = [(reference(example), *example.others) for example in self.data.test]
+            found = self._answers(applied, expected)
+            scores = {name: METRICS[name].score(found, expected) for name in written}
+        if "perplexity" in self.metrics:
+            scores["perplexity"] = METRICS["perplexity"].score(*self._losses(applied.model, self._test))
+        return {name: scores[name] for name in self.metrics}
+
+    def serve(self, model: nn.Module) -> None:
+        few = self.collate(self._test[:_SERVED])
+        model(**{name: few[name].to(self.device) for name in ("input_ids", "attention_mask")})
+
+    @torch.no_grad()
+    def _losses(self, model: nn.Module, rows: list[dict[str, Any]]) -> tuple[list[float], list[int]]:
+        """The sums of −log p, and the labels in each, of batches of rows of like length."""
+        ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
+        sums, counts = [], []
+        with self.products():
+            head = frozen_head(model)
+            for start in range(0, len(ordered), _BATCH):
+                batch = {n: v.to(self.device) for n, v in self.collate(ordered[start : start + _BATCH]).items()}
+                sums.append(float(causal_loss(model, batch, head)))
+                counts.append(int((batch["labels"][:, 1:] != -100).sum()))
+        return sums, counts
+
+    def _answers(self, applied: Applied, expected: list[tuple[str, ...]]) -> list[str]:
+        settings = self.settings
+        model: Any = copy.deepcopy(applied).model.to(torch.bfloat16) if self.half else applied.model
+        prompts = [
+            prompt_ids(example, self.tokenizer, system=settings.system, chat=self.chat) for example in self.data.test
+        ]
+        limit = settings.max_new_tokens
+        if limit is None:
+            texts = [text for texts in expected for text in texts]
+            limit = 16 + max(len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+        search: dict[str, Any] = {}
+        if settings.beams > 1:
+            search = {"num_beams": settings.beams, "length_penalty": settings.length_penalty}
+        if settings.no_repeat_ngram:
+            search["no_repeat_ngram_size"] = settings.no_repeat_ngram
+        # Beams multiply the rows that are held.
+        size = max(1, 32 // settings.beams)
+        loaded = Loaded(model, self.tokenizer)
+        return list(answers(loaded, prompts, max_new_tokens=limit, batch_size=size, search=search))
+
+    def _tokens(self, examples: list[Example]) -> list[dict[str, Any]]:
+        rows = encode_all(
+            examples,
+            self.tokenizer,
+            max_length=self.settings.max_seq_length,
+            too_long="truncate",
+            system=self.settings.system,
+            chat=self.chat,
+        ).rows
+        return [
+            {"input_ids": row.input_ids, "attention_mask": [1] * len(row.input_ids), "labels": row.labels}
+            for row in rows
+        ]
+
+
+def served(applied: Applied, half: bool) -> nn.Module:
+    """A copy of the model as it is put to use: LoRA merged, in bfloat16 where products are."""
+    model = copy.deepcopy(applied).model
+    if adapted_layers(model):
+        merge(model)
+    return model.to(torch.bfloat16) if half else model
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short word that is another one for other parts."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+# --- splits --------------------------------------------------------------------------------------------------------
+
+
+def _split(data: Data, settings: CompareConfig) -> Data:
+    """Three splits out of those that the data has. A test question has all its right answers."""
+    train = _questions(data.train)
+    reported = data.test or data.valid
+    valid = data.valid if data.test else []
+    test_questions = _questions(reported) if reported else _held_out(train, settings.test_rows, 1)
+    valid_questions = _questions(valid) if valid else _held_out(train, settings.valid_rows, 2)
+    rows = [example for question in train for example in question]
+    kept = _drawn([[row] for row in rows], settings.train_rows, 3)
+    return replace(
+        data,
+        train=[row for question in kept for row in question],
+        valid=[_together(question) for question in _drawn(valid_questions, settings.valid_rows, 4)],
+        test=[_together(question) for question in _drawn(test_questions, settings.test_rows, 5)],
+    )
+
+
+def _questions(examples: Iterable[Example]) -> list[list[Example]]:
+    """Rows with the same prompt together; any other row is a question of its own."""
+    groups: dict[Any, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.where if example.prompt is None else example.prompt, []).append(example)
+    return list(groups.values())
+
+
+def _together(question: list[Example]) -> Example:
+    """A question of several rows as one, with every right answer."""
+    first = question[0]
+    if first.prompt is None:
+        return first
+    texts = [text for row in question for text in (row.completion, *row.others) if text is not None]
+    unlike = tuple(dict.fromkeys(texts))
+    return replace(first, completion=unlike[0], others=unlike[1:])
+
+
+def _drawn(questions: list[list[Example]], limit: int | None, seed: int) -> list[list[Example]]:
+    """At most `limit` of them, in their order, the same for all methods and seeds."""
+    if limit is None or len(questions) <= limit:
+        return questions
+    chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
+    return [questions[index] for index in chosen]
+
+
+def _held_out(train: list[list[Example]], limit: int | None, seed: int) -> list[list[Example]]:
+    """Take questions out of `train`."""
+    count = max(1, round(_HELD_OUT * len(train)))
+    count = min(count, limit or count)
+    if len(train) <= count:
+        raise ValueError(f"{len(train)} questions are too few to train on and to hold some out.")
+    chosen = set(random.Random(seed).sample(range(len(train)), count))
+    taken = [train[index] for index in sorted(chosen)]
+    train[:] = [question for index, question in enumerate(train) if index not in chosen]
+    return taken
+
+
+def _in_template(examples: list[Example], settings: CompareConfig) -> list[Example]:
+    def one(example: Example) -> Example:
+        if example.prompt is None or settings.template == "{prompt}":
+            return example
+        return replace(example, prompt=settings.template.replace("{prompt}", example.prompt))
+
+    return [one(example) for example in examples]
