@@ -7,7 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from experiments import prepare, vision
+
+from lorakit.study.methods.baselines import METHODS
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -206,3 +209,14 @@ def test_the_network_learns_and_comes_back_with_a_new_head(tmp_path: Path, monke
     assert torch.equal(one.head.weight, same.head.weight) and not torch.equal(one.head.weight, other.head.weight)
     x = torch.randn(2, 1, 28, 28)
     torch.testing.assert_close(one.features(x), model.features(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("path", sorted(vision.DATA.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_an_experiment_names_methods_and_folders_that_there_are(path: Path) -> None:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for line in settings["methods"]:
+        name, *words = line.split()
+        METHODS[name](**{key: int(value) for key, value in (word.split("=") for word in words)})
+    written = {f"vader/{name}" for name in prepare.SENTENCES} | {"e2e", *prepare.models(Path())}
+    for folder in [settings["model"], *(task["data"] for task in settings["tasks"].values())]:
+        assert folder.removeprefix("benchmarks/experiments/.data/") in written
