@@ -34,3 +34,11 @@ def test_the_page_shows_what_went_wrong_before_what_went_right() -> None:
     order = re.findall(r"asked-(\d+)", html)
     assert order == ["3", "5", "6", "8", "0", "1", "2", "4", "7", "9", "10", "11"]
     assert html.index("asked-4") < html.index("<details>") < html.index("asked-7")
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 kB"), (147_456, "147 kB"), (1_000_000, "1.0 MB"), (9_437_184, "9.4 MB"), (1_420_000_000, "1.42 GB")],
+)
+def test_sizes_are_shown_in_the_unit_that_fits(count: int, shown: str) -> None:
+    assert report.size(count) == shown

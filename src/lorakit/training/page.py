@@ -17,11 +17,14 @@ from ..core.attach import adapted_layers
 from ..core.functional import precise
 from .report import Comparison, metric_value
 
-_STYLE = """
+# The colours of a page, light or dark; a drawing that is a file of its own takes them too.
+COLOURS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #6a737d; --line: #d8dde3; --page: #fff;
   --a: #2563eb; --b: #d97706; --right: #15803d }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #9aa4ae; --line: #3a4149; --page: #16191d;
   --a: #6ea8fe; --b: #f0a94a; --right: #4ade80 } }
+"""
+_STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
   max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line) }
@@ -73,12 +76,12 @@ def render(
     return document(title, sections)
 
 
-def document(title: str, sections: Sequence[str]) -> str:
-    """A whole page, light or dark as its reader's screen is, from pieces of HTML."""
+def document(title: str, sections: Sequence[str], style: str = "") -> str:
+    """A whole page, light or dark as its reader's screen is, from pieces of HTML and CSS of their own."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
+        f"<title>{html.escape(title)}</title><style>{COLOURS}{_STYLE}{style}</style></head><body>{''.join(sections)}</body></html>\n"
     )
 
 

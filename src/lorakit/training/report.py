@@ -52,7 +52,9 @@ def marked(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
 
 def size(count: float) -> str:
     """Bytes as a person reads them."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    if count >= 1e6:
+        return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    return f"{count / 1e3:.0f} kB"
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...training.page import document
+from ..rounding import number
 from .measures import Analysis, Similarity
 from .report import (
     SIMILARITY_COLUMNS,
@@ -26,7 +27,6 @@ from .report import (
     grouped,
     likeness,
     mean,
-    number,
     ordered,
 )
 

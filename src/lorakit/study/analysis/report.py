@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from ...core.report import numberless
 from ...training.report import heading
+from ..rounding import number, rounded
 from .measures import THRESHOLD, TOP, AgainstBase, Analysis, Similarity
 
 _MOST = 5  # lines of the most changed
-_DIGITS = 6  # significant ones in the JSON
 
 Item = TypeVar("Item", bound=Analysis | Similarity)
 
@@ -62,21 +62,13 @@ def text(study: Study, every: bool = False) -> str:
 
 def as_json(study: Study) -> str:
     """Everything, numbers to six digits; a number that does not exist is null."""
-
-    def tidy(value: Any) -> Any:
-        if isinstance(value, float):
-            return float(f"{value:.{_DIGITS}g}")
-        if isinstance(value, dict):
-            return {key: tidy(item) for key, item in value.items()}
-        return [tidy(item) for item in value] if isinstance(value, list | tuple) else value
-
     plain = dataclasses.asdict(study)
     for module, analysis in zip(plain["modules"], study.modules, strict=True):
         if analysis.base is not None:
             module["base"]["intruders"] = analysis.base.intruders
     for alike, similarity in zip(plain["similarities"], study.similarities, strict=True):
         alike["chance"] = dict(zip(("right", "left"), similarity.chance, strict=True))
-    return json.dumps(tidy(plain), ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(rounded(plain), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def grouped(items: Iterable[Item]) -> dict[str, list[Item]]:
@@ -112,13 +104,6 @@ def mean(values: Iterable[float | None]) -> float | None:
     """Of those that exist."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """To a few significant digits; a dash where there is none."""
-    if value is None:
-        return "–"
-    return f"{value:#.{digits}g}".rstrip(".") if 1e-3 <= abs(value) < 10**digits else f"{value:.{digits}g}"
 
 
 def percent(share: float | None) -> str:

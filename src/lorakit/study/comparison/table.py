@@ -1,0 +1,298 @@
+"""A comparison as tables: for the terminal, as Markdown, and as JSON for a program.
+
+Each task has a table with a line for each method, and several tasks share one of the first metrics. What a table
+shows (`Table`, `facts`, `notes`) is put together once; here and in `page.py` it is only laid out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...training.report import duration, heading, size
+from ..rounding import rounded
+from .metrics import METRICS
+from .results import Comparison, Interval, Row, TaskFacts
+
+UNFINISHED = "Unfinished: some runs are still to be made."
+
+_WIDTH = 120  # of a terminal
+_NAME = 40  # of a method in it; a longer one goes on in the next line
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in cells, a method's name first."""
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    best: frozenset[tuple[int, int]]  # row and column of what is marked
+
+
+def text(comparison: Comparison) -> str:
+    """For a terminal of 120 columns; a table that is wider goes on below."""
+    lines = [] if comparison.finished else [UNFINISHED]
+    lines += _wrapped(about(comparison))
+    if len(comparison.tasks) > 1:
+        lines += [heading("all tasks"), *_aligned(summary(comparison)), "", *_wrapped(summary_notes(comparison, "*"))]
+    for task in comparison.tasks:
+        lines += [heading(task.name), *_wrapped(facts(task)), "", *_aligned(table(comparison, task)), ""]
+        lines += _wrapped(notes(comparison, task, "*"))
+    return "\n".join(lines)
+
+
+def markdown(comparison: Comparison) -> str:
+    """Headings of the second level and tables of GitHub's kind."""
+    parts = [] if comparison.finished else [f"**{UNFINISHED}**"]
+    parts += map(_escaped, about(comparison))
+    if len(comparison.tasks) > 1:
+        parts += ["## All tasks", _piped(summary(comparison)), _listed(summary_notes(comparison, "Bold"))]
+    for task in comparison.tasks:
+        parts += [f"## {_escaped(task.name)}", *map(_escaped, facts(task)), _piped(table(comparison, task))]
+        parts.append(_listed(notes(comparison, task, "Bold")))
+    return "\n\n".join(parts) + "\n"
+
+
+def as_json(comparison: Comparison) -> str:
+    """Everything, numbers to six digits; a number that does not exist is null."""
+    plain = dataclasses.asdict(comparison)
+    plain["left_out"] = [dict(zip(("task", "method", "reason"), one, strict=True)) for one in comparison.left_out]
+    return json.dumps(rounded(plain), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def about(comparison: Comparison) -> list[str]:
+    """What holds for all tasks: the model and the seeds, the machine."""
+    seeds = f"seed{'s' if len(comparison.seeds) > 1 else ''} {', '.join(map(str, comparison.seeds))}"
+    machine = "; ".join(f"{name}: {value}" for name, value in comparison.machine.items())
+    return [f"Model: {comparison.model}; {seeds}.", *([f"Machine: {machine}."] if machine else [])]
+
+
+def facts(task: TaskFacts) -> list[str]:
+    """What the scores of a task come from: its data, its training."""
+    rows = ", ".join(f"{count:,} {name}" for name, count in task.rows.items())
+    training = ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
+        for name, value in task.training.items()
+    )
+    return [f"{task.kind}; data: {task.source}; rows: {rows}.", *([f"Training: {training}."] if training else [])]
+
+
+def table(comparison: Comparison, task: TaskFacts) -> Table:
+    """A line for each method, then one for each published number."""
+    rows = rows_of(comparison, task)
+    published = [
+        (f"{name} (published)", values)
+        for name, values in task.published.items()
+        if any(metric in values for metric in task.metrics)
+    ]
+    columns: list[list[str]] = [[*(method(row) for row in rows), *(name for name, _ in published)]]
+    for metric in task.metrics:
+        measured = [row.scores.get(metric) for row in rows]
+        digits = _decimals(measured)
+        columns.append([score(interval, digits) for interval in measured])
+        columns[-1] += [
+            # Rounded to as many decimals, and never given more than it was published with.
+            _NONE if metric not in values else str(round(values[metric], digits))
+            for _, values in published
+        ]
+    ours: dict[str, Callable[[Row], str]] = {
+        "rate": lambda row: rate(row.learning_rate),
+        "train time": lambda row: duration(row.seconds),
+        "peak memory": lambda row: size(row.peak_bytes),
+        "file": lambda row: size(row.file_bytes),
+        "latency": lambda row: f"×{row.latency:.2f}" if math.isfinite(row.latency) else _NONE,
+    }
+    columns.insert(1, [f"{row.parameters:,}" for row in rows] + [_NONE] * len(published))
+    columns += [[*map(cell, rows), *[_NONE] * len(published)] for cell in ours.values()]
+    first = task.metrics[0]
+    best = _best(first, [_mean(row.scores.get(first)) for row in rows])
+    return Table(
+        ("method", "trainable", *map(_with_direction, task.metrics), *ours),
+        tuple(zip(*columns, strict=True)),
+        frozenset((row, 2) for row in best),
+    )
+
+
+def summary(comparison: Comparison) -> Table:
+    """The first metric of every task, and the mean over them of those methods that have it in all.
+
+    There is no mean where one metric is better when it is lower, and another when it is higher.
+    """
+    methods = list(dict.fromkeys(row.method for row in comparison.rows))
+    scores = {
+        (row.method, task.name): row.scores.get(task.metrics[0])
+        for task in comparison.tasks
+        for row in rows_of(comparison, task)
+    }
+    head, columns, best = ["method"], [[_shown(name) for name in methods]], set()
+    means: list[list[float | None]] = []
+    for index, task in enumerate(comparison.tasks, 1):
+        own = [scores.get((name, task.name)) for name in methods]
+        means.append([_mean(interval) for interval in own])
+        head.append(f"{task.name}, {_with_direction(task.metrics[0])}")
+        columns.append([score(interval, _decimals(own)) for interval in own])
+        best |= {(row, index) for row in _best(task.metrics[0], means[-1])}
+    if len({higher_is_better(task.metrics[0]) for task in comparison.tasks}) == 1:
+        over: list[float | None] = []
+        for values in zip(*means, strict=True):
+            known = [value for value in values if value is not None]
+            over.append(sum(known) / len(known) if len(known) == len(values) else None)
+        intervals = [None if value is None else Interval(value, None, (value,)) for value in over]
+        head.append("mean")
+        columns.append([score(interval, _decimals(intervals)) for interval in intervals])
+        best |= {(row, len(means) + 1) for row in _best(comparison.tasks[0].metrics[0], over)}
+    return Table(tuple(head), tuple(zip(*columns, strict=True)), frozenset(best))
+
+
+def summary_notes(comparison: Comparison, mark: str) -> list[str]:
+    """What to know below the table of all tasks. mark: how the best is marked there."""
+    return [f"{mark} is the best of a column. {_interval(comparison)}"]
+
+
+def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
+    """What to know below a task's table. mark: how the best is marked there."""
+    rows = rows_of(comparison, task)
+    trials = comparison.trials
+    search = f"the best of at most {trials} by {task.chosen_by} on the validation rows" if trials > 1 else "given"
+    lines = [f"{mark} is the best {task.metrics[0]}. {_interval(comparison)} The learning rate is {search}."]
+    lines.append("Latency is that of a forward pass as the method serves, × the model's own.")
+    head = max((row.head for row in rows), default=0)
+    if head:
+        lines.append(f"The new head has {head:,} parameters, which every method trains besides.")
+    for row in rows:
+        if row.seeds < len(comparison.seeds):
+            lines.append(f"{method(row)}: {row.seeds} of {len(comparison.seeds)} seeds so far.")
+        if row.diverged:
+            lines.append(f"{method(row)}: {row.diverged} of {row.seeds} seeds diverged.")
+    lines += [
+        f"{_shown(name)} does not apply: {reason.rstrip('.')}."
+        for where, name, reason in comparison.left_out
+        if where == task.name
+    ]
+    if task.published:
+        lines.append("Published numbers are their authors', not measured here.")
+    return lines
+
+
+def rows_of(comparison: Comparison, task: TaskFacts) -> list[Row]:
+    return [row for row in comparison.rows if row.task == task.name]
+
+
+def method(row: Row) -> str:
+    """The method's name as the tables show it."""
+    return _shown(row.method)
+
+
+def score(interval: Interval | None, digits: int) -> str:
+    """mean ± half, to as many decimals."""
+    if interval is None or not math.isfinite(interval.mean):
+        return _NONE
+    half = "" if interval.half is None else f" ± {interval.half:.{digits}f}"
+    return f"{interval.mean:.{digits}f}{half}"
+
+
+def rate(value: float) -> str:
+    """A learning rate as papers write it: 2e-4."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def higher_is_better(metric: str) -> bool:
+    """A metric of a user's own counts as one of which more is better."""
+    return metric not in METRICS or METRICS[metric].higher_is_better
+
+
+def _interval(comparison: Comparison) -> str:
+    count = len(comparison.seeds)
+    if count < 2:
+        return "From a single seed there is no interval."
+    return f"± is the 95 % interval of the mean over {count} seeds (Student's t)."
+
+
+def _shown(name: str) -> str:
+    return name.removesuffix("()")
+
+
+def _with_direction(metric: str) -> str:
+    return metric if higher_is_better(metric) else f"{metric} ↓"
+
+
+def _mean(interval: Interval | None) -> float | None:
+    return interval.mean if interval is not None and math.isfinite(interval.mean) else None
+
+
+def _best(metric: str, means: Sequence[float | None]) -> set[int]:
+    """Where the best is; more than one place where they are equal."""
+    known = [mean for mean in means if mean is not None]
+    best = (max if higher_is_better(metric) else min)(known, default=None)
+    return {index for index, mean in enumerate(means) if mean is not None and mean == best}
+
+
+def _decimals(column: Iterable[Interval | None]) -> int:
+    """Of a column: 1 for scores up to 100, 2 below 10, 3 for shares of one; another one for narrow intervals."""
+    known = [interval for interval in column if interval is not None and math.isfinite(interval.mean)]
+    largest = max((abs(interval.mean) for interval in known), default=0.0)
+    digits = 3 if largest <= 1 else 2 if largest < 10 else 1
+    return digits + any(interval.half is not None and 0 < interval.half < 10**-digits for interval in known)
+
+
+def _aligned(table: Table) -> list[str]:
+    """Columns under each other, in blocks as wide as the terminal; a * before the best."""
+    cells = [table.head]
+    cells += [
+        tuple(f"*{cell}" if (index, column) in table.best else cell for column, cell in enumerate(row))
+        for index, row in enumerate(table.rows)
+    ]
+    names = [_folded(row[0], _NAME) or [""] for row in cells]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(table.head))]
+    widths[0] = max(len(line) for name in names for line in name)
+    blocks: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        if blocks[-1] and sum(2 + widths[other] for other in blocks[-1]) + 2 + widths[column] + widths[0] > _WIDTH:
+            blocks.append([])
+        blocks[-1].append(column)
+    lines: list[str] = []
+    for block in blocks:
+        lines += [""] if lines else []
+        for name, row in zip(names, cells, strict=True):
+            numbers = "".join(f"  {row[column]:>{widths[column]}}" for column in block)
+            lines += [(name[0].ljust(widths[0]) + numbers).rstrip(), *name[1:]]
+    return lines
+
+
+def _wrapped(lines: Iterable[str]) -> list[str]:
+    return [part for line in lines for part in _folded(line, _WIDTH)]
+
+
+def _folded(line: str, width: int) -> list[str]:
+    """Broken between words, the further lines set in; "all-linear" is one word."""
+    return textwrap.wrap(line, width, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def _piped(table: Table) -> str:
+    lines = [table.head, ("---", *["---:"] * (len(table.head) - 1))]
+    lines += [
+        tuple(
+            f"**{_escaped(cell)}**" if (index, column) in table.best else _escaped(cell)
+            for column, cell in enumerate(row)
+        )
+        for index, row in enumerate(table.rows)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {_escaped(line)}" for line in lines)
+
+
+def _escaped(value: Any) -> str:
+    """Text that Markdown leaves as it is, in a table's cell too."""
+    return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))

@@ -1,0 +1,228 @@
+"""The drawing: its points are where its own ticks say, and its labels do not lie on each other."""
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from comparisons import COMPARISON, E2E, ROWS, SST, row
+from lorakit.study.comparison.plots import Point, families, points_of, scatter, standalone
+from lorakit.study.comparison.results import Interval
+
+Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
+UNITS = {"k": 1e3, "M": 1e6, "B": 1e9}
+
+
+def drawn(points: Sequence[Point], metric: str = "accuracy") -> ElementTree.Element:
+    return ElementTree.fromstring(scatter(points, metric, list(dict.fromkeys(point.family for point in points))))
+
+
+def having(svg: ElementTree.Element, kind: str) -> list[ElementTree.Element]:
+    return [element for element in svg.iter() if element.get("class") == kind]
+
+
+def ticks(svg: ElementTree.Element, axis: str) -> dict[float, float]:
+    """What stands at an axis → where."""
+    return {
+        float((tick.text or "").rstrip("kMB")) * UNITS.get((tick.text or "")[-1], 1): float(tick.attrib[axis])
+        for tick in having(svg, axis)
+    }
+
+
+def marks(svg: ElementTree.Element) -> list[tuple[float, float]]:
+    places = [re.fullmatch(r"translate\((\S+) (\S+)\)", mark.attrib["transform"]) for mark in having(svg, "mark")]
+    return [(float(place[1]), float(place[2])) for place in places if place]
+
+
+def line_through(ticks: dict[float, float]) -> tuple[float, float]:
+    """Slope and offset of position = slope · number + offset, from the first and the last tick; the others fit too."""
+    (first, begin), *_, (last, end) = sorted(ticks.items())
+    slope = (end - begin) / (last - first)
+    for number, position in ticks.items():
+        assert position == pytest.approx(begin + slope * (number - first), abs=0.2)
+    return slope, begin - slope * first
+
+
+def label_boxes(svg: ElementTree.Element) -> list[Rectangle]:
+    """What the labels cover at 12 px, a letter 6.2 px wide on average and 9 px high above the line, 3 px below."""
+    boxes = []
+    for label in having(svg, "label"):
+        width = 6.2 * len(label.text or "")
+        left = float(label.attrib["x"]) - {"start": 0.0, "middle": width / 2, "end": width}[label.attrib["text-anchor"]]
+        line = float(label.attrib["y"])
+        boxes.append((left, line - 9, left + width, line + 3))
+    return boxes
+
+
+def overlapping(a: Rectangle, b: Rectangle) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+@pytest.fixture(params=[SST, E2E], ids=["with zero", "lower is better"])
+def task(request: pytest.FixtureRequest):
+    return request.param
+
+
+def test_points_lie_where_the_ticks_say(task) -> None:
+    points = points_of(COMPARISON, task)
+    svg = drawn(points)
+    across, up = ticks(svg, "x"), ticks(svg, "y")
+    zero = across.pop(0.0, None)
+    assert len(across) >= 2 and 4 <= len(up) <= 10
+    slope, offset = line_through({math.log10(count): x for count, x in across.items()})
+    rise, base = line_through(up)
+    rows = [one for one in ROWS if one.task == task.name and one.scores]
+    wanted = []
+    for one in sorted(rows, key=lambda one: one.parameters):
+        x = slope * math.log10(one.parameters) + offset if one.parameters else zero
+        # A tick's text stands in the middle of its line.
+        wanted.append((x, rise * one.scores[task.metrics[0]].mean + base))
+    assert rise < 0 < slope
+    assert marks(svg) == [(pytest.approx(x, abs=0.3), pytest.approx(y, abs=0.3)) for x, y in wanted]
+    if zero is not None:
+        assert zero < min(across.values()) and zero < min(x for x, _ in marks(svg)[1:])
+    intervals = [re.findall(r"M\S+ (\S+)h8m-4 0V(\S+?)m", bar.attrib["d"]) for bar in having(svg, "interval")]
+    halves = [one.scores[task.metrics[0]] for one in sorted(rows, key=lambda one: one.parameters)]
+    for ((high, low),), interval in zip(intervals, halves, strict=True):
+        assert float(high) == pytest.approx(rise * (interval.mean + (interval.half or 0)) + base, abs=0.3)
+        assert float(low) == pytest.approx(rise * (interval.mean - (interval.half or 0)) + base, abs=0.3)
+
+
+def test_a_method_without_parameters_stands_at_zero_left_of_the_break() -> None:
+    assert 0.0 in ticks(drawn(points_of(COMPARISON, SST)), "x")
+    assert 0.0 not in ticks(drawn(points_of(COMPARISON, E2E)), "x")
+    alone = [point for point in points_of(COMPARISON, SST) if not point.parameters]
+    svg = drawn(alone)
+    assert list(ticks(svg, "x")) == [0.0] and marks(svg)[0][0] == ticks(svg, "x")[0.0]
+
+
+@pytest.mark.parametrize(
+    ("counts", "shown"),
+    [
+        ((40_000, 40_000), ["10k", "100k"]),
+        ((1000, 1000), ["1k"]),
+        ((150, 3_000_000), ["1k", "10k", "100k", "1M"]),
+        ((1_500_000_000, 20_000), ["100k", "1M", "10M", "100M", "1B"]),
+        ((1, 12), ["1", "10"]),
+    ],
+)
+def test_ticks_are_powers_of_ten(counts: tuple[int, int], shown: list[str]) -> None:
+    points = [Point("a", "a", "", count, 1.0, None, "a") for count in counts]
+    assert set(shown) <= {tick.text for tick in having(drawn(points), "x")}
+    assert all(62 <= x <= 744 for x, _ in marks(drawn(points)))
+
+
+def test_methods_that_differ_in_their_size_alone_are_joined_and_labelled_once_in_full() -> None:
+    rows = tuple(
+        row("e2e", name, count, {"ter": (value, 0.1)})
+        for name, count, value in (
+            ("lora(rank=8)", 80, 41.0),
+            ("lora(rank=2)", 20, 42.0),
+            ("lora(rank=4)", 40, 40.0),
+            ("lora(rank=4, dora=True)", 45, 40.5),
+            ("lora(rank=9, dora=True)", 90, 40.5),
+            ("adapter-h(bottleneck=8)", 50, 44.0),
+        )
+    )
+    comparison = replace(COMPARISON, rows=rows)
+    points = points_of(comparison, E2E)
+    svg = drawn(points)
+    assert [label.text for label in having(svg, "label")] == [
+        *("lora(rank=2)", "rank=4", "lora(rank=4, dora=True)", "adapter-h(bottleneck=8)", "rank=8"),
+        "rank=9, dora=True",
+    ]
+    places = marks(svg)
+    lines = [
+        [tuple(map(float, spot.split(","))) for spot in line.attrib["points"].split()] for line in svg.iter("polyline")
+    ]
+    assert lines == [[places[0], places[1], places[4]], [places[2], places[5]]]
+    assert ["stroke-dasharray" in line.attrib for line in svg.iter("polyline")] == [False, True]
+    shapes = [(mark.attrib["d"], mark.attrib["fill"]) for mark in having(svg, "mark")]
+    assert len({shape for shape, _ in shapes}) == 2
+    assert [fill == "currentColor" for _, fill in shapes] == [True, True, False, True, True, False]
+    assert families(comparison) == ["lora", "adapter-h"]
+
+
+def test_a_family_has_the_same_colour_and_marker_in_every_task() -> None:
+    looks: list[dict[str, tuple[str, str]]] = []
+    for task in (SST, E2E):
+        svg = ElementTree.fromstring(scatter(points_of(COMPARISON, task), "m", families(COMPARISON)))
+        groups = [group for group in svg.iter("g")]
+        looks.append(
+            {
+                (group[0].text or "").partition(":")[0]: (group.attrib["style"], group[-1].attrib["d"])
+                for group in groups
+            }
+        )
+    assert set(looks[0]) == {"head", "lora(rank=2)", "bitfit", "lora(rank=8)", "full"}
+    assert all(looks[1][name] == looks[0][name] for name in looks[1])
+    assert len(set(looks[0].values())) == 4  # both LoRAs are one family
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_labels_of_a_dozen_points_do_not_lie_on_each_other(seed: int) -> None:
+    chance = random.Random(seed)
+    points = [
+        Point(
+            label=chance.choice(("full", "lora(rank=8)", "adapter-h(bottleneck=64)", "prefix-embedding(length=32)")),
+            family=f"f{index % 5}",
+            others="",
+            parameters=round(10 ** chance.uniform(4.5, 6)),
+            value=chance.gauss(90, 1),
+            half=chance.uniform(0.1, 0.8),
+            title="",
+        )
+        for index in range(12)
+    ]
+    svg = drawn(points)
+    boxes = label_boxes(svg)
+    assert len(boxes) == 12
+    for index, box in enumerate(boxes):
+        assert not any(overlapping(box, other) for other in boxes[:index])
+        assert not any(overlapping(box, (x - 4, y - 4, x + 4, y + 4)) for x, y in marks(svg))
+        assert min(box) >= 0 and box[2] <= 760 and box[3] <= 392
+
+
+def test_labels_at_the_same_point_do_not_lie_on_each_other() -> None:
+    boxes = label_boxes(drawn([Point(f"method({i})", f"f{i}", "", 1000, 1.0, None, "") for i in range(6)]))
+    assert not any(overlapping(a, b) for index, a in enumerate(boxes) for b in boxes[:index])
+
+
+def test_words_are_escaped_and_a_long_label_is_cut() -> None:
+    name = "mine<&>(size=3, " + "x" * 60 + ")"
+    rows = (row("e2e", name, 10, {"ter": (1.0, None)}),)
+    points = points_of(replace(COMPARISON, rows=rows), E2E)
+    svg = drawn(points, "a <&> metric")
+    assert [label.text for label in having(svg, "label")] == [name[:39] + "…"]
+    assert svg.attrib["aria-label"] == "a <&> metric against trainable parameters"
+    assert [title.text for title in svg.iter("title")] == [f"{name}: 1.000, 10 parameters"]
+    assert not having(svg, "interval")
+
+
+def test_what_is_no_number_is_not_drawn() -> None:
+    broken = replace(ROWS[6], scores={"ter": Interval(math.inf, None, (math.inf,))})
+    assert points_of(replace(COMPARISON, rows=(broken,)), E2E) == []
+    assert scatter([], "ter", []) == "<p>No method has a score to draw.</p>"
+
+
+def test_the_direction_is_said_where_lower_is_better() -> None:
+    points = points_of(COMPARISON, E2E)
+    texts = [{text.text for text in drawn(points, metric).iter("text")} for metric in ("ter", "bleu")]
+    assert "ter (lower is better)" in texts[0] and "bleu" in texts[1]
+
+
+def test_a_file_of_its_own_has_its_size_and_its_colours() -> None:
+    svg = ElementTree.fromstring(standalone(scatter(points_of(COMPARISON, SST), "accuracy", families(COMPARISON))))
+    assert svg.tag == "{http://www.w3.org/2000/svg}svg"
+    assert svg.attrib["viewBox"] == f"0 0 {svg.attrib['width']} {svg.attrib['height']}"
+    style, background = svg[0], svg[1]
+    assert style.tag.endswith("style") and background.attrib["fill"] == "var(--page)"
+    used = set(re.findall(r"var\((--[a-z0-9]+)\)", ElementTree.tostring(svg, encoding="unicode")))
+    assert {"--soft", "--line", "--page", "--f0"} <= used
+    for name in used:
+        # Once for a light page, once for a dark one.
+        assert len(re.findall(rf"{name}: #[0-9a-f]+", style.text or "")) == 2, name
