@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..formats.files import replacing
-    from ..study.comparison import page, table
+    from ..study.comparison import table
+    from ..study.comparison.files import write
     from ..study.comparison.run import compare, plan_block, plans_of
     from ..training.loop import quiet_libraries
     from ..training.settings import to_yaml
@@ -45,14 +46,7 @@ def run(args: argparse.Namespace) -> None:
     with replacing(out / "config.yaml") as path:
         path.write_text(to_yaml(config), encoding="utf-8")
     found = compare(config.model, plans, out, seeds=config.seeds, trials=config.trials)
-    files = {
-        "compare.json": table.as_json(found),
-        "compare.md": table.markdown(found),
-        "compare.html": page.render(found),
-    }
-    for name, content in files.items():
-        with replacing(out / name) as path:
-            path.write_text(content, encoding="utf-8")
-    print(files["compare.json"] if args.json else table.text(found), end="" if args.json else "\n")
+    written = write(found, out)
+    print(table.as_json(found) if args.json else table.text(found), end="" if args.json else "\n")
     if not args.json:
-        print(f"\nwritten: {', '.join(f'{out}/{name}' for name in files)}")
+        print(f"\nwritten: {', '.join(map(str, written))}")

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 HELP = "write a commented configuration file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "file", nargs="?", default="lora.yaml", help="where to write it; - prints it (default: lora.yaml)"
-    )
+    parser.add_argument("file", nargs="?", help="where to write it; - prints it (default: lora.yaml, or compare.yaml)")
+    parser.add_argument("--compare", action="store_true", help="settings of lorakit compare instead of lorakit train")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..training.config import TrainConfig
+    from ..formats.files import replacing
     from ..training.settings import commented_yaml
 
+    if args.compare:
+        from ..study.comparison.config import CompareConfig
+
+        text, name, check = commented_yaml(CompareConfig, "compare"), "compare.yaml", "lorakit compare --dry-run"
+    else:
+        from ..training.config import TrainConfig
+
+        text, name, check = commented_yaml(TrainConfig, "train"), "lora.yaml", "lorakit check"
     if args.file == "-":
-        print(commented_yaml(TrainConfig, "train"), end="")
+        print(text, end="")
         return
-    path = Path(args.file)
+    path = Path(args.file or name)
     if path.exists() and not args.force:
         raise FileExistsError(f"{path} exists already. Choose another name, or add --force.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder.")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(commented_yaml(TrainConfig, "train"), encoding="utf-8")
-    os.replace(temporary, path)
-    print(f"written: {path}. Set model and data in it, then: lorakit check --config {path}")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"written: {path}. Set model and data in it, then: {check} --config {path}")

@@ -119,12 +119,6 @@ class CompareConfig:
         example="out",
         aliases=("o",),
     )
-    data: str | None = setting(
-        None,
-        help="jsonl, json, csv, parquet or txt file; a folder with train|valid|test files; or a hub id",
-        group=_DATA,
-        aliases=("dataset-name",),
-    )
     tasks: dict[str, dict[str, Any]] = setting(
         help="several tasks: names, each with the settings that differ",
         group=_MODEL,
@@ -145,6 +139,12 @@ class CompareConfig:
     )
     dry_run: bool = setting(False, help="say what would be run, then stop", group=_SEARCH)
 
+    data: str | None = setting(
+        None,
+        help="jsonl, json, csv, parquet or txt file; a folder with train|valid|test files; or a hub id",
+        group=_DATA,
+        aliases=("dataset-name",),
+    )
     subset: str | None = setting(None, help="configuration of a hub data set", group=_DATA)
     revision: str | None = setting(None, help="revision of a hub data set", group=_DATA)
     train_split: str | None = setting(None, help="a hub data set's split to train on", group=_DATA)

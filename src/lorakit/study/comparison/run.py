@@ -9,13 +9,16 @@ not be trained twice, and the answers of the others need not be generated.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -31,7 +34,7 @@ from .fit import fit, steps_of
 from .progress import Progress
 from .results import Comparison, Ledger, Row, Run, TaskFacts, row_of
 from .search import best_rate, next_rate
-from .tasks import Task, fingerprint, served
+from .tasks import Task, fingerprint, halved, served
 
 RUNS = "runs.jsonl"
 _TURNS = 7  # of the two models whose latency is compared, interleaved; the least time of each counts
@@ -198,7 +201,7 @@ class _Runs:
         """
         ours = served(applied, self.task.half)
         applied.remove()
-        models = (ours, copy.deepcopy(model).to(torch.bfloat16) if self.task.half else model)
+        models = (ours, halved(copy.deepcopy(model)) if self.task.half else model)
         least = [float("inf")] * 2
         with torch.inference_mode():
             for _ in range(_TURNS):
@@ -253,7 +256,7 @@ def _counted(plan: Plan) -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """What the times were taken on."""
+    """What the times were taken on, and with what."""
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         **gpu,
@@ -261,6 +264,7 @@ def machine() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "lorakit": _version(),
     }
 
 
@@ -270,7 +274,7 @@ def _facts(plan: Plan) -> TaskFacts:
     shared = {
         name: getattr(trainings[0], name)
         for name in _DECIDES
-        if len({getattr(training, name) for training in trainings}) == 1
+        if len({getattr(training, name) for training in trainings}) == 1 and getattr(trainings[0], name)
     }
     steps = {steps_of(task, training) for training in trainings}
     if len(steps) == 1:
@@ -306,6 +310,18 @@ def plans_of(config: CompareConfig) -> list[Plan]:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def _version() -> str:
+    """lorakit's version, and the commit where it runs from its repository."""
+    folder = Path(__file__).resolve().parents[4]
+    if not (folder / ".git").exists():
+        return version("lorakit")
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
+    with contextlib.suppress(OSError):
+        described = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        return f"{version('lorakit')} at {described}" if described else version("lorakit")
+    return version("lorakit")
 
 
 def _processor() -> str:

@@ -264,7 +264,7 @@ class Answers(_Text):
 
     def _answers(self, applied: Applied, expected: list[tuple[str, ...]]) -> list[str]:
         settings = self.settings
-        model: Any = copy.deepcopy(applied).model.to(torch.bfloat16) if self.half else applied.model
+        model: Any = halved(copy.deepcopy(applied).model) if self.half else applied.model
         prompts = [
             prompt_ids(example, self.tokenizer, system=settings.system, chat=self.chat) for example in self.data.test
         ]
@@ -302,7 +302,14 @@ def served(applied: Applied, half: bool) -> nn.Module:
     model = copy.deepcopy(applied).model
     if adapted_layers(model):
         merge(model)
-    return model.to(torch.bfloat16) if half else model
+    return halved(model) if half else model
+
+
+def halved(model: nn.Module) -> nn.Module:
+    """The model with its weights in bfloat16. Buffers stay: rotary frequencies and running means need float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def fingerprint(*parts: Any) -> str:
