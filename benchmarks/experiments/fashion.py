@@ -38,7 +38,7 @@ class Clothes(Task):
         self.name, self.source, self.kind, self.head = "clothes", "Fashion-MNIST", "images", "head"
         self.rows = rows
         self.train = list(zip(images["train"].pixels, images["train"].labels.tolist(), strict=True))
-        self.metrics, self.chosen_by = ("accuracy",), "accuracy"
+        self.metrics, self.chosen_by = ("accuracy",), "loss"
         self.fingerprint = fingerprint(vision.CHANNELS, rows)
         self._images = images
 
@@ -56,7 +56,10 @@ class Clothes(Task):
         return nn.functional.cross_entropy(model(batch["pixels"]), batch["labels"], label_smoothing=label_smoothing)
 
     def validate(self, applied: Applied) -> dict[str, float]:
-        return {"accuracy": 100 * vision.accuracy(applied.model, self._images["valid"])}
+        images = self._images["valid"]
+        with torch.no_grad():
+            loss = nn.functional.cross_entropy(applied.model(images.pixels), images.labels)
+        return {"loss": float(loss), "accuracy": 100 * vision.accuracy(applied.model, images)}
 
     def test(self, applied: Applied) -> dict[str, float]:
         return {"accuracy": 100 * vision.accuracy(applied.model, self._images["test"])}

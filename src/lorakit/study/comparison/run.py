@@ -106,17 +106,16 @@ class _Runs:
 
     def _search(self, trials: int) -> tuple[float, list[Run]]:
         """The best learning rate, and the runs that say so. Where every run diverged, the lowest."""
-        higher = self.task.higher_is_better
         runs: dict[float, Run] = {}
         tried: dict[float, float | None] = {}
-        while (rate := next_rate(self.config.method, tried, trials, higher)) is not None:
+        while (rate := next_rate(self.config.method, tried, trials)) is not None:
             key = self._key(0, rate)
             run = self.ledger.get(key) or self._made(key, 0, rate, test=False)
             runs[rate] = run
             tried[rate] = None if run.diverged else run.valid[self.task.chosen_by]
-            if self._best is not None and self._best[0].learning_rate != best_rate(tried, higher):
+            if self._best is not None and self._best[0].learning_rate != best_rate(tried):
                 self._best = None
-        return best_rate(tried, higher) or min(tried), list(runs.values())
+        return best_rate(tried) or min(tried), list(runs.values())
 
     def _tested(self, seed: int, rate: float) -> Run:
         key = self._key(seed, rate)
@@ -171,8 +170,8 @@ class _Runs:
         return run
 
     def _keep_if_best(self, run: Run, applied: Applied) -> None:
-        score, sign = run.valid[self.task.chosen_by], 1 if self.task.higher_is_better else -1
-        if self._best is None or sign * score > sign * self._best[0].valid[self.task.chosen_by]:
+        by = self.task.chosen_by
+        if self._best is None or run.valid[by] < self._best[0].valid[by]:
             self._best = run, {name: tensor.clone() for name, tensor in applied.state_dict().items()}
 
     def _with_test(self, run: Run, trained: dict[str, Tensor]) -> Run:

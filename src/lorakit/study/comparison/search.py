@@ -35,26 +35,25 @@ _START = {
 _STRONGER = 3e-4  # LoRA whose update moves faster: scaled by α/√r, or begun with the weight's largest directions
 
 
-def next_rate(method: Method, tried: Mapping[float, float | None], trials: int, higher_is_better: bool) -> float | None:
+def next_rate(method: Method, tried: Mapping[float, float | None], trials: int) -> float | None:
     """The rate to try next, or None when the search is over.
 
-    tried: rate → validation score, None where the run diverged, which is worse than any score.
+    tried: rate → validation score, better the lower; None where the run diverged, which is worse than any score.
     """
     if not tried:
         return start(method)
     if len(tried) >= trials:
         return None
-    best = best_rate(tried, higher_is_better)
+    best = best_rate(tried)
     if best is None:
         return _step(min(tried), -1)
     return next((rate for rate in (_step(best, 1), _step(best, -1)) if rate not in tried), None)
 
 
-def best_rate(tried: Mapping[float, float | None], higher_is_better: bool) -> float | None:
+def best_rate(tried: Mapping[float, float | None]) -> float | None:
     """The best of the rates that did not diverge; of equals the lower. None where all did."""
-    sign = 1 if higher_is_better else -1
-    scores = {rate: sign * score for rate, score in tried.items() if score is not None}
-    return min(scores, key=lambda rate: (-scores[rate], rate), default=None)
+    scores = {rate: score for rate, score in tried.items() if score is not None}
+    return min(scores, key=lambda rate: (scores[rate], rate), default=None)
 
 
 def start(method: Method) -> float:
