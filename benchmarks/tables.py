@@ -1,9 +1,10 @@
-"""The tables of docs/performance.md, out of benchmarks/results.
+"""The tables of docs/performance.md and docs/results.md, out of what the benchmarks and the experiments found.
 
     python benchmarks/tables.py            writes them
     python benchmarks/tables.py --check    says which are not those of the results, and fails
 
-A table stands between <!-- layer --> and <!-- end -->, the name being that of the file.
+A table stands between <!-- layer --> and <!-- end -->: benchmarks/results/layer.json, or, in docs/results.md, what
+`lorakit compare` wrote to benchmarks/experiments/results/NAME.
 """
 
 from __future__ import annotations
@@ -11,16 +12,32 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import measure
 
-PAGE = measure.ROOT / "docs" / "performance.md"
+DOCS = measure.ROOT / "docs"
+EXPERIMENTS = measure.ROOT / "benchmarks" / "experiments" / "results"
 _TABLE = re.compile(r"<!-- (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
+def measured(name: str) -> str:
+    """What benchmarks/results holds under this name."""
+    return table(json.loads((measure.RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def compared(name: str) -> str:
+    """What a comparison wrote, its headings a level lower."""
+    return re.sub(r"^## ", "### ", (EXPERIMENTS / name / "compare.md").read_text(encoding="utf-8"), flags=re.M).rstrip()
+
+
+PAGES: dict[Path, Callable[[str], str]] = {DOCS / "performance.md": measured, DOCS / "results.md": compared}
+
+
 def table(record: dict[str, Any]) -> str:
-    """The rows as Markdown, and where they come from. Rows that all say the same make one line."""
+    """The rows of a benchmark as Markdown, and where they come from. Rows that all say the same make one line."""
     rows = record["rows"]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     said = {value for row in rows for value in row.values() if str(value).startswith("not measured")}
@@ -33,26 +50,25 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"`{record['command']}` at {record['commit']}; {made_on}."])
 
 
-def filled(page: str) -> str:
+def filled(page: str, content: Callable[[str], str]) -> str:
     """The page with every table made anew."""
-
-    def one(match: re.Match[str]) -> str:
-        name = match["name"]
-        record = json.loads((measure.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        return f"<!-- {name} -->\n{table(record)}\n<!-- end -->"
-
-    return _TABLE.sub(one, page)
+    return _TABLE.sub(lambda match: f"<!-- {match['name']} -->\n{content(match['name'])}\n<!-- end -->", page)
 
 
 def main(words: list[str]) -> int:
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = filled(page)
-    if words == ["--check"]:
-        if page != wanted:
-            print(f"{PAGE.name} does not show benchmarks/results: run python benchmarks/tables.py")
-        return int(page != wanted)
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    stale = []
+    for path, content in PAGES.items():
+        page = path.read_text(encoding="utf-8")
+        wanted = filled(page, content)
+        if page == wanted:
+            continue
+        if words == ["--check"]:
+            stale.append(path.name)
+        else:
+            path.write_text(wanted, encoding="utf-8")
+    if stale:
+        print(f"{', '.join(stale)} does not show the results: run python benchmarks/tables.py")
+    return int(bool(stale))
 
 
 if __name__ == "__main__":

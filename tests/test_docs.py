@@ -98,11 +98,14 @@ def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_tables_of_performance_md_are_those_of_the_results() -> None:
+def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
     """`python benchmarks/tables.py` writes them."""
     import tables
 
-    page = tables.PAGE.read_text(encoding="utf-8")
-    assert tables.filled(page) == page
-    shown = re.findall(r"<!-- ([\w-]+) -->\n", page)
-    assert set(shown) - {"end"} == {path.stem for path in (ROOT / "benchmarks/results").glob("*.json")}
+    shown = {}
+    for path, content in tables.PAGES.items():
+        page = path.read_text(encoding="utf-8")
+        assert tables.filled(page, content) == page
+        shown[path.name] = set(re.findall(r"<!-- ([\w-]+) -->\n", page)) - {"end"}
+    assert shown["performance.md"] == {path.stem for path in (ROOT / "benchmarks/results").glob("*.json")}
+    assert shown["results.md"] == {path.parent.name for path in tables.EXPERIMENTS.glob("*/compare.md")}

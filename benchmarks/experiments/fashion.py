@@ -20,7 +20,7 @@ from lorakit.study.comparison import table
 from lorakit.study.comparison.config import CompareConfig, MethodConfig
 from lorakit.study.comparison.files import write
 from lorakit.study.comparison.run import Plan, compare
-from lorakit.study.comparison.tasks import Task, fingerprint
+from lorakit.study.comparison.tasks import Loss, Task, fingerprint
 from lorakit.study.methods.baselines import Applied
 from lorakit.study.methods.naming import method_of
 
@@ -52,8 +52,11 @@ class Clothes(Task):
         pixels, labels = zip(*rows, strict=True)
         return {"pixels": torch.stack(pixels), "labels": torch.tensor(labels)}
 
-    def loss(self, model: nn.Module, batch: dict[str, Any], label_smoothing: float) -> Tensor:
-        return nn.functional.cross_entropy(model(batch["pixels"]), batch["labels"], label_smoothing=label_smoothing)
+    def loss(self, model: nn.Module, label_smoothing: float = 0.0) -> Loss:
+        def of(batch: dict[str, Any]) -> Tensor:
+            return nn.functional.cross_entropy(model(batch["pixels"]), batch["labels"], label_smoothing=label_smoothing)
+
+        return of
 
     def validate(self, applied: Applied) -> dict[str, float]:
         images = self._images["valid"]

@@ -1,5 +1,6 @@
 """What the experiments read: lines parsed, splits drawn, images and the network, on bytes written here."""
 
+import argparse
 import gzip
 import json
 from pathlib import Path
@@ -7,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from experiments import prepare, vision
 
-from lorakit.study.methods.baselines import METHODS
+from lorakit.study.comparison.config import CompareConfig, tasks_of
+from lorakit.training.settings import from_args
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -213,10 +214,9 @@ def test_the_network_learns_and_comes_back_with_a_new_head(tmp_path: Path, monke
 
 @pytest.mark.parametrize("path", sorted(vision.DATA.parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_experiment_names_methods_and_folders_that_there_are(path: Path) -> None:
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for line in settings["methods"]:
-        name, *words = line.split()
-        METHODS[name](**{key: int(value) for key, value in (word.split("=") for word in words)})
+    config = from_args(CompareConfig, argparse.Namespace(config=str(path)))
+    tasks = tasks_of(config)  # names every method rightly, and none twice
     written = {f"vader/{name}" for name in prepare.SENTENCES} | {"e2e", *prepare.models(Path())}
-    for folder in [settings["model"], *(task["data"] for task in settings["tasks"].values())]:
+    for folder in [config.model, *(str(task.data.data) for task in tasks)]:
         assert folder.removeprefix("benchmarks/experiments/.data/") in written
+    assert config.output_dir == f"benchmarks/experiments/results/{path.stem}"

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ...training.memory import forget_peak, peak_memory
 from ..methods.baselines import Applied
 from .config import CompareConfig
-from .tasks import Task
+from .tasks import Loss, Task
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def fit(
         callbacks=[_Steps(step)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.task, trainer.label_smoothing = task, training.label_smoothing
+    trainer.loss = task.loss(applied.model, training.label_smoothing)
     trainer.model_accepts_loss_kwargs = False  # so that Trainer divides the loss when batches are added up
     forget_peak(arguments.device)
     began = time.perf_counter()
@@ -88,13 +88,12 @@ class _Steps(TrainerCallback):
 class _Trainer(Trainer):
     """Trainer with the task's loss, and an end to a run whose loss is no number."""
 
-    task: Task
-    label_smoothing: float
+    loss: Loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        loss = self.task.loss(model, inputs, self.label_smoothing)
+        loss = self.loss(inputs)
         if not torch.isfinite(loss):
             raise _Diverged
         return loss

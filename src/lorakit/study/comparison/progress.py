@@ -1,4 +1,7 @@
-"""What a person sees while runs are made: a bar of runs and, below it, the run's steps; a line a run in a log."""
+"""What a person sees while runs are made: a bar of runs and, below it, the run's steps; a line a run in a log.
+
+All of it goes to standard error.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ class Progress:
             said = "diverged" if run.diverged else f"{where}: {scores}"
             print(
                 f"{run.task}: {run.method}, rate {run.learning_rate:g}, seed {run.seed}: {said}; {run.seconds:.0f} s",
-                flush=True,
+                file=sys.stderr,  # standard output is the table's
             )
 
     def advance_to_method_end(self, runs: int) -> None:

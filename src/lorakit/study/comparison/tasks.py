@@ -15,7 +15,7 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from typing import Any
@@ -49,6 +49,9 @@ _BATCH = 16  # rows at a time where nothing is trained
 _SERVED = 8  # rows whose time is taken
 
 
+Loss = Callable[[dict[str, Any]], Tensor]
+
+
 class Task(ABC):
     """Rows in three splits, a model to train on them, and how good it is."""
 
@@ -72,8 +75,8 @@ class Task(ABC):
         """A batch of training rows."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: dict[str, Any], label_smoothing: float) -> Tensor:
-        """The mean loss of a batch."""
+    def loss(self, model: nn.Module, label_smoothing: float = 0.0) -> Loss:
+        """The mean loss of a batch as a function of it, made anew for each training of `model`."""
 
     @abstractmethod
     def validate(self, applied: Applied) -> dict[str, float]:
@@ -162,22 +165,25 @@ class Sequences(_Text):
     def collate(self, rows: list[Any]) -> dict[str, Any]:
         return self._pad(rows)
 
-    def loss(self, model: nn.Module, batch: dict[str, Any], label_smoothing: float) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with self.products():
-            logits = model(**inputs).logits.float()
-        if not self.data.labels:
-            return F.mse_loss(logits.squeeze(-1), batch["labels"].float())
-        return F.cross_entropy(logits, batch["labels"], label_smoothing=label_smoothing)
+    def loss(self, model: nn.Module, label_smoothing: float = 0.0) -> Loss:
+        def of(batch: dict[str, Any]) -> Tensor:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            with self.products():
+                logits = model(**inputs).logits.float()
+            if not self.data.labels:
+                return F.mse_loss(logits.squeeze(-1), batch["labels"].float())
+            return F.cross_entropy(logits, batch["labels"], label_smoothing=label_smoothing)
+
+        return of
 
     def validate(self, applied: Applied) -> dict[str, float]:
         ordered = sorted(self._valid, key=lambda row: len(row["input_ids"]))
-        total = 0.0
+        total, loss = 0.0, self.loss(applied.model)
         with torch.no_grad():
             for start in range(0, len(ordered), _BATCH):
                 rows = ordered[start : start + _BATCH]
                 batch = {name: value.to(self.device) for name, value in self._pad(rows).items()}
-                total += len(rows) * float(self.loss(applied.model, batch, 0.0))
+                total += len(rows) * float(loss(batch))
         return {"loss": total / len(ordered), **self._scores(applied, self.data.valid)}
 
     def test(self, applied: Applied) -> dict[str, float]:
@@ -231,12 +237,17 @@ class Answers(_Text):
             for name, pad in pads.items()
         }
 
-    def loss(self, model: nn.Module, batch: dict[str, Any], label_smoothing: float) -> Tensor:
+    def loss(self, model: nn.Module, label_smoothing: float = 0.0) -> Loss:
         with self.products():
-            head = None if label_smoothing else frozen_head(model)
-            total = causal_loss(model, batch, head, label_smoothing)
-        count: Tensor = (batch["labels"][:, 1:] != -100).sum()
-        return total / count.clamp(min=1)
+            head = None if label_smoothing else frozen_head(model)  # found by running the model, so once
+
+        def of(batch: dict[str, Any]) -> Tensor:
+            with self.products():
+                total = causal_loss(model, batch, head, label_smoothing)
+            count: Tensor = (batch["labels"][:, 1:] != -100).sum()
+            return total / count.clamp(min=1)
+
+        return of
 
     def validate(self, applied: Applied) -> dict[str, float]:
         return {"perplexity": METRICS["perplexity"].score(*self._losses(applied.model, self._valid))}
