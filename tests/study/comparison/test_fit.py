@@ -17,6 +17,7 @@ from lorakit.study.comparison.fit import Fitted, fit, steps_of
 from lorakit.study.comparison.tasks import Task, task_of
 from lorakit.study.methods.baselines import Applied, Full, Houlsby, LoRA, Method
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 CONFIG = CompareConfig(model="", output_dir="", dtype="float32")
 
 

@@ -61,10 +61,7 @@ def fit(
     peak = peak_memory(arguments.device)
     applied.model.eval()
     if training.gradient_checkpointing:
-        # One model may serve several runs, and the next one has settings of its own.
-        model: Any = applied.model
-        new = hasattr(model, "activation_checkpointing_disable")  # transformers renamed this one
-        (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()
+        _end_checkpointing(applied.model)
     for parameter in applied.model.parameters():
         parameter.grad = None
     return Fitted(trainer.state.global_step, seconds, peak, diverged)
@@ -77,6 +74,13 @@ def steps_of(task: Task, training: CompareConfig) -> int:
     batches = -(-task.rows["train"] // training.batch_size)
     each = max(1, -(-batches // training.gradient_accumulation_steps))
     return math.ceil(training.epochs * each)  # as Trainer reckons, in binary numbers too
+
+
+def _end_checkpointing(model: Any) -> None:
+    """One model may serve several runs, and the next one has settings of its own."""
+    new = hasattr(model, "activation_checkpointing_disable")  # transformers renamed this one
+    (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()
+    model.disable_input_require_grads()  # put in with it, and not taken out
 
 
 class _Diverged(Exception):
