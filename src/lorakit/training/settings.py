@@ -322,12 +322,16 @@ def plain(node: yaml.Node) -> Any:
     return yaml.SafeLoader("").construct_object(node, deep=True)
 
 
-def _unknown(key: str, name: str, value: yaml.Node, config: type, settings: Collection[str]) -> str:
+def _unknown(key: str, name: str, value: yaml.Node, config: type, settings: Mapping[str, _Setting]) -> str:
     import yaml
 
     if name in _settings(config):
         return f"{key!r} cannot be set here, but at the top of the file."
-    hint = " The file is flat, without sections." if isinstance(value, yaml.MappingNode) else suggestion(name, settings)
+    hint = suggestion(name, settings)
+    if isinstance(value, yaml.MappingNode):
+        # Only a setting without a flag has parts of its own.
+        hint = suggestion(name, [own for own in settings if settings[own].meta["file_only"]])
+        hint = hint or " The file is flat, without sections."
     return f"unknown key {key!r}.{hint}"
 
 

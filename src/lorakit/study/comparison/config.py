@@ -32,10 +32,10 @@ _MODEL, _METHODS, _DATA, _TRAINING, _SEARCH = "model and output", "methods", "da
 
 def _methods(value: str | Yaml, where: str, problems: list[str]) -> tuple[str | dict[str, Any], ...]:
     """Methods separated by commas, or a list in a file; checked, and left as they were written."""
-    items: list[tuple[Any, str]] = []
-    if isinstance(value, Yaml):
-        import yaml
+    import yaml
 
+    items: list[tuple[Any, str]] = []
+    if isinstance(value, Yaml) and not isinstance(value.node, yaml.ScalarNode):
         nodes = value.node.value if isinstance(value.node, yaml.SequenceNode) else [value.node]
         for node in nodes:
             own = Yaml(value.path, node)
@@ -43,7 +43,8 @@ def _methods(value: str | Yaml, where: str, problems: list[str]) -> tuple[str | 
                 (_method_item(own, problems) if isinstance(node, yaml.MappingNode) else plain(node), own.place)
             )
     else:
-        items = [(text.strip(), where) for text in value.split(",") if text.strip()]
+        text = value.node.value if isinstance(value, Yaml) else value
+        items = [(word.strip(), where) for word in text.split(",") if word.strip()]
     for item, place in items:
         _check_method(item["method"] if isinstance(item, dict) else item, place, problems)
     if not items:
@@ -57,8 +58,8 @@ def _method_item(source: Yaml, problems: list[str]) -> dict[str, Any]:
 
     rest = [(key, value) for key, value in source.node.value if key.value != "method"]
     names = [value for key, value in source.node.value if key.value == "method"]
-    if not names:
-        problems.append(f"{source.place}: expected a key `method` that names it.")
+    if len(names) != 1:
+        problems.append(f"{source.place}: expected one key `method` that names it.")
         return {"method": "full"}
     mapping = yaml.MappingNode(source.node.tag, rest, source.node.start_mark, source.node.end_mark)
     settings = read_mapping(CompareConfig, Yaml(source.path, mapping), problems, groups=(_TRAINING,))
@@ -81,21 +82,29 @@ def _tasks(value: str | Yaml, where: str, problems: list[str]) -> dict[str, dict
     if not isinstance(value.node, yaml.MappingNode):
         problems.append(f"{where}: expected names of tasks, each with its settings.")
         return {}
-    return {
-        str(plain(name)): read_mapping(
+    tasks: dict[str, dict[str, Any]] = {}
+    lines: dict[str, int] = {}
+    for key, settings in value.node.value:
+        name, line = str(plain(key)), key.start_mark.line + 1
+        if name in tasks:
+            problems.append(f"{value.path}:{line}: the task {name!r} stands here and in line {lines[name]}.")
+        lines[name] = line
+        tasks[name] = read_mapping(
             CompareConfig, Yaml(value.path, settings), problems, groups=(_DATA, _METHODS, _TRAINING)
         )
-        for name, settings in value.node.value
-    }
+    return tasks
 
 
 def _published(value: str | Yaml, where: str, problems: list[str]) -> dict[str, Any]:
     """What was published of a task: a number of its first metric for each label, or one for each metric."""
     assert isinstance(value, Yaml)
     found = plain(value.node)
+
+    def is_number(score: Any) -> bool:
+        return isinstance(score, int | float) and not isinstance(score, bool)
+
     if not isinstance(found, dict) or not all(
-        isinstance(score, int | float)
-        or (isinstance(score, dict) and all(isinstance(one, int | float) for one in score.values()))
+        is_number(score) or (isinstance(score, dict) and all(map(is_number, score.values())))
         for score in found.values()
     ):
         problems.append(f"{where}: expected labels, each with a number or with numbers by metric.")
@@ -174,6 +183,11 @@ class CompareConfig:
     beams: int = setting(1, help="of the search for an answer; 1: greedy", group=_DATA, at_least=1)
     length_penalty: float = setting(1.0, help="of beam search: exponent of the length", group=_DATA)
     no_repeat_ngram: int = setting(0, help="tokens in a row that no answer repeats; 0: none", group=_DATA, at_least=0)
+    dtype: Literal["auto", "float32"] = setting(
+        "auto",
+        help="of the products; auto: bfloat16 where the device is fast at it. Weights are float32",
+        group=_DATA,  # the same for every method of a task
+    )
     published: dict[str, Any] = setting(
         help="numbers to show beside: a label, and what it scored",
         group=_DATA,
@@ -203,11 +217,6 @@ class CompareConfig:
         0.0, help="share of the probability given to all classes or tokens", group=_TRAINING, at_least=0, below=1
     )
     gradient_checkpointing: bool = setting(False, help="less memory, more time", group=_TRAINING)
-    dtype: Literal["auto", "float32"] = setting(
-        "auto",
-        help="of the products; auto: bfloat16 where the device is fast at it. Weights are float32",
-        group=_TRAINING,
-    )
 
 
 @dataclass(frozen=True)
@@ -228,7 +237,10 @@ class TaskConfig:
 
 
 def tasks_of(config: CompareConfig) -> tuple[TaskConfig, ...]:
-    """Every task with its methods. Raises UsageError when there is no data, or two methods are the same."""
+    """Every task with its methods.
+
+    Raises UsageError when there is no data, a template without its prompt, or two methods are the same.
+    """
     from pathlib import Path
 
     named = config.tasks or ({Path(config.data).stem: {}} if config.data else {})
@@ -239,6 +251,8 @@ def tasks_of(config: CompareConfig) -> tuple[TaskConfig, ...]:
         own = dataclasses.replace(config, **settings)
         if own.data is None:
             raise UsageError(f"task {name}: data is missing.")
+        if "{prompt}" not in own.template:
+            raise UsageError(f"task {name}: template: {own.template!r} has no {{prompt}} in it.")
         tasks.append(TaskConfig(name, own, tuple(_resolved(own))))
     return tuple(tasks)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -59,6 +60,8 @@ def fit(
     seconds = time.perf_counter() - began
     peak = peak_memory(arguments.device)
     applied.model.eval()
+    if training.gradient_checkpointing:
+        _end_checkpointing(applied.model)
     for parameter in applied.model.parameters():
         parameter.grad = None
     return Fitted(trainer.state.global_step, seconds, peak, diverged)
@@ -70,7 +73,14 @@ def steps_of(task: Task, training: CompareConfig) -> int:
         return training.max_steps
     batches = -(-task.rows["train"] // training.batch_size)
     each = max(1, -(-batches // training.gradient_accumulation_steps))
-    return max(1, -(-int(each * training.epochs * 1000) // 1000))
+    return math.ceil(training.epochs * each)  # as Trainer reckons, in binary numbers too
+
+
+def _end_checkpointing(model: Any) -> None:
+    """One model may serve several runs, and the next one has settings of its own."""
+    new = hasattr(model, "activation_checkpointing_disable")  # transformers renamed this one
+    (model.activation_checkpointing_disable if new else model.gradient_checkpointing_disable)()
+    model.disable_input_require_grads()  # put in with it, and not taken out
 
 
 class _Diverged(Exception):

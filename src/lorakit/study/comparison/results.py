@@ -20,7 +20,7 @@ class Run:
 
     key: str  # of everything that decides the outcome: task, data, method, training, seed, rate
     task: str
-    method: str  # with its settings: "lora(rank=8)"
+    method: str  # with its settings: "lora rank=8"
     seed: int
     learning_rate: float
     steps: int

@@ -171,7 +171,11 @@ class _Runs:
 
     def _keep_if_best(self, run: Run, applied: Applied) -> None:
         by = self.task.chosen_by
-        if self._best is None or run.valid[by] < self._best[0].valid[by]:
+
+        def order(one: Run) -> tuple[float, float]:
+            return one.valid[by], one.learning_rate  # as `best_rate` has it
+
+        if self._best is None or order(run) < order(self._best[0]):
             self._best = run, {name: tensor.clone() for name, tensor in applied.state_dict().items()}
 
     def _with_test(self, run: Run, trained: dict[str, Tensor]) -> Run:

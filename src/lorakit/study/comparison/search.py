@@ -6,6 +6,7 @@ next rate is the neighbour of the best one so far, the higher first; between two
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from ..methods.baselines import (
@@ -38,7 +39,8 @@ _STRONGER = 3e-4  # LoRA whose update moves faster: scaled by α/√r, or begun 
 def next_rate(method: Method, tried: Mapping[float, float | None], trials: int) -> float | None:
     """The rate to try next, or None when the search is over.
 
-    tried: rate → validation score, better the lower; None where the run diverged, which is worse than any score.
+    tried: rate → validation score, better the lower; None where the run diverged, which is worse than any score. So is
+    a score that is no number: the last step may have made the weights so, and no loss was taken after it.
     """
     if not tried:
         return start(method)
@@ -52,7 +54,7 @@ def next_rate(method: Method, tried: Mapping[float, float | None], trials: int) 
 
 def best_rate(tried: Mapping[float, float | None]) -> float | None:
     """The best of the rates that did not diverge; of equals the lower. None where all did."""
-    scores = {rate: score for rate, score in tried.items() if score is not None}
+    scores = {rate: score for rate, score in tried.items() if score is not None and not math.isnan(score)}
     return min(scores, key=lambda rate: (scores[rate], rate), default=None)
 
 

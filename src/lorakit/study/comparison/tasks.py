@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.attach import adapted_layers, merge
-from ...training.data import Data, Example, Hub, read
+from ...training.data import SUFFIXES, Data, Example, Hub, read
 from ...training.evaluate import predict
 from ...training.generation import answers
 from ...training.loss import causal_loss, frozen_head
@@ -99,6 +100,10 @@ def task_of(task: TaskConfig, model: str) -> Sequences | Answers:
     """Read and check the data of a task. Loads the model's tokenizer, no weights. Raises what `read` raises."""
     settings = task.data
     assert settings.data is not None
+    folder = Path(settings.data).expanduser()
+    if folder.is_dir() and not any((folder / f"train{suffix}").is_file() for suffix in SUFFIXES):
+        # `read` takes such a folder as one to evaluate on, and calls its test rows train.
+        raise FileNotFoundError(f"{settings.data} holds no train file ({', '.join(SUFFIXES)}).")
     splits = {"train": settings.train_split, "valid": settings.valid_split, "test": settings.test_split}
     fields = fields_of(settings) | ({"references": settings.references_field} if settings.references_field else {})
     hub = Hub(settings.subset, settings.revision, splits)
@@ -221,6 +226,14 @@ class Answers(_Text):
         self.chat = self.tokenizer.chat_template is not None and not settings.plain
         self.train = self._tokens(data.train)
         self._valid, self._test = self._tokens(data.valid), self._tokens(data.test)
+        for split, rows in (("train", self.train), ("valid", self._valid), ("test", self._test)):
+            if not rows:
+                raise ValueError(
+                    f"no {split} row of {self.source} has room for its answer within {settings.max_seq_length} tokens; "
+                    f"raise max_seq_length."
+                )
+        # Without those whose prompt alone is longer. Every question of the test is asked.
+        self.rows |= {"train": len(self.train), "valid": len(self._valid)}
         self._model: nn.Module | None = None
 
     def model(self, seed: int) -> nn.Module:

@@ -30,6 +30,8 @@ def method_of(text: str) -> Method:
         if not equals or setting not in known:
             takes = f"{name} takes {', '.join(f'{own}=…' for own in known) or 'no settings'}"
             raise ValueError(f"{text!r}: {word!r} is no setting;{suggestion(setting, known)} {takes}.")
+        if setting in settings:
+            raise ValueError(f"{text!r}: {setting} stands in it twice.")
         try:
             settings[setting] = _read(value, types[setting])
         except ValueError:
@@ -53,7 +55,7 @@ def name_of(method: Method) -> str:
 
 def _read(value: str, wanted: Any) -> Any:
     if wanted == str | tuple[str, ...]:
-        return tuple(value.split("+")) if "+" in value else value
+        return tuple(part for part in value.split("+") if part) if "+" in value else value
     if wanted is bool:
         return as_type({"true": True, "false": False}.get(value.lower(), value), wanted)
     return as_type(value, wanted)
@@ -61,5 +63,7 @@ def _read(value: str, wanted: Any) -> Any:
 
 def _write(value: Any) -> str:
     if isinstance(value, tuple):
-        return "+".join(value)
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+        return "+".join(value) if len(value) > 1 else f"{value[0]}+"  # a tuple of one is no text
+    if isinstance(value, float):
+        return short if float(short := f"{value:g}") == value else repr(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

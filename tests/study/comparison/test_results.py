@@ -1,0 +1,124 @@
+"""runs.jsonl as it is written and read, and a row as the mean of its runs."""
+
+import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+
+from lorakit.study.comparison.results import Interval, Ledger, Run, row_of
+
+
+def run(key: str = "k", **changes: object) -> Run:
+    usual = Run(
+        key=key,
+        task="reviews",
+        method="lora rank=8",
+        seed=0,
+        learning_rate=1e-3,
+        steps=10,
+        parameters=2048,
+        head=66,
+        diverged=False,
+        valid={"loss": 0.5, "accuracy": 80.0},
+        test={"accuracy": 75.0},
+        seconds=1.5,
+        peak_bytes=1000,
+        file_bytes=8456,
+        latency=0.002,
+        base_latency=0.001,
+    )
+    return dataclasses.replace(usual, **changes)
+
+
+LINE = (
+    '{"key": "k", "task": "reviews", "method": "lora rank=8", "seed": 0, "learning_rate": 0.001, "steps": 10, '
+    '"parameters": 2048, "head": 66, "diverged": false, "valid": {"loss": 0.5, "accuracy": 80.0}, '
+    '"test": {"accuracy": 75.0}, "seconds": 1.5, "peak_bytes": 1000, "file_bytes": 8456, "latency": 0.002, '
+    '"base_latency": 0.001}\n'
+)
+
+
+def test_a_run_is_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    ledger = Ledger(path)
+    assert not path.exists() and len(ledger) == 0
+    ledger.add(run())
+    assert path.read_bytes() == LINE.encode()
+    ledger.add(run("other", seed=1))
+    assert Ledger(path).get("k") == run() and Ledger(path).get("other") == run("other", seed=1)
+    assert ledger.get("none") is None
+
+
+def test_the_later_of_two_lines_with_one_key_counts(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "runs.jsonl")
+    ledger.add(run(test={}))
+    ledger.add(run())
+    assert len(ledger) == 1 and ledger.get("k") == run()
+    assert Ledger(ledger.path).get("k") == run()
+    assert len(ledger.path.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("kept", [1, 20, len(LINE) - 2, len(LINE) - 1])
+def test_a_line_that_was_cut_off_costs_that_run_alone(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text(LINE.replace('"k"', '"first"') + LINE[:kept])
+    ledger = Ledger(path)
+    assert ledger.get("first") == run("first")
+    assert (ledger.get("k") is None) == (kept < len(LINE) - 1)  # only the end of the line is missing in the last
+    ledger.add(run("next"))
+    again = Ledger(path)
+    assert again.get("first") == run("first") and again.get("next") == run("next")
+    assert again.get("k") == ledger.get("k")
+
+
+def test_lines_of_another_version_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    more, fewer = json.loads(LINE), json.loads(LINE)
+    more["colour"] = "red"
+    del fewer["seconds"]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in (more, fewer, [], 7, None)) + "\n" + LINE)
+    assert len(Ledger(path)) == 1
+
+
+def test_numbers_that_json_has_no_word_for_survive(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "runs.jsonl")
+    ledger.add(run(valid={"perplexity": math.inf}))
+    again = Ledger(ledger.path).get("k")
+    assert again is not None and again.valid == {"perplexity": math.inf}
+
+
+def test_an_interval_is_student_s() -> None:
+    values = (70.0, 72.0, 71.0, 75.0)
+    interval = Interval.of(values)
+    assert interval.mean == 72.0 and interval.values == values
+    # the 97.5 % quantile of t with 3 degrees of freedom, out of a printed table
+    assert interval.half == pytest.approx(3.182446 * statistics.stdev(values) / 2, rel=1e-6)
+    assert Interval.of([70.0]) == Interval(70.0, None, (70.0,))
+    assert Interval.of([70.0, 70.0]).half == 0
+    with pytest.raises(ValueError, match=r"^an interval of no values\.$"):
+        Interval.of([])
+
+
+def test_a_row_sums_up_its_runs() -> None:
+    runs = [
+        run(test={"accuracy": 70.0, "f1": 60.0}, seconds=1.0, peak_bytes=5, latency=4.0, base_latency=2.0),
+        run(seed=1, diverged=True, test={}, valid={}, seconds=2.0, peak_bytes=9, latency=3.0, base_latency=2.5),
+        run(seed=2, test={"accuracy": 74.0, "f1": 66.0}, seconds=6.0, peak_bytes=7, latency=6.0, base_latency=2.0),
+    ]
+    searched = [runs[0], run(learning_rate=3e-3, diverged=True, valid={})]
+    row = row_of(runs, searched, "loss")
+    assert (row.task, row.method, row.parameters, row.head) == ("reviews", "lora rank=8", 2048, 66)
+    assert (row.seeds, row.diverged, row.learning_rate) == (3, 1, 1e-3)
+    assert row.tried == {1e-3: 0.5, 3e-3: None}
+    assert [*row.scores] == ["accuracy", "f1"]
+    assert row.scores["accuracy"].values == (70.0, 74.0) and row.scores["f1"].mean == 63.0
+    assert (row.seconds, row.peak_bytes, row.file_bytes, row.latency) == (3.0, 9, 8456, 1.5)
+
+
+def test_a_row_of_diverged_runs_has_no_scores() -> None:
+    runs = [run(seed=seed, diverged=True, test={}, valid={}) for seed in range(2)]
+    row = row_of(runs, [], "loss")
+    assert (row.scores, row.tried, row.diverged) == ({}, {}, 2)
