@@ -39,7 +39,7 @@ from ...training.models import (
     load_tokenizer,
     skeleton,
 )
-from ...training.prepare import fields_of, labels_of
+from ...training.prepare import check_task, fields_of, labels_of
 from ...training.tokens import encode_all, encode_text, prompt_ids, reference
 from ..methods.baselines import Applied, Head
 from .config import CompareConfig, TaskConfig
@@ -108,6 +108,7 @@ def task_of(task: TaskConfig, model: str) -> Sequences | Answers:
     fields = fields_of(settings) | ({"references": settings.references_field} if settings.references_field else {})
     hub = Hub(settings.subset, settings.revision, splits)
     data = read(settings.data, fields=fields, holdout=0.0, hub=hub)
+    check_task(settings, data)
     kind = Answers if data.task == "causal-lm" else Sequences
     return kind(task.name, model, settings, _split(data, settings))
 
