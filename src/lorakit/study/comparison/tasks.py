@@ -158,7 +158,7 @@ class Sequences(_Text):
         self.train = [{**self._encoded(example), "labels": self._label(example)} for example in data.train]
         self.chosen_by = "loss"
         self._valid = [{**self._encoded(example), "labels": self._label(example)} for example in data.valid]
-        self._few = [self._encoded(example) for example in data.test[:_SERVED]]
+        self._few = self._pad([self._encoded(example) for example in data.test[:_SERVED]])
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -196,7 +196,7 @@ class Sequences(_Text):
         return self._scores(applied, self.data.test)
 
     def serve(self, model: nn.Module) -> None:
-        model(**{name: value.to(self.device) for name, value in self._pad(self._few).items()})
+        model(**{name: value.to(self.device) for name, value in self._few.items()})
 
     def _scores(self, applied: Applied, examples: list[Example]) -> dict[str, float]:
         loaded = Loaded(applied.model, self.tokenizer)
@@ -235,6 +235,7 @@ class Answers(_Text):
                 )
         # Without those whose prompt alone is longer. Every question of the test is asked.
         self.rows |= {"train": len(self.train), "valid": len(self._valid)}
+        self._few = self.collate(self._test[:_SERVED])
         self._model: nn.Module | None = None
 
     def model(self, seed: int) -> nn.Module:
@@ -278,8 +279,7 @@ class Answers(_Text):
         return {name: scores[name] for name in self.metrics}
 
     def serve(self, model: nn.Module) -> None:
-        few = self.collate(self._test[:_SERVED])
-        model(**{name: few[name].to(self.device) for name in ("input_ids", "attention_mask")})
+        model(**{name: self._few[name].to(self.device) for name in ("input_ids", "attention_mask")})
 
     @torch.no_grad()
     def _losses(self, model: nn.Module, rows: list[dict[str, Any]]) -> tuple[list[float], list[int]]:
