@@ -59,7 +59,8 @@ def _run(words: list[str]) -> int:
     if verb not in VERBS:
         raise UsageError(f"unknown command {verb!r}.{suggestion(verb, VERBS)} (lorakit --help lists them)")
     module = importlib.import_module(f".{verb}", __package__)
-    usage = f"lorakit {verb} [options]" if verb in ("train", "check", "compare") else None  # too many to list twice
+    many = {"train": "[options]", "check": "[options]", "compare": "[FILE] [options]"}  # too many to list twice
+    usage = f"lorakit {verb} {many[verb]}" if verb in many else None
     parser = _Parser(prog=f"lorakit {verb}", usage=usage, description=module.HELP[0].upper() + module.HELP[1:] + ".")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     module.add_arguments(parser)
@@ -67,7 +68,13 @@ def _run(words: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = ["usage: lorakit COMMAND [options]", "", "LoRA adapters: train, try, check, merge.", "", "commands:"]
+    lines = [
+        "usage: lorakit COMMAND [options]",
+        "",
+        "LoRA adapters: train, try, check, merge, compare.",
+        "",
+        "commands:",
+    ]
     for verb in VERBS:
         lines.append(f"  {verb:<10}{importlib.import_module(f'.{verb}', __package__).HELP}")
     lines += [
