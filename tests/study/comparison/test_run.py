@@ -169,6 +169,20 @@ def test_seeds_differ_and_methods_share_them(
     assert not torch.equal(made.begun[0]["classifier.weight"], made.begun[1]["classifier.weight"])
 
 
+def test_what_a_method_draws_is_told_by_the_seed(tiny_lm: Path, questions: Path, tmp_path: Path, made: Made) -> None:
+    """Where one model serves all runs, loading it draws nothing."""
+    settings: dict[str, Any] = dict(methods=("lora", "prefix-layer length=2"), learning_rate=1e-3, max_steps=1)
+    comparison(tiny_lm, questions, tmp_path / "first", **settings)
+    torch.rand(3)
+    comparison(tiny_lm, questions, tmp_path / "again", **settings)
+    first, again = made.begun[:4], made.begun[4:]
+    for one, other in zip(first, again, strict=True):
+        assert all(torch.equal(other[name], value) for name, value in one.items())
+    for zero, one in (first[:2], first[2:]):
+        changed = {name for name in one if not torch.equal(one[name], zero[name])}
+        assert changed == {name for name in one if "lora_A" in name or "lorakit_prefix" in name}
+
+
 def test_nothing_is_made_twice(tiny_encoder: Path, classes: Path, tmp_path: Path, made: Made) -> None:
     settings: dict[str, Any] = dict(methods=("lora rank=1", "bitfit"))
     first = comparison(tiny_encoder, classes, tmp_path, **settings)
@@ -236,14 +250,15 @@ def test_the_best_run_of_the_search_is_the_run_of_its_seed(
     assert len(made.calls) == 1
 
 
+@pytest.mark.parametrize("trials", [2, 3])
 def test_of_two_equal_rates_the_lower_is_not_trained_again(
-    tiny_encoder: Path, classes: Path, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+    tiny_encoder: Path, classes: Path, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch, trials: int
 ) -> None:
     validate = Sequences.validate
     monkeypatch.setattr(Sequences, "validate", lambda self, applied: {**validate(self, applied), "loss": 0.5})
-    found = comparison(tiny_encoder, classes, tmp_path, methods=("bitfit",), seeds=1, trials=3)
-    assert [rate for *_, rate in made.calls] == [1e-3, 3e-3, 3e-4]
-    assert found.rows[0].learning_rate == 3e-4
+    found = comparison(tiny_encoder, classes, tmp_path, methods=("bitfit",), seeds=1, trials=trials)
+    assert [rate for *_, rate in made.calls] == [1e-3, 3e-3, 3e-4][:trials]
+    assert found.rows[0].learning_rate == (1e-3 if trials == 2 else 3e-4)
 
 
 def test_a_method_that_does_not_apply_is_left_out_with_its_reason(
