@@ -21,7 +21,7 @@ import difflib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ SHAPES = "messages | conversations | prompt+completion | instruction+output | te
 _SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
           "system": "system", "tool": "tool", "developer": "developer"}  # fmt: skip
+# Where the hub keeps a copy of a data set as files subset/split/*.parquet, of those too whose own files are a script.
+_CONVERTED = "refs/convert/parquet"
+_CONVERTED_FOLDER = "hf://datasets/{name}@refs%2Fconvert%2Fparquet"
 _LISTED = 20
 _MOST_HELD_OUT = 100
 
@@ -186,20 +189,45 @@ def _is_path(data: str) -> bool:
 def _read_hub(name: str, hub: Hub) -> dict[str, list[_Row]]:
     from datasets import load_dataset
 
-    loaded = load_dataset(name, hub.subset, revision=hub.revision)
-    named = {split: own for split, own in hub.splits.items() if own is not None}
-    if unknown := sorted(set(named.values()) - set(loaded)):
-        raise ValueError(f"{name} has no split {unknown[0]!r}; it has {', '.join(loaded)}.")
+    if hub.revision == _CONVERTED:
+        files = _converted_files(name, hub.subset or "default")
+        chosen = _chosen_splits(name, hub, files)
+        loaded = load_dataset("parquet", data_files={own: files[own] for own in chosen.values()})
+    else:
+        loaded = load_dataset(name, hub.subset, revision=hub.revision)
+        chosen = _chosen_splits(name, hub, loaded)
     splits: dict[str, list[_Row]] = {"train": [], "valid": [], "test": []}
-    for split, stems in _SPLIT_NAMES.items():
-        if split in named:
-            stems = (named[split],)
-        elif split != "train" and named:
-            continue  # where splits are named, others are not meant
-        stem = next((stem for stem in stems if stem in loaded), None)
-        if stem is not None:
-            splits[split] = [_Row(f"{name}/{stem} row {i + 1}", dict(row)) for i, row in enumerate(loaded[stem])]
+    for split, own in chosen.items():
+        splits[split] = [_Row(f"{name}/{own} row {i + 1}", dict(row)) for i, row in enumerate(loaded[own])]
     return splits
+
+
+def _chosen_splits(name: str, hub: Hub, there: Collection[str]) -> dict[str, str]:
+    """train, valid and test → the split of the data set that each is. Where splits are named, others are not meant."""
+    named = {split: own for split, own in hub.splits.items() if own is not None}
+    # The first of several usual names is the last to be written.
+    usual = {split: stem for split, stems in _SPLIT_NAMES.items() for stem in reversed(stems) if stem in there}
+    chosen = {"train": "train", **(named or usual)}
+    if missing := [own for own in chosen.values() if own not in there]:
+        raise ValueError(f"{name} has no split {missing[0]!r}; it has {', '.join(there)}.")
+    return chosen
+
+
+def _converted_files(name: str, subset: str) -> dict[str, str]:
+    """The splits in the hub's Parquet copy of a data set, and the pattern of each one's files.
+
+    load_dataset takes the folders of that revision for no subsets, so they are named to it as files.
+    """
+    from fsspec.core import url_to_fs
+
+    root = _CONVERTED_FOLDER.format(name=name)
+    files, path = url_to_fs(root)
+    folders = [file.split("/")[-3:-1] for file in sorted(files.glob(f"{path}/*/*/*.parquet"))]
+    splits = list(dict.fromkeys(split for own, split in folders if own == subset))
+    if not splits:
+        subsets = ", ".join(dict.fromkeys(own for own, _ in folders)) or "none"
+        raise ValueError(f"{name} has no subset {subset!r} in its Parquet copy; it has {subsets}.")
+    return {split: f"{root}/{subset}/{split}/*.parquet" for split in splits}
 
 
 def _place(problem: str) -> tuple[str, int]:

@@ -51,7 +51,7 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises DataError listing every bad row, ValueError for settings that do not fit the model or the data.
     """
     data = read(config.data, fields=fields_of(config), holdout=config.holdout, seed=config.seed)
-    _check_task(config, data)
+    check_task(config, data)
     tokenizer = load_tokenizer(config.model)
     style = Style(chat=tokenizer.chat_template is not None and not config.plain, system=config.system)
     notes = list(data.notes)
@@ -152,7 +152,8 @@ def fields_of(config: Any) -> dict[str, str]:
     return {role: value for role in roles if (value := getattr(config, f"{role}_field"))}
 
 
-def _check_task(config: TrainConfig, data: Data) -> None:
+def check_task(config: Any, data: Data) -> None:
+    """Raise ValueError where the data is of another kind than the one that the settings ask for."""
     asked, found = config.task, "causal-lm" if data.task == "causal-lm" else "classification"
     if asked not in ("auto", found):
         raise ValueError(f"--task {asked} does not fit {config.data}, which holds {data.shape} rows ({data.task}).")

@@ -159,6 +159,9 @@ class CompareConfig:
     train_split: str | None = setting(None, help="a hub data set's split to train on", group=_DATA)
     valid_split: str | None = setting(None, help="and to choose the learning rate on", group=_DATA)
     test_split: str | None = setting(None, help="and to report", group=_DATA)
+    task: Literal["auto", "causal-lm", "classification"] = setting(
+        "auto", help="what to train; auto: told by the data", group=_DATA
+    )
     system: str | None = setting(None, help="system message put before conversations that have none", group=_DATA)
     plain: bool = setting(False, help="do not wrap prompts in the model's chat template", group=_DATA)
     template: str = setting(

@@ -39,7 +39,7 @@ from ...training.models import (
     load_tokenizer,
     skeleton,
 )
-from ...training.prepare import fields_of, labels_of
+from ...training.prepare import check_task, fields_of, labels_of
 from ...training.tokens import encode_all, encode_text, prompt_ids, reference
 from ..methods.baselines import Applied, Head
 from .config import CompareConfig, TaskConfig
@@ -109,6 +109,7 @@ def task_of(task: TaskConfig, model: str) -> Sequences | Answers:
     fields = fields_of(settings) | ({"references": settings.references_field} if settings.references_field else {})
     hub = Hub(settings.subset, settings.revision, splits)
     data = read(settings.data, fields=fields, holdout=0.0, hub=hub)
+    check_task(settings, data)
     kind = Answers if data.task == "causal-lm" else Sequences
     return kind(task.name, model, settings, _split(data, settings))
 
@@ -160,7 +161,7 @@ class Sequences(_Text):
         self._valid = [{**self._encoded(example), "labels": self._label(example)} for example in data.valid]
         tested = [self._encoded(example) for example in data.test]
         self.longest = max(len(row["input_ids"]) for row in (*self.train, *self._valid, *tested))
-        self._few = tested[:_SERVED]
+        self._few = self._pad(tested[:_SERVED])
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -198,7 +199,7 @@ class Sequences(_Text):
         return self._scores(applied, self.data.test)
 
     def serve(self, model: nn.Module) -> None:
-        model(**{name: value.to(self.device) for name, value in self._pad(self._few).items()})
+        model(**{name: value.to(self.device) for name, value in self._few.items()})
 
     def _scores(self, applied: Applied, examples: list[Example]) -> dict[str, float]:
         loaded = Loaded(applied.model, self.tokenizer)
@@ -238,6 +239,7 @@ class Answers(_Text):
         self.longest = max(len(row["input_ids"]) for row in (*self.train, *self._valid, *self._test))
         # Without those whose prompt alone is longer. Every question of the test is asked.
         self.rows |= {"train": len(self.train), "valid": len(self._valid)}
+        self._few = self.collate(self._test[:_SERVED])
         self._model: nn.Module | None = None
 
     def model(self, seed: int) -> nn.Module:
@@ -281,8 +283,7 @@ class Answers(_Text):
         return {name: scores[name] for name in self.metrics}
 
     def serve(self, model: nn.Module) -> None:
-        few = self.collate(self._test[:_SERVED])
-        model(**{name: few[name].to(self.device) for name in ("input_ids", "attention_mask")})
+        model(**{name: self._few[name].to(self.device) for name in ("input_ids", "attention_mask")})
 
     @torch.no_grad()
     def _losses(self, model: nn.Module, rows: list[dict[str, Any]]) -> tuple[list[float], list[int]]:
