@@ -125,7 +125,7 @@ def test_every_setting_that_a_method_takes_changes_its_runs() -> None:
     ("text", "expected"),
     [
         ("data: d\nepohcs: 3\n", ["line 4: unknown key 'epohcs'. Did you mean 'epochs'?"]),
-        ("data: d\ntask: {a: {data: d}}\n", ["line 4: unknown key 'task'. Did you mean 'tasks'?"]),
+        ("data: d\ntaks: {a: {data: d}}\n", ["line 4: unknown key 'taks'. Did you mean 'tasks'?"]),
         (
             "data: d\ntraining: {epochs: 3}\n",
             ["line 4: unknown key 'training'. The file is flat, without sections."],

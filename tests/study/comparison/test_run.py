@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lorakit.study.comparison import run as module
+from lorakit.study.comparison import table
 from lorakit.study.comparison.config import CompareConfig
+from lorakit.study.comparison.files import write
 from lorakit.study.comparison.fit import fit
 from lorakit.study.comparison.results import Comparison, Run
 from lorakit.study.comparison.run import compare, plan_block, plans_of
@@ -167,6 +169,20 @@ def test_seeds_differ_and_methods_share_them(
     assert not torch.equal(made.begun[0]["classifier.weight"], made.begun[1]["classifier.weight"])
 
 
+def test_what_a_method_draws_is_told_by_the_seed(tiny_lm: Path, questions: Path, tmp_path: Path, made: Made) -> None:
+    """Where one model serves all runs, loading it draws nothing."""
+    settings: dict[str, Any] = dict(methods=("lora", "prefix-layer length=2"), learning_rate=1e-3, max_steps=1)
+    comparison(tiny_lm, questions, tmp_path / "first", **settings)
+    torch.rand(3)
+    comparison(tiny_lm, questions, tmp_path / "again", **settings)
+    first, again = made.begun[:4], made.begun[4:]
+    for one, other in zip(first, again, strict=True):
+        assert all(torch.equal(other[name], value) for name, value in one.items())
+    for zero, one in (first[:2], first[2:]):
+        changed = {name for name in one if not torch.equal(one[name], zero[name])}
+        assert changed == {name for name in one if "lora_A" in name or "lorakit_prefix" in name}
+
+
 def test_nothing_is_made_twice(tiny_encoder: Path, classes: Path, tmp_path: Path, made: Made) -> None:
     settings: dict[str, Any] = dict(methods=("lora rank=1", "bitfit"))
     first = comparison(tiny_encoder, classes, tmp_path, **settings)
@@ -234,14 +250,15 @@ def test_the_best_run_of_the_search_is_the_run_of_its_seed(
     assert len(made.calls) == 1
 
 
+@pytest.mark.parametrize("trials", [2, 3])
 def test_of_two_equal_rates_the_lower_is_not_trained_again(
-    tiny_encoder: Path, classes: Path, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
+    tiny_encoder: Path, classes: Path, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch, trials: int
 ) -> None:
     validate = Sequences.validate
     monkeypatch.setattr(Sequences, "validate", lambda self, applied: {**validate(self, applied), "loss": 0.5})
-    found = comparison(tiny_encoder, classes, tmp_path, methods=("bitfit",), seeds=1, trials=3)
-    assert [rate for *_, rate in made.calls] == [1e-3, 3e-3, 3e-4]
-    assert found.rows[0].learning_rate == 3e-4
+    found = comparison(tiny_encoder, classes, tmp_path, methods=("bitfit",), seeds=1, trials=trials)
+    assert [rate for *_, rate in made.calls] == [1e-3, 3e-3, 3e-4][:trials]
+    assert found.rows[0].learning_rate == (1e-3 if trials == 2 else 3e-4)
 
 
 def test_a_method_that_does_not_apply_is_left_out_with_its_reason(
@@ -263,6 +280,36 @@ def test_a_method_that_does_not_apply_is_left_out_with_its_reason(
     assert "left out: k=9: BertForSequenceClassification has 2 blocks." in block
     assert "                0 parameters and 66 of the head" in block
     assert "at most 22: 4 seeds, at most 3 learning rates for a method on a task" in block  # 3 · (4 + 2) + 4
+
+
+@pytest.mark.parametrize("kind", ["learnt", "computed"])
+def test_a_method_whose_rows_do_not_fit_into_the_model_is_left_out(
+    tiny_encoder: Path, tiny_lm: Path, tmp_path: Path, kind: str
+) -> None:
+    """The tiny encoder has 64 learnt positions; the language model turns its vectors, and has no end."""
+    data = tmp_path / "long.jsonl"
+    texts = ["on " * 90, *(f"light {i}" for i in range(30))]  # a word with its space is a token or more
+    rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(texts)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    methods = ("head", "prefix-layer length=4", "prefix-embedding length=5")
+    settings: dict[str, Any] = dict(methods=methods, seeds=1, trials=1)
+    if kind == "computed":
+        assert not comparison(tiny_lm, data, tmp_path / "out", **settings, max_seq_length=100).left_out
+        return
+    found = comparison(tiny_encoder, data, tmp_path / "out", **settings, max_seq_length=60)
+    assert [row.method for row in found.rows] == ["head", "prefix-layer length=4"]
+    assert found.left_out == (
+        ("long", "prefix-embedding length=5", "the longest row of long has 60 tokens, and the prefix 5, but the model "
+         "has 64 positions; lower max_seq_length to 59."),
+    )  # fmt: skip
+    found = comparison(tiny_encoder, data, tmp_path / "out", **settings, max_seq_length=65)
+    assert found.rows == () and len(found.left_out) == 3
+    assert found.left_out[0][2] == (
+        "the longest row of long has 65 tokens, but the model has 64 positions; lower max_seq_length to 64."
+    )
+    # The tables of nothing.
+    assert "head does not apply: the longest row of long has 65 tokens" in table.text(found)
+    assert write(found, tmp_path)
 
 
 def test_a_run_that_diverges_has_no_scores_and_the_next_method_does_not_see_it(

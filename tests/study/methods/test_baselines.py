@@ -848,3 +848,18 @@ def test_importing_it_imports_neither_transformers_nor_peft() -> None:
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module or ""]
             assert not {name.partition(".")[0] for name in names} & {"transformers", "peft"}
+
+
+@pytest.mark.parametrize(("make", "positions"), [(bert, 48), (roberta, 46), (mpnet, 46), (deberta, None), (gpt2, 48)])
+def test_a_model_takes_as_many_tokens_as_it_has_positions(make, positions: int | None) -> None:
+    model = make().eval()
+    assert structure.positions_of(model) == positions
+
+    def run(tokens: int) -> None:
+        with torch.no_grad():
+            model(input_ids=torch.full((1, tokens), 5), attention_mask=torch.ones(1, tokens, dtype=torch.long))
+
+    run(positions or 100)
+    if positions is not None:
+        with pytest.raises((IndexError, RuntimeError), match="out of range|out of bounds|expanded size"):
+            run(positions + 1)

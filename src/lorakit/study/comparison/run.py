@@ -27,8 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...training.memory import keep_few_kernels
 from ...training.report import heading
-from ..methods.baselines import Applied, Method
+from ..methods.baselines import Applied, Method, PrefixEmbedding, PrefixLayer
 from ..methods.naming import name_of
+from ..methods.structure import positions_of
 from .config import CompareConfig, MethodConfig
 from .fit import fit, steps_of
 from .progress import Progress
@@ -193,7 +194,7 @@ class _Runs:
         model = self.task.model(seed)
         torch.manual_seed(seed)
         try:
-            return model, self.config.method.apply(model, self.task.head)
+            return model, _apply(self.config.method, model, self.task)
         except ValueError as error:
             raise _NotApplicable(str(error)) from None
 
@@ -219,6 +220,19 @@ class _Runs:
         training = {name: getattr(self.config.training, name) for name in _DECIDES}
         method: Method = self.config.method
         return fingerprint(self.task.fingerprint, self.task.name, method.name, method.settings, training, seed, rate)
+
+
+def _apply(method: Method, model: nn.Module, task: Task) -> Applied:
+    """Apply the method, if the task's rows fit into the model then. Raises ValueError."""
+    positions = positions_of(model)
+    prefix = method.length if isinstance(method, PrefixEmbedding | PrefixLayer) else 0
+    if positions is not None and task.longest + prefix > positions:
+        beside = f", and the prefix {prefix}" if prefix else ""
+        raise ValueError(
+            f"the longest row of {task.name} has {task.longest} tokens{beside}, but the model has {positions} "
+            f"positions; lower max_seq_length to {positions - prefix}."
+        )
+    return method.apply(model, task.head)
 
 
 def plan_block(config: CompareConfig, plans: Sequence[Plan]) -> str:
@@ -249,7 +263,7 @@ def _counted(plan: Plan) -> dict[str, str]:
         with FakeTensorMode():
             model = plan.task.blueprint()
             try:
-                applied = method.method.apply(model, plan.task.head)
+                applied = _apply(method.method, model, plan.task)
             except ValueError as error:
                 said[name_of(method.method)] = f"left out: {error}"
                 continue

@@ -65,6 +65,7 @@ class Task(ABC):
     chosen_by: str  # the score of `validate` that chooses the learning rate, better the lower it is
     fingerprint: str  # of all that decides a score and is no setting of training
     head: Head = None  # modules that are new; None: told by the model
+    longest: int = 0  # tokens of the longest row
     half: bool = False  # whether products are made in bfloat16
 
     @abstractmethod
@@ -158,7 +159,9 @@ class Sequences(_Text):
         self.train = [{**self._encoded(example), "labels": self._label(example)} for example in data.train]
         self.chosen_by = "loss"
         self._valid = [{**self._encoded(example), "labels": self._label(example)} for example in data.valid]
-        self._few = self._pad([self._encoded(example) for example in data.test[:_SERVED]])
+        tested = [self._encoded(example) for example in data.test]
+        self.longest = max(len(row["input_ids"]) for row in (*self.train, *self._valid, *tested))
+        self._few = self._pad(tested[:_SERVED])
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -233,6 +236,7 @@ class Answers(_Text):
                     f"no {split} row of {self.source} has room for its answer within {settings.max_seq_length} tokens; "
                     f"raise max_seq_length."
                 )
+        self.longest = max(len(row["input_ids"]) for row in (*self.train, *self._valid, *self._test))
         # Without those whose prompt alone is longer. Every question of the test is asked.
         self.rows |= {"train": len(self.train), "valid": len(self._valid)}
         self._few = self.collate(self._test[:_SERVED])

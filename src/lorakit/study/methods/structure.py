@@ -52,6 +52,17 @@ def blocks_of(model: nn.Module) -> list[Block]:
     return [Block(f"{name}.{index}", module, width) for index, module in enumerate(stack)]
 
 
+def positions_of(model: nn.Module) -> int | None:
+    """For how many tokens the model has learnt positions; None where it computes them (rotary, relative), for any.
+
+    Where the embedding of positions has a padding index, counting begins after it (RoBERTa, MPNet).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe"):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
+
+
 def attention_of(block: Block) -> nn.Module:
     found = _attentions(block.module)
     if len(found) != 1:
