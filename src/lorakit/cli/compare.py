@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "config.yaml") as path:
         path.write_text(to_yaml(config), encoding="utf-8")
-    found = compare(config.model, plans, out, seeds=config.seeds, trials=config.trials)
+    found = compare(config.model, plans, out, seeds=config.seeds, trials=config.trials, so_far=config.so_far)
     written = write(found, out)
     print(table.as_json(found) if args.json else table.text(found), end="" if args.json else "\n")
     if not args.json:

@@ -12,7 +12,6 @@ import torch
 from lorakit.study.comparison import run as module
 from lorakit.study.comparison import table
 from lorakit.study.comparison.config import CompareConfig
-from lorakit.study.comparison.files import write
 from lorakit.study.comparison.fit import fit
 from lorakit.study.comparison.results import Comparison, Run
 from lorakit.study.comparison.run import compare, plan_block, plans_of
@@ -71,10 +70,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     return Made(monkeypatch)
 
 
-def comparison(model: Path, data: Path, out: Path, **settings: Any) -> Comparison:
+def comparison(model: Path, data: Path, out: Path, so_far: bool = False, **settings: Any) -> Comparison:
     usual = dict(epochs=1.0, batch_size=8, dtype="float32", seeds=2, trials=2, max_new_tokens=4)
     config = CompareConfig(model=str(model), output_dir=str(out), data=str(data), **{**usual, **settings})
-    return compare(config.model, plans_of(config), out, seeds=config.seeds, trials=config.trials)
+    return compare(config.model, plans_of(config), out, seeds=config.seeds, trials=config.trials, so_far=so_far)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -234,6 +233,26 @@ def test_an_interrupted_comparison_goes_on(
     assert ours == theirs and len(ours) == 6
 
 
+def test_what_is_finished_so_far_is_shown_without_making_more(
+    tiny_encoder: Path, classes: Path, tmp_path: Path, made: Made
+) -> None:
+    settings: dict[str, Any] = dict(methods=("lora rank=1", "bitfit"), seeds=3)
+    made.stop = 4  # two rates and the second seed of the first method are there, its third seed is not
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        comparison(tiny_encoder, classes, tmp_path, **settings)
+    found = comparison(tiny_encoder, classes, tmp_path, so_far=True, **settings)
+    assert len(made.calls) == 4
+    (row,) = found.rows
+    tested = [run for run in lines(tmp_path) if run["test"]]
+    assert (row.method, row.seeds, found.finished) == ("lora rank=1", 2, False)
+    assert row.scores["accuracy"].values == tuple(run["test"]["accuracy"] for run in tested)
+    assert table.text(found).startswith("Unfinished")
+    made.stop = None
+    whole = comparison(tiny_encoder, classes, tmp_path, **settings)
+    assert whole.finished and len(made.calls) == 4 + 1 + 4
+    assert comparison(tiny_encoder, classes, tmp_path, so_far=True, **settings) == whole
+
+
 @pytest.mark.parametrize("method", ["full", "pissa rank=2", "prefix-embedding length=2", "adapter-p bottleneck=2"])
 def test_the_best_run_of_the_search_is_the_run_of_its_seed(
     tiny_encoder: Path, classes: Path, tmp_path: Path, made: Made, method: str
@@ -302,14 +321,12 @@ def test_a_method_whose_rows_do_not_fit_into_the_model_is_left_out(
         ("long", "prefix-embedding length=5", "the longest row of long has 60 tokens, and the prefix 5, but the model "
          "has 64 positions; lower max_seq_length to 59."),
     )  # fmt: skip
-    found = comparison(tiny_encoder, data, tmp_path / "out", **settings, max_seq_length=65)
-    assert found.rows == () and len(found.left_out) == 3
-    assert found.left_out[0][2] == (
-        "the longest row of long has 65 tokens, but the model has 64 positions; lower max_seq_length to 64."
+    message = (
+        "no method can be applied. long: head: the longest row of long has 65 tokens, but the model has 64 positions; "
+        "lower max_seq_length to 64."
     )
-    # The tables of nothing.
-    assert "head does not apply: the longest row of long has 65 tokens" in table.text(found)
-    assert write(found, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        comparison(tiny_encoder, data, tmp_path / "out", **settings, max_seq_length=65)
 
 
 def test_a_run_that_diverges_has_no_scores_and_the_next_method_does_not_see_it(

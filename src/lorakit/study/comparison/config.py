@@ -146,6 +146,7 @@ class CompareConfig:
     trials: int = setting(
         4, help="learning rates that each method may try on each task, with seed 0", group=_SEARCH, at_least=1
     )
+    so_far: bool = setting(False, help="tables of the runs that are finished, without making others", group=_SEARCH)
     dry_run: bool = setting(False, help="say what would be run, then stop", group=_SEARCH)
 
     data: str | None = setting(
@@ -185,7 +186,9 @@ class CompareConfig:
     )
     beams: int = setting(1, help="of the search for an answer; 1: greedy", group=_DATA, at_least=1)
     length_penalty: float = setting(1.0, help="of beam search: exponent of the length", group=_DATA)
-    no_repeat_ngram: int = setting(0, help="tokens in a row that no answer repeats; 0: none", group=_DATA, at_least=0)
+    no_repeat_ngram: int = setting(
+        0, help="tokens in a row that may not come twice in prompt and answer; 0: any may", group=_DATA, at_least=0
+    )
     dtype: Literal["auto", "float32"] = setting(
         "auto",
         help="of the products; auto: bfloat16 where the device is fast at it. Weights are float32",
@@ -246,7 +249,7 @@ def tasks_of(config: CompareConfig) -> tuple[TaskConfig, ...]:
     """
     from pathlib import Path
 
-    named = config.tasks or ({Path(config.data).stem: {}} if config.data else {})
+    named = config.tasks or ({Path(config.data).resolve().stem: {}} if config.data else {})
     if not named:
         raise UsageError("missing: --data data.jsonl   (or tasks: in a YAML file)")
     tasks = []

@@ -55,9 +55,19 @@ class Plan:
 
 
 def compare(
-    model: str, plans: Sequence[Plan], folder: Path, *, seeds: int, trials: int, progress: Progress | None = None
+    model: str,
+    plans: Sequence[Plan],
+    folder: Path,
+    *,
+    seeds: int,
+    trials: int,
+    so_far: bool = False,
+    progress: Progress | None = None,
 ) -> Comparison:
-    """Make the runs that `folder` does not hold yet, and return what all of them say."""
+    """Make the runs that `folder` does not hold yet, and return what all of them say.
+
+    so_far: make none, and return what those in the folder say. Raises ValueError where no method can be applied.
+    """
     keep_few_kernels()
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / RUNS)
@@ -65,15 +75,21 @@ def compare(
     progress.begin(sum(len(plan.methods) * (seeds + trials - 1) for plan in plans))
     rows: list[Row] = []
     left_out: list[tuple[str, str, str]] = []
+    finished = True
     with progress:
         for plan in plans:
             for method in plan.methods:
-                runs = _Runs(plan.task, method, ledger, progress)
+                runs = _Runs(plan.task, method, ledger, progress, so_far)
                 try:
                     rows.append(runs.of_all_seeds(seeds, trials))
                 except _NotApplicable as reason:
                     left_out.append((plan.task.name, name_of(method.method), str(reason)))
+                except _NotMade:
+                    pass
+                finished = finished and runs.complete
                 progress.advance_to_method_end(seeds + trials - 1)
+    if left_out and not rows and finished:
+        raise ValueError("no method can be applied. {}: {}: {}".format(*left_out[0]))
     return Comparison(
         model=model,
         tasks=tuple(_facts(plan) for plan in plans),
@@ -82,6 +98,7 @@ def compare(
         seeds=tuple(range(seeds)),
         trials=trials,
         machine=machine(),
+        finished=finished,
     )
 
 
@@ -89,11 +106,16 @@ class _NotApplicable(Exception):
     """Why the method cannot be applied to the model."""
 
 
-class _Runs:
-    """The runs of one method on one task."""
+class _NotMade(Exception):
+    """A run that is wanted stands in no ledger, and none is to be made."""
 
-    def __init__(self, task: Task, config: MethodConfig, ledger: Ledger, progress: Progress) -> None:
-        self.task, self.config, self.ledger, self.progress = task, config, ledger, progress
+
+class _Runs:
+    """The runs of one method on one task. so_far: those of the ledger alone."""
+
+    def __init__(self, task: Task, config: MethodConfig, ledger: Ledger, progress: Progress, so_far: bool) -> None:
+        self.task, self.config, self.ledger, self.progress, self.so_far = task, config, ledger, progress, so_far
+        self.complete = True
         self.name = name_of(config.method)
         self._best: tuple[Run, dict[str, Tensor]] | None = None  # of this search: a run, and what it trained
 
@@ -102,7 +124,12 @@ class _Runs:
         searched: list[Run] = []
         if rate is None:
             rate, searched = self._search(trials)
-        runs = [self._tested(seed, rate) for seed in range(seeds)]
+        runs = []
+        for seed in range(seeds):
+            with contextlib.suppress(_NotMade):
+                runs.append(self._tested(seed, rate))
+        if not runs:
+            raise _NotMade
         return row_of(runs, searched, self.task.chosen_by)
 
     def _search(self, trials: int) -> tuple[float, list[Run]]:
@@ -132,6 +159,9 @@ class _Runs:
 
     def _made(self, key: str, seed: int, rate: float, *, test: bool) -> Run:
         """Train, score, take the time, and write it down."""
+        if self.so_far:
+            self.complete = False
+            raise _NotMade
         training = self.config.training
         self.progress.run(self.task.name, self.name, seed, rate, steps_of(self.task, training))
         model, applied = self._applied(seed)
