@@ -353,6 +353,23 @@ def test_a_run_that_diverges_has_no_scores_and_the_next_method_does_not_see_it(
     assert all(run["latency"] > 0 and run["steps"] == (2 if run["diverged"] else 4) for run in lines(tmp_path / "both"))
 
 
+def test_a_run_whose_last_step_breaks_the_weights_has_diverged(
+    tiny_encoder: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loss of training sees what the last step did; the validation loss does."""
+
+    def fitted(applied: Applied, *args: Any, **settings: Any) -> Any:
+        done = fit(applied, *args, **settings)
+        with torch.no_grad():
+            applied.parameters()[-1].fill_(float("nan"))  # the head's
+        return done
+
+    monkeypatch.setattr(module, "fit", fitted)
+    found = comparison(tiny_encoder, classes, tmp_path, methods=("lora rank=1",), seeds=2, trials=1)
+    assert (found.rows[0].diverged, found.rows[0].scores) == (2, {})
+    assert all(run["diverged"] and not run["valid"] and not run["test"] for run in lines(tmp_path))
+
+
 def test_the_search_goes_down_from_a_rate_that_diverges(
     tiny_encoder: Path, classes: Path, tmp_path: Path, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:

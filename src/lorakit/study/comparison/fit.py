@@ -138,4 +138,7 @@ def _arguments(training: CompareConfig, seed: int, learning_rate: float) -> Trai
         "remove_unused_columns": False,
     }
     with contextlib.redirect_stdout(io.StringIO()):
-        return TrainingArguments(**settings)
+        arguments = TrainingArguments(**settings)
+    # On several GPUs Trainer would multiply the rows of a step by their number; runs are compared on one.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

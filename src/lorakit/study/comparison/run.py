@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import os
 import platform
 import subprocess
@@ -166,12 +167,15 @@ class _Runs:
         self.progress.run(self.task.name, self.name, seed, rate, steps_of(self.task, training))
         model, applied = self._applied(seed)
         fitted = fit(applied, self.task, training, seed=seed, learning_rate=rate, step=self.progress.step)
+        diverged = fitted.diverged
         valid: dict[str, float] = {}
         scores: dict[str, float] = {}
-        if not fitted.diverged:
+        if not diverged:
             self.progress.says("validation")
             valid = self.task.validate(applied)
-            if test:
+            if not math.isfinite(valid[self.task.chosen_by]):  # after the last step, which no loss of training saw
+                diverged, valid = True, {}
+            elif test:
                 self.progress.says("test")
                 scores = self.task.test(applied)
         run = Run(
@@ -183,7 +187,7 @@ class _Runs:
             steps=fitted.steps,
             parameters=applied.parameter_count,
             head=applied.head_count,
-            diverged=fitted.diverged,
+            diverged=diverged,
             valid=valid,
             test=scores,
             seconds=fitted.seconds,
@@ -192,7 +196,7 @@ class _Runs:
             latency=0.0,
             base_latency=0.0,
         )
-        if not test and not fitted.diverged:
+        if not test and not diverged:
             self._keep_if_best(run, applied)
         latency, base_latency = self._latencies(applied, model)
         run = dataclasses.replace(run, latency=latency, base_latency=base_latency)

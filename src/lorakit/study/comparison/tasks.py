@@ -78,7 +78,10 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, label_smoothing: float = 0.0) -> Loss:
-        """The mean loss of a batch as a function of it, made anew for each training of `model`."""
+        """The mean loss of a batch as a function of it, made anew for each training of `model`.
+
+        Where batches are added up for a step, each counts alike.
+        """
 
     @abstractmethod
     def validate(self, applied: Applied) -> dict[str, float]:
