@@ -54,22 +54,22 @@ def row(
 
 
 ROWS = (
-    row("sst<&>2", "full()", 124_000_000, {"accuracy": (90.21, 0.42)}, head=1538, rate=1.5e-5, tried={1.5e-5: 90.0}),
-    row("sst<&>2", "bitfit()", 102_912, {"accuracy": (88.64, 0.61)}, head=1538, diverged=2),
-    row("sst<&>2", "head()", 0, {"accuracy": (71.3, 0.21)}, head=1538, tried={1e-4: None, 2e-4: 71.0}),
-    row("sst<&>2", "lora(rank=2)", 73_728, {"accuracy": (89.9, 0.51)}, head=1538),
-    row("sst<&>2", "lora(rank=8)", 294_912, {"accuracy": (91.04, 0.33)}, head=1538),
-    row("sst<&>2", "mine<&>(size=3)", 7_000, {}, head=1538, diverged=5),
-    row("e2e", "full()", 354_920_000, {"ter": (41.26, 0.31), "bleu": (66.52, 0.44)}),
-    row("e2e", "bitfit()", 301_056, {"ter": (45.0, 0.9), "bleu": (60.12, 1.25)}),
-    row("e2e", "lora(rank=2)", 200_000, {"ter": (40.08, 0.24), "bleu": (67.74, 0.28)}, latency=1.043),
-    row("e2e", "lora(rank=8)", 800_000, {"ter": (40.98, 0.24), "bleu": (68.04, 0.28)}),
+    row("sst<&>2", "full", 124_000_000, {"accuracy": (90.21, 0.42)}, head=1538, rate=1.5e-5, tried={1.5e-5: 90.0}),
+    row("sst<&>2", "bitfit", 102_912, {"accuracy": (88.64, 0.61)}, head=1538, diverged=2),
+    row("sst<&>2", "head", 0, {"accuracy": (71.3, 0.21)}, head=1538, tried={1e-4: None, 2e-4: 71.0}),
+    row("sst<&>2", "lora rank=2", 73_728, {"accuracy": (89.9, 0.51)}, head=1538),
+    row("sst<&>2", "lora rank=8", 294_912, {"accuracy": (91.04, 0.33)}, head=1538),
+    row("sst<&>2", "mine<&> size=3", 7_000, {}, head=1538, diverged=5),
+    row("e2e", "full", 354_920_000, {"ter": (41.26, 0.31), "bleu": (66.52, 0.44)}),
+    row("e2e", "bitfit", 301_056, {"ter": (45.0, 0.9), "bleu": (60.12, 1.25)}),
+    row("e2e", "lora rank=2", 200_000, {"ter": (40.08, 0.24), "bleu": (67.74, 0.28)}, latency=1.043),
+    row("e2e", "lora rank=8", 800_000, {"ter": (40.98, 0.24), "bleu": (68.04, 0.28)}),
 )
 COMPARISON = Comparison(
     model="roberta<&>base",
     tasks=(SST, E2E),
     rows=ROWS,
-    left_out=(("sst<&>2", "prefix-layer(length=512)", "the model has <512> positions"),),
+    left_out=(("sst<&>2", "prefix-layer length=512", "the model has <512> positions"),),
     seeds=(1, 2, 3, 4, 5),
     trials=3,
     machine={"device": "CPU, 2 cores", "torch": "2.9.1"},

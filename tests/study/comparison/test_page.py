@@ -62,18 +62,18 @@ def test_it_has_a_table_of_all_tasks_and_three_parts_for_each(page: Page) -> Non
     assert page.count["svg"] == 2 and page.count["details"] == 2 and page.count["h2"] == 3
     every, sst, searched, e2e, _ = page.tables
     assert every[0] == ["method", "sst<&>2, accuracy", "e2e, ter ↓"]
-    assert every[-1] == ["mine<&>(size=3)", "–", "–"]
+    assert every[-1] == ["mine<&> size=3", "–", "–"]
     assert sst[1] == ["full", "124,000,000", "90.2 ± 0.4", "1.5e-5", "7 min", "1.83 GB", "496.0 MB", "×1.00"]
     assert sst[-1] == ["LoRA <r=8> (published)", "–", "95.1", "–", "–", "–", "–", "–"]
-    assert e2e[3] == ["lora(rank=2)", "200,000", "40.1 ± 0.2", "67.7 ± 0.3", *e2e[3][4:8], "×1.04"]
+    assert e2e[3] == ["lora rank=2", "200,000", "40.1 ± 0.2", "67.7 ± 0.3", *e2e[3][4:8], "×1.04"]
     assert searched == [
         ["method", "1.5e-5", "1e-4", "2e-4"],
         ["full", "90.00", "", ""],
         ["bitfit", "", "50.00", "75.00"],
         ["head", "", "diverged", "71.00"],
-        ["lora(rank=2)", "", "50.00", "75.00"],
-        ["lora(rank=8)", "", "50.00", "75.00"],
-        ["mine<&>(size=3)", "", "50.00", "75.00"],
+        ["lora rank=2", "", "50.00", "75.00"],
+        ["lora rank=8", "", "50.00", "75.00"],
+        ["mine<&> size=3", "", "50.00", "75.00"],
     ]
 
 
@@ -93,7 +93,7 @@ def test_facts_and_notes_stand_around_the_tables_and_nothing_is_taken_for_a_tag(
         "classification; data: data/sst|2; rows: 6,700 train, 872 valid, 1,821 test.",
         "The new head has 1,538 parameters, which every method trains besides.",
         "bitfit: 2 of 5 seeds diverged.",
-        "prefix-layer(length=512) does not apply: the model has <512> positions.",
+        "prefix-layer length=512 does not apply: the model has <512> positions.",
         "the search of the learning rate: loss on the validation rows",
     ):
         assert words in page.words, words

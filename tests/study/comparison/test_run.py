@@ -251,6 +251,11 @@ def test_what_is_finished_so_far_is_shown_without_making_more(
     whole = comparison(tiny_encoder, classes, tmp_path, **settings)
     assert whole.finished and len(made.calls) == 4 + 1 + 4
     assert comparison(tiny_encoder, classes, tmp_path, so_far=True, **settings) == whole
+    # What the tables come from is the machine that made the runs, and not the one that shows them.
+    assert whole.machine == module.machine()
+    elsewhere = {"processor": "another"}
+    (tmp_path / "machine.json").write_text(json.dumps(elsewhere))
+    assert comparison(tiny_encoder, classes, tmp_path, **settings).machine == elsewhere
 
 
 @pytest.mark.parametrize("method", ["full", "pissa rank=2", "prefix-embedding length=2", "adapter-p bottleneck=2"])

@@ -14,7 +14,6 @@ from .table import (
     Table,
     about,
     facts,
-    method,
     notes,
     rate,
     rows_of,
@@ -80,7 +79,7 @@ def _search(comparison: Comparison, task: TaskFacts) -> str:
             "" if one not in row.tried else "diverged" if row.tried[one] is None else number(row.tried[one], 4)
             for one in rates
         )
-        lines.append((method(row), *cells))
+        lines.append((row.method, *cells))
     chosen = {
         (index, rates.index(row.learning_rate) + 1) for index, row in enumerate(rows) if row.learning_rate in row.tried
     }

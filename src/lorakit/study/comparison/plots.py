@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from ...training.page import COLOURS
 from ..rounding import number
 from .results import Comparison, TaskFacts
-from .table import higher_is_better, method, rows_of
+from .table import higher_is_better, rows_of
 
 _LIGHT = ("#2563eb", "#b45309", "#15803d", "#7c3aed", "#dc2626", "#0e7490", "#be185d", "#64748b", "#1b1f24")
 _DARK = ("#6ea8fe", "#f0a94a", "#4ade80", "#b794f6", "#f87171", "#22d3ee", "#f472b6", "#94a3b8", "#e6e8eb")
@@ -105,17 +105,17 @@ def points_of(comparison: Comparison, task: TaskFacts) -> list[Point]:
         if not math.isfinite(interval.mean):
             continue
         name, size, others = _parts(row.method)
-        settings = f"{size}, {others}" if others else size
+        settings = f"{size} {others}" if others else size
         half = f" ± {number(interval.half)}" if interval.half is not None else ""
         points.append(
             Point(
-                label=_shortened(settings if (name, others) in labelled else method(row)),
+                label=_shortened(settings if (name, others) in labelled else row.method),
                 family=name,
                 others=others,
                 parameters=row.parameters,
                 value=interval.mean,
                 half=interval.half,
-                title=f"{method(row)}: {number(interval.mean, 4)}{half}, {row.parameters:,} parameters",
+                title=f"{row.method}: {number(interval.mean, 4)}{half}, {row.parameters:,} parameters",
             )
         )
         labelled.add((name, others))
@@ -271,9 +271,9 @@ def _short(count: int) -> str:
 
 
 def _parts(method: str) -> tuple[str, str, str]:
-    """The name, the size, which is the first setting, and the other settings of "lora(rank=8, dora=True)"."""
-    name, _, settings = method.removesuffix(")").partition("(")
-    size, _, others = settings.partition(", ")
+    """The name, the size, which is the first setting, and the other settings of "lora rank=8 targets=q_proj"."""
+    name, _, settings = method.partition(" ")
+    size, _, others = settings.partition(" ")
     return name, size, others
 
 

@@ -21,6 +21,7 @@ class Progress:
         self._runs: tqdm[Any] | None = None
         self._steps: tqdm[Any] | None = None
         self._expected = 0  # runs that the bar stands at when the method in hand is done
+        self.made = 0  # runs
         self._silent = not sys.stderr.isatty()
 
     def __enter__(self) -> Progress:
@@ -51,6 +52,7 @@ class Progress:
             self._steps.set_postfix_str(what)
 
     def finished(self, run: Run) -> None:
+        self.made += 1
         self._close_steps()
         if self._runs is not None:
             self._runs.update()

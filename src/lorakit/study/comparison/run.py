@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import json
 import math
 import os
 import platform
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...formats.files import replacing
 from ...training.memory import keep_few_kernels
 from ...training.report import heading
 from ..methods.baselines import Applied, Method, PrefixEmbedding, PrefixLayer
@@ -38,7 +40,7 @@ from .results import Comparison, Ledger, Row, Run, TaskFacts, row_of
 from .search import best_rate, next_rate
 from .tasks import Task, fingerprint, halved, served
 
-RUNS = "runs.jsonl"
+RUNS, MACHINE = "runs.jsonl", "machine.json"
 _TURNS = 7  # of the two models whose latency is compared, interleaved; the least time of each counts
 _DECIDES = (
     *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "scheduler", "warmup_ratio", "warmup_steps"),
@@ -98,7 +100,7 @@ def compare(
         left_out=tuple(left_out),
         seeds=tuple(range(seeds)),
         trials=trials,
-        machine=machine(),
+        machine=_made_on(folder, progress.made > 0),
         finished=finished,
     )
 
@@ -304,6 +306,16 @@ def _counted(plan: Plan) -> dict[str, str]:
             head = f" and {applied.head_count:,} of the head" if applied.head_count else ""
             said[name_of(method.method)] = f"{applied.parameter_count:>12,} parameters{head}"
     return said
+
+
+def _made_on(folder: Path, now: bool) -> dict[str, str]:
+    """The machine of the last runs, which stands in the folder: tables made anew later do not come from elsewhere."""
+    path = folder / MACHINE
+    if now or not path.is_file():
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
+    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+    return found
 
 
 def machine() -> dict[str, str]:

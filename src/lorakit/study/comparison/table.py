@@ -93,7 +93,7 @@ def table(comparison: Comparison, task: TaskFacts) -> Table:
         for name, values in task.published.items()
         if any(metric in values for metric in task.metrics)
     ]
-    columns: list[list[str]] = [[*(method(row) for row in rows), *(name for name, _ in published)]]
+    columns: list[list[str]] = [[*(row.method for row in rows), *(name for name, _ in published)]]
     for metric in task.metrics:
         measured = [row.scores.get(metric) for row in rows]
         digits = _decimals(measured)
@@ -132,7 +132,7 @@ def summary(comparison: Comparison) -> Table:
         for task in comparison.tasks
         for row in rows_of(comparison, task)
     }
-    head, columns, best = ["method"], [[_shown(name) for name in methods]], set()
+    head, columns, best = ["method"], [[name for name in methods]], set()
     means: list[list[float | None]] = []
     for index, task in enumerate(comparison.tasks, 1):
         own = [scores.get((name, task.name)) for name in methods]
@@ -169,11 +169,11 @@ def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
         lines.append(f"The new head has {head:,} parameters, which every method trains besides.")
     for row in rows:
         if row.seeds < len(comparison.seeds):
-            lines.append(f"{method(row)}: {row.seeds} of {len(comparison.seeds)} seeds so far.")
+            lines.append(f"{row.method}: {row.seeds} of {len(comparison.seeds)} seeds so far.")
         if row.diverged:
-            lines.append(f"{method(row)}: {row.diverged} of {row.seeds} seeds diverged.")
+            lines.append(f"{row.method}: {row.diverged} of {row.seeds} seeds diverged.")
     lines += [
-        f"{_shown(name)} does not apply: {reason.rstrip('.')}."
+        f"{name} does not apply: {reason.rstrip('.')}."
         for where, name, reason in comparison.left_out
         if where == task.name
     ]
@@ -184,11 +184,6 @@ def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
 
 def rows_of(comparison: Comparison, task: TaskFacts) -> list[Row]:
     return [row for row in comparison.rows if row.task == task.name]
-
-
-def method(row: Row) -> str:
-    """The method's name as the tables show it."""
-    return _shown(row.method)
 
 
 def score(interval: Interval | None, digits: int) -> str:
@@ -215,10 +210,6 @@ def _interval(comparison: Comparison) -> str:
     if count < 2:
         return "From a single seed there is no interval."
     return f"± is the 95 % interval of the mean over {count} seeds (Student's t)."
-
-
-def _shown(name: str) -> str:
-    return name.removesuffix("()")
 
 
 def _with_direction(metric: str) -> str:
