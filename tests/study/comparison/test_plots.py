@@ -133,7 +133,7 @@ def test_methods_that_differ_in_their_size_alone_are_joined_and_labelled_once_in
     svg = drawn(points)
     assert [label.text for label in having(svg, "label")] == [
         *("lora rank=2", "rank=4", "lora rank=4 dora=true", "adapter-h bottleneck=8", "rank=8"),
-        "rank=9 dora=true",
+        "rank=9",
     ]
     places = marks(svg)
     lines = [

@@ -105,11 +105,10 @@ def points_of(comparison: Comparison, task: TaskFacts) -> list[Point]:
         if not math.isfinite(interval.mean):
             continue
         name, size, others = _parts(row.method)
-        settings = f"{size} {others}" if others else size
         half = f" ± {number(interval.half)}" if interval.half is not None else ""
         points.append(
             Point(
-                label=_shortened(settings if (name, others) in labelled else row.method),
+                label=_shortened(size if (name, others) in labelled else row.method),
                 family=name,
                 others=others,
                 parameters=row.parameters,
