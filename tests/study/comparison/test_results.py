@@ -105,7 +105,7 @@ def test_an_interval_is_student_s() -> None:
 def test_a_row_sums_up_its_runs() -> None:
     runs = [
         run(test={"accuracy": 70.0, "f1": 60.0}, seconds=1.0, peak_bytes=5, latency=4.0, base_latency=2.0),
-        run(seed=1, diverged=True, test={}, valid={}, seconds=2.0, peak_bytes=9, latency=3.0, base_latency=2.5),
+        run(seed=1, diverged=True, test={}, valid={}, seconds=0.5, peak_bytes=9, latency=3.0, base_latency=2.5),
         run(seed=2, test={"accuracy": 74.0, "f1": 66.0}, seconds=6.0, peak_bytes=7, latency=6.0, base_latency=2.0),
     ]
     searched = [runs[0], run(learning_rate=3e-3, diverged=True, valid={})]
@@ -115,7 +115,7 @@ def test_a_row_sums_up_its_runs() -> None:
     assert row.tried == {1e-3: 0.5, 3e-3: None}
     assert [*row.scores] == ["accuracy", "f1"]
     assert row.scores["accuracy"].values == (70.0, 74.0) and row.scores["f1"].mean == 63.0
-    assert (row.seconds, row.peak_bytes, row.file_bytes, row.latency) == (3.0, 9, 8456, 1.5)
+    assert (row.seconds, row.peak_bytes, row.file_bytes, row.latency) == (1.0, 9, 8456, 1.5)
 
 
 def test_a_row_of_diverged_runs_has_no_scores() -> None:

@@ -119,7 +119,7 @@ def test_every_row_is_what_its_runs_say(tiny_encoder: Path, classes: Path, tmp_p
             values = [run["test"][metric] for run in final]
             assert row.scores[metric].values == tuple(values)
             assert row.scores[metric].mean == pytest.approx(sum(values) / 3)
-        assert row.seconds == pytest.approx(sum(run["seconds"] for run in final) / 3)
+        assert row.seconds == min(run["seconds"] for run in final)
         assert row.peak_bytes == max(run["peak_bytes"] for run in final) > 2**20
         assert row.latency == min(r["latency"] for r in final) / min(r["base_latency"] for r in final) > 0
         assert (row.seeds, row.diverged) == (3, 0)

@@ -73,7 +73,7 @@ class Row:
     scores: dict[str, Interval]  # metric → over the seeds that did not diverge; empty where all did
     seeds: int
     diverged: int  # seeds that did
-    seconds: float  # mean
+    seconds: float  # the shortest training: what else ran on the machine only adds to it
     peak_bytes: int  # largest
     file_bytes: int
     latency: float  # of the model without the method: 1.0 is its own time
@@ -151,7 +151,7 @@ def row_of(runs: Sequence[Run], searched: Iterable[Run], chosen_by: str) -> Row:
         scores={metric: Interval.of([run.test[metric] for run in good]) for metric in metrics},
         seeds=len(runs),
         diverged=len(runs) - len(good),
-        seconds=sum(run.seconds for run in runs) / len(runs),
+        seconds=min(run.seconds for run in good or runs),
         peak_bytes=max(run.peak_bytes for run in runs),
         file_bytes=first.file_bytes,
         latency=min(run.latency for run in runs) / min(run.base_latency for run in runs),
