@@ -163,9 +163,8 @@ def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
     trials = comparison.trials
     search = f"the best of at most {trials} by {task.chosen_by} on the validation rows" if trials > 1 else "given"
     lines = [f"{mark} is the best {task.metrics[0]}. {_interval(comparison)} The learning rate is {search}."]
-    lines.append(
-        "Train time is the shortest of the seeds'; latency that of a forward pass as the method serves, × the model's own."
-    )
+    lines.append("Train time is the shortest of the seeds'.")
+    lines.append("Latency is that of a forward pass as the method serves, × the model's own.")
     head = max((row.head for row in rows), default=0)
     if head:
         lines.append(f"The new head has {head:,} parameters, which every method trains besides.")
