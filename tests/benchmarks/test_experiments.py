@@ -10,8 +10,7 @@ import pytest
 import torch
 from experiments import prepare, vision
 
-from lorakit.study.comparison.config import CompareConfig, tasks_of
-from lorakit.training.settings import from_args
+from lorakit.study.comparison.config import config_of, tasks_of
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -214,7 +213,7 @@ def test_the_network_learns_and_comes_back_with_a_new_head(tmp_path: Path, monke
 
 @pytest.mark.parametrize("path", sorted(vision.DATA.parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_an_experiment_names_methods_and_folders_that_there_are(path: Path) -> None:
-    config = from_args(CompareConfig, argparse.Namespace(config=str(path)))
+    config = config_of(argparse.Namespace(config=str(path)))
     tasks = tasks_of(config)  # names every method rightly, and none twice
     written = {f"vader/{name}" for name in prepare.SENTENCES} | {"e2e", *prepare.models(Path())}
     for folder in [config.model, *(str(task.data.data) for task in tasks)]:

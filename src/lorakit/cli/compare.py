@@ -17,13 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..study.comparison.config import CompareConfig
-    from ..training.settings import UsageError, from_args
+    from ..study.comparison.config import config_of
+    from ..training.settings import UsageError
 
     if args.file and args.config:
         raise UsageError(f"two files of settings, {args.file} and {args.config}; give one.")
     args.config = args.file or args.config
-    config = from_args(CompareConfig, args)
+    config = config_of(args)
     from pathlib import Path
 
     from ..formats.files import replacing

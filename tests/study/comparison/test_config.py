@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.study.comparison.config import CompareConfig, tasks_of
+from lorakit.study.comparison.config import CompareConfig, config_of, tasks_of
 from lorakit.study.methods.baselines import BitFit, Full, Houlsby, LoRA, PrefixLayer
-from lorakit.training.settings import UsageError, add_arguments, from_args, to_yaml
+from lorakit.training.settings import UsageError, add_arguments, to_yaml
 
 FILE = """\
 model: base
@@ -38,7 +38,7 @@ methods:
 def read(*flags: str) -> CompareConfig:
     parser = argparse.ArgumentParser()
     add_arguments(CompareConfig, parser)
-    return from_args(CompareConfig, parser.parse_args(flags))
+    return config_of(parser.parse_args(flags))
 
 
 def written(folder: Path, text: str) -> str:
@@ -91,10 +91,18 @@ def test_the_innermost_level_wins(tmp_path: Path) -> None:
     assert settings(news) == [(LoRA(rank=2), 3, 8, 2e-4), (Full(), 7, 8, 2e-4)]
 
 
-def test_flags_beat_the_top_of_the_file_and_what_is_written_deeper_stays(tmp_path: Path) -> None:
-    reviews, news = tasks_of(read("-c", written(tmp_path, FILE), "--epochs", "1", "--lr", "0.5", "--methods", "bitfit"))
+def test_flags_beat_the_whole_file(tmp_path: Path) -> None:
+    """At the top of it, in a task and in a method's own settings; what no flag names stays."""
+    path = written(tmp_path, FILE)
+    reviews, news = tasks_of(read("-c", path, "--epochs", "1", "--lr", "0.5"))
+    assert [(m.method, m.training.epochs, m.training.learning_rate) for m in (*reviews.methods, *news.methods)] == [
+        *((method, 1, 0.5) for method in (Full(), LoRA(rank=4), LoRA(rank=64), LoRA(rank=2), Full()))
+    ]
+    assert [m.training.batch_size for m in reviews.methods] == [8, 8, 2]
+    reviews, news = tasks_of(read("-c", path, "--methods", "bitfit", "--train-rows", "7"))
     assert [(m.method, m.training.epochs) for m in reviews.methods] == [(BitFit(), 5)]
-    assert [(m.training.epochs, m.training.learning_rate) for m in news.methods] == [(1, 0.5), (7, 0.5)]
+    assert [(m.method, m.training.epochs) for m in news.methods] == [(BitFit(), 3)]
+    assert (reviews.data.train_rows, news.data.train_rows) == (7, 7)
 
 
 def test_methods_in_a_file_may_stand_in_one_line_as_in_a_flag(tmp_path: Path) -> None:

@@ -23,12 +23,11 @@ import lorakit
 from conftest import tiny_tokenizer
 from lorakit.cli.main import main
 from lorakit.core.attach import adapted_layers
-from lorakit.study.comparison.config import CompareConfig
+from lorakit.study.comparison.config import config_of
 from lorakit.study.comparison.run import plans_of
 from lorakit.study.comparison.tasks import Answers, Sequences
 from lorakit.study.methods.naming import method_of, name_of
 from lorakit.training import data as reading
-from lorakit.training.settings import from_args
 
 FOLDER = Path(__file__).parents[3] / "benchmarks" / "experiments" / "paper"
 GLUE = ["glue-roberta-base", "glue-roberta-large", "glue-deberta-v2-xxlarge"]
@@ -307,7 +306,7 @@ def applied() -> Any:
 
 
 def tasks_in(path: Path) -> dict[str, Any]:
-    plans = plans_of(from_args(CompareConfig, argparse.Namespace(config=str(path))))
+    plans = plans_of(config_of(argparse.Namespace(config=str(path))))
     return {plan.task.name: plan.task for plan in plans}
 
 

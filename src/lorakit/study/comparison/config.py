@@ -13,16 +13,18 @@ the top of the file:
       - lora rank=4
       - {method: lora rank=64, learning_rate: 1e-4}
 
-The innermost wins: method, task, top. Nothing heavy is imported here.
+The innermost wins: method, task, top; and a flag of the command line over all of them. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...training.settings import UsageError, Yaml, plain, read_mapping, setting
+from ...training.settings import UsageError, Yaml, from_args, plain, read_mapping, setting
 
 if TYPE_CHECKING:
     from ..methods.baselines import Method
@@ -240,6 +242,27 @@ class TaskConfig:
     name: str
     data: CompareConfig
     methods: tuple[MethodConfig, ...]
+
+
+def config_of(args: argparse.Namespace) -> CompareConfig:
+    """The settings of a parsed command line and its file. Raises UsageError listing what is wrong."""
+    return _overruled(from_args(CompareConfig, args), vars(args))
+
+
+def _overruled(config: CompareConfig, flags: Collection[str]) -> CompareConfig:
+    """The settings named by flags hold for every task and method: flags beat the whole file."""
+
+    def rest(settings: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in settings.items() if name not in flags}
+
+    def items(methods: tuple[str | dict[str, Any], ...]) -> tuple[str | dict[str, Any], ...]:
+        return tuple(item if isinstance(item, str) else rest(item) for item in methods)
+
+    tasks = {name: rest(settings) for name, settings in config.tasks.items()}
+    for settings in tasks.values():
+        if "methods" in settings:
+            settings["methods"] = items(settings["methods"])
+    return dataclasses.replace(config, tasks=tasks, methods=items(config.methods))
 
 
 def tasks_of(config: CompareConfig) -> tuple[TaskConfig, ...]:
