@@ -123,8 +123,8 @@ def test_methods_that_differ_in_their_size_alone_are_joined_and_labelled_once_in
             ("lora rank=8", 80, 41.0),
             ("lora rank=2", 20, 42.0),
             ("lora rank=4", 40, 40.0),
-            ("lora rank=4 dora=true", 45, 40.5),
-            ("lora rank=9 dora=true", 90, 40.5),
+            ("dora rank=4", 45, 40.5),
+            ("dora rank=9", 90, 40.5),
             ("adapter-h bottleneck=8", 50, 44.0),
         )
     )
@@ -132,7 +132,7 @@ def test_methods_that_differ_in_their_size_alone_are_joined_and_labelled_once_in
     points = points_of(comparison, E2E)
     svg = drawn(points)
     assert [label.text for label in having(svg, "label")] == [
-        *("lora rank=2", "rank=4", "lora rank=4 dora=true", "adapter-h bottleneck=8", "rank=8"),
+        *("lora rank=2", "rank=4", "dora rank=4", "adapter-h bottleneck=8", "rank=8"),
         "rank=9",
     ]
     places = marks(svg)

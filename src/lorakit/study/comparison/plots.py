@@ -270,9 +270,14 @@ def _short(count: int) -> str:
 
 
 def _parts(method: str) -> tuple[str, str, str]:
-    """The name, the size, which is the first setting, and the other settings of "lora rank=8 targets=q_proj"."""
+    """The family, the size, which is the first setting, and the other settings of "lora rank=8 targets=q_proj".
+
+    "dora rank=8" is of LoRA's family, with another setting: so there are as many colours as there are kinds of method.
+    """
     name, _, settings = method.partition(" ")
     size, _, others = settings.partition(" ")
+    if name in ("rslora", "dora", "pissa"):
+        return "lora", size, f"{name} {others}".rstrip()
     return name, size, others
 
 
