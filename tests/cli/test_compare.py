@@ -73,7 +73,8 @@ def test_a_whole_comparison_and_the_same_again(
     ran = Ran(capsys, *command)
     assert ran.code == 0
     assert {path.name for path in out.iterdir()} == {
-        *("runs.jsonl", "config.yaml", "compare.json", "compare.md", "compare.html", "compare-lights.svg")
+        *("runs.jsonl", "machine.json", "config.yaml"),
+        *("compare.json", "compare.md", "compare.html", "compare-lights.svg"),
     }
     found = json.loads((out / "compare.json").read_text())
     runs = {run["key"]: run for run in map(json.loads, (out / "runs.jsonl").read_text().splitlines())}

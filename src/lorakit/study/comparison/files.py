@@ -1,4 +1,4 @@
-"""What a comparison leaves in its folder, besides runs.jsonl."""
+"""What a comparison leaves in its folder, besides its runs and the machine they were made on."""
 
 from __future__ import annotations
 
