@@ -338,3 +338,10 @@ def test_the_libraries_are_imported_when_they_are_used() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_bleu_of_a_tokenized_corpus_says_nothing_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """E2E's sentences end in " .": sacrebleu would warn of it for every score, and count them all the same."""
+    sentences = [f"The place {number} is near the river ." for number in range(200)]
+    assert METRICS["bleu"].score(sentences, [(sentence,) for sentence in sentences]) == pytest.approx(100)
+    assert caplog.records == []

@@ -150,7 +150,7 @@ def _bleu(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> floa
     """
     from sacrebleu.metrics import BLEU
 
-    return float(BLEU().corpus_score(predicted, _streams(predicted, expected)).score)
+    return float(BLEU(force=True).corpus_score(predicted, _streams(predicted, expected)).score)
 
 
 def _chrf(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> float:
