@@ -143,10 +143,7 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> P
         dataloader_pin_memory=loaded.device.type == "cuda",
         remove_unused_columns=causal,
     )
-    # transformers renamed this one; TRL sets it where it is not given.
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    settings[checkpointing] = config.gradient_checkpointing
+    settings |= checkpointing(config.gradient_checkpointing)  # TRL sets it where it is not given
     train_set = Dataset.from_list(prepared.train)
     valid_set = Dataset.from_list(prepared.valid) if evaluated else None
     progress = Progress(out)
@@ -169,6 +166,14 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> P
     trainer.train(resume_from_checkpoint=resume)
     loaded.model.eval()
     return progress
+
+
+def checkpointing(wanted: bool) -> dict[str, bool]:
+    """The argument of `TrainingArguments` for gradient checkpointing, which transformers renamed."""
+    from transformers import TrainingArguments
+
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": wanted}
 
 
 def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ...training.loop import checkpointing
 from ...training.memory import forget_peak, peak_memory
 from ..methods.baselines import Applied
 from .config import CompareConfig
@@ -111,9 +112,6 @@ class _Trainer(Trainer):
 
 def _arguments(training: CompareConfig, seed: int, learning_rate: float) -> TrainingArguments:
     warmup = training.warmup_ratio if training.warmup_steps is None else training.warmup_steps
-    names = TrainingArguments.__dataclass_fields__
-    # transformers renamed this one.
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     settings: dict[str, Any] = {
         "output_dir": tempfile.gettempdir(),  # nothing is saved
         "num_train_epochs": training.epochs,
@@ -124,7 +122,7 @@ def _arguments(training: CompareConfig, seed: int, learning_rate: float) -> Trai
         "weight_decay": training.weight_decay,
         "lr_scheduler_type": training.scheduler,
         "warmup_steps": warmup,
-        checkpointing: training.gradient_checkpointing,
+        **checkpointing(training.gradient_checkpointing),
         "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
         "seed": seed,
         "data_seed": seed,

@@ -113,8 +113,11 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._runs: dict[str, Run] = {}
+        self._cut = False  # whether an interruption left the last line without its end
         if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            text = path.read_text(encoding="utf-8")
+            self._cut = bool(text) and not text.endswith("\n")
+            for line in text.splitlines():
                 try:
                     run = Run(**json.loads(line))
                 except (ValueError, TypeError):
@@ -130,10 +133,9 @@ class Ledger:
     def add(self, run: Run) -> None:
         """Keep `run`, in memory and in the file; one of the same key is superseded."""
         self._runs[run.key] = run
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
         with self.path.open("a", encoding="utf-8") as file:
-            # After a line that was cut off, a line of its own.
-            file.write(("\n" if text and not text.endswith("\n") else "") + json.dumps(asdict(run)) + "\n")
+            file.write(("\n" if self._cut else "") + json.dumps(asdict(run)) + "\n")
+        self._cut = False
 
 
 def row_of(runs: Sequence[Run], searched: Iterable[Run], chosen_by: str) -> Row:

@@ -33,12 +33,12 @@ from ...training.report import heading
 from ..methods.baselines import Applied, Method, PrefixEmbedding, PrefixLayer
 from ..methods.naming import name_of
 from ..methods.structure import positions_of
-from .config import CompareConfig, MethodConfig
+from .config import CompareConfig, MethodConfig, tasks_of
 from .fit import fit, steps_of
 from .progress import Progress
 from .results import Comparison, Ledger, Row, Run, TaskFacts, row_of
 from .search import best_rate, next_rate
-from .tasks import Task, fingerprint, halved, served
+from .tasks import Task, fingerprint, halved, served, task_of
 
 RUNS, MACHINE = "runs.jsonl", "machine.json"
 _TURNS = 7  # of the two models whose latency is compared, interleaved; the least time of each counts
@@ -356,9 +356,6 @@ def _facts(plan: Plan) -> TaskFacts:
 
 def plans_of(config: CompareConfig) -> list[Plan]:
     """Read and check the data of every task, before any weight is loaded."""
-    from .config import tasks_of
-    from .tasks import task_of
-
     plans = []
     for task in tasks_of(config):
         made = task_of(task, config.model)

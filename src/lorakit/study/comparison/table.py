@@ -132,7 +132,7 @@ def summary(comparison: Comparison) -> Table:
         for task in comparison.tasks
         for row in rows_of(comparison, task)
     }
-    head, columns, best = ["method"], [[name for name in methods]], set()
+    head, columns, best = ["method"], [methods], set()
     means: list[list[float | None]] = []
     for index, task in enumerate(comparison.tasks, 1):
         own = [scores.get((name, task.name)) for name in methods]
