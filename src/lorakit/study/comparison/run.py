@@ -75,7 +75,7 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / RUNS)
     progress = progress or Progress()
-    progress.begin(sum(len(plan.methods) * (seeds + trials - 1) for plan in plans))
+    progress.begin(sum(_most_runs(method, seeds, trials) for plan in plans for method in plan.methods))
     rows: list[Row] = []
     left_out: list[tuple[str, str, str]] = []
     finished = True
@@ -90,7 +90,7 @@ def compare(
                 except _NotMade:
                     pass
                 finished = finished and runs.complete
-                progress.advance_to_method_end(seeds + trials - 1)
+                progress.advance_to_method_end(_most_runs(method, seeds, trials))
     if left_out and not rows and finished:
         raise ValueError("no method can be applied. {}: {}: {}".format(*left_out[0]))
     return Comparison(
@@ -283,13 +283,15 @@ def plan_block(config: CompareConfig, plans: Sequence[Plan]) -> str:
         lines.append(f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows")
         width = max(map(len, counted))
         lines += [f"  {name:<{width}}  {said}" for name, said in counted.items()]
-    trials = [1 if method.training.learning_rate else config.trials for plan in plans for method in plan.methods]
+    most = sum(_most_runs(method, config.seeds, config.trials) for plan in plans for method in plan.methods)
     lines.append(heading("runs"))
-    lines.append(
-        f"at most {sum(config.seeds + most - 1 for most in trials)}: {config.seeds} seeds, "
-        f"at most {config.trials} learning rates for a method on a task"
-    )
+    lines.append(f"at most {most}: {config.seeds} seeds, at most {config.trials} learning rates for a method on a task")
     return "\n".join(lines)
+
+
+def _most_runs(method: MethodConfig, seeds: int, trials: int) -> int:
+    """Of a method on a task: the best of the search is the run of seed 0, and a given rate is not searched."""
+    return seeds if method.training.learning_rate is not None else seeds + trials - 1
 
 
 def _counted(plan: Plan) -> dict[str, str]:
