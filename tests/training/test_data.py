@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.training.data import DataError, Example, read
+from lorakit.training.data import Example, read
+from lorakit.training.rows import DataError
 
 PAIR = {"prompt": "a", "completion": "b"}
 

@@ -14,8 +14,10 @@ from urllib.parse import unquote
 import pytest
 
 import lorakit
-from lorakit.training import data as module
-from lorakit.training.data import Data, DataError, Hub, read
+from lorakit.training import hub as module
+from lorakit.training.data import Data, read
+from lorakit.training.hub import Hub
+from lorakit.training.rows import DataError
 
 SOURCE = str(Path(lorakit.__file__).parents[1])
 CONVERTED = "refs/convert/parquet"
@@ -193,7 +195,8 @@ def test_the_hubs_parquet_copy_is_listed_and_fetched_by_its_own_client(copies: P
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubStandIn)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     program = f"""
-from lorakit.training.data import Hub, read
+from lorakit.training.data import read
+from lorakit.training.hub import Hub
 data = read("owner/name", fields={FIELDS}, hub=Hub("default", {CONVERTED!r}, {SPLITS}))
 print([example.completion for example in (*data.train, *data.valid, *data.test)])
 """

@@ -3,7 +3,8 @@
 import pytest
 
 from conftest import CHATML, tiny_tokenizer
-from lorakit.training.data import DataError, Example
+from lorakit.training.data import Example
+from lorakit.training.rows import DataError
 from lorakit.training.tokens import IGNORED, Tokens, encode, encode_all, preview, prompt_ids, reference
 
 PAIR = Example("d:1", prompt="Turn it on", completion="done")

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .data import DataError, Example
+from .data import Example
+from .rows import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -27,7 +27,7 @@ from lorakit.study.comparison.config import config_of
 from lorakit.study.comparison.run import plans_of
 from lorakit.study.comparison.tasks import Answers, Sequences
 from lorakit.study.methods.naming import method_of, name_of
-from lorakit.training import data as reading
+from lorakit.training import hub
 
 FOLDER = Path(__file__).parents[3] / "benchmarks" / "experiments" / "paper"
 GLUE = ["glue-roberta-base", "glue-roberta-large", "glue-deberta-v2-xxlarge"]
@@ -183,7 +183,7 @@ def _hub(copies: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
         datasets, "load_dataset", lambda name, *a, **s: (real if name == "parquet" else glue)(name, *a, **s)
     )
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(copies / "cache"))
-    monkeypatch.setattr(reading, "_CONVERTED_FOLDER", f"{copies}/{{name}}")
+    monkeypatch.setattr(hub, "_CONVERTED_FOLDER", f"{copies}/{{name}}")
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...core.attach import adapted_layers, merge
-from ...training.data import SUFFIXES, Data, Example, Hub, read
+from ...training.data import Data, Example, read
 from ...training.evaluate import predict
 from ...training.generation import answers
+from ...training.hub import Hub
 from ...training.loss import causal_loss, frozen_head
 from ...training.models import (
     Loaded,
@@ -40,6 +41,7 @@ from ...training.models import (
     skeleton,
 )
 from ...training.prepare import check_task, fields_of, labels_of
+from ...training.rows import SUFFIXES
 from ...training.tokens import encode_all, encode_text, prompt_ids, reference
 from ..methods.baselines import Applied, Head
 from .config import CompareConfig, TaskConfig
