@@ -10,8 +10,6 @@ import importlib
 import importlib.util
 import json
 import math
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import flop_counter
+
+from lorakit.study.machine import commit, machine
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -110,38 +110,15 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 def write(name: str, command: str, rows: list[dict[str, Any]]) -> None:
     """`results/<name>.json`: the rows, with the command, the commit and the machine that they come from."""
     RESULTS.mkdir(exist_ok=True)
-    record = {"command": command, "commit": _commit(), "machine": machine(), "rows": rows}
+    record = {"command": command, "commit": commit(), "machine": machine(), "rows": rows}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten: {path.relative_to(ROOT)}")
 
 
-def machine() -> dict[str, Any]:
-    """The processors, the threads in use and the versions that matter."""
-    info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    features = torch.backends.cpu.get_cpu_capability()
-    gpu = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if torch.cuda.is_available() else {}
-    return {
-        **gpu,
-        "processor": models[0] if models else platform.processor(),
-        "instructions": features,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def optional(name: str) -> ModuleType | None:
     """The library of that name, if it is installed: what is compared with what there is."""
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "src"], capture_output=True, text=True).stdout.strip()
-    return f"{head} with changes" if changed else head
 
 
 def text(value: Any) -> str:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lorakit.study.comparison import table
 from lorakit.study.comparison.config import CompareConfig, MethodConfig
 from lorakit.study.comparison.files import write
-from lorakit.study.comparison.run import Plan, compare
+from lorakit.study.comparison.plan import Plan
+from lorakit.study.comparison.run import compare
 from lorakit.study.comparison.tasks import Loss, Task, fingerprint
 from lorakit.study.methods.baselines import Applied
 from lorakit.study.methods.naming import method_of

@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
     from ..formats.files import replacing
     from ..study.comparison import table
     from ..study.comparison.files import write
-    from ..study.comparison.run import compare, plan_block, plans_of
+    from ..study.comparison.plan import plan_block, plans_of
+    from ..study.comparison.run import compare
     from ..training.loop import quiet_libraries
     from ..training.settings import to_yaml
 

@@ -24,7 +24,7 @@ from conftest import tiny_tokenizer
 from lorakit.cli.main import main
 from lorakit.core.attach import adapted_layers
 from lorakit.study.comparison.config import config_of
-from lorakit.study.comparison.run import plans_of
+from lorakit.study.comparison.plan import plans_of
 from lorakit.study.comparison.tasks import Answers, Sequences
 from lorakit.study.methods.naming import method_of, name_of
 from lorakit.training import hub

@@ -13,9 +13,11 @@ from lorakit.study.comparison import run as module
 from lorakit.study.comparison import table
 from lorakit.study.comparison.config import CompareConfig
 from lorakit.study.comparison.fit import fit
+from lorakit.study.comparison.plan import plan_block, plans_of
 from lorakit.study.comparison.results import Comparison, Run
-from lorakit.study.comparison.run import compare, plan_block, plans_of
+from lorakit.study.comparison.run import compare
 from lorakit.study.comparison.tasks import Answers, Sequences
+from lorakit.study.machine import machine, release
 from lorakit.study.methods.baselines import Applied
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -252,7 +254,7 @@ def test_what_is_finished_so_far_is_shown_without_making_more(
     assert whole.finished and len(made.calls) == 4 + 1 + 4
     assert comparison(tiny_encoder, classes, tmp_path, so_far=True, **settings) == whole
     # What the tables come from is the machine that made the runs, and not the one that shows them.
-    assert whole.machine == module.machine()
+    assert whole.machine == {**machine(), "lorakit": release()}
     elsewhere = {"processor": "another"}
     (tmp_path / "machine.json").write_text(json.dumps(elsewhere))
     assert comparison(tiny_encoder, classes, tmp_path, **settings).machine == elsewhere

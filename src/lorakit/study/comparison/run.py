@@ -14,31 +14,25 @@ import copy
 import dataclasses
 import json
 import math
-import os
-import platform
-import subprocess
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...formats.files import replacing
 from ...training.memory import keep_few_kernels
-from ...training.report import heading
-from ..methods.baselines import Applied, Method, PrefixEmbedding, PrefixLayer
+from ..machine import machine, release
+from ..methods.baselines import Applied, Method
 from ..methods.naming import name_of
-from ..methods.structure import positions_of
-from .config import CompareConfig, MethodConfig, tasks_of
+from .config import MethodConfig
 from .fit import fit, steps_of
+from .plan import Plan, apply, most_runs
 from .progress import Progress
 from .results import Comparison, Ledger, Row, Run, TaskFacts, row_of
 from .search import best_rate, next_rate
-from .tasks import Task, fingerprint, halved, served, task_of
+from .tasks import Task, fingerprint, halved, served
 
 RUNS, MACHINE = "runs.jsonl", "machine.json"
 _TURNS = 7  # of the two models whose latency is compared, interleaved; the least time of each counts
@@ -46,15 +40,6 @@ _DECIDES = (
     *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "scheduler", "warmup_ratio", "warmup_steps"),
     *("weight_decay", "label_smoothing", "gradient_checkpointing"),
 )  # settings of training that change what comes out, besides the learning rate
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A task, the methods to compare on it, and what was published of it."""
-
-    task: Task
-    methods: Sequence[MethodConfig]
-    published: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
 
 def compare(
@@ -75,7 +60,7 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / RUNS)
     progress = progress or Progress()
-    progress.begin(sum(_most_runs(method, seeds, trials) for plan in plans for method in plan.methods))
+    progress.begin(sum(most_runs(method, seeds, trials) for plan in plans for method in plan.methods))
     rows: list[Row] = []
     left_out: list[tuple[str, str, str]] = []
     finished = True
@@ -90,7 +75,7 @@ def compare(
                 except _NotMade:
                     pass
                 finished = finished and runs.complete
-                progress.advance_to_method_end(_most_runs(method, seeds, trials))
+                progress.advance_to_method_end(most_runs(method, seeds, trials))
     if left_out and not rows and finished:
         raise ValueError("no method can be applied. {}: {}: {}".format(*left_out[0]))
     return Comparison(
@@ -120,7 +105,8 @@ class _Runs:
         self.task, self.config, self.ledger, self.progress, self.so_far = task, config, ledger, progress, so_far
         self.complete = True
         self.name = name_of(config.method)
-        self._best: tuple[Run, dict[str, Tensor]] | None = None  # of this search: a run, and what it trained
+        self._tried: dict[float, float | None] = {}  # of the search: rate → score, None where it diverged
+        self._best: tuple[Run, dict[str, Tensor]] | None = None  # the best run made in it, and what that trained
 
     def of_all_seeds(self, seeds: int, trials: int) -> Row:
         rate = self.config.training.learning_rate
@@ -137,25 +123,22 @@ class _Runs:
 
     def _search(self, trials: int) -> tuple[float, list[Run]]:
         """The best learning rate, and the runs that say so. Where every run diverged, the lowest."""
-        runs: dict[float, Run] = {}
-        tried: dict[float, float | None] = {}
-        while (rate := next_rate(self.config.method, tried, trials)) is not None:
+        runs = []
+        while (rate := next_rate(self.config.method, self._tried, trials)) is not None:
             key = self._key(0, rate)
             run = self.ledger.get(key) or self._made(key, 0, rate, test=False)
-            runs[rate] = run
-            tried[rate] = None if run.diverged else run.valid[self.task.chosen_by]
-            if self._best is not None and self._best[0].learning_rate != best_rate(tried):
-                self._best = None
-        return best_rate(tried) or min(tried), list(runs.values())
+            runs.append(run)
+            self._tried[rate] = None if run.diverged else run.valid[self.task.chosen_by]
+        return best_rate(self._tried) or min(self._tried), runs
 
     def _tested(self, seed: int, rate: float) -> Run:
         key = self._key(seed, rate)
+        best, self._best = self._best, None  # the search is over: its weights are kept for the first seed alone
         run = self.ledger.get(key)
         if run is not None and (run.test or run.diverged):
             return run
-        if run is not None and self._best is not None and self._best[0].key == key:
-            run = self._with_test(*self._best)
-            self._best = None
+        if run is not None and best is not None and best[0].key == key:
+            run = self._with_test(*best)
             self.ledger.add(run)
             return run
         return self._made(key, seed, rate, test=True)
@@ -207,12 +190,8 @@ class _Runs:
         return run
 
     def _keep_if_best(self, run: Run, applied: Applied) -> None:
-        by = self.task.chosen_by
-
-        def order(one: Run) -> tuple[float, float]:
-            return one.valid[by], one.learning_rate  # as `best_rate` has it
-
-        if self._best is None or order(run) < order(self._best[0]):
+        score = run.valid[self.task.chosen_by]
+        if best_rate({**self._tried, run.learning_rate: score}) == run.learning_rate:
             self._best = run, {name: tensor.clone() for name, tensor in applied.state_dict().items()}
 
     def _with_test(self, run: Run, trained: dict[str, Tensor]) -> Run:
@@ -230,7 +209,7 @@ class _Runs:
         model = self.task.model(seed)
         torch.manual_seed(seed)
         try:
-            return model, _apply(self.config.method, model, self.task)
+            return model, apply(self.config.method, model, self.task)
         except ValueError as error:
             raise _NotApplicable(str(error)) from None
 
@@ -258,79 +237,14 @@ class _Runs:
         return fingerprint(self.task.fingerprint, self.task.name, method.name, method.settings, training, seed, rate)
 
 
-def _apply(method: Method, model: nn.Module, task: Task) -> Applied:
-    """Apply the method, if the task's rows fit into the model then. Raises ValueError."""
-    positions = positions_of(model)
-    prefix = method.length if isinstance(method, PrefixEmbedding | PrefixLayer) else 0
-    if positions is not None and task.longest + prefix > positions:
-        beside = f", and the prefix {prefix}" if prefix else ""
-        raise ValueError(
-            f"the longest row of {task.name} has {task.longest} tokens{beside}, but the model has {positions} "
-            f"positions; lower max_seq_length to {positions - prefix}."
-        )
-    return method.apply(model, task.head)
-
-
-def plan_block(config: CompareConfig, plans: Sequence[Plan]) -> str:
-    """What will be run, before it is: rows and steps of each task, methods with their trained parameters."""
-    lines = [heading("model").lstrip("\n"), config.model]
-    for plan in plans:
-        task, counted = plan.task, _counted(plan)
-        rows = ", ".join(f"{name} {count:,}" for name, count in task.rows.items())
-        steps = sorted({steps_of(task, method.training) for method in plan.methods})
-        lines.append(heading(f"task {task.name}"))
-        lines.append(f"{task.source}: {task.kind}; rows: {rows}; {' or '.join(map(str, steps))} steps a run")
-        lines.append(f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows")
-        width = max(map(len, counted))
-        lines += [f"  {name:<{width}}  {said}" for name, said in counted.items()]
-    most = sum(_most_runs(method, config.seeds, config.trials) for plan in plans for method in plan.methods)
-    lines.append(heading("runs"))
-    lines.append(f"at most {most}: {config.seeds} seeds, at most {config.trials} learning rates for a method on a task")
-    return "\n".join(lines)
-
-
-def _most_runs(method: MethodConfig, seeds: int, trials: int) -> int:
-    """Of a method on a task: the best of the search is the run of seed 0, and a given rate is not searched."""
-    return seeds if method.training.learning_rate is not None else seeds + trials - 1
-
-
-def _counted(plan: Plan) -> dict[str, str]:
-    """For each method how many parameters it trains, or why it cannot be applied; no weight is loaded for it."""
-    said = {}
-    for method in plan.methods:
-        with FakeTensorMode():
-            model = plan.task.blueprint()
-            try:
-                applied = _apply(method.method, model, plan.task)
-            except ValueError as error:
-                said[name_of(method.method)] = f"left out: {error}"
-                continue
-            head = f" and {applied.head_count:,} of the head" if applied.head_count else ""
-            said[name_of(method.method)] = f"{applied.parameter_count:>12,} parameters{head}"
-    return said
-
-
 def _made_on(folder: Path, now: bool) -> dict[str, str]:
     """The machine of the last runs, which stands in the folder: tables made anew later do not come from elsewhere."""
     path = folder / MACHINE
     if now or not path.is_file():
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(machine(), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps({**machine(), "lorakit": release()}, indent=1) + "\n", encoding="utf-8")
     found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
     return found
-
-
-def machine() -> dict[str, str]:
-    """What the times were taken on, and with what."""
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {
-        **gpu,
-        "processor": _processor(),
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lorakit": _version(),
-    }
 
 
 def _facts(plan: Plan) -> TaskFacts:
@@ -356,40 +270,6 @@ def _facts(plan: Plan) -> TaskFacts:
     )
 
 
-def plans_of(config: CompareConfig) -> list[Plan]:
-    """Read and check the data of every task, before any weight is loaded."""
-    plans = []
-    for task in tasks_of(config):
-        made = task_of(task, config.model)
-        published = {
-            label: score if isinstance(score, dict) else {made.metrics[0]: score}
-            for label, score in task.data.published.items()
-        }
-        plans.append(Plan(made, task.methods, published))
-    return plans
-
-
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _version() -> str:
-    """lorakit's version, and the commit where it runs from its repository."""
-    folder = Path(__file__).resolve().parents[4]
-    if not (folder / ".git").exists():
-        return version("lorakit")
-    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude", "*"]
-    with contextlib.suppress(OSError):
-        described = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-        return f"{version('lorakit')} at {described}" if described else version("lorakit")
-    return version("lorakit")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="ignore").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or os.uname().machine
