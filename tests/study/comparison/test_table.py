@@ -107,13 +107,26 @@ def test_an_unfinished_comparison_says_so_first_and_counts_the_seeds_it_has() ->
     assert "nfinished" not in text(COMPARISON) and "so far" not in text(COMPARISON)
 
 
-def test_a_single_seed_and_a_given_rate_are_called_that() -> None:
+def test_a_rate_that_was_given_is_not_called_the_best_of_several() -> None:
+    given = tuple(replace(one, tried={}) for one in ROWS)
+    assert text(replace(COMPARISON, rows=given)).count("The learning rate is given.") == 2
+    assert "best of at most" not in text(replace(COMPARISON, rows=given))
+    mixed = (replace(ROWS[0], tried={}), *ROWS[1:-1], replace(ROWS[-1], tried={}))
+    printed = " ".join(text(replace(COMPARISON, rows=mixed)).split())
+    assert "at most 3 by accuracy on the validation rows; that of full is given." in printed
+    assert "at most 3 by loss on the validation rows; that of lora rank=8 is given." in printed
+
+
+def test_a_single_seed_and_the_usual_rate_are_called_that() -> None:
     rows = tuple(
         replace(one, seeds=1, diverged=0, scores={m: Interval(i.mean, None, i.values) for m, i in one.scores.items()})
         for one in ROWS
     )
     printed = text(replace(COMPARISON, rows=rows, seeds=(7,), trials=1))
-    assert "±" not in printed and "From a single seed there is no interval. The learning rate is given." in printed
+    assert (
+        "±" not in printed
+        and "From a single seed there is no interval. The learning rate is the usual one of" in printed
+    )
     assert cells_below(printed, "e2e")[1][2:4] == ["41.3", "66.5"]
     assert "seed 7." in printed
 

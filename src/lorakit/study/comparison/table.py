@@ -160,9 +160,7 @@ def summary_notes(comparison: Comparison, mark: str) -> list[str]:
 def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
     """What to know below a task's table. mark: how the best is marked there."""
     rows = rows_of(comparison, task)
-    trials = comparison.trials
-    search = f"the best of at most {trials} by {task.chosen_by} on the validation rows" if trials > 1 else "given"
-    lines = [f"{mark} is the best {task.metrics[0]}. {_interval(comparison)} The learning rate is {search}."]
+    lines = [f"{mark} is the best {task.metrics[0]}. {_interval(comparison)} {_choice(comparison, task)}"]
     lines.append("Train time is the shortest of the seeds'.")
     lines.append("Latency is that of a forward pass as the method serves, × the model's own.")
     head = max((row.head for row in rows), default=0)
@@ -211,6 +209,17 @@ def _interval(comparison: Comparison) -> str:
     if count < 2:
         return "From a single seed there is no interval."
     return f"± is the 95 % interval of the mean over {count} seeds (Student's t)."
+
+
+def _choice(comparison: Comparison, task: TaskFacts) -> str:
+    """Where the learning rates come from."""
+    rows, trials = rows_of(comparison, task), comparison.trials
+    given = [row.method for row in rows if not row.tried]
+    if len(given) == len(rows):
+        return "The learning rate is given."
+    best = f"the best of at most {trials} by {task.chosen_by} on the validation rows"
+    beside = f"; that of {', '.join(given)} is given" if given else ""
+    return f"The learning rate is {best if trials > 1 else 'the usual one of each method'}{beside}."
 
 
 def _with_direction(metric: str) -> str:
