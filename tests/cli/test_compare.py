@@ -98,7 +98,7 @@ def test_a_whole_comparison_and_the_same_again(
 
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     monkeypatch.setattr(module, "fit", never)
-    for again in (command, ["-c", out / "config.yaml"], [out / "config.yaml"]):
+    for again in (command, [*command, "--so-far"], ["-c", out / "config.yaml"], [out / "config.yaml"]):
         second = Ran(capsys, *again)
         assert (second.code, second.out, second.err) == (0, ran.out, "")
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before

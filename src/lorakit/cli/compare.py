@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> None:
     if config.dry_run:
         return
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "config.yaml") as path:
-        path.write_text(to_yaml(config), encoding="utf-8")
+    if not config.so_far:  # the folder's settings are those that its runs are made with
+        with replacing(out / "config.yaml") as path:
+            path.write_text(to_yaml(config), encoding="utf-8")
     found = compare(config.model, plans, out, seeds=config.seeds, trials=config.trials, so_far=config.so_far)
     written = write(found, out)
     print(table.as_json(found) if args.json else table.text(found), end="" if args.json else "\n")
