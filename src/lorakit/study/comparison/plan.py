@@ -69,9 +69,12 @@ def plan_block(config: CompareConfig, plans: Sequence[Plan]) -> str:
         lines.append(f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows")
         width = max(map(len, counted))
         lines += [f"  {name:<{width}}  {said}" for name, said in counted.items()]
-    most = sum(most_runs(method, config.seeds, config.trials) for plan in plans for method in plan.methods)
+    methods = [method for plan in plans for method in plan.methods]
+    most = sum(most_runs(method, config.seeds, config.trials) for method in methods)
+    given = all(method.training.learning_rate is not None for method in methods)
+    rates = "learning rates given" if given else f"at most {config.trials} learning rates for a method on a task"
     lines.append(heading("runs"))
-    lines.append(f"at most {most}: {config.seeds} seeds, at most {config.trials} learning rates for a method on a task")
+    lines.append(f"at most {most}: {config.seeds} seeds, {rates}")
     return "\n".join(lines)
 
 
