@@ -76,10 +76,7 @@ def _read_jsonl(path: Path, problems: list[str]) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             problems.append(f"{where}: not JSON: {error.msg} at column {error.colno}")
             continue
-        if isinstance(value, dict):
-            yield Row(where, value)
-        else:
-            problems.append(f"{where}: expected an object {{…}}, found {kind(value)}")
+        yield from _object(where, value, problems)
 
 
 def _read_json(path: Path, problems: list[str]) -> Iterator[Row]:
@@ -92,11 +89,14 @@ def _read_json(path: Path, problems: list[str]) -> Iterator[Row]:
         problems.append(f"{path.name}: expected a list of objects, found {kind(values)}")
         return
     for index, value in enumerate(values):
-        where = f"{path.name}[{index}]"
-        if isinstance(value, dict):
-            yield Row(where, value)
-        else:
-            problems.append(f"{where}: expected an object {{…}}, found {kind(value)}")
+        yield from _object(f"{path.name}[{index}]", value, problems)
+
+
+def _object(where: str, value: Any, problems: list[str]) -> Iterator[Row]:
+    if isinstance(value, dict):
+        yield Row(where, value)
+    else:
+        problems.append(f"{where}: expected an object {{…}}, found {kind(value)}")
 
 
 def _read_csv(path: Path, problems: list[str]) -> Iterator[Row]:

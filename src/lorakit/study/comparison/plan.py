@@ -57,6 +57,11 @@ def most_runs(method: MethodConfig, seeds: int, trials: int) -> int:
     return seeds if method.training.learning_rate is not None else seeds + trials - 1
 
 
+def most_runs_of(plans: Sequence[Plan], seeds: int, trials: int) -> int:
+    """Of all methods on all tasks."""
+    return sum(most_runs(method, seeds, trials) for plan in plans for method in plan.methods)
+
+
 def plan_block(config: CompareConfig, plans: Sequence[Plan]) -> str:
     """What will be run, before it is: rows and steps of each task, methods with their trained parameters."""
     lines = [heading("model").lstrip("\n"), config.model]
@@ -69,9 +74,8 @@ def plan_block(config: CompareConfig, plans: Sequence[Plan]) -> str:
         lines.append(f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows")
         width = max(map(len, counted))
         lines += [f"  {name:<{width}}  {said}" for name, said in counted.items()]
-    methods = [method for plan in plans for method in plan.methods]
-    most = sum(most_runs(method, config.seeds, config.trials) for method in methods)
-    given = all(method.training.learning_rate is not None for method in methods)
+    most = most_runs_of(plans, config.seeds, config.trials)
+    given = all(method.training.learning_rate is not None for plan in plans for method in plan.methods)
     rates = "learning rates given" if given else f"at most {config.trials} learning rates for a method on a task"
     lines.append(heading("runs"))
     lines.append(f"at most {most}: {config.seeds} seeds, {rates}")

@@ -28,7 +28,7 @@ from ..methods.baselines import Applied, Method
 from ..methods.naming import name_of
 from .config import MethodConfig
 from .fit import fit, steps_of
-from .plan import Plan, apply, most_runs
+from .plan import Plan, apply, most_runs, most_runs_of
 from .progress import Progress
 from .results import Comparison, Ledger, Row, Run, TaskFacts, row_of
 from .search import best_rate, next_rate
@@ -60,7 +60,7 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / RUNS)
     progress = progress or Progress()
-    progress.begin(sum(most_runs(method, seeds, trials) for plan in plans for method in plan.methods))
+    progress.begin(most_runs_of(plans, seeds, trials))
     rows: list[Row] = []
     left_out: list[tuple[str, str, str]] = []
     finished = True
