@@ -113,13 +113,11 @@ def test_failures_are_one_message_and_exit_1(
     assert (code, "--task classification does not fit" in err) == (1, True)
     code, err = run(capsys, *train(tiny_lm, data, out, "--max-seq-length", "3"))
     assert (code, "no row of" in err and "--max-seq-length 3" in err) == (1, True)
-    code, err = run(capsys, *train(tiny_lm, data, out, "--resume", "auto"))
-    assert (code, "holds no checkpoint to go on from" in err) == (1, True)
     assert not out.exists()
     out.mkdir()
     (out / "precious.txt").write_text("mine")
     code, err = run(capsys, *train(tiny_lm, data, out))
-    assert (code, "is not empty. Add --resume auto to go on with it, or --overwrite." in err) == (1, True)
+    assert (code, "is not empty: it holds precious.txt, which lorakit train did not write." in err) == (1, True)
     assert [path.name for path in out.iterdir()] == ["precious.txt"]
 
 

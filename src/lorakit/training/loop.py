@@ -6,24 +6,33 @@ before that. What the output folder holds is listed in docs/design.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..formats import save
-from ..formats.files import replacing
+from ..formats import peft, save
+from ..formats.files import remove
+from ..formats.folder import OutputFolder
 from . import page, report
+from .checkpoints import checkpoints, newest_whole, step_of
 from .config import TrainConfig
+from .divergence import Diverged
 from .evaluate import compare
+from .interrupt import Interrupted, SaveAndStop
 from .memory import keep_few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
+from .processes import is_main, of_main
+from .record import base_of, longer_or_shorter, record_of, refuse_differences
 from .settings import to_yaml
+from .start import TRAINING, Start, decided, start_of
+from .tokens import encode, encode_text
 
 if TYPE_CHECKING:
     from .trainers import Progress
@@ -33,28 +42,70 @@ def train(config: TrainConfig) -> Path:
     """Train an adapter as `config` says and return the output folder.
 
     Prints the start block, progress, and at the end the base model and the adapter side by side on held-out rows.
-    Raises what `prepare` raises; FileExistsError for an output folder in use; FloatingPointError when the loss is no
-    number. Runs under torchrun and `accelerate launch`, where the first process alone prints and writes.
+    Raises what `prepare` and `start_of` raise; ValueError for a checkpoint of a run with other settings; Diverged, a
+    FloatingPointError, for a run that came to nothing; Interrupted, a KeyboardInterrupt, with what to do next. Runs
+    under torchrun and `accelerate launch`, where the first process alone decides, prints and writes.
     """
-    out = Path(config.output_dir)
-    resume = _checkpoint_to_resume(config, out)
-    _refuse_used_folder(config, out, resume)
+    start = start_of(config) if is_main() and not config.dry_run else Start()
+    refuse_missing_trackers(config)
     quiet_libraries()
     keep_few_kernels()
     prepared = prepare(config)
+    record = record_of(prepared)
+    if is_main() and start.record is not None:
+        refuse_differences(start.record, record, start.checkpoint or config.output_dir)
+    start = of_main(start)
+    if start.finished and start.record is not None and start.record.get("steps") == record["steps"]:
+        out = start.folder(OutputFolder(config.output_dir, TRAINING))
+        _say(f"{out} holds this run, finished after {record['steps']} steps: nothing remains to be done.")
+        return out.path
     _say(start_block(prepared))
+    for line in start.said:
+        _say(line)
     if config.dry_run:
-        return out
+        return Path(config.output_dir)
 
     torch.manual_seed(config.seed)
     loaded = _load(prepared)
+    record["base"] = base_of(loaded)
+    if is_main() and start.record is not None:
+        refuse_differences(start.record, record, start.checkpoint or config.output_dir)
     attach_as(config, loaded.model, new_head=prepared.data.task != "causal-lm")
-    if _is_main():
-        _write_settings(prepared, loaded, out)
-    progress = _fit(prepared, loaded, out, resume)
-    if not _is_main():
-        return out
-    save(loaded.model, out)
+    out = OutputFolder(config.output_dir, TRAINING)
+    folder = start.folder(out)
+    with out.held() if is_main() else contextlib.nullcontext():
+        if is_main():
+            if decided(config, out) != start:
+                raise FileExistsError(f"{out} was changed by another process meanwhile. Run the command again.")
+            _begin(folder, start, record, _trackers(config))
+        try:
+            result = _run(prepared, loaded, folder, start, record)
+        except KeyboardInterrupt as error:
+            raise _interrupted(folder, error) from None
+        except BaseException:
+            _leave_nothing_unless_trained(folder)
+            raise
+        if is_main() and start.beside:
+            out.put_new_in_place()
+    if is_main():
+        _say(_end_block(prepared, out, *result))
+    return out.path
+
+
+def _run(
+    prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]
+) -> tuple[Progress, report.Comparison | None]:
+    """Train and write everything into `folder`."""
+    if is_main() and not (folder.path / peft.TENSORS).is_file():  # an adapter keeps its own settings beside it
+        with folder.writing() as part:
+            _write_settings(prepared, loaded, part)
+    progress = _fit(prepared, loaded, folder, start, record)
+    if not is_main():
+        return progress, None
+    config = prepared.config
+    with folder.writing() as part:
+        save(loaded.model, part)
+        _write_settings(prepared, loaded, part)
     split, examples = prepared.data.heldout
     result = None
     if examples:
@@ -67,29 +118,43 @@ def train(config: TrainConfig) -> Path:
             max_length=config.max_seq_length,
             max_new_tokens=config.max_new_tokens,
         )
-    _write_reports(prepared, loaded, out, progress, result)
-    _say(_end_block(prepared, out, progress, result))
-    return out
+    with folder.writing() as part:
+        _write_reports(prepared, loaded, part, progress, result)
+    folder.end("finished")
+    return progress, result
 
 
-def _refuse_used_folder(config: TrainConfig, out: Path, resume: str | None) -> None:
-    if out.is_file():
-        raise FileExistsError(f"--output-dir {out} is a file.")
-    if out.is_dir() and any(out.iterdir()) and not (config.overwrite or resume or config.dry_run):
-        raise FileExistsError(f"--output-dir {out} is not empty. Add --resume auto to go on with it, or --overwrite.")
+def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers: list[str]) -> None:
+    """Remove what an earlier run left, where this one is new, and note what this one is."""
+    if start.anew:
+        folder.clear()
+    folder.begin(record)
+    folder.add("metrics.jsonl", *(["runs"] if "tensorboard" in trackers else []))  # what is written by and by
 
 
-def _checkpoint_to_resume(config: TrainConfig, out: Path) -> str | None:
-    if config.resume is None:
-        return None
-    if config.resume != "auto":
-        if not Path(config.resume).is_dir():
-            raise FileNotFoundError(f"--resume {config.resume}: no such checkpoint.")
-        return config.resume
-    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    if not checkpoints:
-        raise FileNotFoundError(f"--resume auto: {out} holds no checkpoint to go on from.")
-    return str(checkpoints[-1])
+def _interrupted(folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
+    """The error that says how to go on."""
+    code = error.code if isinstance(error, Interrupted) else 130
+    checkpoint, _ = newest_whole(folder.path)
+    if checkpoint is None:
+        _leave_nothing_unless_trained(folder)
+        return Interrupted("interrupted before the first checkpoint: the same command starts anew.", code)
+    return Interrupted(
+        f"interrupted; {checkpoint} is saved. The same command goes on from it with --resume auto "
+        "(in place of --overwrite, where that was given).",
+        code,
+    )
+
+
+def _leave_nothing_unless_trained(folder: OutputFolder) -> None:
+    """Remove the beginnings of a run that failed before its first step was noted."""
+    if not is_main() or checkpoints(folder.path) or (folder.path / peft.TENSORS).is_file():
+        return
+    metrics = folder.path / "metrics.jsonl"
+    if not metrics.is_file() or not metrics.stat().st_size:
+        folder.clear()
+        if folder.path.name == "new":
+            remove(folder.path)
 
 
 def _load(prepared: Prepared) -> Loaded:
@@ -99,7 +164,7 @@ def _load(prepared: Prepared) -> Loaded:
     return load_classifier(prepared.config.model, labels=labels, dtype=dtype, tokenizer=prepared.tokenizer)
 
 
-def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> Progress:
+def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:
     """Train, and return what was logged on the way."""
     from datasets import Dataset
     from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback, TrainingArguments
@@ -112,7 +177,7 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> P
     evaluated = bool(prepared.valid)
     by_steps = config.eval_steps is not None
     settings: dict[str, Any] = dict(
-        output_dir=str(out),
+        output_dir=str(folder),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.batch_size,
@@ -138,7 +203,7 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> P
         logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        report_to=config.report_to or "none",
+        report_to=_trackers(config) or "none",
         disable_tqdm=True,
         dataloader_pin_memory=loaded.device.type == "cuda",
         remove_unused_columns=causal,
@@ -146,13 +211,15 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> P
     settings |= checkpointing(config.gradient_checkpointing)  # TRL sets it where it is not given
     train_set = Dataset.from_list(prepared.train)
     valid_set = Dataset.from_list(prepared.valid) if evaluated else None
-    progress = Progress(out)
+    progress, stop = Progress(folder.path), SaveAndStop()
     common: dict[str, Any] = dict(
         model=loaded.model,
         train_dataset=train_set,
         eval_dataset=valid_set,
         processing_class=loaded.tokenizer,
-        callbacks=[progress],
+        callbacks=[progress, stop],
+        folder=folder,
+        record=record,
     )
     if causal:
         arguments = SFTConfig(**settings, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
@@ -163,9 +230,63 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> P
         )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.name_of = functools.partial(_where, prepared)
+    step = step_of(start.checkpoint) if start.checkpoint else 0
+    if start.checkpoint and start.record is not None:
+        for line in longer_or_shorter(start.record, record, step):
+            _say(line)
+    if step >= record["steps"]:
+        assert start.checkpoint is not None
+        trainer.take(start.checkpoint)
+        progress.take(step)
+    else:
+        with stop.heeding():
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        if is_main():
+            _refuse_diverged(trainer, folder)
     loaded.model.eval()
     return progress
+
+
+def _refuse_diverged(trainer: Any, folder: OutputFolder) -> None:
+    try:
+        trainer.refuse_diverged()
+    except Diverged:
+        folder.end("failed")
+        raise
+
+
+def _where(prepared: Prepared, row: dict[str, Any]) -> str:
+    """Where a row of a batch comes from: file and line, and how it begins."""
+    ids = row["input_ids"][0].tolist()
+    for example in prepared.data.train:
+        if prepared.data.task == "causal-lm":
+            tokens = encode(example, prepared.tokenizer, system=prepared.style.system, chat=prepared.style.chat)
+            found = tokens.input_ids
+        else:
+            found = encode_text(example, prepared.tokenizer, prepared.config.max_seq_length)["input_ids"]
+        cut = found[: prepared.config.max_seq_length]
+        if ids[: len(cut)] == cut and set(ids[len(cut) :]) <= {prepared.tokenizer.pad_token_id}:
+            return example.where
+    return "one that begins " + repr(prepared.tokenizer.decode(ids[:12]))
+
+
+def _trackers(config: TrainConfig) -> list[str]:
+    return [name.strip() for name in (config.report_to or "").split(",") if name.strip() not in ("", "none")]
+
+
+def refuse_missing_trackers(config: TrainConfig) -> None:
+    """Raise ValueError for a --report-to that transformers does not know, or whose package is not installed."""
+    if not _trackers(config):
+        return
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    for name in _trackers(config):
+        try:
+            for callback in get_reporting_integration_callbacks(name):
+                callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ValueError(f"--report-to {name}: {error}") from None
 
 
 def checkpointing(wanted: bool) -> dict[str, bool]:
@@ -177,14 +298,12 @@ def checkpointing(wanted: bool) -> dict[str, bool]:
 
 
 def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:
-    """What is needed to run or resume this again, written before training starts."""
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / "config.yaml") as path:
-        path.write_text(to_yaml(prepared.config), encoding="utf-8")
+    """What is needed to run this again. What says how it was started is left out: a copy overwrites nothing."""
+    config = dataclasses.replace(prepared.config, resume=None, overwrite=False)
+    (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     labels = labels_of(prepared.data)
     if labels is not None:
-        with replacing(out / LABELS) as path:
-            path.write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
+        (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
     loaded.tokenizer.save_pretrained(out)
 
 
@@ -205,18 +324,17 @@ def _write_reports(
         seconds=progress.seconds,
     )
     html = page.render(
-        title=out.name,
+        title=Path(config.output_dir).name,
         summary=start_block(prepared),
         history=progress.history,
         result=result,
         changes=page.weight_changes(loaded.model),
     )
     for name, text in (("README.md", card), ("report.html", html)):
-        with replacing(out / name) as path:
-            path.write_text(text, encoding="utf-8")
+        (out / name).write_text(text, encoding="utf-8")
 
 
-def _end_block(prepared: Prepared, out: Path, progress: Progress, result: report.Comparison | None) -> str:
+def _end_block(prepared: Prepared, out: OutputFolder, progress: Progress, result: report.Comparison | None) -> str:
     planned = prepared.plan.peak_bytes
     peak = f"peak memory {report.size(progress.peak_bytes)}"
     peak += " (not planned)" if planned is None else f" (planned {report.size(planned)})"
@@ -225,19 +343,15 @@ def _end_block(prepared: Prepared, out: Path, progress: Progress, result: report
     lines = [report.heading("done"), f"trained in {report.duration(progress.seconds)}; {peak}"]
     if result is not None and result.rows:
         lines.append(report.comparison(result))
-    files = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file() and not path.name.startswith(".")))
+    files = ", ".join(name for name in out.own if (out.path / name).is_file())
     lines += [report.heading("written"), f"{out}/: {files}"]
     prompt = result.samples[0].prompt if result is not None and result.samples else None
-    lines.append(report.next_commands(out, prompt if prepared.data.task == "causal-lm" else None))
+    lines.append(report.next_commands(out.path, prompt if prepared.data.task == "causal-lm" else None))
     return "\n".join(lines)
 
 
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _say(text: str) -> None:
-    if _is_main():
+    if is_main():
         print(text, flush=True)
 
 

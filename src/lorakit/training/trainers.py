@@ -1,16 +1,20 @@
 """transformers' Trainer and TRL's SFTTrainer, made to keep the adapter alone and to say what they do in our words.
 
-What is changed: a checkpoint holds the adapter instead of the model, the loss of a causal model on a CPU computes
-logits only where a label is, a loss that is no number stops the run, and progress is one bar and a line a step in
-metrics.jsonl. Batching, the optimizer, schedules, devices and resuming are theirs.
+What is changed: a checkpoint holds the adapter instead of the model and appears whole or not at all, the loss of a
+causal model on a CPU computes logits only where a label is, the held-out loss is the mean over all labels, the first
+step of a warm-up trains, a loss that is no number stops the run at its step, and progress is one bar and a line a step
+in metrics.jsonl. Batching, the optimizer, schedules, devices and resuming are theirs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +23,21 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from ..core.attach import trained_whole
 from ..core.trainable import lora_names
 from ..formats import save
-from ..formats.files import replacing
+from ..formats.files import naming, remove, replacing
+from ..formats.folder import OutputFolder
+from .checkpoints import RUN, STATE, checkpoints, step_of
+from .divergence import refuse_broken_factors, refuse_diverged, too_high, why_no_number
 from .loss import causal_loss, frozen_head, plain_head
 from .memory import forget_peak, peak_memory
 
-STATE = "adapter_state.safetensors"  # in a checkpoint: the adapter's tensors as the model names them
+_KEPT = 2  # checkpoints
+_RECENT = 4  # batches by which a divergence is told
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -37,22 +46,73 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in wanted}
 
 
+def warmed_up(schedule: Callable[[int], float], warmup: int, step: int) -> float:
+    """The factor of the learning rate at a step, counted from 0. The warm-up rises from 1/warmup to 1, not from 0."""
+    return (step + 1) / warmup if step < warmup else schedule(step)
+
+
 class _AdapterTrainer(Trainer):
     """Checkpoints of the adapter: PEFT's two files, and the exact state to resume from."""
+
+    def __init__(self, *args: Any, folder: OutputFolder, record: dict[str, Any], **kwargs: Any) -> None:
+        """folder: where checkpoints go. record: of the run, kept in each of them."""
+        super().__init__(*args, **kwargs)
+        self._folder, self._record = folder, record
+        self._saving: Path | None = None  # while a checkpoint is made
+        self._held_out = [0.0, 0]  # the sum of the losses, and of how many labels or rows
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
+        # Where the one row of a batch comes from, for messages.
+        self.name_of: Callable[[dict[str, Any]], str] = lambda row: str(row["labels"].tolist())
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._saving or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Written under another name, waited for until it is on the disk, and renamed: whole or not there."""
+        name = f"checkpoint-{self.state.global_step}"
+        writes = bool(self.args.should_save)
+        with contextlib.ExitStack() as stack:
+            saving = self._folder.hidden / "saving"
+            if writes:
+                stack.enter_context(self._folder.writing("saving"))
+            self.accelerator.wait_for_everyone()  # until the place is there
+            self._saving = saving
+            try:
+                with naming(self._folder.path / name):
+                    super()._save_checkpoint(model, trial)
+                if writes:
+                    (saving / name / RUN).write_text(json.dumps(self._record) + "\n", encoding="utf-8")
+            finally:
+                self._saving = None
+            self.accelerator.wait_for_everyone()  # until all have written their part
+        if writes:
+            self._keep_newest(self.state.global_step)
+        self.accelerator.wait_for_everyone()
+
+    def _keep_newest(self, step: int) -> None:
+        """Remove older checkpoints, and later ones, which a run left that went on from before them."""
+        found = checkpoints(self._folder.path)
+        older = [path for path in found if step_of(path) <= step]
+        for path in set(found) - set(older[-_KEPT:]):
+            gone = self._folder.hidden / "gone"  # renamed first, so that no half of it is left under its name
+            remove(gone)
+            path.rename(gone)
+            remove(gone)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
+        refuse_broken_factors(model, self.args.learning_rate, self.state.global_step)
         save(model, folder)
         with replacing(folder / STATE) as path:
             safetensors.torch.save_file(trained_state(model), path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / STATE
-        if not path.is_file():
-            raise FileNotFoundError(f"{resume_from_checkpoint} is no checkpoint of lorakit: it has no {STATE}.")
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         state = safetensors.torch.load_file(path)
         expected = trained_state(model)
@@ -63,9 +123,114 @@ class _AdapterTrainer(Trainer):
             raise ValueError(f"{path} belongs to an adapter of other settings; {differing[0]} differs.")
         model.load_state_dict(state, strict=False)
 
+    def take(self, checkpoint: Path) -> None:
+        """The adapter of a checkpoint, where nothing remains to be trained."""
+        self._load_from_checkpoint(str(checkpoint))
+
+    # --- the schedule ----------------------------------------------------------------------------------------------
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        made = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if warmup:
+            made.lr_lambdas = [partial(warmed_up, schedule, warmup) for schedule in made.lr_lambdas]
+            for group, factor, base in zip(made.optimizer.param_groups, made.lr_lambdas, made.base_lrs, strict=True):
+                group["lr"] = base * factor(0)
+            made._last_lr = [group["lr"] for group in made.optimizer.param_groups]
+        return made
+
+    # --- the loss --------------------------------------------------------------------------------------------------
+
+    def loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The mean loss of a batch, or its share of the mean over `num_items_in_batch` labels."""
+        raise NotImplementedError
+
+    def count(self, inputs: dict[str, Any]) -> int:
+        """How many losses the mean of a batch is over."""
+        raise NotImplementedError
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """`loss_of`; while training, a loss that is no number ends the run before it changes a weight."""
+        loss = self.loss_of(model, inputs, num_items_in_batch)
+        if self.model.training:
+            self._recent.append(dict(inputs))
+            if not torch.isfinite(loss).all():
+                plain = self.accelerator.unwrap_model(self.model)
+                raise why_no_number(
+                    plain,
+                    inputs,
+                    float(loss.detach().mean()),
+                    partial(self.loss_of, plain),
+                    self.name_of,
+                    self.state.global_step + 1,
+                    self._get_learning_rate(),
+                )
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clipped as by Trainer. A gradient that is no number ends the run: clipping would spread it to all weights.
+
+        In float16 it is usual, and the scaled optimizer leaves the step out.
+        """
+        norm = super()._clip_grad_norm(model)
+        if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)).all():
+            raise too_high(
+                f"the gradient is no finite number at step {self.state.global_step + 1}", self._get_learning_rate()
+            )
+        return norm
+
+    def refuse_diverged(self) -> None:
+        """Raise Diverged where the adapter makes the rows of the last steps worse than the base model."""
+        model = self.accelerator.unwrap_model(self.model)
+        loss_of = partial(self.loss_of, model)
+        refuse_diverged(model, list(self._recent), loss_of, self.args.learning_rate, self.state.global_step)
+
+    # --- the held-out loss -----------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Trainer's, with a loss that does not depend on how the rows fall into batches: the mean over all labels."""
+        self._held_out = [0.0, 0]
+        found: EvalLoopOutput = super().evaluation_loop(
+            dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
+        )
+        total = torch.tensor(self._held_out, dtype=torch.float64 if self.args.device.type == "cpu" else torch.float32)
+        total = self.accelerator.reduce(total.to(self.args.device), "sum")
+        assert found.metrics is not None
+        found.metrics[f"{metric_key_prefix}_loss"] = float(total[0] / total[1].clamp(min=1))
+        return found
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        rows = self._own_rows(len(inputs["labels"]))
+        counted = {key: value[: max(rows, 1)] for key, value in inputs.items()}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.loss_of(model, counted).detach().mean()
+        count = self.count(counted) if rows else 0
+        self._held_out[0] += float(loss) * count if count else 0.0
+        self._held_out[1] += count
+        return loss, None, None
+
+    def _own_rows(self, rows: int) -> int:
+        """How many rows of a batch are not repeated: the last batches of several processes are filled up."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return rows
+        return int(min(max(state.remainder - rows * self.args.process_index, 0), rows))
+
 
 class ClassifierTrainer(_AdapterTrainer):
     """Sequence classification and regression."""
+
+    def loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = Trainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
+        return loss
+
+    def count(self, inputs: dict[str, Any]) -> int:
+        return len(inputs["labels"])
 
 
 class CausalTrainer(_AdapterTrainer, SFTTrainer):
@@ -78,27 +243,29 @@ class CausalTrainer(_AdapterTrainer, SFTTrainer):
         # TRL's fused head multiplies by the head's weight itself and would never ask an adapter on it.
         self._fused = not self._on_cpu and plain_head(self.model) is not None
 
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The mean over the labels of −log p, as TRL computes it.
 
         On a GPU by TRL's fused head, on a CPU and with an adapter on the head by `loss.py`.
         """
-        if self._fused or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        count = (inputs["labels"][:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        if self._fused:
+            fused: Tensor = SFTTrainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
+            return fused
+        count = self.count(inputs) if num_items_in_batch is None else num_items_in_batch
         loss = causal_loss(model, inputs, self._head) / torch.as_tensor(count).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return loss
+
+    def count(self, inputs: dict[str, Any]) -> int:
+        return int((inputs["labels"][:, 1:] != -100).sum())
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Nothing: the output folder gets lorakit's own card at the end."""
 
 
 class Progress(TrainerCallback):
-    """One bar while training, a line a logged step in metrics.jsonl, and an end to a run whose loss is no number."""
+    """One bar while training, and a line a logged step in metrics.jsonl."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
@@ -109,6 +276,10 @@ class Progress(TrainerCallback):
         self._bar: tqdm[Any] | None = None
         self._began = 0.0
 
+    def take(self, step: int) -> None:
+        """The lines of a run of which nothing remains to be trained."""
+        self.history = _read_lines(self.path, up_to=step)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.loading_bytes = peak_memory(args.device)
         forget_peak(args.device)
@@ -116,7 +287,8 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.history = _read_lines(self.path, up_to=state.global_step)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
+        with replacing(self.path) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -136,14 +308,8 @@ class Progress(TrainerCallback):
         line = {"step": state.global_step, **{key: _rounded(value) for key, value in logs.items() if _is_number(value)}}
         line["seconds"] = round(time.perf_counter() - self._began, 2)
         self.history.append(line)
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        loss = logs.get("loss", logs.get("eval_loss"))
-        if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {state.global_step}. The learning rate is probably too high "
-                f"(now {args.learning_rate:g}); checkpoints before this step are kept in {self.path.parent}."
-            )
         self._show(line, state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -175,7 +341,10 @@ def _read_lines(path: Path, up_to: int) -> list[dict[str, float]]:
     """The lines of an interrupted run that a resumed one continues."""
     if not up_to or not path.is_file():
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # an interruption may have cut the last one off
+            lines.append(json.loads(text))
     return [line for line in lines if line["step"] <= up_to]
 
 

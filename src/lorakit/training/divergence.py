@@ -1,0 +1,156 @@
+"""Why a loss is no number, and whether a training made its model worse: the end of a run that came to nothing.
+
+A loss that is no number has one of three causes, told apart by looking:
+
+    a weight of the base model is no number       the file is damaged, or its dtype too narrow
+    a row makes it so without the adapter too     its label or its text
+    neither                                       the factors have run away: the learning rate is too high
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.attach import adapted_layers, disabled
+from ..core.functional import precise
+
+Batch = dict[str, Any]
+LossOf = Callable[[Batch], Tensor]  # the mean loss of a batch
+
+# A training of rows that it has just seen lowers their loss. Above the base model's by more than this it has diverged.
+_WORSE = 1.05
+_WORSE_BY = 0.05
+# ‖ΔW‖/‖W‖ over all adapted weights. It is about 0.01 for a usual training, and 15 for a model of a few thousand
+# random weights that learns twelve rows by heart.
+_RUN_AWAY = 1e4
+_NAMED = 5
+
+
+class Diverged(FloatingPointError):
+    """A run that came to nothing."""
+
+
+def why_no_number(
+    model: nn.Module,
+    batch: Batch,
+    loss: float,
+    loss_of: LossOf,
+    name_of: Callable[[Batch], str],
+    step: int,
+    rate: float,
+) -> Diverged:
+    """The error that says why the loss of `batch` is no number at `step`.
+
+    loss_of: the mean loss of a batch. name_of: where the row of a batch of one row comes from.
+    """
+    said = f"the loss is {loss} at step {step}"
+    broken = _not_finite(model, trained=False)
+    rows = _rows_of(batch)
+    with torch.no_grad(), disabled(model), _evaluating(model):
+        bad = [row for row in rows if not torch.isfinite(loss_of(row)).all()]
+    if broken:
+        met = f" This step met it in: {_listed(bad, name_of)}." if bad else ""
+        return Diverged(
+            f"{said}: the base model has weights that are no finite numbers, whatever the learning rate: "
+            f"{_names(broken)}.{met} Load another copy of it, or another --dtype."
+        )
+    if bad:
+        return Diverged(
+            f"{said}, with the adapter switched off too. These rows make it so: {_listed(bad, name_of)}. "
+            "Mend them or leave them out."
+        )
+    return too_high(said, rate, f" The step's rows: {_listed(rows, name_of)}.")
+
+
+def too_high(said: str, rate: float, more: str = "") -> Diverged:
+    """The error for factors that have run away."""
+    return Diverged(f"{said}. The learning rate is probably too high (now {rate:g}); try a tenth of it.{more}")
+
+
+def refuse_diverged(
+    model: nn.Module, batches: Sequence[Batch], loss_of: LossOf, rate: float, step: int
+) -> tuple[float, float]:
+    """The loss of the last batches without and with the adapter. Raises Diverged where it has made them worse.
+
+    Weights that are as far from the base model's as no training takes them are a divergence whatever the loss.
+    """
+    change = relative_change(model)
+    if not change <= _RUN_AWAY:
+        raise too_high(f"the run has diverged after {step} steps: ‖ΔW‖ is {change:.3g} times ‖W‖", rate)
+    with torch.no_grad(), _evaluating(model):
+        after = _mean(loss_of(batch) for batch in batches)
+        with disabled(model):
+            before = _mean(loss_of(batch) for batch in batches)
+    if not after <= before * _WORSE + _WORSE_BY:
+        raise too_high(
+            f"the run has diverged after {step} steps: on the rows of its last steps the loss is {after:.4g} with the "
+            f"adapter and {before:.4g} without it (‖ΔW‖ is {change:.3g} times ‖W‖)",
+            rate,
+        )
+    return before, after
+
+
+def refuse_broken_factors(model: nn.Module, rate: float, step: int) -> None:
+    """Raise Diverged where something that is trained holds no finite number."""
+    if broken := _not_finite(model, trained=True):
+        raise too_high(f"{_names(broken)} after step {step}: no finite numbers", rate)
+
+
+def relative_change(model: nn.Module) -> float:
+    """‖ΔW‖ / ‖W‖ over all adapted weights together."""
+    moved = weights = 0.0
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            weight = layer.matrix(precise(layer.weight))
+            moved += float((layer.adapted_matrix() - weight).double().square().sum())
+            weights += float(weight.double().square().sum())
+    return math.sqrt(moved) / max(math.sqrt(weights), 1e-30)
+
+
+def _not_finite(model: nn.Module, trained: bool) -> list[str]:
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad == trained and not torch.isfinite(parameter).all()
+    ]
+
+
+def _rows_of(batch: Batch) -> list[Batch]:
+    """A batch of one row for each row."""
+    count = len(batch["labels"])
+    return [
+        {key: value[i : i + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
+        for i in range(count)
+    ]
+
+
+def _listed(rows: Sequence[Batch], name_of: Callable[[Batch], str]) -> str:
+    more = f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+    return ", ".join(name_of(row) for row in rows[:_NAMED]) + more
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def _mean(losses: Any) -> float:
+    found = [float(loss.mean()) for loss in losses]
+    return sum(found) / len(found) if found else 0.0
+
+
+class _evaluating:
+    """A model without its dropout for a while."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.training)

@@ -1,0 +1,150 @@
+"""What a run is: the settings, data and base model that decide what comes of it.
+
+A record stands in the note of the output folder and in each checkpoint. A run is resumed only with what it was begun
+with: anything else would be neither the one run nor the other. What only says how much is printed and kept may change,
+and so may the length of the run.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import TrainConfig
+from .models import Loaded, best_device, resolve_dtype
+from .plan import processes
+from .prepare import Prepared, uses_autocast, weights_dtype
+
+_FREE = {
+    *("output_dir", "resume", "overwrite", "dry_run"),
+    *("eval_steps", "save_steps", "logging_steps", "eval_samples", "max_new_tokens", "report_to"),
+    *("epochs", "max_steps"),  # `longer_or_shorter` says what comes of it
+    "gradient_checkpointing",  # the same numbers in less memory
+    *("model", "data"),  # told by what they hold, so that they may be moved
+}
+_PROBED = 64  # numbers of each weight that its fingerprint looks at
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "pad_token_id")
+
+
+def record_of(prepared: Prepared) -> dict[str, Any]:
+    """The record of a run, without its base model's weights."""
+    config, data = prepared.config, prepared.data
+    settings = dataclasses.asdict(config)
+    settings["alpha"] = 2.0 * config.rank if config.alpha is None else config.alpha
+    settings["dtype"] = str(resolve_dtype(weights_dtype(config, data), best_device())).removeprefix("torch.")
+    rows = [{**dataclasses.asdict(example), "where": None} for example in data.train]
+    return {
+        # As JSON gives it back: a tuple is a list there.
+        "settings": json.loads(json.dumps(settings)),
+        "autocast": uses_autocast(config, data),
+        "processes": processes(),
+        "steps": prepared.plan.steps,
+        "rows": len(prepared.train),
+        "data": _digest(*(json.dumps(row, sort_keys=True, default=str).encode() for row in rows)),
+        "tokens": _digest(*map(_encoded, prepared.train)),
+    }
+
+
+def base_of(loaded: Loaded) -> str:
+    """A fingerprint of a base model that is not adapted yet: its configuration, names, shapes and some of its weights.
+
+    A head that is drawn at random is told by the seed.
+    """
+    config = {name: value for name, value in loaded.model.config.to_dict().items() if name not in _VOLATILE}
+    parts = [json.dumps(config, sort_keys=True, default=str).encode()]
+    for name, parameter in loaded.model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // _PROBED)][:_PROBED].to("cpu", torch.float32)
+        values = b"" if name in loaded.new_parameters else some.numpy().tobytes()
+        parts.append(f"{name} {tuple(parameter.shape)}".encode() + values)
+    return _digest(*parts)
+
+
+def record_of_released(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of a run of lorakit 0.1.0, which left its config.yaml alone; None without settings."""
+    if not settings:
+        return None
+    found = dict(settings)
+    if found.get("alpha") is None and "rank" in found:
+        found["alpha"] = 2.0 * found["rank"]
+    return {"settings": found}
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What keeps a run of the record `now` from going on with one of the record `then`, a line each."""
+    old, new = then["settings"], now["settings"]
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    by_content = "data" in then
+    lines = []
+    for name, value in new.items():
+        if name in _FREE and (by_content or name not in ("model", "data")):
+            continue
+        before = old.get(name, defaults.get(name))
+        if name == "dtype" and before == "auto":  # 0.1.0 did not note which one was meant
+            continue
+        if _plain(before) != _plain(value):
+            lines.append(f"--{name.replace('_', '-')}: {_shown(before)} then, {_shown(value)} now")
+    for name, said in (("processes", "processes"), ("autocast", "products in bfloat16")):
+        if name in then and then[name] != now[name]:
+            lines.append(f"{said}: {then[name]} then, {now[name]} now")
+    if by_content and then["data"] != now["data"]:
+        lines.append(f"the training rows: {then['rows']} rows then, {now['rows']} now, and not the same ones")
+    elif by_content and then["tokens"] != now["tokens"] and not lines:
+        lines.append("the tokenizer or its chat template: the same rows are other tokens now")
+    if "base" in then and "base" in now and then["base"] != now["base"]:
+        lines.append(f"the base model {new['model']}: its configuration or its weights are not what they were")
+    return lines
+
+
+def refuse_differences(then: Mapping[str, Any], now: Mapping[str, Any], checkpoint: str | Path) -> None:
+    """Raise ValueError listing what differs."""
+    if lines := differences(then, now):
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise ValueError(
+            f"--resume: {checkpoint} belongs to a run of other settings:\n{listed}\nNothing was changed. Resume it as "
+            f"it was begun, or start anew: --overwrite in place of --resume, or another --output-dir."
+        )
+
+
+def longer_or_shorter(then: Mapping[str, Any], now: Mapping[str, Any], step: int) -> list[str]:
+    """What to say where a run goes on to another length than it was begun with."""
+    before, after = then.get("steps"), now["steps"]
+    if before is None or before == after:
+        return []
+    said = f"the run was begun for {before} steps and is now one of {after}"
+    if step >= after:
+        return [f"{said}: the checkpoint is of step {step}, so nothing more is trained."]
+    scheduler = now["settings"]["scheduler"]
+    follows = "" if scheduler == "constant" else f"; from here the {scheduler} schedule is that of {after} steps"
+    return [f"{said}{follows}."]
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:32]
+
+
+def _encoded(row: Mapping[str, Any]) -> bytes:
+    """The numbers of one encoded row."""
+    labels = row["labels"]
+    learnt = array.array("q", labels).tobytes() if isinstance(labels, list) else repr(labels).encode()
+    return array.array("q", row["input_ids"]).tobytes() + b"|" + learnt
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
