@@ -72,7 +72,7 @@ def test_a_whole_comparison_and_the_same_again(
     command = words(tiny_encoder, data, out)
     ran = Ran(capsys, *command)
     assert ran.code == 0
-    assert {path.name for path in out.iterdir()} == {
+    assert {path.name for path in out.iterdir() if path.is_file()} == {
         *("runs.jsonl", "machine.json", "config.yaml"),
         *("compare.json", "compare.md", "compare.html", "compare-lights.svg"),
     }
@@ -96,12 +96,12 @@ def test_a_whole_comparison_and_the_same_again(
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["data"], config["methods"], config["seeds"]) == (str(data), ["bitfit", "lora rank=2"], 2)
 
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     monkeypatch.setattr(module, "fit", never)
     for again in (command, [*command, "--so-far"], ["-c", out / "config.yaml"], [out / "config.yaml"]):
         second = Ran(capsys, *again)
         assert (second.code, second.out, second.err) == (0, ran.out, "")
-        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
 def test_json_is_all_that_standard_output_gets(

@@ -196,7 +196,7 @@ def test_analyze_measures_an_adapter_beside_its_base_and_another(
     printed = capsys.readouterr()
     assert f"base weights: {tiny_lm}" in printed.out and "amplified" in printed.out and printed.err == ""
     assert f"φ with {other}" in printed.out and "note:" not in printed.out
-    assert sorted(path.name for path in out.iterdir()) == ["analysis.html", "analysis.json"]
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == ["analysis.html", "analysis.json"]
     data = json.loads((out / "analysis.json").read_text())
     assert len(data["modules"]) == len(data["similarities"]) == 14
     assert all(module["base"]["change"] > 0 for module in data["modules"])

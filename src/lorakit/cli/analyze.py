@@ -24,21 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from ..formats.files import replacing
+    from ..formats.folder import OutputFolder
     from ..study.analysis import page, report
-    from ..study.analysis.run import study_of
+    from ..study.analysis.run import ANALYSIS, study_of
 
-    if args.output_dir and Path(args.output_dir).is_file():
-        raise FileExistsError(f"--output-dir {args.output_dir} is a file.")
+    out = OutputFolder(args.output_dir, ANALYSIS) if args.output_dir else None
+    if out is not None:
+        out.refuse_unusable()
+        out.refuse_taken(["analysis.json", "analysis.html"])
     study = study_of(args.adapter, args.other, args.model, dtype=args.dtype)
     print(report.as_json(study) if args.json else report.text(study, every=args.modules), end="" if args.json else "\n")
-    if args.output_dir:
-        out = Path(args.output_dir)
-        out.mkdir(parents=True, exist_ok=True)
-        for name, content in (("analysis.json", report.as_json(study)), ("analysis.html", page.render(study))):
-            with replacing(out / name) as path:
-                path.write_text(content, encoding="utf-8")
+    if out is not None:
+        with out.held(), out.writing() as part:
+            (part / "analysis.json").write_text(report.as_json(study), encoding="utf-8")
+            (part / "analysis.html").write_text(page.render(study), encoding="utf-8")
         if not args.json:
             print(f"\nwritten: {out}/analysis.json, {out}/analysis.html")

@@ -24,31 +24,33 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"two files of settings, {args.file} and {args.config}; give one.")
     args.config = args.file or args.config
     config = config_of(args)
-    from pathlib import Path
-
-    from ..formats.files import replacing
+    from ..formats.folder import OutputFolder
     from ..study.comparison import table
-    from ..study.comparison.files import write
+    from ..study.comparison.files import COMPARISON, record_of, refuse_other, write
     from ..study.comparison.plan import plan_block, plans_of
     from ..study.comparison.run import compare
     from ..training.loop import quiet_libraries
     from ..training.settings import to_yaml
 
-    out = Path(config.output_dir)
-    if out.is_file():
-        raise FileExistsError(f"--output-dir {out} is a file.")
+    out = OutputFolder(config.output_dir, COMPARISON)
+    out.refuse_unusable()
     quiet_libraries()
     plans = plans_of(config)
+    record = record_of(config.model, plans)
+    refuse_other(out, record)
     if not args.json or config.dry_run:
         print(plan_block(config, plans), flush=True)
     if config.dry_run:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    if not config.so_far:  # the folder's settings are those that its runs are made with
-        with replacing(out / "config.yaml") as path:
-            path.write_text(to_yaml(config), encoding="utf-8")
-    found = compare(config.model, plans, out, seeds=config.seeds, trials=config.trials, so_far=config.so_far)
-    written = write(found, out)
+    with out.held():
+        out.begin(record)
+        if not config.so_far:  # the folder's settings are those that its runs are made with
+            with out.writing() as part:
+                (part / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        found = compare(config.model, plans, out.path, seeds=config.seeds, trials=config.trials, so_far=config.so_far)
+        with out.writing() as part:
+            names = [path.name for path in write(found, part)]
+        out.end("finished" if found.finished else "unfinished")
     print(table.as_json(found) if args.json else table.text(found), end="" if args.json else "\n")
     if not args.json:
-        print(f"\nwritten: {', '.join(map(str, written))}")
+        print(f"\nwritten: {', '.join(str(out.path / name) for name in names)}")

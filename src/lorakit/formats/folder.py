@@ -214,6 +214,12 @@ class OutputFolder:
             remove(self.path / name)
         self._note_path.unlink(missing_ok=True)
 
+    def drop_new(self) -> None:
+        """Remove the new folder, unless it is whole and about to take the old one's place."""
+        note = self.new.note
+        if note is None or note.state != "finished":
+            remove(self.new.path)
+
     def put_new_in_place(self) -> None:
         """Mark the new folder as whole and let it take the old one's place."""
         self.new.end("finished")

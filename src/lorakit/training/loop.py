@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..formats import peft, save
-from ..formats.files import remove
 from ..formats.folder import OutputFolder
 from . import page, report
 from .checkpoints import checkpoints, newest_whole, step_of
@@ -81,9 +80,9 @@ def train(config: TrainConfig) -> Path:
         try:
             result = _run(prepared, loaded, folder, start, record)
         except KeyboardInterrupt as error:
-            raise _interrupted(folder, error) from None
+            raise _interrupted(out, folder, error) from None
         except BaseException:
-            _leave_nothing_unless_trained(folder)
+            _leave_nothing_unless_trained(out, folder)
             raise
         if is_main() and start.beside:
             out.put_new_in_place()
@@ -132,12 +131,12 @@ def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers:
     folder.add("metrics.jsonl", *(["runs"] if "tensorboard" in trackers else []))  # what is written by and by
 
 
-def _interrupted(folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
+def _interrupted(out: OutputFolder, folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
     """The error that says how to go on."""
     code = error.code if isinstance(error, Interrupted) else 130
     checkpoint, _ = newest_whole(folder.path)
     if checkpoint is None:
-        _leave_nothing_unless_trained(folder)
+        _leave_nothing_unless_trained(out, folder)
         return Interrupted("interrupted before the first checkpoint: the same command starts anew.", code)
     return Interrupted(
         f"interrupted; {checkpoint} is saved. The same command goes on from it with --resume auto "
@@ -146,15 +145,15 @@ def _interrupted(folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
     )
 
 
-def _leave_nothing_unless_trained(folder: OutputFolder) -> None:
+def _leave_nothing_unless_trained(out: OutputFolder, folder: OutputFolder) -> None:
     """Remove the beginnings of a run that failed before its first step was noted."""
     if not is_main() or checkpoints(folder.path) or (folder.path / peft.TENSORS).is_file():
         return
     metrics = folder.path / "metrics.jsonl"
     if not metrics.is_file() or not metrics.stat().st_size:
         folder.clear()
-        if folder.path.name == "new":
-            remove(folder.path)
+        if folder.path != out.path:
+            out.drop_new()
 
 
 def _load(prepared: Prepared) -> Loaded:

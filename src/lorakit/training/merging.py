@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,13 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.attach import adapted_layers, detach, merge
-from .models import Loaded, load_causal_lm, load_classifier, load_with_adapter
+from ..formats.folder import Kind, OutputFolder
+from .models import Loaded, base_of, is_adapter, load_causal_lm, load_classifier, load_with_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # A product of 16-bit numbers keeps 8 (bfloat16) or 11 (float16) bits; the logits of many layers, a few less.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
+
+
+# What 0.1.0 merged has no note and cannot be told from any other model, so it is never replaced.
+MERGING = Kind("merge", keystone="config.json")
 
 
 @dataclass(frozen=True)
@@ -45,12 +49,12 @@ def merge_to_folder(
 ) -> Difference:
     """Merge `adapter` into `model`, write a folder that `from_pretrained` loads, load it and compare the logits.
 
-    The folder appears under its name only when the comparison is within `tolerance`. Raises FileExistsError for a
-    folder in use, ValueError when there is nothing to merge or the difference is too large.
+    The folder is filled only when the comparison is within `tolerance`; until then, what an earlier merge wrote there
+    stays. Raises FileExistsError for a folder in use, or one that holds anything that no merge wrote; ValueError when
+    there is nothing to merge or the difference is too large.
     """
-    out = Path(output_dir)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
-        raise FileExistsError(f"--output-dir {out} is not empty. Choose another, or add --overwrite.")
+    out = OutputFolder(output_dir, MERGING)
+    _refuse_used(out, model, adapter, overwrite)
     loaded = load_with_adapter(model, adapter, dtype=dtype)
     if not adapted_layers(loaded.model):
         raise ValueError(f"{model} is a base model without an adapter; give --adapter FOLDER.")
@@ -58,24 +62,40 @@ def merge_to_folder(
     expected = _logits(loaded.model, inputs)
     _bake(loaded.model)
 
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        loaded.model.save_pretrained(temporary)
-        loaded.tokenizer.save_pretrained(temporary)
-        difference = _difference(expected, _logits(_reload(loaded, temporary), inputs))
-        limit = _TOLERANCE[loaded.model.dtype] if tolerance is None else tolerance
-        if not difference.relative <= limit:
-            raise ValueError(
-                f"the merged model differs from base + adapter: {difference}; the limit is {limit:g} "
-                "(--tolerance). Nothing was written. --dtype float32 merges more exactly."
-            )
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with out.held():
+        out.refuse_others()
+        out.drop_new()  # what an interrupted merge left
+        try:
+            out.new.begin({"model": model, "adapter": adapter})
+            with out.new.writing() as part:
+                loaded.model.save_pretrained(part)
+                loaded.tokenizer.save_pretrained(part)
+                difference = _difference(expected, _logits(_reload(loaded, part), inputs))
+                limit = _TOLERANCE[loaded.model.dtype] if tolerance is None else tolerance
+                if not difference.relative <= limit:
+                    raise ValueError(
+                        f"the merged model differs from base + adapter: {difference}; the limit is {limit:g} "
+                        "(--tolerance). Nothing was written. --dtype float32 merges more exactly."
+                    )
+            out.put_new_in_place()
+        finally:
+            out.drop_new()
     return difference
+
+
+def _refuse_used(out: OutputFolder, model: str, adapter: str | None, overwrite: bool) -> None:
+    """Raise FileExistsError where the folder holds what is merged, or anything else that no merge wrote."""
+    inputs = [model, *([adapter] if adapter else [])]
+    if adapter is None and is_adapter(model):
+        inputs.append(base_of(model))
+    out.refuse_unusable(inputs)
+    out.recover()
+    out.refuse_others()
+    if out.own and not overwrite:
+        raise FileExistsError(
+            f"--output-dir {out} is not empty: it holds a merged model. Choose another, or add --overwrite to replace "
+            "that."
+        )
 
 
 def _bake(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,9 +11,23 @@ from tqdm.auto import tqdm
 from ...core.adapter import Adapter
 from ...core.exchange import owned_matrices
 from ...formats import peft
+from ...formats.folder import Kind
 from ...training.models import load_with_adapter
 from .measures import analyze, compare, factors_of, matched
 from .report import Study
+
+
+def _is_released(folder: Path) -> bool:
+    try:
+        found = json.loads((folder / "analysis.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"adapter", "base", "modules", "similarities"} <= found.keys()
+
+
+# An analysis may stand in any folder, beside the adapter for one.
+_FILES = r"analysis\.(json|html)"
+ANALYSIS = Kind("analyze", names=_FILES, released=_is_released)
 
 
 def study_of(adapter: str, other: str | None = None, model: str | None = None, *, dtype: str = "float32") -> Study:

@@ -1,13 +1,88 @@
-"""What a comparison leaves in its folder, besides its runs and the machine they were made on."""
+"""The folder of a comparison: whose it is, and what is left in it besides the runs and the machine they were made on.
+
+A comparison goes on in its own folder, with more seeds, methods or tasks. One of another model or of other rows is
+refused there: its tables would take the place of the first one's.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ...formats.files import replacing
+from ...formats.folder import Kind, OutputFolder
+from ...training.start import settings_in
 from . import page, plots, table
+from .plan import Plan
 from .results import Comparison
+from .tasks import Task, fingerprint
+
+_FILES = r"runs\.jsonl|machine\.json|config\.yaml|compare\.(json|md|html)|compare-[\w-]+\.svg"
+
+
+def _is_released(folder: Path) -> bool:
+    return {"model", "output_dir", "methods", "seeds", "trials"} <= settings_in(folder).keys()
+
+
+COMPARISON = Kind("compare", names=_FILES, released=_is_released)
+
+
+def record_of(model: str, plans: Sequence[Plan]) -> dict[str, Any]:
+    """What a comparison is of: a model, and for each task where its rows come from and a fingerprint of them."""
+    return {"model": model, "tasks": {plan.task.name: [plan.task.source, _rows(plan.task)] for plan in plans}}
+
+
+def refuse_other(folder: OutputFolder, record: dict[str, Any]) -> None:
+    """Raise FileExistsError where the folder holds anything but this comparison, naming what differs."""
+    folder.refuse_unusable()
+    note = folder.note
+    if note is None:
+        folder.refuse_others()
+        return
+    if not (folder.path / "runs.jsonl").is_file():
+        return  # it came to nothing
+    before = note.record or _released_record(folder.path)
+    differing = []
+    if not _same_place(before["model"], record["model"]):
+        differing.append(f"  the model: {before['model']} then, {record['model']} now")
+    for name, (source, rows) in before["tasks"].items():
+        if name not in record["tasks"]:
+            differing.append(f"  the task {name} ({source}): not asked for now")
+            continue
+        now, rows_now = record["tasks"][name]
+        if rows != rows_now if rows is not None else not _same_place(source, now):
+            differing.append(f"  the rows of the task {name}: {source} then, {now} now, and not the same ones")
+    if differing:
+        raise FileExistsError(
+            "\n".join([f"--output-dir {folder} holds another comparison:", *differing])
+            + "\nIts tables would be lost. Choose another --output-dir."
+        )
+
+
+def _rows(task: Task) -> str:
+    data = getattr(task, "data", None)
+    if data is None:
+        return task.fingerprint
+    rows = (*data.train, *data.valid, *data.test)
+    return fingerprint(*({**asdict(row), "where": None} for row in rows))
+
+
+def _released_record(folder: Path) -> dict[str, Any]:
+    """That of a comparison of lorakit 0.1.0, told by its settings: rows are known by where they came from alone."""
+    settings = settings_in(folder)
+    data = settings.get("data")
+    tasks = settings.get("tasks") or ({Path(data).resolve().stem: {}} if data else {})
+    return {
+        "model": settings["model"],
+        "tasks": {name: [str(own.get("data") or data), None] for name, own in tasks.items()},
+    }
+
+
+def _same_place(one: str, other: str) -> bool:
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
 def write(found: Comparison, folder: Path) -> list[Path]:
