@@ -229,6 +229,8 @@ class OutputFolder:
         for name in ("part", "saving", "gone"):
             shutil.rmtree(self.hidden / name, ignore_errors=True)
         new, note = self.new, self.new.note if self.new.path.is_dir() else None
+        if note is None:
+            shutil.rmtree(new.path, ignore_errors=True)  # the rest of one whose place is taken already
         if note is None or note.state != "finished":
             return
         for name in sorted(self.own, key=lambda name: name != self.kind.keystone):

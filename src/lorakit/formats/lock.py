@@ -25,9 +25,11 @@ def locked(path: Path) -> Iterator[None]:
         os.write(descriptor, f"process {os.getpid()}".encode())
         yield
     finally:
-        if os.name != "nt":
-            path.unlink(missing_ok=True)  # while it is held: nobody else's file can stand there
-        os.close(descriptor)
+        try:
+            if os.name != "nt":
+                path.unlink(missing_ok=True)  # while it is held: nobody else's file can stand there
+        finally:
+            os.close(descriptor)
         if os.name == "nt":
             with contextlib.suppress(OSError):  # another one waits for it already
                 path.unlink(missing_ok=True)
