@@ -1,0 +1,116 @@
+"""A program that trains in processes of its own and kills them with SIGKILL while they change files.
+
+    python kills.py FOLDER FRESH_OR_OVER MOST
+
+The libraries are imported once; each training is a fork. The first one counts the changes of the file system that a
+run makes in its output folder (renames, removals, new folders, files opened to write). Others end before one of these,
+at most MOST in all, spread over them. After each, the folder is looked at, and the run is resumed.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from lorakit.cli.main import main
+from lorakit.training import plan, prepare
+
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "open")
+OPTIONS = ("--epochs", "2", "--save-steps", "1", "--batch-size", "4", "--eval-samples", "0", "--holdout", "0")
+PLAIN = (*OPTIONS, "--dtype", "float32", "--lr", "0.005", "--dropout", "0.1", "--targets", "q_proj,v_proj")
+
+
+def run(work: Path, data: str, *more: str, kill_at: int = 0) -> tuple[int, int]:
+    """Train in a fork; its exit code (−9 where it was killed) and how many changes it made."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            said = pipe.read()
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), int(said or 0)
+    count = 0
+    out = str(work / "out")
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        nonlocal count
+        if event not in CHANGES or (event == "open" and not (isinstance(args[2], int) and args[2] & os.O_WRONLY)):
+            return
+        if not str(args[0]).startswith(out):
+            return
+        count += 1
+        if count == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    log = os.open(work / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = main(["train", "--model", str(work / "lm"), "--data", str(work / data), "--output-dir", out, *PLAIN, *more])
+    os.write(writing, str(count).encode())
+    os._exit(code)
+
+
+def look(out: Path, old: dict[str, bytes], new: dict[str, bytes]) -> None:
+    """No checkpoint is in pieces, and an adapter stands beside its own settings."""
+    for checkpoint in out.rglob("checkpoint-*"):
+        if checkpoint.parent.name in ("saving", "gone"):
+            continue
+        assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] > 0
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.load(checkpoint / name, weights_only=False)
+    if (out / "adapter_model.safetensors").exists():
+        found = {name: (out / name).read_bytes() for name in new if (out / name).exists()}
+        assert found in (old, new), f"an adapter of one run and settings of another: {sorted(found)}"
+
+
+def main_of_kills(work: Path, which: str, most: int) -> None:
+    kept = ("adapter_config.json", "adapter_model.safetensors", "config.yaml")
+    out, first, straight = work / "out", work / "first", {}
+    more = ["--overwrite"] if which == "over" else []
+
+    def begin() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        if which == "over":
+            shutil.copytree(first, out)
+
+    old: dict[str, bytes] = {}
+    if which == "over":
+        assert run(work, "old.jsonl")[0] == 0
+        old = {name: (out / name).read_bytes() for name in kept}
+        shutil.move(out, first)
+    begin()
+    code, changes = run(work, "new.jsonl", *more)
+    assert code == 0 and changes > 30, (code, changes)
+    straight = {name: (out / name).read_bytes() for name in kept}
+    moments = sorted({1 + round(i * (changes - 1) / (most - 1)) for i in range(most)})
+    for moment in moments:
+        begin()
+        code, _ = run(work, "new.jsonl", *more, kill_at=moment)
+        assert code == -9, (moment, code)
+        look(out, old, straight)
+        resume = ["--resume", "auto"]
+        if which == "over" and not list((out / ".lorakit").glob("new/checkpoint-*")) and (
+            (out / "config.yaml").exists() and (out / "config.yaml").read_bytes() == old["config.yaml"]
+        ):
+            resume = more  # it had not begun, or had saved nothing: the old run is as it was
+        code, _ = run(work, "new.jsonl", *resume)
+        assert code == 0, (moment, resume, (work / "log").read_text()[-600:])
+        assert {name: (out / name).read_bytes() for name in kept} == straight, moment
+        assert os.listdir(out / ".lorakit") == ["train.json"], moment
+    print(f"{len(moments)} of {changes}")
+
+
+def unplanned(*_: object) -> None:
+    """In place of the count of the memory, which takes longer than the training."""
+    raise NotImplementedError("not counted")
+
+
+if __name__ == "__main__":
+    prepare.speed = lambda *_: 1e9
+    plan.step_storages = unplanned
+    main_of_kills(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
