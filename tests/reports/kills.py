@@ -94,8 +94,10 @@ def main_of_kills(work: Path, which: str, most: int) -> None:
         assert code == -9, (moment, code)
         look(out, old, straight)
         resume = ["--resume", "auto"]
-        if which == "over" and not list((out / ".lorakit").glob("new/checkpoint-*")) and (
-            (out / "config.yaml").exists() and (out / "config.yaml").read_bytes() == old["config.yaml"]
+        if (
+            which == "over"
+            and not list((out / ".lorakit").glob("new/checkpoint-*"))
+            and ((out / "config.yaml").exists() and (out / "config.yaml").read_bytes() == old["config.yaml"])
         ):
             resume = more  # it had not begun, or had saved nothing: the old run is as it was
         code, _ = run(work, "new.jsonl", *resume)

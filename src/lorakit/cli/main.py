@@ -1,7 +1,7 @@
 """The program `lorakit`: one verb a file, each imported when it is asked for.
 
 Exit codes: 0 done, 1 it failed (one message, no traceback; --debug shows it), 2 the command line or a configuration
-file was not understood, 130 interrupted.
+file was not understood, 130 interrupted, 143 ended by a scheduler.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         verb = words[0] if words and words[0] in VERBS else ""
         print(f"lorakit {verb}".rstrip() + f": {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "code", 130)  # a training that was interrupted says how to go on
     except BrokenPipeError:
         # The reader of our output has gone (| head): not a failure. Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,8 +11,10 @@ HELP = "fold an adapter into its base model and write a plain transformers folde
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--output-dir", "-o", required=True, help="folder to write; must be new or empty")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output-dir")
+    parser.add_argument(
+        "--output-dir", "-o", required=True, help="folder to write: new, empty, or with --overwrite a merged model's"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the merged model in --output-dir")
     parser.add_argument(
         "--tolerance",
         type=float,

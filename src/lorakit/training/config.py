@@ -105,8 +105,10 @@ class TrainConfig:
         None, help="longest answer compared (default: 16 over the longest expected one)", group=_OUTPUT, at_least=1
     )
     report_to: str | None = setting(None, help="tensorboard, wandb, … as transformers names them", group=_OUTPUT)
-    resume: str | None = setting(None, help="a checkpoint to go on from, or auto for the newest", group=_OUTPUT)
-    overwrite: bool = setting(False, help="replace what is in --output-dir", group=_OUTPUT)
+    resume: str | None = setting(
+        None, help="a checkpoint to go on from, or auto for the newest whole one, if any", group=_OUTPUT
+    )
+    overwrite: bool = setting(False, help="replace the run in --output-dir, once the new one is whole", group=_OUTPUT)
     dry_run: bool = setting(False, help="check and plan, then stop", group=_OUTPUT)
 
 
