@@ -1,6 +1,7 @@
 """The life of a run without the command line: how it begins, is interrupted, resumed, replaced, and how it ends."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -190,7 +191,7 @@ def test_what_decides_nothing_may_change_and_files_may_move(config: TrainConfig,
     shutil.rmtree(out / "checkpoint-4")
     moved = {
         "model": str(shutil.copytree(config.model, tmp_path / "lm")),
-        "data": shutil.copy(config.data, tmp_path / "e.jsonl"),
+        "data": str(shutil.copy(config.data, tmp_path / "e.jsonl")),
     }
     shutil.move(out, tmp_path / "moved")
     free: dict[str, Any] = dict(save_steps=2, logging_steps=2, eval_samples=1, alpha=8.0, gradient_checkpointing=True)
@@ -312,8 +313,10 @@ def test_a_row_that_makes_the_loss_no_number_is_named_with_its_line(config: Trai
         train(dataclasses.replace(config, batch_size=16))
 
 
-@pytest.mark.parametrize("name", ["no_such_tracker", "comet_ml", "neptune"])
+@pytest.mark.parametrize("name", ["no_such_tracker", "comet_ml", "wandb"])
 def test_a_tracker_that_is_not_there_is_told_before_anything_is_made(name: str, config: TrainConfig) -> None:
+    if importlib.util.find_spec(name):
+        pytest.skip("it is there")
     with pytest.raises(ValueError, match=f"--report-to {name}: "):
         train(dataclasses.replace(config, report_to=name))
     assert not Path(config.output_dir).exists()
