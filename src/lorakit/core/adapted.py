@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import Dropout, add_product, dense_update, dora_gain, precise, row_norm
+from .gradients import reshaped
 from .init import Init, factors_of_weight, random_factors
 
 
@@ -292,7 +293,7 @@ class unmerged:
 class _MergedGuard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, A: Tensor) -> Tensor:
-        return y.view_as(y)
+        return reshaped(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
