@@ -86,7 +86,8 @@ class AdaptedLayer(LoRALayer, nn.Module):
     lora_B0: Tensor
     scaling: float
     rslora: bool = False
-    lora_enabled: bool = True  # False inside `disabled(model)`
+    disabled_by: int = 0  # how many `disabled(model)` are open
+    _merge_later: bool = False  # while disabled: to be merged when the last of them closes
     _base_weight: Tensor | None = None  # while merged: the weight as it was
 
     # --- what a kind supplies -------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
     @property
     def active(self) -> bool:
         """Whether the forward pass adds the update to what the weight gives."""
-        return self.lora_enabled and not self.merged and self.has_update
+        return not self.disabled_by and not self.merged and self.has_update
 
     @property
     def acting_dropout(self) -> Dropout | None:
@@ -208,6 +209,9 @@ class AdaptedLayer(LoRALayer, nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """W ← g ⊙ (W + s·ΔW). Nothing to do when merged already."""
+        if self.disabled_by:
+            self._merge_later = True
+            return
         if self.merged:
             return
         if self.has_update:
@@ -220,6 +224,9 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def unmerge(self) -> None:
         """The weight as it was before `merge`, the same object, bit for bit."""
+        if self.disabled_by:
+            self._merge_later = False
+            return
         if self._base_weight is not None:
             if self.has_update:  # a program that deleted lora_A while merged means to keep the merged weight
                 if not self.weight.requires_grad:  # frozen meanwhile
@@ -230,6 +237,25 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def _put_weight(self, weight: Tensor) -> None:
         self.weight = weight
+
+    def disable(self) -> None:
+        """Take the update out of the forward pass, until `enable` was called as often."""
+        if not self.disabled_by:
+            was_merged = self.merged
+            self.unmerge()
+            self._merge_later = was_merged
+        self.disabled_by += 1
+
+    def enable(self) -> None:
+        """Take one `disable` back."""
+        if self.disabled_by > 1:
+            self.disabled_by -= 1
+            return
+        merges = self._merge_later
+        for name in ("disabled_by", "_merge_later"):
+            self.__dict__.pop(name, None)  # back to the class's own
+        if merges:
+            self.merge()
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
@@ -283,7 +309,8 @@ class unmerged:
         self.layer, self.was_merged = layer, layer.merged
 
     def __enter__(self) -> None:
-        self.layer.unmerge()
+        if self.was_merged:
+            self.layer.unmerge()
 
     def __exit__(self, *error: object) -> None:
         if self.was_merged:
