@@ -99,6 +99,7 @@ def owned_matrices(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _update_of(layer: AdaptedLayer) -> Update:
+    layer.refit()
     A, B = layer.factors() if not isinstance(layer, MergedLinear) else (layer.lora_A, layer.lora_B)
     if "lora_A0" in layer._buffers:
         # "pissa" and "olora" count double: [A; A₀], [B, −B₀]. Alpha stays, so B makes up for the smaller scale.
