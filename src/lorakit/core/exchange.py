@@ -18,7 +18,8 @@ from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, train
 from .layers import ConvLoRA, Embedding, Linear, MergedLinear, block_shapes
 from .parameters import AdaptedParameter, parameter_factor_shapes
 from .targets import Target, candidates, closest, is_transposed, layer_class, matching, matrices, refusal
-from .trainable import bias_names
+from .trainable import bias_names, tensors_by_name
+from .undo import refuse_replaced, remember, unchanged_on_error
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -26,6 +27,7 @@ def extract(model: nn.Module) -> Adapter:
 
     The same whether the model is merged or not. Raises ValueError when the model has no adapted layer.
     """
+    refuse_replaced(model)
     layers = adapted_layers(model)
     parameters, whole = trained_whole(model)
     if not layers and not parameters:
@@ -61,14 +63,17 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     if set(adapter.updates) | set(adapter.trained) <= set(problems):
         raise ValueError(f"nothing in the adapter fits {type(model).__name__}: its modules have other names or shapes.")
 
-    for name, update in adapter.updates.items():
-        if name not in problems:
-            _insert_update(layers.get(name), targets[name], update, adapter.dropout)
     trained = {name: value for name, value in adapter.trained.items() if name not in problems}
     whole = [name for name in adapter.also_train if any(key.startswith(f"{name}.") for key in trained)]
-    choose_trainable(model, whole, adapter.bias, freeze=True)
-    for name, value in trained.items():
-        model.get_parameter(name).copy_(value)
+    own = tensors_by_name(model)
+    with unchanged_on_error(model, [own[name] for name in trained]):
+        for name, update in adapter.updates.items():
+            if name not in problems:
+                _insert_update(layers.get(name), targets[name], update, adapter.dropout)
+        choose_trainable(model, whole, adapter.bias, freeze=True)
+        remember(model, adapted_layers(model))
+        for name, value in trained.items():
+            own[name].copy_(value)
 
 
 def layouts(model: nn.Module) -> dict[str, Layout]:
@@ -94,6 +99,7 @@ def owned_matrices(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _update_of(layer: AdaptedLayer) -> Update:
+    layer.refit()
     A, B = layer.factors() if not isinstance(layer, MergedLinear) else (layer.lora_A, layer.lora_B)
     if "lora_A0" in layer._buffers:
         # "pissa" and "olora" count double: [A; A₀], [B, −B₀]. Alpha stays, so B makes up for the smaller scale.
@@ -148,7 +154,7 @@ def _misfits(
     model: nn.Module, adapter: Adapter, layers: dict[str, AdaptedLayer], targets: dict[str, Target]
 ) -> dict[str, str]:
     """Why each update or tensor has no place in `model`, by name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = tensors_by_name(model)
     problems: dict[str, str] = {}
     for name, update in adapter.updates.items():
         reason = _misfit(layers.get(name), targets.get(name), update)

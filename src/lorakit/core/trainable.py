@@ -60,6 +60,12 @@ def _is_bias(name: str) -> bool:
     return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
 
 
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a state dict holds, by each of their names."""
+    persistent = model.state_dict(keep_vars=True).keys()
+    return {name: tensor for name, tensor in _named_tensors(model) if name in persistent}
+
+
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
