@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from ..training.settings import UsageError, suggestion
+from ..core.words import suggestion
+from ..training.settings import UsageError
 
 VERBS = ("train", "generate", "chat", "eval", "merge", "info", "compare", "analyze", "check", "init")
 
