@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..training.settings import number
 from .generate import add_model_arguments
 
 HELP = "fold an adapter into its base model and write a plain transformers folder"
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --output-dir")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number(float, above=0),
         help="largest difference of logits allowed, relative to their size (default by dtype)",
     )
 
