@@ -38,9 +38,12 @@ def run(args: argparse.Namespace) -> None:
     from ..training.data import read
     from ..training.evaluate import Style, compare
     from ..training.models import adapter_of, load_with_adapter
+    from ..training.preflight import check_file
     from ..training.prepare import fields_of
     from ..training.report import comparison
 
+    if args.json:
+        check_file(Path(args.json), "--json")
     data = read(args.data, fields=fields_of(args), holdout=0.0)
     splits = {"test": data.test, "valid": data.valid, "train": data.train}
     split = next(name for name, rows in splits.items() if rows)

@@ -22,7 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from ..training.merging import merge_to_folder
+    from ..training.preflight import check_output
+
+    check_output(Path(args.output_dir))
 
     difference = merge_to_folder(
         args.model,
