@@ -8,16 +8,18 @@ nothing is the worst outcome (problem 3).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer
 from .adapter import Adapter, Kind, Layout, Update
-from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, trained_whole
+from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, trained_whole
 from .layers import ConvLoRA, Embedding, Linear, MergedLinear, block_shapes
+from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, parameter_factor_shapes
-from .targets import Target, candidates, closest, is_transposed, layer_class, matching, matrices, refusal
+from .targets import Target, candidates, closest, is_transposed, layer_class, matching, refusal
 from .trainable import bias_names
 
 
@@ -26,11 +28,13 @@ def extract(model: nn.Module) -> Adapter:
 
     The same whether the model is merged or not. Raises ValueError when the model has no adapted layer.
     """
+    model = unwrapped(model)
     layers = adapted_layers(model)
     parameters, whole = trained_whole(model)
     if not layers and not parameters:
         raise ValueError(f"{type(model).__name__} has no adapter to extract: call lorakit.attach first.")
-    frozen_bias = {name for name in parameters if not any(name.startswith(f"{module}.") for module in whole)}
+    own = {name for name in parameters if any(name.startswith(f"{module}.") for module in whole)}
+    frozen_bias = bias_names(model, "all") & parameters.keys() - own
     adapted_bias = bias_names(model, "lora_only")
     config = getattr(model, "config", None)
     return Adapter(
@@ -52,6 +56,7 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     Like `attach`, it freezes everything else and changes neither mode nor base weights. With force, what does not fit
     is left out instead of refused. Raises ValueError listing every misfit, before anything is changed.
     """
+    model = unwrapped(model)
     layers, targets = adapted_layers(model), candidates(model)
     problems = _misfits(model, adapter, layers, targets)
     if problems and not force:
@@ -67,6 +72,7 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     trained = {name: value for name, value in adapter.trained.items() if name not in problems}
     whole = [name for name in adapter.also_train if any(key.startswith(f"{name}.") for key in trained)]
     choose_trainable(model, whole, adapter.bias, freeze=True)
+    keep_values(model, trained)
     for name, value in trained.items():
         model.get_parameter(name).copy_(value)
 
@@ -74,7 +80,7 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
 def layouts(model: nn.Module) -> dict[str, Layout]:
     """How each layer of `model` that is, or could be, adapted lays out its factors: what a loralib file leaves out."""
     found: dict[str, Layout] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, AdaptedParameter):
             continue  # loralib has none
         if isinstance(module, AdaptedLayer) and module.has_update:
@@ -86,11 +92,6 @@ def layouts(model: nn.Module) -> dict[str, Layout]:
         elif name and layer_class(module) in (Linear, Embedding):
             found[name] = Layout(kind="embedding" if isinstance(module, nn.Embedding) else "linear")
     return found
-
-
-def owned_matrices(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The matrices that each module owns and that are no layer's: what a PEFT folder tells by their order alone."""
-    return {name: own for name, module in model.named_modules() if (own := matrices(module))}
 
 
 def _update_of(layer: AdaptedLayer) -> Update:
@@ -148,7 +149,7 @@ def _misfits(
     model: nn.Module, adapter: Adapter, layers: dict[str, AdaptedLayer], targets: dict[str, Target]
 ) -> dict[str, str]:
     """Why each update or tensor has no place in `model`, by name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     problems: dict[str, str] = {}
     for name, update in adapter.updates.items():
         reason = _misfit(layers.get(name), targets.get(name), update)
@@ -163,9 +164,36 @@ def _misfits(
             problems[name] = f"{name}: the model has no such parameter"
         elif parameters[name].shape != value.shape:
             problems[name] = f"{name}: shape {tuple(value.shape)}, the model has {tuple(parameters[name].shape)}"
+    problems |= _torn(adapter.trained, {name: parameters[name] for name in parameters if name not in problems})
     for name in layers:
         if name not in adapter.updates:
             problems[name] = f"{name}: adapted in the model, missing in the adapter"
+    return problems
+
+
+def _torn(trained: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Values for one of several names of a tied parameter, which would change it under the others too."""
+    tied: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        tied.setdefault(id(parameter), []).append(name)
+    problems: dict[str, str] = {}
+    for names in tied.values():
+        given = [name for name in names if name in trained]
+        present = parameters[names[0]]
+        values = [trained.get(name, present) for name in names]
+        if (
+            not given
+            or len(names) == 1
+            or all(torch.equal(value.to(present), values[0].to(present)) for value in values)
+        ):
+            continue
+        module = given[-1].rpartition(".")[0]
+        others = ", ".join(name for name in names if name != given[-1])
+        problems[given[-1]] = (
+            f"{given[-1]}: has a value of its own in the adapter, and in the model it is tied to {others}. Untie it "
+            f"first: module = model.get_submodule({module!r}); module.weight = torch.nn.Parameter("
+            "module.weight.detach().clone()); model.config.tie_word_embeddings = False"
+        )
     return problems
 
 

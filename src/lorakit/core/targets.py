@@ -23,6 +23,7 @@ from torch import nn
 
 from .adapted import AdaptedLayer
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
+from .names import named_modules
 from .parameters import adapted_parameters
 
 ALL_LINEAR = "all-linear"
@@ -77,7 +78,7 @@ def candidates(model: nn.Module) -> dict[str, Target]:
     """Every name that a target can match: those of modules, and those of matrices that are no layer's."""
     found: dict[str, Target] = {}
     read: set[int] = set()  # layers whose weight is read by their parent
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False):
         if isinstance(module, _READING_PARENTS):
             read |= {id(child) for child in module.children() if isinstance(child, nn.Linear)}
         if name:
@@ -196,7 +197,7 @@ def _weight_refusal(weight: Any) -> str | None:
 
 def _by_filter(model: nn.Module, named: dict[str, Target], wanted: Filter) -> Selection:
     selection = Selection()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if name and wanted(module, name):
             _take(named, name, selection)
     if not selection.targets:

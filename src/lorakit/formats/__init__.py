@@ -12,7 +12,8 @@ from typing import Literal
 from torch import nn
 
 from ..core.adapter import Adapter
-from ..core.exchange import extract, insert, layouts, owned_matrices
+from ..core.exchange import extract, insert, layouts
+from ..core.host import Host
 from . import loralib, peft
 
 Format = Literal["peft", "loralib"]
@@ -48,11 +49,19 @@ def load(
     if (format or _format_of(path)) == "loralib":
         adapter = loralib.read(path, alpha, layouts(model))
     else:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such adapter folder.")
-        adapter = peft.read(path.parent if path.name == peft.TENSORS else path, owned_matrices(model))
+        adapter = read_for(model, path)
     insert(model, adapter, force=force)
     return adapter
+
+
+def read_for(model: nn.Module, path: str | Path) -> Adapter:
+    """The adapter in PEFT's folder at `path` (or whose tensors are the file `path`), by the names that `model` has."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such adapter folder.")
+    host = Host(model)
+    folder = path.parent if path.name in (peft.TENSORS, peft.LEGACY_TENSORS) else path
+    return peft.read(folder, host)
 
 
 def _format_of(path: Path) -> Format:
