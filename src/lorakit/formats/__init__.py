@@ -15,6 +15,8 @@ from ..core.adapter import Adapter
 from ..core.exchange import extract, insert, layouts
 from ..core.host import Host
 from . import loralib, peft
+from .foreign import refuse
+from .renamed import translated
 
 Format = Literal["peft", "loralib"]
 _LORALIB_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -60,9 +62,12 @@ def read_for(model: nn.Module, path: str | Path) -> Adapter:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such adapter folder.")
     host = Host(model)
-    folder = path.parent if path.name in (peft.TENSORS, peft.LEGACY_TENSORS) else path
-    return peft.read(folder, host)
+    folder = path.parent if path.name in peft.FILES else path
+    if folder.is_file():
+        refuse(folder)
+    return translated(peft.read(folder, host), host)
 
 
 def _format_of(path: Path) -> Format:
-    return "loralib" if path.suffix in _LORALIB_SUFFIXES and not path.is_dir() else "peft"
+    of_loralib = path.suffix in _LORALIB_SUFFIXES and path.name not in peft.FILES and not path.is_dir()
+    return "loralib" if of_loralib else "peft"

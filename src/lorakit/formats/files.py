@@ -33,9 +33,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def refuse_pointer(path: Path, start: bytes) -> None:
-    """Raise ValueError if `start`, the first bytes of the file, are those of a git-lfs pointer."""
-    if start.startswith(_POINTER):
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError if the file is a git-lfs pointer, which stands for a file that was not fetched."""
+    with path.open("rb") as file:
+        start = file.read(len(_POINTER))
+    if start == _POINTER:
         raise ValueError(
             f"{path} is a git-lfs pointer and not the file itself: the repository was cloned without git-lfs. "
             f"Fetch it with `git lfs pull`, run in {path.parent}."
@@ -46,10 +48,10 @@ def read_bytes(path: Path) -> bytes:
     """The bytes of a file. Raises FileNotFoundError, or ValueError for an empty file and for a git-lfs pointer."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
+    refuse_pointer(path)
     data = path.read_bytes()
     if not data:
         raise ValueError(f"{path} is empty.")
-    refuse_pointer(path, data[:100])
     return data
 
 

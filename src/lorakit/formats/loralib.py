@@ -21,6 +21,7 @@ from ..core import names
 from ..core.adapter import Adapter, Layout, Update
 from ..core.trainable import Bias
 from .files import check_tensors, read_pickled, replacing
+from .foreign import format_of
 
 
 def write(adapter: Adapter, path: str | Path) -> None:
@@ -77,7 +78,11 @@ def read(path: str | Path, alpha: float | None, layouts: Mapping[str, Layout]) -
     homeless = sorted(key for key in tensors if not updates or _of_an_adapted_layer(key, updates))
     if homeless or not updates:
         listed = "\n".join(f"  {key}" for key in homeless[:20]) or "  (none)"
-        raise ValueError(f"{path}: expected <module>.lora_A, <module>.lora_B and biases; found beside them:\n{listed}")
+        theirs = format_of(tensors) if not updates else None
+        foreign = f"\nSuch keys are of {theirs}." if theirs else ""
+        raise ValueError(
+            f"{path}: expected <module>.lora_A, <module>.lora_B and biases; found beside them:\n{listed}{foreign}"
+        )
     biases = {key for key in tensors if key.endswith("bias")}
     whole = {key.rpartition(".")[0] for key in tensors.keys() - biases}
     frozen = {key for key in biases if key.rpartition(".")[0] not in whole}

@@ -39,6 +39,7 @@ from .peft_keys import PREFIX, Sorted, saved_whole, sort
 from .peft_names import Names, Place, places, target_names, wrapped
 
 TENSORS, LEGACY_TENSORS = "adapter_model.safetensors", "adapter_model.bin"
+FILES = (CONFIG, TENSORS, LEGACY_TENSORS)
 
 
 def write(adapter: Adapter, folder: str | Path) -> None:

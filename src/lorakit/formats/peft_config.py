@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 
 from ..core.trainable import BIASES, Bias
 from .files import read_object
+from .foreign import contents
 
 CONFIG = "adapter_config.json"
 Verdict = Literal["honoured", "no effect", "refused"]
@@ -132,7 +133,7 @@ def read_config(folder: str | Path) -> PeftConfig:
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG}.")
+        raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG}.{contents(Path(folder))}")
     values = _Values(path, read_object(path))
     _check_type(values)
     for name, value in values.fields.items():

@@ -7,13 +7,13 @@ PEFT itself writes `base_model.model.<module>.lora_A.weight`. Files hold besides
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from ..core import names
+from .foreign import format_of
 from .peft_config import PeftConfig
 from .peft_names import plain
 
@@ -69,9 +69,10 @@ def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: C
     for name, parts in list(found.factors.items()):
         if not {"A", "B"} <= parts.keys():
             homeless.append(f"{name}.lora_*")
-    foreign = "" if found.factors else _foreign(tensors)
-    if homeless or foreign or not (found.factors or found.trained):
+    theirs = None if found.factors else format_of(tensors)
+    if homeless or theirs or not (found.factors or found.trained):
         listed = "\n".join(f"  {key}" for key in (homeless or sorted(tensors))[:20]) or "  (no tensor at all)"
+        foreign = f"\nSuch keys are of {theirs}." if theirs else ""
         raise ValueError(f"{where}: keys that no LoRA layer of lorakit has:\n{listed}{foreign}")
     return found
 
@@ -140,16 +141,3 @@ def _without_prefixes(path: str, known: Collection[str] | None) -> str:
             break
         path = shorter
     return path
-
-
-def _foreign(tensors: Mapping[str, Any]) -> str:
-    """A sentence on the program that writes such keys, where it is known."""
-    tests: tuple[tuple[str, Callable[[str], bool]], ...] = (
-        ("kohya's format (sd-scripts)", lambda key: key.startswith("lora_") and ".lora_down." in key),
-        ("diffusers' format", lambda key: ".lora.up." in key or ".lora.down." in key or ".processor." in key),
-        ("mlx-lm's format", lambda key: key.endswith((".lora_a", ".lora_b"))),
-        ("litgpt's or loralib's format", lambda key: key.endswith((".lora_A", ".lora_B"))),
-        ("torchtune's format", lambda key: key.endswith((".lora_a.weight", ".lora_b.weight"))),
-    )
-    name = next((name for name, test in tests if any(test(key) for key in tensors)), None)
-    return f"\nThe keys are of {name}." if name else ""

@@ -21,6 +21,7 @@ import torch
 from ..core.targets import closest
 from ..formats import load as load_adapter
 from ..formats import peft
+from ..formats.files import refuse_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -220,6 +221,9 @@ def _load(
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """The folder or hub id to load from, and the options it needs."""
     path = Path(name).expanduser()
+    for file in path.iterdir() if path.is_dir() else [path] if path.is_file() else []:
+        if file.is_file():
+            refuse_pointer(file)
     if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
