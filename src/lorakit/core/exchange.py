@@ -282,4 +282,5 @@ def _dropout_of(layer: AdaptedLayer) -> float:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    # A tensor without data has nothing to copy; formats refuse it by name.
+    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)

@@ -53,7 +53,10 @@ class Host:
         return A, B
 
     def stored_transposed(self, name: str) -> bool:
-        """Whether the stack of this name is stored as (experts, in, out)."""
+        """Whether the layer of this name is stored as (in, out), the stack of this name as (experts, in, out)."""
+        if name in self.modules:
+            module = self.modules[name]
+            return is_transposed(module) or bool(getattr(module, "fan_in_fan_out", False))
         return bool(getattr(self.modules[name.rpartition(".")[0]], "is_transposed", False))
 
     def weight(self, name: str) -> Tensor | None:

@@ -52,7 +52,10 @@ def load(
         adapter = loralib.read(path, alpha, layouts(model))
     else:
         adapter = read_for(model, path)
-    insert(model, adapter, force=force)
+    try:
+        insert(model, adapter, force=force)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return adapter
 
 

@@ -11,7 +11,7 @@ pickle that wants to run code is refused. microsoft/LoRA's training script wraps
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -62,7 +62,7 @@ def read(path: str | Path, alpha: float | None, layouts: Mapping[str, Layout]) -
         )
     if isinstance(alpha, bool) or not math.isfinite(alpha) or alpha == 0:
         raise ValueError(f"alpha={alpha}: expected a number other than 0.")
-    tensors = _by_plain_names(read_pickled(Path(path)), path)
+    tensors = _by_plain_names(read_pickled(Path(path)), path, layouts)
     check_tensors(tensors, f"{path}: ")
     updates: dict[str, Update] = {}
     for name in sorted({key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")}):
@@ -103,9 +103,10 @@ def _of_an_adapted_layer(key: str, updates: Mapping[str, Update]) -> bool:
     return frozen or local.startswith("lora_")
 
 
-def _by_plain_names(tensors: Mapping[str, Tensor], path: str | Path) -> dict[str, Tensor]:
-    """The tensors by the names of the plain model (`core/names.py`)."""
-    found = {names.plain(key).removeprefix("module."): tensor for key, tensor in tensors.items()}
+def _by_plain_names(tensors: Mapping[str, Tensor], path: str | Path, layers: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors by the names of the plain model (`core/names.py`). layers: the names of the model's own."""
+    wrapper = "" if any(name.startswith("module.") for name in layers) else "module."
+    found = {names.plain(key).removeprefix(wrapper): tensor for key, tensor in tensors.items()}
     if len(found) < len(tensors):
         raise ValueError(f"{path}: two of its names are the same tensor of the model.")
     return found

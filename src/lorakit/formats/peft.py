@@ -50,8 +50,7 @@ def write(adapter: Adapter, folder: str | Path) -> None:
     """
     updates = {name: _as_peft(name, update) for name, update in adapter.updates.items()}
     where = places(adapter.updates)
-    tensors = _tensors(updates, where, adapter)
-    check_tensors(tensors, f"{folder} is not saved: ")
+    tensors = _tensors(updates, where, adapter, folder)
     config = _config(updates, where, adapter)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +118,9 @@ def _repeat_along_diagonal(A: Tensor, groups: int) -> Tensor:
     return full.view(groups * rank, groups * channels, *kernel)
 
 
-def _tensors(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: Adapter) -> dict[str, Tensor]:
+def _tensors(
+    updates: Mapping[str, Update], where: Mapping[str, Place], adapter: Adapter, folder: str | Path
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, update in updates.items():
         a, b = (
@@ -139,6 +140,7 @@ def _tensors(updates: Mapping[str, Update], where: Mapping[str, Place], adapter:
         module, _, local = name.rpartition(".")
         path = wrapped(module, where)
         tensors[f"{PREFIX}{path}.{local}" if path else PREFIX + local] = value
+    check_tensors(tensors, f"{folder} is not saved: ")
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 
@@ -294,6 +296,11 @@ def _at_the_base(name: str, update: Update, config: PeftConfig, host: Host | Non
         raise ValueError(f"{config.path}: {what}: {name} is no linear layer of {type(host.model).__name__}.")
     if weight.shape != (update.B.shape[0], update.A.shape[1]):
         return update  # does not fit, which is said where it is put in
-    A, B = factors_of_weight(weight.detach().cpu(), update.rank, update.scale, config.residual, exact=True)
+    weight = weight.detach().cpu()
+    if config.residual == "olora" and host.stored_transposed(name):
+        # PEFT takes the factors of the matrix as it is stored, and they are those of the transposed one.
+        B, A = (part.T for part in factors_of_weight(weight.T, update.rank, update.scale, "olora", exact=True))
+    else:
+        A, B = factors_of_weight(weight, update.rank, update.scale, config.residual, exact=True)
     A, B = torch.cat((update.A, A.to(update.A.dtype))), torch.cat((update.B, -B.to(update.B.dtype)), 1)
     return update.with_rank(2 * update.rank, A=A, B=B)
