@@ -8,7 +8,7 @@ nothing is the worst outcome (problem 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def extract(model: nn.Module) -> Adapter:
     adapted_bias = bias_names(model, "lora_only")
     config = getattr(model, "config", None)
     return Adapter(
-        updates={name: _update_of(layer) for name, layer in layers.items()},
+        updates={name: _update_of(layers[name]) for name in _in_the_models_order(model, layers)},
         trained={name: _copy(parameter) for name, parameter in parameters.items()},
         also_train=whole,
         bias="none" if not frozen_bias else "lora_only" if frozen_bias <= adapted_bias else "all",
@@ -92,6 +92,12 @@ def layouts(model: nn.Module) -> dict[str, Layout]:
         elif name and layer_class(module) in (Linear, Embedding):
             found[name] = Layout(kind="embedding" if isinstance(module, nn.Embedding) else "linear")
     return found
+
+
+def _in_the_models_order(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Parameters in the order in which their module has them, and not in which they were adapted."""
+    order = {name: place for place, name in enumerate(candidates(model))}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
 def _update_of(layer: AdaptedLayer) -> Update:
