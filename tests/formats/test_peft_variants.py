@@ -201,6 +201,7 @@ def test_a_head_whose_name_begins_like_an_adapters_is_restored(name: str, file: 
     torch.testing.assert_close(again(x), model(x), atol=0, rtol=0)
     if file == "adapter":
         assert adapter.also_train == (name,)
+        torch.testing.assert_close(read_in_peft(make(), tmp_path / file)(x), model(x))
     assert models.trainable_names(again) == models.trainable_names(model)
 
 

@@ -251,7 +251,10 @@ def _plain_shapes(target: Target, update: Update) -> tuple[tuple[int, ...], ...]
 
 
 def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
-    """Name endings that select the adapted modules and no other module, as other readers expect them ("q_proj")."""
+    """Name endings that select the adapted modules and no other module, as other readers expect them ("q_proj").
+
+    A name that is the end of another's is selected by a glob that is that name alone: "[0]" is 0 and not 1.0.
+    """
     wanted = set(adapted)
     others = [name for name in candidates(model) if name not in wanted]
     selective: dict[str, bool] = {}
@@ -265,6 +268,8 @@ def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
             if selective[ending]:
                 chosen.add(ending)
                 break
+        else:
+            chosen.add(f"[{name[0]}]{name[1:]}")
     return tuple(sorted(chosen))
 
 

@@ -122,7 +122,7 @@ def select(model: nn.Module, targets: str | Iterable[str] | Filter) -> Selection
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """The names that a glob over whole names, or the end of a name, selects."""
-    if _is_glob(pattern):
+    if is_glob(pattern):
         return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     return [name for name in names if name == pattern or name.endswith("." + pattern)]
 
@@ -209,7 +209,7 @@ def _by_pattern(
     model: nn.Module, named: dict[str, Target], pattern: str, patterns: list[str], selection: Selection
 ) -> None:
     hits = matching(pattern, named)
-    if _is_glob(pattern):
+    if is_glob(pattern):
         # A glob such as "*.attn*" may run over containers, norms and position tables; what it must not do is pass over
         # a layer.
         hits = [name for name in hits if _is_layer(named[name])]
@@ -285,5 +285,6 @@ def _without_duplicates(targets: dict[str, Target]) -> dict[str, Target]:
     return {name: targets[name] for name in names.values()}
 
 
-def _is_glob(pattern: str) -> bool:
+def is_glob(pattern: str) -> bool:
+    """Whether a target is a glob over whole names rather than the end of a name."""
     return re.search(r"[*?\[]", pattern) is not None

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ from ..core.host import Host
 from ..core.init import factors_of_weight
 from .files import check_tensors, read_pickled, read_safetensors, replacing
 from .peft_config import CONFIG as CONFIG
-from .peft_config import PeftConfig, read_config
+from .peft_config import PeftConfig, first_match, read_config
 from .peft_experts import Layout, flattened, stacked
 from .peft_keys import PREFIX, Sorted, saved_whole, sort
 from .peft_names import Names, Place, places, target_names, wrapped
@@ -178,10 +179,18 @@ def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: 
 
 
 def _default_and_pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The commonest value, and the others by module name. Whole numbers are written as integers."""
+    """The commonest value, and the others by module name. Whole numbers are written as integers.
+
+    A name is a pattern on the end of names; one that would select another module with another value is anchored.
+    """
     tidy = {name: int(value) if float(value).is_integer() else value for name, value in values.items()}
     default = Counter(tidy.values()).most_common(1)[0][0] if tidy else 8
-    return default, {name: value for name, value in tidy.items() if value != default}
+
+    def pattern(name: str, value: float) -> str:
+        selected = (other for other in tidy if first_match({name: True}, other, False))
+        return name if all(tidy[other] == value for other in selected) else f"^{re.escape(name)}"
+
+    return default, {pattern(name, value): value for name, value in tidy.items() if value != default}
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

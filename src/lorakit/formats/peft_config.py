@@ -9,6 +9,7 @@ Names and types are checked here, so that nobody else looks into the file.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import warnings
@@ -118,11 +119,11 @@ class PeftConfig:
 
     def rank_of(self, name: str) -> int:
         """The rank of the module of this name, the patterns applied as PEFT applies them."""
-        return _first_match(self.rank_pattern, name, self.r)
+        return first_match(self.rank_pattern, name, self.r)
 
     def alpha_of(self, name: str) -> float:
         """α of the module of this name."""
-        return _first_match(self.alpha_pattern, name, self.lora_alpha)
+        return first_match(self.alpha_pattern, name, self.lora_alpha)
 
 
 def read_config(folder: str | Path) -> PeftConfig:
@@ -288,10 +289,12 @@ def _residual(values: _Values) -> Residual:
     )
 
 
-def _first_match(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
+def first_match(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
+    """The value of the first pattern that matches `name`, as PEFT matches them: on the end of a name."""
     return next((value for pattern, value in patterns.items() if _compiled(pattern).match(name)), default)
 
 
+@functools.cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of patterns that a later Python reads in another way
