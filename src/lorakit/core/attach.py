@@ -24,11 +24,12 @@ from .functional import Blocks
 from .init import INITS, RANDOM_INITS, Init
 from .layers import Linear, MergedLinear, blocks_of
 from .masks import QuickDropout
+from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .report import Report, Row
 from .targets import Filter, Selection, Target, closest, is_transposed, layer_class, matching, pattern_values, select
 from .trainable import Bias, bias_names
-from .undo import change_class, note, refuse_replaced, remember, restore, unchanged_on_error, undo_of
+from .undo import change_class, note, own_tensor, refuse_replaced, remember, restore, unchanged_on_error, undo_of
 
 # Threads that enter and leave `disabled` take turns: a model is switched once, by the first of them and by the last.
 _switching = threading.RLock()
@@ -72,6 +73,7 @@ def attach(
     Returns a Report; print it. Raises ValueError, before anything is changed, when a pattern matches nothing or a
     target cannot be adapted. Neither the mode (train/eval) nor any existing tensor is changed.
     """
+    model = unwrapped(model)
     _check(rank, alpha, dropout, init)
     selection = select(model, targets)
     names = list(selection.targets)
@@ -158,12 +160,12 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
     selected = bias_names(model, bias)
     for name in whole:
         prefix = f"{name}."
-        selected |= {key for key, _ in model.named_parameters(remove_duplicate=False) if key.startswith(prefix)}
+        selected |= {key for key, _ in named_parameters(model, remove_duplicate=False) if key.startswith(prefix)}
     selected = {name for name in selected if not name.rpartition(".")[2].startswith("lora_")}
     # By identity: a tied weight has two names, and training it under one of them trains it.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     chosen = {id(parameters[name]) for name in selected}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         for local, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{local}" if prefix else local
             if local.startswith("lora_"):
@@ -178,11 +180,19 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
     return tuple(sorted(selected))
 
 
+def keep_values(model: nn.Module, names: Iterable[str]) -> None:
+    """Note the values of these tensors, which an adapter is about to set, trained or not: they are a part of it."""
+    for name in names:
+        owner, _, local = name.rpartition(".")
+        module = model.get_submodule(owner)
+        undo_of(module).trained.setdefault(local, own_tensor(module, local).detach().clone())
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The layers and parameters with an update, by name; a shared one once."""
     return {
         module.public_name(name) if isinstance(module, AdaptedParameter) else name: module
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, AdaptedLayer) and module.has_update
     }
 
@@ -194,7 +204,7 @@ def trained_whole(model: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]
     """
     tensors: dict[str, Tensor] = {}
     modules = []
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         undo = note(module)
         if undo is None:
             continue
@@ -297,7 +307,7 @@ def _blocks(name: str, target: Target, rank: int | Sequence[int], sizes: Sequenc
 
 def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selection: Selection) -> list[str]:
     patterns = [also_train] if isinstance(also_train, str) else list(also_train)
-    names = [name for name, _ in model.named_modules() if name]
+    names = list(dict.fromkeys(name for name, _ in named_modules(model) if name))
     chosen: list[str] = []
     for pattern in patterns:
         hits = matching(pattern, names)

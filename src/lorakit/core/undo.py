@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer
+from .names import unwrapped
 
 _NOTE, _ADAPTED = "_lorakit_undo", "_lorakit_adapted"
 
@@ -96,7 +97,7 @@ def own_tensor(module: nn.Module, name: str) -> Tensor:
 
 def remember(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
     """Note on `model` which modules are adapted, by name."""
-    model.__dict__[_ADAPTED] = dict(layers)
+    unwrapped(model).__dict__[_ADAPTED] = dict(layers)
 
 
 def replaced(model: nn.Module) -> dict[str, nn.Module]:
