@@ -54,7 +54,7 @@ def test_help_and_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
             "lorakit train: unknown argument '--rnk'. Did you mean '--rank'? (lorakit train --help)",
         ),
         (["train"], "lorakit train: missing: --model path/to/model --data data.jsonl --output-dir out"),
-        (["train", "--rank"], "lorakit train: argument --rank/--lora-r: expected one argument. (lorakit train --help)"),
+        (["train", "--rank"], "lorakit train: --rank: expected one argument. (lorakit train --help)"),
         (
             ["generate", "--model", "x"],
             "lorakit generate: the following arguments are required: --prompt/-p. (lorakit generate",

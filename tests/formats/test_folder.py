@@ -80,14 +80,6 @@ def test_a_folder_that_is_read_is_no_output_folder(holds: str, tmp_path: Path) -
     folder.refuse_unusable([tmp_path, "some/hub-id"])  # a folder inside a folder that is read does no harm
 
 
-def test_paths_that_cannot_be_folders(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="file is a file"):
-        OutputFolder(tmp_path / "file", CAKE).refuse_unusable()
-    with pytest.raises(FileExistsError, match="file is a file"):
-        OutputFolder(tmp_path / "file" / "in" / "it", CAKE).refuse_unusable()
-
-
 def test_nothing_is_left_where_nothing_was_written(tmp_path: Path) -> None:
     folder = OutputFolder(tmp_path / "a" / "b", CAKE)
     with folder.held():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorakit.cli.main import _kebab_flags, _Parser
+from lorakit.cli.parser import Parser
 from lorakit.training.config import TrainConfig, warnings_for
 from lorakit.training.settings import UsageError, add_arguments, commented_yaml, from_args, to_yaml
 
@@ -15,9 +15,9 @@ REQUIRED = ["--model", "m", "--data", "d", "--output-dir", "o"]
 
 
 def parse(*words: str) -> TrainConfig:
-    parser = _Parser(prog="lorakit train")
+    parser = Parser(prog="lorakit train")
     add_arguments(TrainConfig, parser)
-    return from_args(TrainConfig, parser.parse_args(_kebab_flags(list(words))))
+    return from_args(TrainConfig, parser.parse_args(words))
 
 
 def test_defaults_are_those_of_the_documentation() -> None:

@@ -27,9 +27,11 @@ def run(args: argparse.Namespace) -> None:
     from ..formats.folder import OutputFolder
     from ..study.analysis import page, report
     from ..study.analysis.run import ANALYSIS, study_of
+    from ..training.preflight import check_output
 
     out = OutputFolder(args.output_dir, ANALYSIS) if args.output_dir else None
     if out is not None:
+        check_output(out.path)
         out.refuse_unusable()
         out.refuse_taken(["analysis.json", "analysis.html"])
     study = study_of(args.adapter, args.other, args.model, dtype=args.dtype)

@@ -30,9 +30,11 @@ def run(args: argparse.Namespace) -> None:
     from ..study.comparison.plan import plan_block, plans_of
     from ..study.comparison.run import compare
     from ..training.loop import quiet_libraries
+    from ..training.preflight import check_output
     from ..training.settings import to_yaml
 
     out = OutputFolder(config.output_dir, COMPARISON)
+    check_output(out.path)
     out.refuse_unusable()
     quiet_libraries()
     plans = plans_of(config)

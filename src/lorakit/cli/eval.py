@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..training.settings import number
 from .generate import add_model_arguments
 
 HELP = "score a model or an adapter on a data file"
@@ -13,10 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--data", "--dataset-name", required=True, help="file, folder (its test split) or hub id")
     parser.add_argument("--system", help="system message (default: the one used in training)")
-    parser.add_argument("--max-samples", type=int, help="score only the first rows")
-    parser.add_argument("--max-seq-length", type=int, default=1024, help="of a classifier's input, in tokens")
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: 16 over the longest expected one)")
-    parser.add_argument("--show", type=int, default=3, help="answers to print side by side")
+    parser.add_argument("--max-samples", type=number(int, at_least=1), help="score only the first rows")
+    parser.add_argument(
+        "--max-seq-length", type=number(int, at_least=2), default=1024, help="of a classifier's input, in tokens"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=number(int, at_least=1),
+        help="longest answer (default: 16 over the longest expected one)",
+    )
+    parser.add_argument("--show", type=number(int, at_least=0), default=3, help="answers to print side by side")
     parser.add_argument("--json", metavar="FILE", help="write the metrics and every answer to a file")
     for role in ("prompt", "completion", "text", "label", "messages"):
         parser.add_argument(f"--{role}-field", help=f"the file's key that holds the {role}")
@@ -31,9 +38,12 @@ def run(args: argparse.Namespace) -> None:
     from ..training.data import read
     from ..training.evaluate import Style, compare
     from ..training.models import adapter_of, load_with_adapter
+    from ..training.preflight import check_file
     from ..training.prepare import fields_of
     from ..training.report import comparison
 
+    if args.json:
+        check_file(Path(args.json), "--json")
     data = read(args.data, fields=fields_of(args), holdout=0.0)
     splits = {"test": data.test, "valid": data.valid, "train": data.train}
     split = next(name for name, rows in splits.items() if rows)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..training.settings import number
+
 HELP = "answer one prompt with a model or an adapter"
 
 
@@ -31,9 +33,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say how to answer."""
     parser.add_argument("--system", help="system message (default: the one used in training)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 always takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from this share of the probability")
+    parser.add_argument("--max-new-tokens", type=number(int, at_least=1), default=256, help="longest answer")
+    parser.add_argument(
+        "--temperature", type=number(float, at_least=0), default=0.0, help="0 always takes the likeliest token"
+    )
+    parser.add_argument(
+        "--top-p", type=number(float, above=0, at_most=1), default=1.0, help="sample from this share of the probability"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 HELP = "show what an adapter holds"
+EXTRA = ""  # needs no more than the library
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 HELP = "write a commented configuration file"
+EXTRA = ""  # needs no more than the library
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,16 +6,18 @@ file was not understood, 130 interrupted, 143 ended by a scheduler.
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import os
 import sys
-import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
-from typing import Any, NoReturn
+from importlib import metadata
+from types import ModuleType
 
-from ..training.settings import UsageError, suggestion
+from ..core.words import suggestion
+from ..training.settings import UsageError
+from . import requirements
+from .console import lasting_output
+from .failures import report
+from .parser import Exit, Parser
 
 VERBS = ("train", "generate", "chat", "eval", "merge", "info", "compare", "analyze", "check", "init")
 
@@ -25,46 +27,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    try:
-        return _run(words)
-    except _Exit as exit:
-        return exit.code
-    except UsageError as error:
-        verb = words[0] if words and words[0] in VERBS else ""
-        print(f"lorakit {verb}".rstrip() + f": {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"\n{str(stop) or 'interrupted'}", file=sys.stderr)
-        return getattr(stop, "code", 130)  # a training that was interrupted says how to go on
-    except BrokenPipeError:
-        # The reader of our output has gone (| head): not a failure. Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            print(f"error: {_message(error)}", file=sys.stderr)
-        return 1
+    verb = words[0] if words and words[0] in VERBS else ""
+    with lasting_output():
+        try:
+            code = _run(words)
+            sys.stdout.flush()  # what cannot be written is a failure of the command
+            return code
+        except Exit as exit:
+            return exit.code
+        except (Exception, KeyboardInterrupt) as error:
+            return report(error, verb, debug=debug)
 
 
 def _run(words: list[str]) -> int:
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return 0
     if words[0] in ("-V", "--version"):
-        print(f"lorakit {version('lorakit')}")
+        print(f"lorakit {metadata.version('lorakit')}")
         return 0
     verb = words[0]
+    if verb.startswith("-"):
+        named = next((word for word in words if word in VERBS), "COMMAND")
+        raise UsageError(f"{verb}: a command comes first: lorakit {named} {verb} …")
     if verb not in VERBS:
         raise UsageError(f"unknown command {verb!r}.{suggestion(verb, VERBS)} (lorakit --help lists them)")
-    module = importlib.import_module(f".{verb}", __package__)
+    module = _module(verb)
+    args = _parser(verb).parse_args(words[1:])
+    if extra := getattr(module, "EXTRA", "train"):
+        requirements.check(extra)
+    return module.run(args) or 0
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f".{verb}", __package__)
+
+
+def _parser(verb: str) -> Parser:
+    module = _module(verb)
     many = {"train": "[options]", "check": "[options]", "compare": "[FILE] [options]"}  # too many to list twice
     usage = f"lorakit {verb} {many[verb]}" if verb in many else None
-    parser = _Parser(prog=f"lorakit {verb}", usage=usage, description=module.HELP[0].upper() + module.HELP[1:] + ".")
+
+    def elsewhere(flag: str) -> list[str]:
+        return [other for other in VERBS if other != verb and _parser(other).has(flag)]
+
+    parser = Parser(
+        elsewhere, prog=f"lorakit {verb}", usage=usage, description=module.HELP[0].upper() + module.HELP[1:] + "."
+    )
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     module.add_arguments(parser)
-    return module.run(parser.parse_args(_kebab_flags(words[1:]))) or 0
+    return parser
 
 
 def _overview() -> str:
@@ -76,7 +90,7 @@ def _overview() -> str:
         "commands:",
     ]
     for verb in VERBS:
-        lines.append(f"  {verb:<10}{importlib.import_module(f'.{verb}', __package__).HELP}")
+        lines.append(f"  {verb:<10}{_module(verb).HELP}")
     lines += [
         "",
         "options:",
@@ -85,59 +99,3 @@ def _overview() -> str:
         "lorakit COMMAND --help says more. A first run: lorakit init, then lorakit train --config lora.yaml",
     ]
     return "\n".join(lines)
-
-
-class _Exit(Exception):
-    """The end that argparse asks for, as a value instead of a SystemExit."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, suggestions for misspelt flags, and no guessing of abbreviations."""
-
-    def __init__(self, **settings: Any) -> None:
-        def formatter(prog: str) -> argparse.HelpFormatter:
-            return argparse.HelpFormatter(prog, max_help_position=32, width=100)
-
-        super().__init__(allow_abbrev=False, formatter_class=formatter, **settings)
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            word = unknown[0].partition("=")[0]
-            self.error(f"unknown argument {word!r}.{suggestion(word, self._option_string_actions)}")
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        end = "" if message.endswith((".", "?")) else "."
-        raise UsageError(f"{message}{end} ({self.prog} --help)")
-
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        if message:
-            print(message, file=sys.stderr)
-        raise _Exit(status)
-
-
-def _kebab_flags(words: list[str]) -> list[str]:
-    """--max_steps=3 as --max-steps=3: both spellings are in use."""
-    tidy = []
-    for word in words:
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            word = flag.replace("_", "-") + equals + value
-        tidy.append(word)
-    return tidy
-
-
-def _message(error: Exception) -> str:
-    if isinstance(error, ImportError) and not str(error.name or "").startswith("lorakit"):
-        if str(error.name).partition(".")[0] in ("sacrebleu", "rouge_score", "sklearn", "scipy"):
-            return f'{error}. Scores need more packages: pip install "lorakit[study]"'
-        return f'{error}. Training needs more packages: pip install "lorakit[train]"'
-    if isinstance(error, FileNotFoundError) and error.filename is not None:
-        return f"{error.filename}: no such file or folder."
-    if isinstance(error, ValueError | OSError | FloatingPointError) and str(error):
-        return str(error)
-    return f"{type(error).__name__}: {error} (--debug shows where)"

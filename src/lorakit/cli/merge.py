@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..training.settings import number
 from .generate import add_model_arguments
 
 HELP = "fold an adapter into its base model and write a plain transformers folder"
@@ -17,13 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the merged model in --output-dir")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number(float, above=0),
         help="largest difference of logits allowed, relative to their size (default by dtype)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from ..training.merging import merge_to_folder
+    from ..training.preflight import check_output
+
+    check_output(Path(args.output_dir))
 
     difference = merge_to_folder(
         args.model,

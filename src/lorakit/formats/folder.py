@@ -111,23 +111,16 @@ class OutputFolder:
         return OutputFolder(self.hidden / "new", self.kind)
 
     def refuse_unusable(self, inputs: Collection[str | Path] = ()) -> None:
-        """Raise FileExistsError or PermissionError where nothing could be written, or a process writes already.
+        """Raise FileExistsError where a process writes already, or where the command reads.
 
         inputs: paths that the command reads; a folder that holds one of them is never an output folder.
         """
-        if self.path.is_file():
-            raise FileExistsError(f"--output-dir {self} is a file.")
         here = self.path.resolve()
         for given in map(Path, inputs):
             if given.exists() and given.resolve().is_relative_to(here) and given.resolve().is_dir():
                 raise FileExistsError(
                     f"--output-dir {self} holds {given}, which this command reads. Choose another --output-dir."
                 )
-        existing = next((parent for parent in (here, *here.parents) if parent.exists()), here)
-        if not existing.is_dir():
-            raise FileExistsError(f"--output-dir {self}: {existing} is a file.")
-        if not os.access(existing, os.W_OK):
-            raise PermissionError(f"--output-dir {self}: {existing} is not writable.")
         refuse_locked(self.hidden / "lock")
 
     def refuse_others(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .settings import setting
+from .settings import check, setting
 
 _DATA, _ADAPTER, _TRAINING, _OUTPUT = "model and data", "adapter", "training", "output"
 
@@ -54,7 +54,12 @@ class TrainConfig:
 
     rank: int = setting(16, help="r, the rank of the update", group=_ADAPTER, aliases=("lora-r",), at_least=1)
     alpha: float | None = setting(
-        None, help="numerator of the scale alpha/r (default: 2 r)", group=_ADAPTER, aliases=("lora-alpha",), above=0
+        None,
+        help="numerator of the scale alpha/r (default: 2 r)",
+        group=_ADAPTER,
+        aliases=("lora-alpha",),
+        above=0,
+        at_most=1e6,
     )
     dropout: float = setting(
         0.0, help="dropout on the update's input", group=_ADAPTER, aliases=("lora-dropout",), at_least=0, below=1
@@ -73,25 +78,28 @@ class TrainConfig:
     bias: Literal["none", "lora_only", "all"] = setting("none", help="biases to train", group=_ADAPTER)
     also_train: tuple[str, ...] = setting((), help="modules to train whole, separated by commas", group=_ADAPTER)
 
-    epochs: float = setting(3.0, help="passes over the data", group=_TRAINING, aliases=("num-train-epochs",), above=0)
+    epochs: float = setting(
+        3.0, help="passes over the data", group=_TRAINING, aliases=("num-train-epochs",), above=0, at_most=1e6
+    )
     max_steps: int | None = setting(None, help="stop after this many steps", group=_TRAINING, at_least=1)
     batch_size: int = setting(
         8, help="rows a step, on each device", group=_TRAINING, aliases=("per-device-train-batch-size",), at_least=1
     )
     gradient_accumulation_steps: int = setting(1, help="batches added up for a step", group=_TRAINING, at_least=1)
-    learning_rate: float = setting(2e-4, help="at its highest", group=_TRAINING, aliases=("lr",), above=0)
+    learning_rate: float = setting(2e-4, help="at its highest", group=_TRAINING, aliases=("lr",), above=0, at_most=1e30)
     scheduler: Literal["linear", "cosine", "constant"] = setting(
         "linear", help="learning rate over time", group=_TRAINING
     )
     warmup_ratio: float = setting(
         0.03, help="share of the steps in which it rises", group=_TRAINING, at_least=0, below=1
     )
-    weight_decay: float = setting(0.0, help="AdamW's", group=_TRAINING, at_least=0)
+    weight_decay: float = setting(0.0, help="AdamW's", group=_TRAINING, at_least=0, at_most=1000)
     gradient_checkpointing: bool = setting(False, help="less memory, more time", group=_TRAINING)
+    ignore_memory: bool = setting(False, help="begin though the plan exceeds the machine's memory", group=_TRAINING)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", help="of the base weights; auto: bfloat16 where the device is fast at it", group=_TRAINING
     )
-    seed: int = setting(0, help="of everything random", group=_TRAINING)
+    seed: int = setting(0, help="of everything random", group=_TRAINING, at_least=0, at_most=2**32 - 1)
 
     eval_steps: int | None = setting(
         None, help="steps between held-out losses (default: an epoch)", group=_OUTPUT, at_least=1
@@ -104,12 +112,17 @@ class TrainConfig:
     max_new_tokens: int | None = setting(
         None, help="longest answer compared (default: 16 over the longest expected one)", group=_OUTPUT, at_least=1
     )
-    report_to: str | None = setting(None, help="tensorboard, wandb, … as transformers names them", group=_OUTPUT)
+    report_to: tuple[str, ...] | None = setting(
+        None, help="tensorboard, wandb, … as transformers names them", group=_OUTPUT
+    )
     resume: str | None = setting(
         None, help="a checkpoint to go on from, or auto for the newest whole one, if any", group=_OUTPUT
     )
     overwrite: bool = setting(False, help="replace the run in --output-dir, once the new one is whole", group=_OUTPUT)
     dry_run: bool = setting(False, help="check and plan, then stop", group=_OUTPUT)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def warnings_for(config: TrainConfig) -> list[str]:

@@ -12,11 +12,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ..core.attach import adapted_layers, disabled
+from .config import TrainConfig
 from .data import Data, Example
 from .generation import answers
 from .metrics import accuracy, exact_match, pearson
 from .models import Loaded
 from .report import Comparison, Sample
+from .settings import recorded
 from .tokens import encode_text, prompt_ids, reference
 
 if TYPE_CHECKING:
@@ -33,9 +35,9 @@ class Style:
     @classmethod
     def of_adapter(cls, adapter: str | Path | None, tokenizer: PreTrainedTokenizerBase, system: str | None) -> Style:
         """The style an adapter was trained with, as its config.yaml records it; `system` overrides the message."""
-        recorded = _recorded(adapter)
-        chat = tokenizer.chat_template is not None and not recorded.get("plain", False)
-        return cls(chat, system if system is not None else recorded.get("system"))
+        written = _recorded(adapter)
+        chat = tokenizer.chat_template is not None and not written.get("plain", False)
+        return cls(chat, system if system is not None else written.get("system"))
 
 
 def compare(
@@ -128,10 +130,8 @@ def _progress(items: Any, total: int, label: str) -> Any:
 
 
 def _recorded(adapter: str | Path | None) -> dict[str, Any]:
-    """The settings an adapter's folder records; none for an adapter made elsewhere."""
+    """How an adapter's folder records that prompts were put; nothing for an adapter made elsewhere."""
     path = Path(adapter or "") / "config.yaml"
     if adapter is None or not path.is_file():
         return {}
-    import yaml
-
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    return recorded(TrainConfig, path, ("plain", "system"))

@@ -26,6 +26,7 @@ from .evaluate import compare
 from .interrupt import Interrupted, SaveAndStop
 from .memory import keep_few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
+from .preflight import refuse_too_large
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
 from .record import base_of, longer_or_shorter, record_of, refuse_differences
@@ -46,7 +47,6 @@ def train(config: TrainConfig) -> Path:
     under torchrun and `accelerate launch`, where the first process alone decides, prints and writes.
     """
     start = start_of(config) if is_main() and not config.dry_run else Start()
-    refuse_missing_trackers(config)
     quiet_libraries()
     keep_few_kernels()
     prepared = prepare(config)
@@ -61,6 +61,7 @@ def train(config: TrainConfig) -> Path:
     _say(start_block(prepared))
     for line in start.said:
         _say(line)
+    refuse_too_large(prepared)
     if config.dry_run:
         return Path(config.output_dir)
 
@@ -76,7 +77,7 @@ def train(config: TrainConfig) -> Path:
         if is_main():
             if decided(config, out) != start:
                 raise FileExistsError(f"{out} was changed by another process meanwhile. Run the command again.")
-            _begin(folder, start, record, _trackers(config))
+            _begin(folder, start, record, config.report_to or ())
         try:
             result = _run(prepared, loaded, folder, start, record)
         except KeyboardInterrupt as error:
@@ -123,12 +124,13 @@ def _run(
     return progress, result
 
 
-def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers: list[str]) -> None:
+def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers: tuple[str, ...]) -> None:
     """Remove what an earlier run left, where this one is new, and note what this one is."""
     if start.anew:
         folder.clear()
     folder.begin(record)
-    folder.add("metrics.jsonl", *(["runs"] if "tensorboard" in trackers else []))  # what is written by and by
+    # What is written by and by; "all" may be TensorBoard too.
+    folder.add("metrics.jsonl", *(["runs"] if {"tensorboard", "all"} & set(trackers) else []))
 
 
 def _interrupted(out: OutputFolder, folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
@@ -202,7 +204,7 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
         logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        report_to=_trackers(config) or "none",
+        report_to=list(config.report_to or ("none",)),
         disable_tqdm=True,
         dataloader_pin_memory=loaded.device.type == "cuda",
         remove_unused_columns=causal,
@@ -268,24 +270,6 @@ def _where(prepared: Prepared, row: dict[str, Any]) -> str:
         if ids[: len(cut)] == cut and set(ids[len(cut) :]) <= {prepared.tokenizer.pad_token_id}:
             return example.where
     return "one that begins " + repr(prepared.tokenizer.decode(ids[:12]))
-
-
-def _trackers(config: TrainConfig) -> list[str]:
-    return [name.strip() for name in (config.report_to or "").split(",") if name.strip() not in ("", "none")]
-
-
-def refuse_missing_trackers(config: TrainConfig) -> None:
-    """Raise ValueError for a --report-to that transformers does not know, or whose package is not installed."""
-    if not _trackers(config):
-        return
-    from transformers.integrations import get_reporting_integration_callbacks
-
-    for name in _trackers(config):
-        try:
-            for callback in get_reporting_integration_callbacks(name):
-                callback()
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise ValueError(f"--report-to {name}: {error}") from None
 
 
 def checkpointing(wanted: bool) -> dict[str, bool]:

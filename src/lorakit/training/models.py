@@ -1,14 +1,12 @@
 """Loading the base model and its tokenizer, and a base model together with an adapter.
 
-An existing local path always wins over a hub id, and then nothing is fetched. A folder with one .gguf file, or the
-file itself, is loaded dequantised: LoRA's factors need a weight of plain numbers beside them.
+A .gguf file is loaded dequantised: LoRA's factors need a weight of plain numbers beside them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.targets import closest
+from ..core.reading import json_of
 from ..formats import load as load_adapter
 from ..formats import peft
+from .locating import locate, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,8 +108,8 @@ def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTra
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    folder, options = _locate(name)
-    with _quietly():
+    folder, options = locate(name)
+    with _quietly(), reading(name, folder):
         config = AutoConfig.from_pretrained(folder, **options)
         auto = AutoModelForCausalLM
         if labels is not None:
@@ -125,8 +124,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone: rows are checked with it before any weight is loaded."""
     from transformers import AutoTokenizer
 
-    folder, options = _locate(name)
-    with _quietly():
+    folder, options = locate(name)
+    with _quietly(), reading(name, folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -152,17 +151,18 @@ def load_with_adapter(
     """
     if adapter is None and is_adapter(name):
         name, adapter = base_of(name), name
-    task = _adapter_config(adapter).get("task_type") if adapter else None
-    if task == "SEQ_CLS":
-        assert adapter is not None
-        loaded = load_classifier(name, labels=_labels_of(adapter), dtype=dtype, device=device)
+    if adapter is None:
+        return load_causal_lm(name, dtype=dtype, device=device)
+    # All that the adapter's folder holds is read before the base, which may take minutes.
+    labels = _labels_of(adapter) if _adapter_config(adapter).get("task_type") == "SEQ_CLS" else None
+    peft.read(adapter)
+    # The chat template that training used travels with the adapter.
+    own = load_tokenizer(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else None
+    if labels is not None:
+        loaded = load_classifier(name, labels=labels, dtype=dtype, device=device, tokenizer=own)
     else:
-        loaded = load_causal_lm(name, dtype=dtype, device=device)
-    if adapter is not None:
-        load_adapter(loaded.model, adapter)
-        if (Path(adapter) / "tokenizer_config.json").is_file():
-            # The chat template that training used travels with the adapter.
-            return Loaded(loaded.model, load_tokenizer(adapter), loaded.new_parameters)
+        loaded = load_causal_lm(name, dtype=dtype, device=device, tokenizer=own)
+    load_adapter(loaded.model, adapter)
     return loaded
 
 
@@ -178,8 +178,7 @@ def _adapter_config(adapter: str) -> dict[str, Any]:
     path = Path(adapter) / peft.CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{adapter} is no adapter folder: it has no {peft.CONFIG}.")
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
+    return json_of(path, dict)
 
 
 def _labels_of(adapter: str) -> tuple[str, ...]:
@@ -187,7 +186,10 @@ def _labels_of(adapter: str) -> tuple[str, ...]:
     path = Path(adapter) / LABELS
     if not path.is_file():
         raise FileNotFoundError(f"{adapter} has no {LABELS}: the names of the classes are not known.")
-    return tuple(json.loads(path.read_text(encoding="utf-8")))
+    labels = json_of(path, list)
+    if not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{path}: expected a list of names, found {labels}.")
+    return tuple(labels)
 
 
 def _load(
@@ -199,13 +201,13 @@ def _load(
     **settings: Any,
 ) -> Loaded:
     device = device or best_device()
-    folder, options = _locate(name)
+    folder, options = locate(name)
     tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
     if "gguf_file" in options:
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)
-    with _quietly():
+    with _quietly(), reading(name, folder):
         model, info = auto.from_pretrained(
             folder, dtype=resolve_dtype(dtype, device), output_loading_info=True, **options, **settings
         )
@@ -215,29 +217,6 @@ def _load(
         model.config.pad_token_id = tokenizer.pad_token_id
     new = tuple(sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}))
     return Loaded(model.to(device).eval(), tokenizer, new)
-
-
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """The folder or hub id to load from, and the options it needs."""
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        packed = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").is_file() and packed:
-            if len(packed) > 1:
-                listed = ", ".join(file.name for file in packed)
-                raise ValueError(
-                    f"{name} holds several .gguf files ({listed}); name one: --model {name}/{packed[0].name}"
-                )
-            return str(path), {"gguf_file": packed[0].name}
-        if not (path / "config.json").is_file() and not (path / "tokenizer_config.json").is_file():
-            raise FileNotFoundError(f"{name} is no model folder: it has no config.json and no .gguf file.")
-        return str(path), {}
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"no model at {name}. {closest(path.name, siblings)}".rstrip())
-    return name, {}
 
 
 def _cpu_flags() -> set[str]:

@@ -23,7 +23,7 @@ from .plan import processes
 from .prepare import Prepared, uses_autocast, weights_dtype
 
 _FREE = {
-    *("output_dir", "resume", "overwrite", "dry_run"),
+    *("output_dir", "resume", "overwrite", "dry_run", "ignore_memory"),
     *("eval_steps", "save_steps", "logging_steps", "eval_samples", "max_new_tokens", "report_to"),
     *("epochs", "max_steps"),  # `longer_or_shorter` says what comes of it
     "gradient_checkpointing",  # the same numbers in less memory

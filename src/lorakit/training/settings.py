@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
-import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from ..core.words import suggestion
+from .values import converted, describe
+from .yaml_files import Yaml, line_of, plain, root_of
 
 if TYPE_CHECKING:
     import yaml
@@ -27,18 +29,6 @@ Config = TypeVar("Config")
 
 class UsageError(ValueError):
     """A command line or a configuration file that cannot be understood: exit code 2."""
-
-
-@dataclass(frozen=True)
-class Yaml:
-    """A value in a file that was not constructed yet, with the line where it stands: for settings with a `parse`."""
-
-    path: Path
-    node: yaml.Node
-
-    @property
-    def place(self) -> str:
-        return f"{self.path}:{self.node.start_mark.line + 1}"
 
 
 Parse = Callable[[str | Yaml, str, list[str]], Any]  # value, what to call it, problems found → the setting's value
@@ -56,10 +46,10 @@ def setting(
     file_only: bool = False,
     **limits: Any,
 ) -> Any:
-    """A field. Limits: above, at_least, below. aliases: other flags people type from habit.
+    """A field. Limits of a number: above, at_least, below, at_most. aliases: other names that people type from habit.
 
-    factory: makes the default. parse: reads a value that has parts of its own, from a flag or a file. file_only: the
-    setting has no flag.
+    The limits hold for flags, files and Python alike, and no number may be infinite or nan. factory: makes the default.
+    parse: reads a value that has parts of its own, from a flag or a file. file_only: the setting has no flag.
     """
     metadata = {
         "help": help,
@@ -96,25 +86,53 @@ def add_arguments(config: type, parser: argparse.ArgumentParser) -> None:
         groups[title].add_argument(*flags, **options)
 
 
+def number(kind: type[int] | type[float], **limits: float) -> Callable[[str], int | float]:
+    """The `type` of a flag that is no setting: a number within limits, refused in the same words as a setting."""
+
+    def read(text: str) -> int | float:
+        problems: list[str] = []
+        value: int | float = converted(text, kind, limits, "", problems)
+        if problems:
+            raise argparse.ArgumentTypeError(problems[0].removeprefix(": "))
+        return value
+
+    return read
+
+
+def check(config: Any) -> None:
+    """Give each field of a dataclass of settings its type, for its `__post_init__`. Raises UsageError listing what is
+    wrong: what holds for flags and files holds for Python too.
+    """
+    problems: list[str] = []
+    for name, own in _settings(type(config)).items():
+        if own.meta["parse"] is None:
+            object.__setattr__(config, name, own.convert(getattr(config, name), name, problems))
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
 def from_args(config: type[Config], args: argparse.Namespace) -> Config:
     """The settings of a parsed command line, its YAML file included. Raises UsageError listing what is wrong."""
     settings = _settings(config)
     given = {name: value for name, value in vars(args).items() if name in settings}
     values: dict[str, Any] = {}
     problems: list[str] = []
-    if args.config:
+    if args.config is not None:
         path = Path(args.config)
-        root = _composed(path)
+        try:
+            root = root_of(path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--config {error}" if isinstance(error, OSError) else str(error)) from None
         if root is not None:
             values = read_mapping(config, Yaml(path, root), problems, overridden=given)
     for name, value in given.items():
         values[name] = settings[name].convert(value, f"--{_kebab(name)}", problems)
-    if problems:
-        raise UsageError("\n".join(problems))
     missing = [name for name, own in settings.items() if own.is_required and name not in values]
     if missing:
         example = " ".join(f"--{_kebab(name)} {settings[name].meta['example']}" for name in missing)
-        raise UsageError(f"missing: {example}   (or give them in a YAML file: --config FILE)")
+        problems.append(f"missing: {example}   (or give them in a YAML file: --config FILE)")
+    if problems:
+        raise UsageError("\n".join(problems))
     return config(**values)
 
 
@@ -147,12 +165,6 @@ def commented_yaml(config: type, verb: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def suggestion(word: str, known: typing.Iterable[str]) -> str:
-    """Did you mean …?, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
 # --- one setting ---------------------------------------------------------------------------------------------------
 
 
@@ -182,20 +194,22 @@ class _Setting:
             return self.field.default_factory()
         return self.field.default
 
+    @property
+    def limits(self) -> Mapping[str, Any]:
+        # What must be given, and what is not empty by itself, may not be given as nothing.
+        full = self.is_required or (isinstance(self.default, tuple) and bool(self.default))
+        return {**self.meta["limits"], **({"not_empty": True} if full else {})}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a file may call it: the field's name and the flag's longer aliases."""
+        return self.name, *(alias.replace("-", "_") for alias in self.meta["aliases"] if len(alias) > 1)
+
     def convert(self, value: Any, where: str, problems: list[str]) -> Any:
         """`value` as the type of the field; what is wrong with it is added to `problems`, with `where` it stands."""
         if self.meta["parse"] is not None:
             return self.meta["parse"](value, where, problems)
-        try:
-            converted = as_type(value, self.type)
-        except ValueError:
-            hint = suggestion(str(value), self.choices) if self.choices else ""
-            problems.append(f"{where}: expected {describe(self.type)}, found {value!r}.{hint}")
-            return None
-        problem = _outside(converted, self.meta["limits"])
-        if problem:
-            problems.append(f"{where}: expected {problem}, found {value!r}.")
-        return converted
+        return converted(value, self.type, self.limits, where, problems)
 
     def metavar(self) -> str:
         if self.choices:
@@ -219,62 +233,6 @@ def _settings(config: type[Any]) -> dict[str, _Setting]:
     return {own.name: _Setting(own.name, types[own.name], own) for own in dataclasses.fields(config)}
 
 
-def as_type(value: Any, wanted: Any) -> Any:
-    origin, options = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        return as_type(value, next(option for option in options if option is not type(None)))
-    if origin is Literal:
-        if value not in options:
-            raise ValueError
-        return value
-    if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-            raise ValueError
-        return tuple(part.strip() for part in parts if part.strip())
-    if wanted is bool:
-        if not isinstance(value, bool):
-            raise ValueError
-        return value
-    if isinstance(value, bool) or value is None or isinstance(value, list | dict):
-        raise ValueError
-    if wanted is str:
-        return str(value)
-    number = float(value)  # PyYAML reads 2e-4 as text
-    if wanted is int:
-        if not number.is_integer():
-            raise ValueError
-        return int(number)
-    if number != number:
-        raise ValueError
-    return number
-
-
-def _outside(value: Any, limits: Mapping[str, float]) -> str | None:
-    if value is None:
-        return None
-    if "above" in limits and not value > limits["above"]:
-        return f"more than {limits['above']:g}"
-    if "at_least" in limits and not value >= limits["at_least"]:
-        return f"at least {limits['at_least']:g}"
-    if "below" in limits and not value < limits["below"]:
-        return f"less than {limits['below']:g}"
-    return None
-
-
-def describe(wanted: Any) -> str:
-    origin, options = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (types.UnionType, typing.Union):
-        return describe(next(option for option in options if option is not type(None)))
-    if origin is Literal:
-        return "one of " + ", ".join(options)
-    if origin is tuple:
-        return "names separated by commas"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[wanted]
-
-
 # --- YAML ----------------------------------------------------------------------------------------------------------
 
 
@@ -293,62 +251,69 @@ def read_mapping(
     import yaml
 
     settings = {name: own for name, own in _settings(config).items() if groups is None or own.meta["group"] in groups}
+    by_name = {alias: own for own in settings.values() for alias in own.names}
     values: dict[str, Any] = {}
     if not isinstance(source.node, yaml.MappingNode):
         problems.append(f"{source.place}: expected lines of the form `key: value`.")
         return values
-    lines: dict[str, int] = {}
+    lines: dict[str, tuple[int, str]] = {}
     for key_node, value_node in source.node.value:
-        name = str(key_node.value).replace("-", "_")
-        line = key_node.start_mark.line + 1
-        if name not in settings:
-            problems.append(f"{source.path}:{line}: {_unknown(key_node.value, name, value_node, config, settings)}")
-        elif name in lines:
-            problems.append(f"{source.path}:{line}: {name!r} stands here and in line {lines[name]}.")
+        place = f"{source.path}:{line_of(key_node)}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            problems.append(f"{place}: expected the name of a setting before the colon.")
+            continue
+        key = str(key_node.value)
+        own = by_name.get(key.replace("-", "_"))
+        if own is None:
+            problems.append(f"{place}: {_unknown(key, value_node, config, settings)}")
+        elif own.name in lines:
+            line, first = lines[own.name]
+            same = "" if first == key else f", which is {first!r},"
+            problems.append(f"{place}: {key!r}{same} stands here and in line {line}.")
         else:
-            lines[name] = line
-            own = settings[name]
-            where = f"{source.path}:{line}: {name}"
-            value = Yaml(source.path, value_node) if own.meta["parse"] is not None else plain(value_node)
-            if name not in overridden:
-                values[name] = own.convert(value, where, problems)
+            lines[own.name] = line_of(key_node), key
+            if own.name not in overridden:
+                values[own.name] = _value(own, source.path, value_node, f"{place}: {key}", problems)
     return values
 
 
-def plain(node: yaml.Node) -> Any:
-    """The value of a node: numbers, texts, lists and mappings."""
+def _value(own: _Setting, path: Path, node: yaml.Node, where: str, problems: list[str]) -> Any:
+    if own.meta["parse"] is not None:
+        return own.convert(Yaml(path, node), where, problems)
+    before = len(problems)
+    value = plain(node, where, problems)
+    return own.convert(value, where, problems) if len(problems) == before else None
+
+
+def recorded(config: type, path: Path, names: Collection[str]) -> dict[str, Any]:
+    """Those of the settings `names` that a file holds; what else stands in it is passed over.
+
+    Raises OSError for a file that cannot be read, ValueError with the line for what is no such setting.
+    """
+    root = root_of(path)
+    problems: list[str] = []
+    found: dict[str, Any] = {}
+    for key_node, value_node in root.value if root is not None else ():
+        if (name := key_node.value) in names:
+            own = _settings(config)[name]
+            found[name] = _value(own, path, value_node, f"{path}:{line_of(key_node)}: {name}", problems)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return found
+
+
+def _unknown(key: str, value: yaml.Node, config: type, settings: Mapping[str, _Setting]) -> str:
     import yaml
 
-    return yaml.SafeLoader("").construct_object(node, deep=True)
-
-
-def _unknown(key: str, name: str, value: yaml.Node, config: type, settings: Mapping[str, _Setting]) -> str:
-    import yaml
-
-    if name in _settings(config):
+    name = key.replace("-", "_")
+    if any(name in own.names for own in _settings(config).values()):
         return f"{key!r} cannot be set here, but at the top of the file."
-    hint = suggestion(name, settings)
+    hint = suggestion(name, [alias for own in settings.values() for alias in own.names])
     if isinstance(value, yaml.MappingNode):
         # Only a setting without a flag has parts of its own.
         hint = suggestion(name, [own for own in settings if settings[own].meta["file_only"]])
         hint = hint or " The file is flat, without sections."
     return f"unknown key {key!r}.{hint}"
-
-
-def _composed(path: Path) -> yaml.Node | None:
-    import yaml
-
-    if not path.is_file():
-        near = suggestion(path.name, (entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else ())
-        raise UsageError(f"--config {path}: no such file.{near}")
-    try:
-        root: yaml.Node | None = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UsageError(f"{path}:{line}: not YAML: {error.problem}.") from None
-    if root is not None and not isinstance(root, yaml.MappingNode):
-        raise UsageError(f"{path}:1: expected lines of the form `key: value`.")
-    return root
 
 
 def _yaml_value(value: Any) -> str:

@@ -20,6 +20,7 @@ from ..formats import peft
 from ..formats.folder import Kind, OutputFolder
 from .checkpoints import checkpoints, fault_of, newest_whole, record_in, step_of
 from .config import TrainConfig
+from .preflight import check_output
 from .record import record_of_released
 from .settings import UsageError
 
@@ -78,6 +79,7 @@ def start_of(config: TrainConfig) -> Start:
     UsageError for flags that contradict each other.
     """
     out = OutputFolder(config.output_dir, TRAINING)
+    check_output(out.path)
     out.refuse_unusable([config.model])
     out.recover()
     return decided(config, out)

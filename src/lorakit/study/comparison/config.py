@@ -20,11 +20,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...training.settings import UsageError, Yaml, from_args, plain, read_mapping, setting
+from ...training.settings import UsageError, check, from_args, read_mapping, setting
+from ...training.yaml_files import Yaml, line_of, plain
 
 if TYPE_CHECKING:
     from ..methods.baselines import Method
@@ -41,9 +43,8 @@ def _methods(value: str | Yaml, where: str, problems: list[str]) -> tuple[str | 
         nodes = value.node.value if isinstance(value.node, yaml.SequenceNode) else [value.node]
         for node in nodes:
             own = Yaml(value.path, node)
-            items.append(
-                (_method_item(own, problems) if isinstance(node, yaml.MappingNode) else plain(node), own.place)
-            )
+            has_settings = isinstance(node, yaml.MappingNode)
+            items.append((_method_item(own, problems) if has_settings else plain(node, where, problems), own.place))
     else:
         text = value.node.value if isinstance(value, Yaml) else value
         items = [(word.strip(), where) for word in text.split(",") if word.strip()]
@@ -65,7 +66,7 @@ def _method_item(source: Yaml, problems: list[str]) -> dict[str, Any]:
         return {"method": "full"}
     mapping = yaml.MappingNode(source.node.tag, rest, source.node.start_mark, source.node.end_mark)
     settings = read_mapping(CompareConfig, Yaml(source.path, mapping), problems, groups=(_TRAINING,))
-    return {"method": plain(names[0]), **settings}
+    return {"method": plain(names[0], source.place, problems), **settings}
 
 
 def _check_method(text: Any, where: str, problems: list[str]) -> None:
@@ -87,7 +88,7 @@ def _tasks(value: str | Yaml, where: str, problems: list[str]) -> dict[str, dict
     tasks: dict[str, dict[str, Any]] = {}
     lines: dict[str, int] = {}
     for key, settings in value.node.value:
-        name, line = str(plain(key)), key.start_mark.line + 1
+        name, line = str(plain(key, where, problems)), line_of(key)
         if name in tasks:
             problems.append(f"{value.path}:{line}: the task {name!r} stands here and in line {lines[name]}.")
         lines[name] = line
@@ -100,10 +101,10 @@ def _tasks(value: str | Yaml, where: str, problems: list[str]) -> dict[str, dict
 def _published(value: str | Yaml, where: str, problems: list[str]) -> dict[str, Any]:
     """What was published of a task: a number of its first metric for each label, or one for each metric."""
     assert isinstance(value, Yaml)
-    found = plain(value.node)
+    found = plain(value.node, where, problems)
 
     def is_number(score: Any) -> bool:
-        return isinstance(score, int | float) and not isinstance(score, bool)
+        return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
 
     if not isinstance(found, dict) or not all(
         is_number(score) or (isinstance(score, dict) and all(map(is_number, score.values())))
@@ -144,9 +145,13 @@ class CompareConfig:
         parse=_methods,
     )
 
-    seeds: int = setting(3, help="how many: 0, 1, …", group=_SEARCH, at_least=1)
+    seeds: int = setting(3, help="how many: 0, 1, …", group=_SEARCH, at_least=1, at_most=1000)
     trials: int = setting(
-        4, help="learning rates that each method may try on each task, with seed 0", group=_SEARCH, at_least=1
+        4,
+        help="learning rates that each method may try on each task, with seed 0",
+        group=_SEARCH,
+        at_least=1,
+        at_most=1000,
     )
     so_far: bool = setting(False, help="tables of the runs that are finished, without making others", group=_SEARCH)
     dry_run: bool = setting(False, help="say what would be run, then stop", group=_SEARCH)
@@ -187,7 +192,9 @@ class CompareConfig:
         None, help="longest answer (default: 16 over the longest expected one)", group=_DATA, at_least=1
     )
     beams: int = setting(1, help="of the search for an answer; 1: greedy", group=_DATA, at_least=1)
-    length_penalty: float = setting(1.0, help="of beam search: exponent of the length", group=_DATA)
+    length_penalty: float = setting(
+        1.0, help="of beam search: exponent of the length", group=_DATA, at_least=-10, at_most=10
+    )
     no_repeat_ngram: int = setting(
         0, help="tokens in a row that may not come twice in prompt and answer; 0: any may", group=_DATA, at_least=0
     )
@@ -204,14 +211,16 @@ class CompareConfig:
         factory=dict,
     )
 
-    epochs: float = setting(3.0, help="passes over the data", group=_TRAINING, aliases=("num-train-epochs",), above=0)
+    epochs: float = setting(
+        3.0, help="passes over the data", group=_TRAINING, aliases=("num-train-epochs",), above=0, at_most=1e6
+    )
     max_steps: int | None = setting(None, help="stop after this many steps", group=_TRAINING, at_least=1)
     batch_size: int = setting(
         16, help="rows a step", group=_TRAINING, aliases=("per-device-train-batch-size",), at_least=1
     )
     gradient_accumulation_steps: int = setting(1, help="batches added up for a step", group=_TRAINING, at_least=1)
     learning_rate: float | None = setting(
-        None, help="at its highest (default: searched)", group=_TRAINING, aliases=("lr",), above=0
+        None, help="at its highest (default: searched)", group=_TRAINING, aliases=("lr",), above=0, at_most=1e30
     )
     scheduler: Literal["linear", "cosine", "constant"] = setting(
         "linear", help="learning rate over time", group=_TRAINING
@@ -220,11 +229,14 @@ class CompareConfig:
         0.06, help="share of the steps in which it rises", group=_TRAINING, at_least=0, below=1
     )
     warmup_steps: int | None = setting(None, help="steps in which it rises, instead", group=_TRAINING, at_least=0)
-    weight_decay: float = setting(0.0, help="AdamW's", group=_TRAINING, at_least=0)
+    weight_decay: float = setting(0.0, help="AdamW's", group=_TRAINING, at_least=0, at_most=1000)
     label_smoothing: float = setting(
         0.0, help="share of the probability given to all classes or tokens", group=_TRAINING, at_least=0, below=1
     )
     gradient_checkpointing: bool = setting(False, help="less memory, more time", group=_TRAINING)
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...core.words import suggestion
 from ...training import metrics
-from ...training.settings import suggestion
 
 
 @dataclass(frozen=True)

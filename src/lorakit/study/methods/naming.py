@@ -12,7 +12,8 @@ import dataclasses
 import typing
 from typing import Any
 
-from ...training.settings import as_type, describe, suggestion
+from ...core.words import suggestion
+from ...training.values import as_type, describe
 from .baselines import METHODS, Method
 
 

@@ -1,0 +1,56 @@
+"""Any failure as what a person reads and a shell gets: one message without a traceback, and an exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+from ..training.settings import UsageError
+
+_SCORES = ("sacrebleu", "rouge_score", "sklearn", "scipy")
+
+
+def report(error: BaseException, verb: str, *, debug: bool) -> int:
+    """Print what went wrong with `lorakit VERB` and return the exit code: 1, 2 for what was not understood, 130."""
+    if debug and not isinstance(error, KeyboardInterrupt):
+        traceback.print_exception(error)
+    elif isinstance(error, KeyboardInterrupt):
+        print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
+        return getattr(error, "code", 130)  # a training says how to go on, and 143 where a scheduler ended it
+    elif isinstance(error, UsageError):
+        print(f"lorakit {verb}".rstrip() + f": {error}", file=sys.stderr)
+    else:
+        print(f"error: {_message(error)}", file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, ImportError) and not str(error.name or "").startswith("lorakit"):
+        if str(error.name).partition(".")[0] in _SCORES:
+            return f'{error}. Scores need more packages: pip install "lorakit[study]"'
+        return f'{error}. Training needs more packages: pip install "lorakit[train]"'
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"{error.filename}: no such file or folder."
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror.lower()}."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
+        reason = _first_line(error) or type(error).__name__
+        return f"out of memory ({reason}). Smaller batches and shorter rows need less."
+    if isinstance(error, ValueError | OSError | FloatingPointError) and str(error):
+        # Our own words may be a list of lines; others' go on about links and versions.
+        return str(error) if _is_ours(error) else f"{_first_line(error)} (--debug shows where)"
+    return f"{type(error).__name__}: {_first_line(error)} (--debug shows where)"
+
+
+def _first_line(error: BaseException) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return line if len(line) <= 300 else f"{line[:300]}…"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised by lorakit rather than by a library underneath."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == "lorakit"

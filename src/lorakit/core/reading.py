@@ -1,0 +1,90 @@
+"""Reading small files of text: whatever is wrong with one is an error that names the file and, where it can, the line.
+
+Raises OSError for what is no readable file, ValueError for what it holds. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .words import suggestion
+
+Kind = TypeVar("Kind", dict[str, Any], list[Any])
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+# UTF-32 begins like UTF-16, so it is asked for first.
+_OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_WORDS = {dict: "an object {…}", list: "a list […]", str: "text", bool: "true or false", int: "a number",
+          float: "a number", type(None): "null"}  # fmt: skip
+
+
+def text_of(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte-order mark."""
+    refuse_pointer(path)
+    data = path.read_bytes()
+    for mark, name in _OTHER_ENCODINGS.items():
+        if data.startswith(mark):
+            raise ValueError(f"{path}:1: the file is {name}; save it as UTF-8.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # The position counts from behind the mark.
+        start = error.start + (len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0)
+        line = data[:start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 (byte {start}); save the file as UTF-8.") from None
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError for what a clone without git-lfs has in place of a large file, OSError for no readable file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError as error:
+        raise said(error, path) from None
+    if start == _POINTER:
+        raise ValueError(f"{path} is a pointer of git-lfs, not the file itself. Fetch it: git lfs pull")
+
+
+def json_of(path: Path, kind: type[Kind]) -> Kind:
+    """The object or the list that a JSON file holds."""
+    text = text_of(path)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        found = f"{error.msg} at column {error.colno}" if text.strip() else "the file is empty"
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {found}.") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits; thousands of brackets
+        raise ValueError(f"{path}: not JSON that can be read: {error}.") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: expected {_WORDS[kind]}, found {_WORDS[type(value)]}.")
+    return value
+
+
+def said(error: OSError, path: Path) -> OSError:
+    """The same error in words that name the path and, where it is misspelt, what lies beside it."""
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(missing(path))
+    if path.is_dir():
+        return IsADirectoryError(f"{path} is a folder, not a file.")
+    return type(error)(f"{path}: {(error.strerror or str(error)).lower()}.")
+
+
+def missing(path: Path) -> str:
+    """That there is nothing at `path`, and what was perhaps meant: a neighbour of the nearest folder that exists."""
+    for part in (path, *path.parents):
+        if part.parent.is_dir():
+            try:
+                near = suggestion(part.name, (entry.name for entry in part.parent.iterdir()))
+            except OSError:
+                near = ""
+            inside = "" if part == path else f" ({part.parent} holds no {part.name!r})"
+            return f"{path}: no such file or folder{inside}.{near}"
+    return f"{path}: no such file or folder."

@@ -1,0 +1,70 @@
+"""YAML files, read so that every error has its file and line: nodes first, values when it is known what for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.reading import text_of
+
+if TYPE_CHECKING:
+    import yaml
+
+
+@dataclass(frozen=True)
+class Yaml:
+    """A value in a file that was not constructed yet, with the line where it stands: for settings with a `parse`."""
+
+    path: Path
+    node: yaml.Node
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}:{line_of(self.node)}"
+
+
+def root_of(path: Path) -> yaml.MappingNode | None:
+    """The mapping that a file holds; None where it is empty. Raises OSError, or ValueError with the line."""
+    import yaml
+
+    text = text_of(path)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        tab = " Indent with spaces, not with tabs." if "'\\t'" in str(error.problem) else ""
+        raise ValueError(f"{path}:{line}: not YAML: {error.problem or error.context}.{tab}") from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise ValueError(f"{path}:{line}: not YAML: a character that it forbids, U+{error.character:04X}.") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not YAML that can be read: too many brackets in one another.") from None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"{path}:{line_of(root)}: expected lines of the form `key: value`.")
+    return root
+
+
+def plain(node: yaml.Node, where: str, problems: list[str]) -> Any:
+    """The value of a node: numbers, texts, lists and mappings. What has none is None, and a problem, with `where`."""
+    import yaml
+
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        reason = getattr(error, "problem", None) or error
+        problems.append(f"{where}: a value that cannot be read ({reason}).")
+        return None
+
+
+def line_of(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
