@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import argparse
 
-from .generate import add_model_arguments
+from ..training.settings import number
+from .generate import add_model_arguments, add_style_arguments
 
 HELP = "score a model or an adapter on a data file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_style_arguments(parser)
     parser.add_argument("--data", "--dataset-name", required=True, help="file, folder (its test split) or hub id")
-    parser.add_argument("--system", help="system message (default: the one used in training)")
-    parser.add_argument("--max-samples", type=int, help="score only the first rows")
-    parser.add_argument("--max-seq-length", type=int, default=1024, help="of a classifier's input, in tokens")
-    parser.add_argument("--max-new-tokens", type=int, help="longest answer (default: 16 over the longest expected one)")
-    parser.add_argument("--show", type=int, default=3, help="answers to print side by side")
+    parser.add_argument("--max-samples", type=number(int, at_least=1), help="score only the first rows")
+    parser.add_argument(
+        "--max-seq-length",
+        type=number(int, at_least=2),
+        help="longest text that is not cut, in tokens; of classifiers and of plain text (default: as in training)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=number(int, at_least=1),
+        help="longest answer (default: 16 over the longest expected one)",
+    )
+    parser.add_argument("--show", type=number(int, at_least=0), default=3, help="answers to print side by side")
     parser.add_argument("--json", metavar="FILE", help="write the metrics and every answer to a file")
     for role in ("prompt", "completion", "text", "label", "messages"):
         parser.add_argument(f"--{role}-field", help=f"the file's key that holds the {role}")
@@ -29,25 +38,35 @@ def run(args: argparse.Namespace) -> None:
 
     from ..formats.files import replacing
     from ..training.data import read
-    from ..training.evaluate import Style, compare
-    from ..training.models import adapter_of, load_with_adapter
+    from ..training.evaluate import compare
+    from ..training.models import load_with_adapter
+    from ..training.places import base_and_adapter
     from ..training.prepare import fields_of
     from ..training.report import comparison
+    from ..training.style import Style, longest_text
+    from ..training.task import task_of
 
-    data = read(args.data, fields=fields_of(args), holdout=0.0)
+    base, adapter = base_and_adapter(args.model, args.adapter)
+    task = task_of(base, adapter)
+    if args.json and not Path(args.json).expanduser().absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {args.json}: no folder {Path(args.json).parent}.")
+    data = read(args.data, fields=fields_of(args), holdout=0.0, model=task)
+    if data.task != task.kind:
+        raise ValueError(f"{args.data} holds {data.shape} rows, and {args.model} is {task}: give it text and label.")
     splits = {"test": data.test, "valid": data.valid, "train": data.train}
     split = next(name for name, rows in splits.items() if rows)
     loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
-    style = Style.of_adapter(adapter_of(args.model, args.adapter), loaded.tokenizer, args.system)
     result = compare(
         loaded,
         data,
         split,
         splits[split][: args.max_samples],
-        style,
-        max_length=args.max_seq_length,
+        Style.recorded(adapter or base, loaded.tokenizer, system=args.system, plain=args.plain),
+        max_length=args.max_seq_length or longest_text(adapter or base),
         max_new_tokens=args.max_new_tokens,
     )
+    for note in data.notes:
+        print(f"note: {note}")
     print(comparison(result, shown=args.show))
     if args.json:
         with replacing(Path(args.json)) as path:

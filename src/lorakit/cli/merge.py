@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import argparse
 
+from ..training.settings import number
 from .generate import add_model_arguments
 
 HELP = "fold an adapter into its base model and write a plain transformers folder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, dtype="auto: the base model's own")
     parser.add_argument("--output-dir", "-o", required=True, help="folder to write; must be new or empty")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --output-dir")
     parser.add_argument(
         "--tolerance",
-        type=float,
+        type=number(float, above=0),
         help="largest difference of logits allowed, relative to their size (default by dtype)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..training.merging import merge_to_folder
+    from pathlib import Path
 
-    difference = merge_to_folder(
+    from ..training.merging import merge_to_folder
+    from ..training.report import next_commands
+    from ..training.task import task_of
+
+    merged = merge_to_folder(
         args.model,
         args.adapter,
         args.output_dir,
-        dtype=args.dtype,
+        dtype="base" if args.dtype == "auto" else args.dtype,
         overwrite=args.overwrite,
         tolerance=args.tolerance,
     )
-    print(f"written: {args.output_dir}")
-    print(f"verified by loading it back: {difference}")
-    print(f"next: lorakit chat --model {args.output_dir}")
+    print(f"written: {args.output_dir} ({merged.dtype})")
+    for note in merged.notes:
+        print(f"note: {note}")
+    print(f"verified by loading it back: {merged.difference}")
+    print(next_commands(Path(args.output_dir), answers=task_of(args.output_dir, None).answers, merge=False))

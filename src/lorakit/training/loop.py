@@ -19,7 +19,7 @@ from ..formats import save
 from ..formats.files import replacing
 from . import page, report
 from .config import TrainConfig
-from .evaluate import compare
+from .evaluate import compare, question
 from .memory import keep_few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
@@ -185,6 +185,7 @@ def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:
     if labels is not None:
         with replacing(out / LABELS) as path:
             path.write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
+    prepared.style.write(out)
     loaded.tokenizer.save_pretrained(out)
 
 
@@ -203,6 +204,7 @@ def _write_reports(
         parameters=str(prepared.attached).splitlines()[-1],
         result=result,
         seconds=progress.seconds,
+        labels=labels_of(prepared.data),
     )
     html = page.render(
         title=out.name,
@@ -227,8 +229,9 @@ def _end_block(prepared: Prepared, out: Path, progress: Progress, result: report
         lines.append(report.comparison(result))
     files = ", ".join(sorted(path.name for path in out.iterdir() if path.is_file() and not path.name.startswith(".")))
     lines += [report.heading("written"), f"{out}/: {files}"]
-    prompt = result.samples[0].prompt if result is not None and result.samples else None
-    lines.append(report.next_commands(out, prompt if prepared.data.task == "causal-lm" else None))
+    example = (prepared.data.heldout[1] or prepared.data.train)[0]
+    prompt, answers = example.text or question(example) or "TEXT", prepared.data.task == "causal-lm"
+    lines.append(report.next_commands(out, answers=answers, prompt=prompt, pair=example.text_pair))
     return "\n".join(lines)
 
 

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.attach import adapted_layers, detach, merge
-from .models import Loaded, load_causal_lm, load_classifier, load_with_adapter
+from .generation import end_tokens, positions
+from .models import Loaded, load_with_adapter
+from .places import base_and_adapter, locate
+from .style import Style
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,16 +37,27 @@ class Difference:
         )
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What was written: how far from base + adapter, in which dtype, and what its reader must know."""
+
+    difference: Difference
+    dtype: str
+    notes: tuple[str, ...] = ()
+
+
 def merge_to_folder(
     model: str,
     adapter: str | None,
     output_dir: str,
     *,
-    dtype: str = "auto",
+    dtype: str = "base",
     overwrite: bool = False,
     tolerance: float | None = None,
-) -> Difference:
+) -> Merged:
     """Merge `adapter` into `model`, write a folder that `from_pretrained` loads, load it and compare the logits.
+
+    dtype: of the merged weights; "base" is the one that the base's files have.
 
     The folder appears under its name only when the comparison is within `tolerance`. Raises FileExistsError for a
     folder in use, ValueError when there is nothing to merge or the difference is too large.
@@ -51,18 +65,21 @@ def merge_to_folder(
     out = Path(output_dir)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
         raise FileExistsError(f"--output-dir {out} is not empty. Choose another, or add --overwrite.")
+    base, folder = base_and_adapter(model, adapter)
+    if folder is None:
+        raise ValueError(f"{model} is a model without an adapter; give --adapter FOLDER.")
     loaded = load_with_adapter(model, adapter, dtype=dtype)
-    if not adapted_layers(loaded.model):
-        raise ValueError(f"{model} is a base model without an adapter; give --adapter FOLDER.")
     inputs = _probe(loaded)
     expected = _logits(loaded.model, inputs)
     _bake(loaded.model)
+    _keep_ends(loaded)
 
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         loaded.model.save_pretrained(temporary)
         loaded.tokenizer.save_pretrained(temporary)
+        Style.recorded(folder, loaded.tokenizer).write(temporary)
         difference = _difference(expected, _logits(_reload(loaded, temporary), inputs))
         limit = _TOLERANCE[loaded.model.dtype] if tolerance is None else tolerance
         if not difference.relative <= limit:
@@ -75,7 +92,20 @@ def merge_to_folder(
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return difference
+    return Merged(difference, str(loaded.model.dtype).removeprefix("torch."), _notes(base, dtype))
+
+
+def _notes(base: str, dtype: str) -> tuple[str, ...]:
+    if "gguf_file" not in locate(base)[1]:
+        return ()
+    note = f"{base} is a .gguf file: its weights were dequantised, and the merged model is a plain one"
+    return (note + (" in float32 (--dtype bfloat16 makes it half the size)." if dtype == "base" else "."),)
+
+
+def _keep_ends(loaded: Loaded) -> None:
+    """Write where answers end into the merged model's configuration: what was learnt may not be the base's own end."""
+    if loaded.model.can_generate():
+        loaded.model.generation_config.eos_token_id = end_tokens(loaded) or None
 
 
 def _bake(model: PreTrainedModel) -> None:
@@ -96,7 +126,8 @@ def _bake(model: PreTrainedModel) -> None:
 def _probe(loaded: Loaded) -> torch.Tensor:
     vocabulary = min(loaded.model.config.get_text_config().vocab_size, len(loaded.tokenizer))
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (4, 32), generator=generator).to(loaded.device)
+    length = min(32, positions(loaded.model) or 32)
+    return torch.randint(0, vocabulary, (4, length), generator=generator).to(loaded.device)
 
 
 @torch.inference_mode()
@@ -107,11 +138,7 @@ def _logits(model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
 
 def _reload(loaded: Loaded, folder: Path) -> PreTrainedModel:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    if type(loaded.model).__name__.endswith("ForSequenceClassification"):
-        config = loaded.model.config
-        labels = tuple(config.id2label[i] for i in range(config.num_labels)) if config.num_labels > 1 else ()
-        return load_classifier(str(folder), labels=labels, dtype=dtype, device=loaded.device).model
-    return load_causal_lm(str(folder), dtype=dtype, device=loaded.device).model
+    return load_with_adapter(str(folder), None, dtype=dtype, device=loaded.device).model
 
 
 def _difference(expected: torch.Tensor, found: torch.Tensor) -> Difference:

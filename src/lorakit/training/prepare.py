@@ -16,10 +16,10 @@ from ..core.report import Report
 from . import report
 from .config import TrainConfig, warnings_for
 from .data import Data, read
-from .evaluate import Style
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, resolve_dtype, skeleton
 from .plan import Plan, make_plan, processes, speed
+from .style import Style
 from .tokens import Encoded, encode_all, encode_text, preview
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def prepare(config: TrainConfig) -> Prepared:
     data = read(config.data, fields=fields_of(config), holdout=config.holdout, seed=config.seed)
     check_task(config, data)
     tokenizer = load_tokenizer(config.model)
-    style = Style(chat=tokenizer.chat_template is not None and not config.plain, system=config.system)
+    style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
     notes = list(data.notes)
     if data.task == "causal-lm":
         train, valid = (_causal_rows(part, config, tokenizer, style, notes) for part in (data.train, data.valid))
