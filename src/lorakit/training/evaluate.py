@@ -36,6 +36,8 @@ def compare(
     Causal models answer each prompt greedily and are scored by exact match, on plain text by perplexity; classifiers by
     accuracy, regressions by Pearson's correlation. max_new_tokens=None: 16 more than the longest expected answer.
     """
+    if not examples:
+        return Comparison(0, split, {}, ())
     if data.task != "causal-lm":
         return _compare_labels(loaded, data, split, examples, max_length)
     asked = [example for example in examples if example.text is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,12 +73,11 @@ def merge_to_folder(
     inputs = _probe(loaded)
     expected = _logits(loaded.model, inputs)
     _bake(loaded.model)
-    _keep_ends(loaded)
 
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        loaded.model.save_pretrained(temporary)
+        _write_model(loaded, temporary)
         loaded.tokenizer.save_pretrained(temporary)
         Style.recorded(folder, loaded.tokenizer).write(temporary)
         difference = _difference(expected, _logits(_reload(loaded, temporary), inputs))
@@ -102,10 +102,23 @@ def _notes(base: str, dtype: str) -> tuple[str, ...]:
     return (note + (" in float32 (--dtype bfloat16 makes it half the size)." if dtype == "base" else "."),)
 
 
-def _keep_ends(loaded: Loaded) -> None:
-    """Write where answers end into the merged model's configuration: what was learnt may not be the base's own end."""
-    if loaded.model.can_generate():
-        loaded.model.generation_config.eos_token_id = end_tokens(loaded) or None
+def _write_model(loaded: Loaded, folder: Path) -> None:
+    """The weights, and generation_config.json as the base has it, with where answers end: what was learnt may not be
+    the base's own end.
+
+    That file is written here, since transformers refuses to write settings that contradict each other, as those of
+    well-known models do.
+    """
+    model = loaded.model
+    if not model.can_generate():
+        model.save_pretrained(folder)
+        return
+    ends, own = end_tokens(loaded), model.generation_config
+    model.generation_config = type(own)()
+    model.save_pretrained(folder)
+    model.generation_config = own
+    settings = own.to_diff_dict() | {"eos_token_id": ends or None}
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _bake(model: PreTrainedModel) -> None:
