@@ -100,7 +100,7 @@ def test_tied_matrices_are_parted_where_the_adapter_parts_them(
     [
         {"temperature": 0.9, "top_p": 0.6},
         {"temperature": 0.0},
-        {"num_return_sequences": 2},
+        {"num_beams": 3, "repetition_penalty": 1.3},
         {"early_stopping": True, "length_penalty": 2.0},
         {"top_k": 5, "typical_p": 0.5},
         {"eos_token_id": [1, 9]},

@@ -20,6 +20,7 @@ from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, resolve_dtype, skeleton
 from .plan import Plan, make_plan, processes, speed
 from .style import Style
+from .task import ordered
 from .tokens import Encoded, encode_all, encode_text, preview
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ def prepare(config: TrainConfig) -> Prepared:
     """
     data = read(config.data, fields=fields_of(config), holdout=config.holdout, seed=config.seed)
     check_task(config, data)
+    if data.labels:
+        data = dataclasses.replace(data, labels=ordered(data.labels, config.model))
     tokenizer = load_tokenizer(config.model)
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
     notes = list(data.notes)

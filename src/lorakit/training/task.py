@@ -151,6 +151,17 @@ def task_of(base: str | None, adapter: str | None) -> Task:
     return _of_names(names) if len(names) == rows else _unnamed(rows)
 
 
+def ordered(labels: tuple[str, ...], base: str) -> tuple[str, ...]:
+    """Classes in the order in which a base model that is a classifier of the same ones has them.
+
+    Its trained head then keeps its meaning. Capital letters do not count; other classes keep their own order.
+    """
+    own = [name.lower() for name in _names_in(_config(base))]
+    if sorted(own) != sorted(label.lower() for label in labels):
+        return labels
+    return tuple(sorted(labels, key=lambda label: own.index(label.lower())))
+
+
 def _of_names(names: tuple[str, ...]) -> Task:
     return Task("classification", names) if names else Task("regression")
 
