@@ -21,7 +21,9 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 @pytest.mark.parametrize("make", [models.qwen_moe, models.gpt_oss])
-@pytest.mark.parametrize("targets", [EXPERTS, ["down_proj"], [*EXPERTS, "q_proj"], ["*q_proj", "gate_up_proj"]])
+@pytest.mark.parametrize(
+    "targets", [EXPERTS, EXPERTS[::-1], ["down_proj"], [*EXPERTS, "q_proj"], ["*q_proj", "gate_up_proj"]]
+)
 def test_problem_29_peft_reads_experts_and_back(make, targets: list[str], tmp_path: Path) -> None:
     model = make()
     lorakit.attach(model, targets, rank=3, alpha=5, rank_pattern={"*.1.*": 2})

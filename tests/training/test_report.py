@@ -63,7 +63,7 @@ def test_the_merged_folder_is_one_in_which_nothing_is_yet(
 @pytest.mark.parametrize(
     ("given", "shown"),
     [
-        ("/home/me/models/base", "base"),
+        ("/srv/models/base", "base"),
         ("~/data/rows.jsonl", "rows.jsonl"),
         ("organisation/model", "organisation/model"),
         ("runs/a", "runs/a"),

@@ -72,7 +72,7 @@ def test_folders_of_runs_that_recorded_settings_alone(text: str, style: Style, l
         ("style.json", '{"chat": "yes"}', r"style\.json: expected chat to be true or false"),
         ("config.yaml", "plain: [", r"config\.yaml:\d: not YAML"),
         ("config.yaml", "- a\n", r"config\.yaml:1: expected lines"),
-        ("config.yaml", "system: 3\n", r"config\.yaml: expected chat to be .* system to be text"),
+        ("config.yaml", "plain: maybe\n", r"config\.yaml:1: plain: expected true or false"),
     ],
 )
 def test_a_broken_file_is_named(file: str, text: str, message: str, tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from adapters import classifier_adapter, labelled_rows, language_adapter
+from lorakit.training.adapter_folder import base_and_adapter
 from lorakit.training.data import read
 from lorakit.training.evaluate import compare
 from lorakit.training.models import load_with_adapter
-from lorakit.training.places import base_and_adapter
 from lorakit.training.style import Style
 from lorakit.training.task import Task, task_of
 

@@ -29,9 +29,10 @@ def run(args: argparse.Namespace) -> None:
     from ..formats.files import replacing
     from ..study.analysis import page, report
     from ..study.analysis.run import study_of
+    from ..training.preflight import check_output
 
-    if args.output_dir and Path(args.output_dir).is_file():
-        raise FileExistsError(f"--output-dir {args.output_dir} is a file.")
+    if args.output_dir:
+        check_output(Path(args.output_dir))
     study = study_of(args.adapter, args.other, args.model, dtype=args.dtype)
     print(report.as_json(study) if args.json else report.text(study, every=args.modules), end="" if args.json else "\n")
     if args.output_dir:

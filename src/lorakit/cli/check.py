@@ -22,7 +22,10 @@ def run(args: argparse.Namespace) -> None:
         args.output_dir = "-"  # nothing is written, so it need not be said where
     config = from_args(TrainConfig, args)
     from ..training.loop import quiet_libraries
+    from ..training.preflight import refuse_too_large
     from ..training.prepare import prepare, start_block
 
     quiet_libraries()
-    print(start_block(prepare(config)))
+    prepared = prepare(config)
+    print(start_block(prepared))
+    refuse_too_large(prepared)

@@ -32,11 +32,11 @@ def run(args: argparse.Namespace) -> None:
     from ..study.comparison.plan import plan_block, plans_of
     from ..study.comparison.run import compare
     from ..training.loop import quiet_libraries
+    from ..training.preflight import check_output
     from ..training.settings import to_yaml
 
     out = Path(config.output_dir)
-    if out.is_file():
-        raise FileExistsError(f"--output-dir {out} is a file.")
+    check_output(out)
     quiet_libraries()
     plans = plans_of(config)
     if not args.json or config.dry_run:

@@ -37,10 +37,11 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..formats.files import replacing
+    from ..training.adapter_folder import base_and_adapter
     from ..training.data import read
     from ..training.evaluate import compare
     from ..training.models import load_with_adapter
-    from ..training.places import base_and_adapter
+    from ..training.preflight import check_file
     from ..training.prepare import fields_of
     from ..training.report import comparison
     from ..training.style import Style, longest_text
@@ -48,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
 
     base, adapter = base_and_adapter(args.model, args.adapter)
     task = task_of(base, adapter)
-    if args.json and not Path(args.json).expanduser().absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json {args.json}: no folder {Path(args.json).parent}.")
+    if args.json:
+        check_file(Path(args.json), "--json")
     data = read(args.data, fields=fields_of(args), holdout=0.0, model=task)
     if data.task != task.kind:
         raise ValueError(f"{args.data} holds {data.shape} rows, and {args.model} is {task}: give it text and label.")

@@ -73,9 +73,9 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..core.attach import disabled
+    from ..training.adapter_folder import base_and_adapter
     from ..training.generation import room, stream
     from ..training.models import load_with_adapter
-    from ..training.places import base_and_adapter
     from ..training.style import Style
     from ..training.task import task_of
     from ..training.tokens import prompt_ids

@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..core.report import numberless
     from ..formats import peft
-    from ..training.places import adapter_config
+    from ..training.adapter_folder import adapter_config
 
     adapter_config(args.adapter)  # says more of a folder that is none
     adapter = peft.read(args.adapter)

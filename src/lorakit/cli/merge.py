@@ -25,9 +25,11 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..training.merging import merge_to_folder
+    from ..training.preflight import check_output
     from ..training.report import next_commands
     from ..training.task import task_of
 
+    check_output(Path(args.output_dir))
     merged = merge_to_folder(
         args.model,
         args.adapter,

@@ -12,7 +12,8 @@ and `AdaptedLayer` does the rest.
 Merging  W ← g ⊙ (W + s·B A)  puts a new Parameter in the place of `weight` and keeps the old one aside; unmerging puts
 the old one back. So the base weight is restored bit for bit in every dtype, however often, and a weight that is tied
 to another module's (lm_head and embedding) is not changed under that module. The price is the merged layers' weights
-twice in memory until `unmerge`, or `detach`, which keeps the merged one alone.
+twice in memory until `unmerge`, or `detach`, which keeps the merged one alone. What a program writes to the merged
+weight is kept as in loralib: unmerging subtracts the update from it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fingerprint import fingerprint
 from .functional import Dropout, add_product, dense_update, dora_gain, precise, row_norm
+from .gradients import reshaped
 from .init import Init, factors_of_weight, random_factors
 
 
@@ -85,8 +88,11 @@ class AdaptedLayer(LoRALayer, nn.Module):
     lora_B0: Tensor
     scaling: float
     rslora: bool = False
-    lora_enabled: bool = True  # False inside `disabled(model)`
-    _base_weight: Tensor | None = None  # while merged: the weight as it was
+    disabled_by: int = 0  # how many `disabled(model)` are open
+    _merge_later: bool = False  # while disabled: to be merged when the last of them closes
+    _base_weight: Tensor | None = None  # while merged: the weight as it was,
+    _merged_weight: Tensor | None = None  # the one in its place,
+    _merged_mark: Tensor | None = None  # and what tells whether anyone wrote on that
 
     # --- what a kind supplies -------------------------------------------------------------------------------------
 
@@ -123,7 +129,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
     @property
     def active(self) -> bool:
         """Whether the forward pass adds the update to what the weight gives."""
-        return self.lora_enabled and not self.merged and self.has_update
+        return not self.disabled_by and not self.merged and self.has_update
 
     @property
     def acting_dropout(self) -> Dropout | None:
@@ -207,28 +213,140 @@ class AdaptedLayer(LoRALayer, nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """W ← g ⊙ (W + s·ΔW). Nothing to do when merged already."""
+        if self.disabled_by:
+            self._merge_later = True
+            return
         if self.merged:
             return
         if self.has_update:
+            self.refit()
             base = self.weight
             merged = nn.Parameter(self.adapted_weight(), requires_grad=base.requires_grad)
-            # Past nn.Module's __setattr__: the base weight must not appear among the parameters a second time.
-            object.__setattr__(self, "_base_weight", base)
+            # Past nn.Module's __setattr__: the weights must not appear among the parameters a second time.
+            self.__dict__ |= {"_base_weight": base, "_merged_weight": merged, "_merged_mark": fingerprint(merged)}
             self._put_weight(merged)
         self.merged = True
 
     def unmerge(self) -> None:
         """The weight as it was before `merge`, the same object, bit for bit."""
+        if self.disabled_by:
+            self._merge_later = False
+            return
         if self._base_weight is not None:
             if self.has_update:  # a program that deleted lora_A while merged means to keep the merged weight
+                base = self._base_weight
+                if self._is_written:
+                    kept, magnitude = self._without_update()
+                    if self.weight is not self._merged_weight:  # the program's own from now on
+                        base = self.weight
+                    base.data = kept
+                    if magnitude is not None:
+                        self.lora_magnitude.data = magnitude
                 if not self.weight.requires_grad:  # frozen meanwhile
-                    self._base_weight.requires_grad = False
-                self._put_weight(self._base_weight)
-            object.__delattr__(self, "_base_weight")
+                    base.requires_grad = False
+                self._put_weight(base)
+            for name in ("_base_weight", "_merged_weight", "_merged_mark"):
+                self.__dict__.pop(name, None)
         self.merged = False
+
+    @property
+    def _is_written(self) -> bool:
+        """Whether the weight is no longer what `merge` put in its place: written on, assigned, resized."""
+        if self._merged_mark is None or self.weight is self._base_weight:
+            return False
+        mark = fingerprint(self.weight)
+        return mark is None or bool(mark != self._merged_mark)
+
+    @torch.no_grad()
+    def _without_update(self) -> tuple[Tensor, Tensor | None]:
+        """The base weight that what was written on the merged one stands for, and DoRA's magnitude to it.
+
+        W ← W' − s·ΔW where W' was written, which loses nothing but the last digits; the old bits elsewhere. With DoRA
+        the magnitude of a row that was written is its norm, so that the adapted row is what was written.
+        """
+        written, base = self.weight, self._base_weight
+        assert base is not None
+        same = torch.zeros_like(written, dtype=torch.bool)
+        rows = min(len(base), len(written)) if written.shape[1:] == base.shape[1:] else 0
+        if rows:
+            self._put_weight(base)
+            same[:rows] = self.adapted_weight()[:rows] == written[:rows]
+            self._put_weight(written)
+        self.refit()
+        magnitude = None
+        if "lora_magnitude" in self._parameters:
+            whole = self.matrix(same).all(1)
+            same = self.from_matrix(whole[:, None].expand(self.matrix(same).shape))
+            norms = torch.linalg.vector_norm(self.matrix(precise(written)), dim=1).to(self.lora_magnitude.dtype)
+            magnitude = torch.where(whole, self.lora_magnitude, norms)
+        matrix = self.matrix(precise(written)) - self.scaling * self._dense()
+        kept = self.from_matrix(matrix).to(written.dtype, memory_format=torch.contiguous_format)
+        if rows:
+            kept[:rows] = torch.where(same[:rows], base[:rows].to(kept), kept[:rows])
+        return kept, magnitude
+
+    # --- a weight that was resized --------------------------------------------------------------------------------
+
+    def resized(self, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
+        """Which dimension of which tensors of the update follows a weight that is now (outputs, inputs): name →
+        (dimension, size). Raises ValueError where none does.
+        """
+        A, B = (tuple(factor.shape) for factor in self._factor_matrices())
+        raise ValueError(
+            f"the weight of {type(self).__name__} is now ({outputs}, {inputs}) as a matrix, and its update is for "
+            f"({B[-2]}, {A[-1]}): it cannot follow. Call lorakit.detach before the shape changes, and attach after."
+        )
+
+    def fits(self) -> bool:
+        """Whether the update has the weight's shape."""
+        A, B = self._factor_matrices()
+        return self.as_product(self.weight).shape[-2:] == (B.shape[-2], A.shape[-1])
+
+    @torch.no_grad()
+    def refit(self) -> None:
+        """Let the update follow a weight that got more rows or fewer (a resized vocabulary).
+
+        New rows get zeros beside what is there, so they begin without an update. The parameters stay the same objects,
+        and become trainable: transformers' `resize_token_embeddings` freezes the whole module like its weight. Raises
+        ValueError where the shape has changed in another way. Does nothing where it fits.
+        """
+        if self.fits():
+            return
+        outputs, inputs = self.as_product(self.weight).shape[-2:]
+        for name, (dim, size) in self.resized(outputs, inputs).items():
+            tensor = getattr(self, name)
+            added = list(tensor.shape)
+            added[dim] = max(size - added[dim], 0)
+            tensor.grad = None
+            tensor.data = torch.cat((tensor.narrow(dim, 0, min(size, tensor.shape[dim])), tensor.new_zeros(added)), dim)
+            if name == "lora_magnitude":
+                fresh = self.matrix(precise(self.weight))[size - added[0] :]
+                tensor[size - added[0] :] = torch.linalg.vector_norm(fresh, dim=1).to(tensor.dtype)
+        for name, parameter in self._parameters.items():
+            if name.startswith("lora_") and parameter is not None:
+                parameter.requires_grad_()
 
     def _put_weight(self, weight: Tensor) -> None:
         self.weight = weight
+
+    def disable(self) -> None:
+        """Take the update out of the forward pass, until `enable` was called as often."""
+        if not self.disabled_by:
+            was_merged = self.merged
+            self.unmerge()
+            self._merge_later = was_merged
+        self.disabled_by += 1
+
+    def enable(self) -> None:
+        """Take one `disable` back."""
+        if self.disabled_by > 1:
+            self.disabled_by -= 1
+            return
+        merges = self._merge_later
+        for name in ("disabled_by", "_merge_later"):
+            self.__dict__.pop(name, None)  # back to the class's own
+        if merges:
+            self.merge()
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
@@ -256,6 +374,10 @@ class AdaptedLayer(LoRALayer, nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._base_weight is not None and self.has_update:
             base = self._base_weight
+            if self._is_written:
+                base, magnitude = self._without_update()
+                if magnitude is not None:
+                    destination[f"{prefix}lora_magnitude"] = magnitude
             destination[self._weight_key(prefix)] = base if keep_vars else base.detach()
 
     def _weight_key(self, prefix: str) -> str:
@@ -282,7 +404,8 @@ class unmerged:
         self.layer, self.was_merged = layer, layer.merged
 
     def __enter__(self) -> None:
-        self.layer.unmerge()
+        if self.was_merged:
+            self.layer.unmerge()
 
     def __exit__(self, *error: object) -> None:
         if self.was_merged:
@@ -292,7 +415,7 @@ class unmerged:
 class _MergedGuard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, A: Tensor) -> Tensor:
-        return y.view_as(y)
+        return reshaped(y, y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -5,39 +5,34 @@ dtype, with `lora_A` and `lora_B` beside the weight. There is no wrapper model a
 model before (Trainer, generate, FSDP, torch.compile, state_dict) takes it after. `detach` gives back the model that
 `attach` was given.
 
-What was changed is noted on each module (`_Undo`), so all of this works on a part of a model, on copies, and after
+What was changed is noted on each module (`undo.py`), so all of this works on a part of a model, on copies, and after
 pickling.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .adapted import AdaptedLayer, LoRALayer
 from .functional import Blocks
 from .init import INITS, RANDOM_INITS, Init
 from .layers import Linear, MergedLinear, blocks_of
 from .masks import QuickDropout
+from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .report import Report, Row
 from .targets import Filter, Selection, Target, closest, is_transposed, layer_class, matching, pattern_values, select
 from .trainable import Bias, bias_names
+from .undo import change_class, note, own_tensor, refuse_replaced, remember, restore, unchanged_on_error, undo_of
 
-
-@dataclass
-class _Undo:
-    """What `attach` changed on one module."""
-
-    original_class: type[nn.Module] | None = None
-    attributes: frozenset[str] = frozenset()  # names in the module's __dict__ before
-    requires_grad: dict[str, bool] = field(default_factory=dict)  # of the module's own parameters, before
-    trained: dict[str, Tensor] = field(default_factory=dict)  # own parameters trained whole: their values before
-    whole: bool = False  # the module was named in also_train
+# Threads that enter and leave `disabled` take turns: a model is switched once, by the first of them and by the last.
+_switching = threading.RLock()
 
 
 def attach(
@@ -78,6 +73,7 @@ def attach(
     Returns a Report; print it. Raises ValueError, before anything is changed, when a pattern matches nothing or a
     target cannot be adapted. Neither the mode (train/eval) nor any existing tensor is changed.
     """
+    model = unwrapped(model)
     _check(rank, alpha, dropout, init)
     selection = select(model, targets)
     names = list(selection.targets)
@@ -112,14 +108,16 @@ def attach(
     whole = _modules_trained_whole(model, also_train, selection)
     bias_names(model, bias)  # refuses an unknown word before anything changes
 
-    for name, target in selection.targets.items():
-        own_rank, own_alpha = settings[name]
-        layer = adopt(target, dropout, blocks.get(name, ()))
-        layer.create_update(
-            own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(layer.weight)
-        )
-    trained = choose_trainable(model, whole, bias, freeze=freeze)
-    return _report(model, selection, trained)
+    with unchanged_on_error(model):
+        for name, target in selection.targets.items():
+            own_rank, own_alpha = settings[name]
+            layer = adopt(target, dropout, blocks.get(name, ()))
+            layer.create_update(
+                own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(layer.weight)
+            )
+        trained = choose_trainable(model, whole, bias, freeze=freeze)
+        remember(model, adapted_layers(model))
+        return _report(model, selection, trained)
 
 
 def adopt(target: Target, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
@@ -128,16 +126,13 @@ def adopt(target: Target, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
     Returns the adapted layer, which has no update yet. blocks: (size, rank) of each block of a fused output.
     """
     module = target.module
-    undo = _undo(module)
-    if undo.original_class is None:
-        undo.original_class = type(module)
-        undo.attributes = frozenset(module.__dict__)
     if target.parameter:
+        change_class(module, type(module))  # `adapt_parameter` makes a class of it and of what is adapted
         return adapt_parameter(module, target.parameter)
     cls = MergedLinear if blocks else layer_class(module)
     assert cls is not None, "select() lets only adaptable modules through"
     transposed = is_transposed(module)
-    module.__class__ = cls
+    change_class(module, cls)
     assert isinstance(module, AdaptedLayer)
     LoRALayer.__init__(module, 0, 0.0, dropout, merge_weights=False)
     if dropout > 0:
@@ -161,23 +156,23 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
     Returns the names of the parameters trained beside the factors.
     """
     for name in whole:
-        _undo(model.get_submodule(name)).whole = True
+        undo_of(model.get_submodule(name)).whole = True
     selected = bias_names(model, bias)
     for name in whole:
         prefix = f"{name}."
-        selected |= {key for key, _ in model.named_parameters(remove_duplicate=False) if key.startswith(prefix)}
+        selected |= {key for key, _ in named_parameters(model, remove_duplicate=False) if key.startswith(prefix)}
     selected = {name for name in selected if not name.rpartition(".")[2].startswith("lora_")}
     # By identity: a tied weight has two names, and training it under one of them trains it.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(named_parameters(model, remove_duplicate=False))
     chosen = {id(parameters[name]) for name in selected}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         for local, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{local}" if prefix else local
             if local.startswith("lora_"):
                 continue
             train = id(parameter) in chosen
             if train or (freeze and parameter.requires_grad):
-                undo = _undo(module)
+                undo = undo_of(module)
                 undo.requires_grad.setdefault(local, parameter.requires_grad)
                 parameter.requires_grad = train
                 if name in selected:
@@ -185,27 +180,38 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
     return tuple(sorted(selected))
 
 
+def keep_values(model: nn.Module, names: Iterable[str]) -> None:
+    """Note the values of these tensors, which an adapter is about to set, trained or not: they are a part of it."""
+    for name in names:
+        owner, _, local = name.rpartition(".")
+        module = model.get_submodule(owner)
+        undo_of(module).trained.setdefault(local, own_tensor(module, local).detach().clone())
+
+
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The layers and parameters with an update, by name; a shared one once."""
     return {
         module.public_name(name) if isinstance(module, AdaptedParameter) else name: module
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, AdaptedLayer) and module.has_update
     }
 
 
-def trained_whole(model: nn.Module) -> tuple[dict[str, nn.Parameter], tuple[str, ...]]:
-    """Parameters that `attach` set to be trained beside the factors, and the modules named in `also_train`."""
-    parameters, modules = {}, []
-    for prefix, module in model.named_modules():
-        undo = module.__dict__.get("_lorakit_undo")
+def trained_whole(model: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors that `attach` set to be trained beside the factors, and the modules named in `also_train`.
+
+    Their trained values, also inside `disabled`.
+    """
+    tensors: dict[str, Tensor] = {}
+    modules = []
+    for prefix, module in named_modules(model):
+        undo = note(module)
         if undo is None:
             continue
-        for local in undo.trained:
-            parameters[f"{prefix}.{local}" if prefix else local] = module.get_parameter(local)
+        tensors |= {f"{prefix}.{local}" if prefix else local: value for local, value in undo.values(module).items()}
         if undo.whole:
             modules.append(prefix)
-    return parameters, tuple(modules)
+    return tensors, tuple(modules)
 
 
 def detach(model: nn.Module) -> None:
@@ -215,13 +221,12 @@ def detach(model: nn.Module) -> None:
     """
     stays_merged = any(layer.merged for layer in adapted_layers(model).values())
     for module in model.modules():
-        undo = module.__dict__.get("_lorakit_undo")
-        if undo is not None:
-            _restore(module, undo, keep_trained=stays_merged)
+        restore(module, keep_trained=stays_merged)
 
 
 def merge(model: nn.Module) -> None:
     """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit."""
+    refuse_replaced(model)
     for layer in _layers_or_error(model).values():
         layer.merge()
 
@@ -234,21 +239,32 @@ def unmerge(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, `model` is the base model: no update, and the values that heads and biases had before training."""
-    layers = list(adapted_layers(model).values())
-    merged = [layer for layer in layers if layer.merged]
-    for layer in layers:
-        layer.unmerge()
-        layer.lora_enabled = False
-    _swap_trained(model)
+    """Inside, `model` is the base model: no update, and the values that heads and biases had before training.
+
+    It may be entered again inside, for a part of the model too, from threads and from generators: as long as anyone is
+    inside, the model is the base model for everyone. What `merge`, `eval()` or `train()` ask of the layers inside
+    happens when the last one leaves.
+    """
+    with _switching:
+        layers = list(adapted_layers(model).values())
+        notes = [(module, undo) for module in model.modules() if (undo := note(module))]
+        for layer in layers:
+            layer.disable()
+        for module, undo in notes:
+            undo.swapped += 1
+            if undo.swapped == 1:
+                undo.swap(module)
     try:
         yield model
     finally:
-        _swap_trained(model)
-        for layer in layers:
-            del layer.lora_enabled  # back to the class's True
-        for layer in merged:
-            layer.merge()
+        with _switching:
+            for module, undo in notes:
+                undo.swapped -= 1
+                if undo.swapped == 0 and note(module) is undo:  # not detached meanwhile
+                    undo.swap(module)
+            for layer in layers:
+                if isinstance(layer, AdaptedLayer) and layer.has_update:
+                    layer.enable()
 
 
 def _check(rank: int, alpha: float | None, dropout: float, init: str) -> None:
@@ -291,7 +307,7 @@ def _blocks(name: str, target: Target, rank: int | Sequence[int], sizes: Sequenc
 
 def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selection: Selection) -> list[str]:
     patterns = [also_train] if isinstance(also_train, str) else list(also_train)
-    names = [name for name, _ in model.named_modules() if name]
+    names = list(dict.fromkeys(name for name, _ in named_modules(model) if name))
     chosen: list[str] = []
     for pattern in patterns:
         hits = matching(pattern, names)
@@ -305,44 +321,6 @@ def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selectio
                 )
         chosen += hits
     return chosen
-
-
-def _undo(module: nn.Module) -> _Undo:
-    undo = module.__dict__.get("_lorakit_undo")
-    if undo is None:
-        undo = module.__dict__["_lorakit_undo"] = _Undo()
-    return undo
-
-
-def _restore(module: nn.Module, undo: _Undo, keep_trained: bool) -> None:
-    with torch.no_grad():
-        for local, value in undo.trained.items():
-            if not keep_trained:
-                module.get_parameter(local).copy_(value)
-    del module.__dict__["_lorakit_undo"]
-    if undo.original_class is not None:
-        module.__class__ = undo.original_class
-        for registry in (module._parameters, module._buffers, module._modules):
-            for name in [name for name in registry if name.startswith("lora_")]:
-                del registry[name]
-        for name in [name for name in module.__dict__ if name not in undo.attributes]:
-            del module.__dict__[name]
-    for local, flag in undo.requires_grad.items():
-        module.get_parameter(local).requires_grad = flag
-
-
-def _swap_trained(model: nn.Module) -> None:
-    """Exchange the values of parameters trained whole with those they had before."""
-    for module in model.modules():
-        undo: _Undo | None = module.__dict__.get("_lorakit_undo")
-        if undo is None:
-            continue
-        for local in undo.trained:
-            parameter = module.get_parameter(local)
-            before = undo.trained[local].to(parameter)
-            undo.trained[local] = parameter.detach().clone()
-            with torch.no_grad():
-                parameter.copy_(before)
 
 
 def _layers_or_error(model: nn.Module) -> dict[str, AdaptedLayer]:
@@ -360,6 +338,7 @@ def _report(model: nn.Module, selection: Selection, trained: tuple[str, ...]) ->
         outputs, inputs = layer.matrix(layer.weight).shape[-2:]
         count = sum(p.numel() for local, p in layer.named_parameters(recurse=False) if local.startswith("lora_"))
         rows.append(Row(name, type(layer).__name__, (inputs, outputs), layer.r, count))
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    sized = [p for p in model.parameters() if not is_lazy(p)]
+    trainable = sum(p.numel() for p in sized if p.requires_grad)
+    total = sum(p.numel() for p in sized)
     return Report(tuple(rows), trained, selection.skipped, trainable, total)

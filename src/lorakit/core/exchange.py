@@ -8,17 +8,20 @@ nothing is the worst outcome (problem 3).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer
 from .adapter import Adapter, Kind, Layout, Update
-from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, trained_whole
+from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, trained_whole
 from .layers import ConvLoRA, Embedding, Linear, MergedLinear, block_shapes
+from .names import named_modules, unwrapped
 from .parameters import AdaptedParameter, parameter_factor_shapes
-from .targets import Target, candidates, closest, is_transposed, layer_class, matching, matrices, refusal
-from .trainable import bias_names
+from .targets import Target, candidates, closest, is_transposed, layer_class, matching, refusal
+from .trainable import bias_names, tensors_by_name
+from .undo import refuse_replaced, remember, unchanged_on_error
 
 
 def extract(model: nn.Module) -> Adapter:
@@ -26,15 +29,18 @@ def extract(model: nn.Module) -> Adapter:
 
     The same whether the model is merged or not. Raises ValueError when the model has no adapted layer.
     """
+    model = unwrapped(model)
+    refuse_replaced(model)
     layers = adapted_layers(model)
     parameters, whole = trained_whole(model)
     if not layers and not parameters:
         raise ValueError(f"{type(model).__name__} has no adapter to extract: call lorakit.attach first.")
-    frozen_bias = {name for name in parameters if not any(name.startswith(f"{module}.") for module in whole)}
+    own = {name for name in parameters if any(name.startswith(f"{module}.") for module in whole)}
+    frozen_bias = bias_names(model, "all") & parameters.keys() - own
     adapted_bias = bias_names(model, "lora_only")
     config = getattr(model, "config", None)
     return Adapter(
-        updates={name: _update_of(layer) for name, layer in layers.items()},
+        updates={name: _update_of(layers[name]) for name in _in_the_models_order(model, layers)},
         trained={name: _copy(parameter) for name, parameter in parameters.items()},
         also_train=whole,
         bias="none" if not frozen_bias else "lora_only" if frozen_bias <= adapted_bias else "all",
@@ -52,6 +58,7 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     Like `attach`, it freezes everything else and changes neither mode nor base weights. With force, what does not fit
     is left out instead of refused. Raises ValueError listing every misfit, before anything is changed.
     """
+    model = unwrapped(model)
     layers, targets = adapted_layers(model), candidates(model)
     problems = _misfits(model, adapter, layers, targets)
     if problems and not force:
@@ -61,20 +68,24 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     if set(adapter.updates) | set(adapter.trained) <= set(problems):
         raise ValueError(f"nothing in the adapter fits {type(model).__name__}: its modules have other names or shapes.")
 
-    for name, update in adapter.updates.items():
-        if name not in problems:
-            _insert_update(layers.get(name), targets[name], update, adapter.dropout)
     trained = {name: value for name, value in adapter.trained.items() if name not in problems}
     whole = [name for name in adapter.also_train if any(key.startswith(f"{name}.") for key in trained)]
-    choose_trainable(model, whole, adapter.bias, freeze=True)
-    for name, value in trained.items():
-        model.get_parameter(name).copy_(value)
+    own = tensors_by_name(model)
+    with unchanged_on_error(model, [own[name] for name in trained]):
+        for name, update in adapter.updates.items():
+            if name not in problems:
+                _insert_update(layers.get(name), targets[name], update, adapter.dropout)
+        choose_trainable(model, whole, adapter.bias, freeze=True)
+        keep_values(model, trained)
+        remember(model, adapted_layers(model))
+        for name, value in trained.items():
+            own[name].copy_(value)
 
 
 def layouts(model: nn.Module) -> dict[str, Layout]:
     """How each layer of `model` that is, or could be, adapted lays out its factors: what a loralib file leaves out."""
     found: dict[str, Layout] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, AdaptedParameter):
             continue  # loralib has none
         if isinstance(module, AdaptedLayer) and module.has_update:
@@ -88,12 +99,14 @@ def layouts(model: nn.Module) -> dict[str, Layout]:
     return found
 
 
-def owned_matrices(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The matrices that each module owns and that are no layer's: what a PEFT folder tells by their order alone."""
-    return {name: own for name, module in model.named_modules() if (own := matrices(module))}
+def _in_the_models_order(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Parameters in the order in which their module has them, and not in which they were adapted."""
+    order = {name: place for place, name in enumerate(candidates(model))}
+    return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
 def _update_of(layer: AdaptedLayer) -> Update:
+    layer.refit()
     A, B = layer.factors() if not isinstance(layer, MergedLinear) else (layer.lora_A, layer.lora_B)
     if "lora_A0" in layer._buffers:
         # "pissa" and "olora" count double: [A; A₀], [B, −B₀]. Alpha stays, so B makes up for the smaller scale.
@@ -148,7 +161,7 @@ def _misfits(
     model: nn.Module, adapter: Adapter, layers: dict[str, AdaptedLayer], targets: dict[str, Target]
 ) -> dict[str, str]:
     """Why each update or tensor has no place in `model`, by name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = tensors_by_name(model)
     problems: dict[str, str] = {}
     for name, update in adapter.updates.items():
         reason = _misfit(layers.get(name), targets.get(name), update)
@@ -163,9 +176,36 @@ def _misfits(
             problems[name] = f"{name}: the model has no such parameter"
         elif parameters[name].shape != value.shape:
             problems[name] = f"{name}: shape {tuple(value.shape)}, the model has {tuple(parameters[name].shape)}"
+    problems |= _torn(adapter.trained, {name: parameters[name] for name in parameters if name not in problems})
     for name in layers:
         if name not in adapter.updates:
             problems[name] = f"{name}: adapted in the model, missing in the adapter"
+    return problems
+
+
+def _torn(trained: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Values for one of several names of a tied parameter, which would change it under the others too."""
+    tied: dict[int, list[str]] = {}
+    for name, parameter in parameters.items():
+        tied.setdefault(id(parameter), []).append(name)
+    problems: dict[str, str] = {}
+    for names in tied.values():
+        given = [name for name in names if name in trained]
+        present = parameters[names[0]]
+        values = [trained.get(name, present) for name in names]
+        if (
+            not given
+            or len(names) == 1
+            or all(torch.equal(value.to(present), values[0].to(present)) for value in values)
+        ):
+            continue
+        module = given[-1].rpartition(".")[0]
+        others = ", ".join(name for name in names if name != given[-1])
+        problems[given[-1]] = (
+            f"{given[-1]}: has a value of its own in the adapter, and in the model it is tied to {others}. Untie it "
+            f"first: module = model.get_submodule({module!r}); module.weight = torch.nn.Parameter("
+            "module.weight.detach().clone()); model.config.tie_word_embeddings = False"
+        )
     return problems
 
 
@@ -217,7 +257,10 @@ def _plain_shapes(target: Target, update: Update) -> tuple[tuple[int, ...], ...]
 
 
 def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
-    """Name endings that select the adapted modules and no other module, as other readers expect them ("q_proj")."""
+    """Name endings that select the adapted modules and no other module, as other readers expect them ("q_proj").
+
+    A name that is the end of another's is selected by a glob that is that name alone: "[0]" is 0 and not 1.0.
+    """
     wanted = set(adapted)
     others = [name for name in candidates(model) if name not in wanted]
     selective: dict[str, bool] = {}
@@ -231,6 +274,8 @@ def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
             if selective[ending]:
                 chosen.add(ending)
                 break
+        else:
+            chosen.add(f"[{name[0]}]{name[1:]}")
     return tuple(sorted(chosen))
 
 
@@ -254,4 +299,5 @@ def _dropout_of(layer: AdaptedLayer) -> float:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    # A tensor without data has nothing to copy; formats refuse it by name.
+    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)

@@ -17,6 +17,7 @@ chooses anything; `functional.py` does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -76,7 +77,7 @@ class LoRALinear(torch.autograd.Function):
         if gain is not None:
             u, gain_ = y, gain.to(x.dtype)
             y = u * gain_ if bias is None else torch.addcmul(bias.to(x.dtype), u, gain_)
-        return y.view(*x.shape[:-1], y.shape[-1]), S, u, mask
+        return reshaped(y, (*x.shape[:-1], y.shape[-1])), S, u, mask
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -120,6 +121,16 @@ class LoRALinear(torch.autograd.Function):
             return dx, dW, db, dA, dB, dg, None, None, None
 
 
+def reshaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor that nobody else holds, in another shape, and no view of it.
+
+    What a layer returns may be written on (`relu_`, `y += residual`). Autograd forbids that for a view that was made
+    inside a Function or under `no_grad`. torch's own F.linear gives its rows their shape in this way too.
+    """
+    result: Tensor = torch.ops.aten._unsafe_view.default(fresh, shape)
+    return result
+
+
 def _sum(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """W + s·B A, a convolution's read as matrices and laid out as its kernel."""
     return torch.addmm(weight.flatten(1), B.flatten(1), A.flatten(1), alpha=scale).view(weight.shape)
@@ -152,7 +163,7 @@ class LoRAEmbedding(torch.autograd.Function):
         rows = base.reshape(-1, base.shape[-1])
         S = A.index_select(1, tokens.reshape(-1)).to(base.dtype)
         with without_autocast(base):
-            return torch.addmm(rows, S.T, B.to(base.dtype).T, alpha=scale).view(base.shape)
+            return reshaped(torch.addmm(rows, S.T, B.to(base.dtype).T, alpha=scale), base.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -288,7 +299,7 @@ def _add_pointwise(y: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
     """y + conv₁(x, kernel)"""
     if not x.is_contiguous():
         return y + _pointwise(x, kernel)
-    return torch.baddbmm(y.flatten(2), _for_each(x, kernel), x.flatten(2)).view(y.shape)
+    return reshaped(torch.baddbmm(y.flatten(2), _for_each(x, kernel), x.flatten(2)), y.shape)
 
 
 def _for_each(x: Tensor, kernel: Tensor) -> Tensor:

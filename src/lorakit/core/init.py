@@ -43,15 +43,22 @@ def random_factors(A: Tensor, B: Tensor, init: Init, *, embedding: bool = False)
 
 
 @torch.no_grad()
-def factors_of_weight(matrix: Tensor, rank: int, scale: float, init: Init) -> tuple[Tensor, Tensor]:
+def factors_of_weight(
+    matrix: Tensor, rank: int, scale: float, init: Init, *, exact: bool = False
+) -> tuple[Tensor, Tensor]:
     """A₀ (rank, in), B₀ (out, rank) taken from the weight itself, for "pissa" and "olora".
 
-    matrix (out, in), any strides. Computed in float32 at least. pissa: s·B₀A₀ is W's best approximation of that rank.
+    matrix (out, in), any strides. Computed in float32 at least. pissa: s·B₀A₀ is W's best approximation of that rank;
+    exact: by the whole SVD, which takes longer and draws no random numbers.
     """
     matrix = precise(matrix)
     if init == "olora":
         Q, R = torch.linalg.qr(matrix)
         return R[:rank].contiguous(), Q[:, :rank].contiguous()
+    if exact:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        root = (S[:rank] / scale).sqrt()
+        return root[:, None] * Vh[:rank], U[:, :rank] * root
     # Randomised SVD (Halko et al. 2011): a few more directions than asked for, sharpened by power iterations.
     directions = min(rank + 16, *matrix.shape)
     U, S, V = torch.svd_lowrank(matrix, q=directions, niter=16)

@@ -80,7 +80,17 @@ class Linear(AdaptedLayer, nn.Linear):
         if not self.active:
             return self.guard(F.linear(x, weight, self.bias))
         A, B = self.factors()
+        if weight.shape != (B.shape[0], A.shape[1]):
+            self.refit()
+            A, B = self.factors()
         return lora_linear(x, weight, self.bias, A, B, self.scaling, self.acting_dropout, self.gain())
+
+    def resized(self, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
+        if inputs != self.lora_A.shape[1]:
+            return super().resized(outputs, inputs)
+        self.out_features = outputs
+        names = ("lora_B", "lora_B0", "lora_magnitude")
+        return {name: (0, outputs) for name in names if name in self._parameters or name in self._buffers}
 
 
 class MergedLinear(Linear):
@@ -143,6 +153,9 @@ class MergedLinear(Linear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_A, block_diagonal(self.lora_B, self.blocks)
+
+    def resized(self, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
+        return AdaptedLayer.resized(self, outputs, inputs)  # whose block would the new rows be?
 
     def zero_pad(self, x: Tensor) -> Tensor:
         """Rows of the enabled blocks put in their places among zeros, (out, …)."""
@@ -241,10 +254,21 @@ class Embedding(AdaptedLayer, nn.Embedding):
     def from_matrix(self, matrix: Tensor) -> Tensor:
         return matrix.T
 
+    def resized(self, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
+        # DoRA's norms run over all rows, those that were cut too.
+        if outputs != len(self.lora_B) or "lora_magnitude" in self._parameters:
+            return super().resized(outputs, inputs)
+        self.num_embeddings = inputs
+        return {
+            name: (1, inputs) for name in ("lora_A", "lora_A0") if name in self._parameters or name in self._buffers
+        }
+
     def forward(self, tokens: Tensor) -> Tensor:
         base = nn.Embedding.forward(self, tokens)
         if not self.active:
             return self.guard(base)
+        if self.weight.shape != (self.lora_A.shape[1], self.lora_B.shape[0]):
+            self.refit()
         A, B = self.factors()
         y = lora_embedding(
             tokens,
@@ -336,6 +360,7 @@ class ConvLoRA(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return self.guard(self._conv_forward(x, self.weight, self.bias))
+        self.refit()  # which refuses a weight of another shape
         gain = self.gain()
         if gain is None:
             return self._adapted_forward(x, self.bias)

@@ -63,9 +63,10 @@ class AdaptedParameter(AdaptedLayer):
         return self.owner._parameters.get(f"{stem}bias" if weight else f"{self.parameter}_bias")
 
     def public_name(self, name: str) -> str:
-        """The parameter's name for a user, from this module's: `linear1` for the weight of linear1."""
+        """The parameter's name for a user, from this module's: `linear1` for the weight of the layer linear1."""
         owner = name.rpartition(".")[0]
-        return owner if self.parameter == "weight" else f"{owner}.{self.parameter}".removeprefix(".")
+        of_a_layer = isinstance(self.owner, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
+        return owner if of_a_layer else f"{owner}.{self.parameter}".removeprefix(".")
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return parameter_factor_shapes(self.owner, self.weight, rank)

@@ -28,12 +28,8 @@ _WORDS = {dict: "an object {…}", list: "a list […]", str: "text", bool: "tru
 
 def text_of(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte-order mark."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise said(error, path) from None
-    if data.startswith(_POINTER):
-        raise ValueError(f"{path} is a pointer of git-lfs, not the file itself. Fetch it: git lfs pull")
+    refuse_pointer(path)
+    data = path.read_bytes()
     for mark, name in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
             raise ValueError(f"{path}:1: the file is {name}; save it as UTF-8.")
@@ -44,6 +40,17 @@ def text_of(path: Path) -> str:
         start = error.start + (len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0)
         line = data[:start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 (byte {start}); save the file as UTF-8.") from None
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError for what a clone without git-lfs has in place of a large file, OSError for no readable file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError as error:
+        raise said(error, path) from None
+    if start == _POINTER:
+        raise ValueError(f"{path} is a pointer of git-lfs, not the file itself. Fetch it: git lfs pull")
 
 
 def json_of(path: Path, kind: type[Kind]) -> Kind:

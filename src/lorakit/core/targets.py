@@ -23,6 +23,7 @@ from torch import nn
 
 from .adapted import AdaptedLayer
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
+from .names import named_modules
 from .parameters import adapted_parameters
 
 ALL_LINEAR = "all-linear"
@@ -77,7 +78,7 @@ def candidates(model: nn.Module) -> dict[str, Target]:
     """Every name that a target can match: those of modules, and those of matrices that are no layer's."""
     found: dict[str, Target] = {}
     read: set[int] = set()  # layers whose weight is read by their parent
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False):
         if isinstance(module, _READING_PARENTS):
             read |= {id(child) for child in module.children() if isinstance(child, nn.Linear)}
         if name:
@@ -121,7 +122,7 @@ def select(model: nn.Module, targets: str | Iterable[str] | Filter) -> Selection
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """The names that a glob over whole names, or the end of a name, selects."""
-    if _is_glob(pattern):
+    if is_glob(pattern):
         return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
     return [name for name in names if name == pattern or name.endswith("." + pattern)]
 
@@ -196,7 +197,7 @@ def _weight_refusal(weight: Any) -> str | None:
 
 def _by_filter(model: nn.Module, named: dict[str, Target], wanted: Filter) -> Selection:
     selection = Selection()
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if name and wanted(module, name):
             _take(named, name, selection)
     if not selection.targets:
@@ -208,7 +209,7 @@ def _by_pattern(
     model: nn.Module, named: dict[str, Target], pattern: str, patterns: list[str], selection: Selection
 ) -> None:
     hits = matching(pattern, named)
-    if _is_glob(pattern):
+    if is_glob(pattern):
         # A glob such as "*.attn*" may run over containers, norms and position tables; what it must not do is pass over
         # a layer.
         hits = [name for name in hits if _is_layer(named[name])]
@@ -284,5 +285,6 @@ def _without_duplicates(targets: dict[str, Target]) -> dict[str, Target]:
     return {name: targets[name] for name in names.values()}
 
 
-def _is_glob(pattern: str) -> bool:
+def is_glob(pattern: str) -> bool:
+    """Whether a target is a glob over whole names rather than the end of a name."""
     return re.search(r"[*?\[]", pattern) is not None

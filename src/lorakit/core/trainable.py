@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from .adapted import LoRALayer
+from .names import named_modules, named_parameters, plain, unwrapped
 
 Bias = Literal["none", "lora_only", "all"]
 BIASES: tuple[str, ...] = get_args(Bias)
@@ -20,12 +21,12 @@ BIASES: tuple[str, ...] = get_args(Bias)
 
 def lora_names(model: nn.Module) -> set[str]:
     """Full names of the adapter's parameters and buffers: `lora_A`, `lora_B`, `lora_magnitude`, …"""
-    names = {name for name, _ in _named_tensors(model) if name.rpartition(".")[2].startswith("lora_")}
-    for prefix, module in model.named_modules():
+    names = {plain(name) for name, _ in _named_tensors(unwrapped(model)) if name.rpartition(".")[2].startswith("lora_")}
+    for prefix, module in named_modules(model):
         for child, inner in module.named_children():
             if isinstance(module, LoRALayer) and child.startswith("lora_"):
-                names |= {_join(prefix, f"{child}.{name}") for name, _ in _named_tensors(inner)}
-    return names & set(model.state_dict().keys())
+                names |= {_join(prefix, plain(f"{child}.{name}")) for name, _ in _named_tensors(inner)}
+    return names & _state(model).keys()
 
 
 def bias_names(model: nn.Module, bias: Bias) -> set[str]:
@@ -35,29 +36,43 @@ def bias_names(model: nn.Module, bias: Bias) -> set[str]:
     if bias == "none":
         return set()
     if bias == "all":
-        return {name for name, _ in model.named_parameters() if _is_bias(name.rpartition(".")[2])}
+        return {name for name, _ in named_parameters(model) if _is_bias(name.rpartition(".")[2])}
     layers = (module for module in model.modules() if isinstance(module, LoRALayer))
     # By identity: the bias beside an adapted parameter is its owner's.
     own = {id(beside) for layer in layers if isinstance(beside := getattr(layer, "bias", None), nn.Parameter)}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in own}
+    return {name for name, parameter in named_parameters(model) if id(parameter) in own}
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
     """Freeze every parameter but the adapter's, and the biases that `bias` selects ("none", "lora_only", "all")."""
     trainable = lora_names(model) | bias_names(model, bias)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model):
         parameter.requires_grad = name in trainable
 
 
 def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
-    """The adapter's part of `model.state_dict()`, with the biases that `bias` selects. The same merged or not."""
+    """The adapter's part of `model.state_dict()`, with the biases that `bias` selects. The same merged or not.
+
+    The names are those of the plain model, whether it is wrapped (`torch.compile`, checkpointing) or not.
+    """
     wanted = lora_names(model) | bias_names(model, bias)
-    return {name: tensor for name, tensor in model.state_dict().items() if name in wanted}
+    return {name: tensor for name, tensor in _state(model).items() if name in wanted}
 
 
 def _is_bias(name: str) -> bool:
     # in_proj_bias of attention, bias_ih_l0 of recurrent layers
     return name == "bias" or name.startswith("bias_") or name.endswith("_bias")
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that a state dict holds, by each of their names."""
+    model = unwrapped(model)
+    persistent = model.state_dict(keep_vars=True).keys()
+    return {plain(name): tensor for name, tensor in _named_tensors(model) if name in persistent}
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {plain(name): tensor for name, tensor in unwrapped(model).state_dict().items()}
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -12,8 +12,11 @@ from typing import Literal
 from torch import nn
 
 from ..core.adapter import Adapter
-from ..core.exchange import extract, insert, layouts, owned_matrices
+from ..core.exchange import extract, insert, layouts
+from ..core.host import Host
 from . import loralib, peft
+from .foreign import refuse
+from .renamed import translated
 
 Format = Literal["peft", "loralib"]
 _LORALIB_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -48,12 +51,26 @@ def load(
     if (format or _format_of(path)) == "loralib":
         adapter = loralib.read(path, alpha, layouts(model))
     else:
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such adapter folder.")
-        adapter = peft.read(path.parent if path.name == peft.TENSORS else path, owned_matrices(model))
-    insert(model, adapter, force=force)
+        adapter = read_for(model, path)
+    try:
+        insert(model, adapter, force=force)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return adapter
 
 
+def read_for(model: nn.Module, path: str | Path) -> Adapter:
+    """The adapter in PEFT's folder at `path` (or whose tensors are the file `path`), by the names that `model` has."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such adapter folder.")
+    host = Host(model)
+    folder = path.parent if path.name in peft.FILES else path
+    if folder.is_file():
+        refuse(folder)
+    return translated(peft.read(folder, host), host)
+
+
 def _format_of(path: Path) -> Format:
-    return "loralib" if path.suffix in _LORALIB_SUFFIXES and not path.is_dir() else "peft"
+    of_loralib = path.suffix in _LORALIB_SUFFIXES and path.name not in peft.FILES and not path.is_dir()
+    return "loralib" if of_loralib else "peft"

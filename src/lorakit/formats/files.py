@@ -1,11 +1,25 @@
-"""Writing files that are complete or absent: to a temporary name beside the target, then renamed over it."""
+"""Files of adapters: written whole or not at all, and read with an error that names the file, whatever is wrong in it.
+
+A reader raises FileNotFoundError where there is no file and ValueError for all that may be in one: a file of another
+kind, cut short, a git-lfs pointer, bytes of any sort. Nothing in a file is run.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @contextlib.contextmanager
@@ -17,3 +31,118 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise ValueError if the file is a git-lfs pointer, which stands for a file that was not fetched."""
+    with path.open("rb") as file:
+        start = file.read(len(_POINTER))
+    if start == _POINTER:
+        raise ValueError(
+            f"{path} is a git-lfs pointer and not the file itself: the repository was cloned without git-lfs. "
+            f"Fetch it with `git lfs pull`, run in {path.parent}."
+        )
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file. Raises FileNotFoundError, or ValueError for an empty file and for a git-lfs pointer."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    refuse_pointer(path)
+    data = path.read_bytes()
+    if not data:
+        raise ValueError(f"{path} is empty.")
+    return data
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, read as UTF-8 with or without a byte-order mark. Raises ValueError naming the file."""
+    try:
+        value = json.loads(read_bytes(path).decode("utf-8-sig"), object_pairs_hook=_without_repetition)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): {error.reason}.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}.") from None
+    except RecursionError:
+        raise ValueError(f"{path}: the JSON in it is nested too deeply.") from None
+    except _Repeated as error:
+        raise ValueError(f"{path}: {error.args[0]!r} stands in it twice.") from None
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object {{…}}, found {_json_kind(value)}.")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file. Raises ValueError naming the file."""
+    data = read_bytes(path)
+    try:
+        # Not load_file, which leaves some bytes behind for each tensor (safetensors 0.8), and maps the file.
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error}).") from None
+    except KeyError as error:
+        raise ValueError(f"{path}: holds a tensor of type {error}, which this version of torch lacks.") from None
+
+
+def read_pickled(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file of `torch.save`, by name. A pickle that wants to run code is refused.
+
+    Raises ValueError naming the file, whatever the bytes are.
+    """
+    data = read_bytes(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # what unpickling raises depends on the bytes: KeyError, IndexError, RuntimeError, …
+        reason = (str(error).splitlines() or [""])[0]
+        kind = type(error).__name__
+        raise ValueError(f"{path} is not read: it is no file of plain tensors ({kind}: {reason})") from None
+    if isinstance(loaded, dict) and isinstance(loaded.get("model_state_dict"), dict):
+        loaded = loaded["model_state_dict"]
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected a dictionary of tensors, found {type(loaded).__name__}.")
+    for key, value in loaded.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path}: expected a dictionary of tensors by name, found {key!r}: {type(value).__name__}."
+            )
+    return dict(loaded)
+
+
+def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse what is no number that was learnt: a tensor that is empty, holds NaN, or is not of floating point.
+
+    where: begins the message ("<path>: "). Raises ValueError naming the tensor.
+    """
+    for key, tensor in tensors.items():
+        if tensor.is_sparse or tensor.is_quantized or tensor.device.type == "meta":
+            raise ValueError(f"{where}{key} is not a plain tensor of numbers ({tensor.layout}, {tensor.device}).")
+        if tensor.numel() == 0:
+            raise ValueError(f"{where}{key} is empty: a sharded model must be gathered before its adapter is saved.")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where}{key} is stored as {tensor.dtype}: an adapter's numbers are of floating point.")
+        # Types of 8 bits and fewer know no isfinite of their own.
+        if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
+            raise ValueError(f"{where}{key} holds NaN or infinite numbers.")
+
+
+class _Repeated(Exception):
+    """A key that stands twice in one JSON object."""
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Repeated(key)
+        found[key] = value
+    return found
+
+
+def _json_kind(value: Any) -> str:
+    return {list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(type(value), "a number")

@@ -3,23 +3,25 @@
     <module>.lora_A, <module>.lora_B, and biases as <module>.bias
 
 It holds no alpha, so reading asks for one, and no layer kind, so reading asks how the model's layers lay out their
-factors. Files are read with `weights_only=True`: a pickle that wants to run code is refused. microsoft/LoRA's training
-script wraps the tensors as {"model_state_dict": …}; both forms are read.
+factors. Other tensors beside them are modules that were trained whole. Files are read with `weights_only=True`: a
+pickle that wants to run code is refused. microsoft/LoRA's training script wraps the tensors as
+{"model_state_dict": …}; both forms are read.
 """
 
 from __future__ import annotations
 
 import math
-import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core import names
 from ..core.adapter import Adapter, Layout, Update
-from .files import replacing
+from ..core.trainable import Bias
+from .files import check_tensors, read_pickled, replacing
+from .foreign import format_of
 
 
 def write(adapter: Adapter, path: str | Path) -> None:
@@ -45,6 +47,7 @@ def write(adapter: Adapter, path: str | Path) -> None:
         B = update.B * math.sqrt(update.rank) if update.rslora else update.B
         tensors |= {f"{name}.lora_A": update.A, f"{name}.lora_B": B}
     tensors |= adapter.trained
+    check_tensors(tensors, f"{path} is not saved: ")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
@@ -57,21 +60,35 @@ def read(path: str | Path, alpha: float | None, layouts: Mapping[str, Layout]) -
         raise ValueError(
             f"{path} is a loralib file, which does not hold lora_alpha. Give the value used in training: alpha=16, say."
         )
-    tensors = _read_tensors(Path(path))
-    names = sorted({key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")})
+    if isinstance(alpha, bool) or not math.isfinite(alpha) or alpha == 0:
+        raise ValueError(f"alpha={alpha}: expected a number other than 0.")
+    tensors = _by_plain_names(read_pickled(Path(path)), path, layouts)
+    check_tensors(tensors, f"{path}: ")
     updates: dict[str, Update] = {}
-    for name in names:
+    for name in sorted({key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")}):
         if f"{name}.lora_B" not in tensors:
             raise ValueError(f"{path}: {name}.lora_A has no {name}.lora_B beside it.")
         A, B = tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B")
-        updates[name] = _update(A, B, alpha, layouts.get(name, Layout("linear")))
-    biases = {key: tensor for key, tensor in tensors.items() if key.endswith("bias")}
-    homeless = sorted(tensors.keys() - biases.keys())
+        layout = layouts.get(name, Layout("linear"))
+        if A.dim() != 2 or B.dim() != 2 or A.shape[0] < layout.kernel_last:
+            raise ValueError(
+                f"{path}: {name}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} are no pair of factors."
+            )
+        updates[name] = _update(A, B, alpha, layout)
+    homeless = sorted(key for key in tensors if not updates or _of_an_adapted_layer(key, updates))
     if homeless or not updates:
         listed = "\n".join(f"  {key}" for key in homeless[:20]) or "  (none)"
-        raise ValueError(f"{path}: expected <module>.lora_A, <module>.lora_B and biases; found beside them:\n{listed}")
-    own = all(key.removesuffix(".bias") in updates for key in biases)
-    return Adapter(updates, trained=biases, bias="none" if not biases else "lora_only" if own else "all")
+        theirs = format_of(tensors) if not updates else None
+        foreign = f"\nSuch keys are of {theirs}." if theirs else ""
+        raise ValueError(
+            f"{path}: expected <module>.lora_A, <module>.lora_B and biases; found beside them:\n{listed}{foreign}"
+        )
+    biases = {key for key in tensors if key.endswith("bias")}
+    whole = {key.rpartition(".")[0] for key in tensors.keys() - biases}
+    frozen = {key for key in biases if key.rpartition(".")[0] not in whole}
+    own = all(key.removesuffix(".bias") in updates for key in frozen)
+    bias: Bias = "none" if not frozen else "lora_only" if own else "all"
+    return Adapter(updates, trained=tensors, also_train=tuple(sorted(whole)), bias=bias)
 
 
 def _update(A: Tensor, B: Tensor, alpha: float, layout: Layout) -> Update:
@@ -79,16 +96,17 @@ def _update(A: Tensor, B: Tensor, alpha: float, layout: Layout) -> Update:
     return Update(layout.kind, A, B, rank, alpha, blocks=layout.blocks)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not read: it is no file of plain tensors ({reason})") from None
-    if isinstance(loaded, dict) and isinstance(loaded.get("model_state_dict"), dict):
-        loaded = loaded["model_state_dict"]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise ValueError(f"{path}: expected a dictionary of tensors, found {type(loaded).__name__}.")
-    return dict(loaded)
+def _of_an_adapted_layer(key: str, updates: Mapping[str, Update]) -> bool:
+    """Whether it is an adapted layer's frozen weight, or a part of an update that lorakit does not know."""
+    module, _, local = key.rpartition(".")
+    frozen = local != "bias" and (module in updates or module.removesuffix(".conv") in updates)
+    return frozen or local.startswith("lora_")
+
+
+def _by_plain_names(tensors: Mapping[str, Tensor], path: str | Path, layers: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors by the names of the plain model (`core/names.py`). layers: the names of the model's own."""
+    wrapper = "" if any(name.startswith("module.") for name in layers) else "module."
+    found = {names.plain(key).removeprefix(wrapper): tensor for key, tensor in tensors.items()}
+    if len(found) < len(tensors):
+        raise ValueError(f"{path}: two of its names are the same tensor of the model.")
+    return found

@@ -21,7 +21,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +30,28 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, Kind, Update
-from ..core.targets import matching
-from .files import replacing
-from .peft_names import Names, Place, places, plain, target_names, wrapped
+from ..core.host import Host
+from ..core.init import factors_of_weight
+from .files import check_tensors, read_pickled, read_safetensors, replacing
+from .peft_config import CONFIG as CONFIG
+from .peft_config import PeftConfig, first_match, read_config
+from .peft_experts import Layout, flattened, stacked
+from .peft_keys import PREFIX, Sorted, saved_whole, sort
+from .peft_names import Names, Place, places, target_names, wrapped
 
-CONFIG, TENSORS, LEGACY_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_PREFIX = "base_model.model."
-_SUFFIXES: dict[str, tuple[str, str]] = {  # end of the key → (Update field, kind; "" where the shape tells)
-    ".lora_A.weight": ("A", ""),
-    ".lora_B.weight": ("B", ""),
-    ".lora_embedding_A": ("A", "embedding"),
-    ".lora_embedding_B": ("B", "embedding"),
-    ".lora_magnitude_vector": ("magnitude", ""),
-    ".lora_magnitude_vector.weight": ("magnitude", ""),
-}
+TENSORS, LEGACY_TENSORS = "adapter_model.safetensors", "adapter_model.bin"
+FILES = (CONFIG, TENSORS, LEGACY_TENSORS)
 
 
 def write(adapter: Adapter, folder: str | Path) -> None:
     """Write the two files into `folder`, each complete or not at all.
 
     Raises ValueError for what the format cannot hold: loralib's convolutions (another rank), DoRA on some modules
-    only, an empty or non-finite tensor.
+    only, a tensor that is empty, not finite or of integers.
     """
     updates = {name: _as_peft(name, update) for name, update in adapter.updates.items()}
     where = places(adapter.updates)
-    tensors = _tensors(updates, where, adapter)
-    for key, tensor in tensors.items():
-        if tensor.numel() == 0:
-            raise ValueError(f"{key} is empty: a sharded model must be gathered before its adapter is saved.")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{key} holds NaN or infinite numbers; the adapter is not saved.")
+    tensors = _tensors(updates, where, adapter, folder)
     config = _config(updates, where, adapter)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,52 +61,32 @@ def write(adapter: Adapter, folder: str | Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read(folder: str | Path, parameters: Mapping[str, tuple[str, ...]] | None = None) -> Adapter:
-    """The adapter in `folder`. Raises FileNotFoundError, or ValueError naming every key that has no place.
+def read(folder: str | Path, host: Host | None = None) -> Adapter:
+    """The adapter in `folder`. Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
 
-    parameters: the names of the matrices that each module of the model owns (`core.exchange.owned_matrices`). Without
-    them an attention is named instead of its parameter, and experts' parameters come in the order of the configuration.
+    host: the model that it is read for. Without one, an attention is named instead of its parameter, experts'
+    parameters come in the order of the configuration, and what counts from a part of the base weight is refused.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    names = Names(config.get("target_parameters") or (), parameters)
-    tensors = _read_tensors(folder)
-    fields: dict[str, dict[str, Tensor]] = {}
-    kinds: dict[str, Kind] = {}
-    trained: dict[str, Tensor] = {}
-    homeless: list[str] = []
-    for key, tensor in sorted(tensors.items()):
-        path = key.removeprefix(_PREFIX)
-        suffix = next((end for end in _SUFFIXES if path.endswith(end)), None)
-        if suffix is not None:
-            name = path.removesuffix(suffix)
-            what, kind = _SUFFIXES[suffix]
-            fields.setdefault(name, {})[what] = tensor
-            if what == "A":
-                kinds[name] = "embedding" if kind else "linear" if tensor.dim() == 2 else "conv"
-        elif "lora_" in path or ".token_adapter." in path or path == key:
-            homeless.append(key)
-        elif ".original_module." not in path:  # with bias="all" PEFT also saves the untrained copy of a head's bias
-            trained[plain(path)] = tensor
-    homeless += [f"{name}.lora_*" for name, parts in fields.items() if not {"A", "B"} <= parts.keys()]
-    if homeless or not (fields or trained):
-        listed = "\n".join(f"  {key}" for key in homeless[:20]) or "  (no tensor at all)"
-        raise ValueError(f"{folder / TENSORS}: keys that no LoRA layer of lorakit has:\n{listed}")
-    settings = _settings(config)
-    updates: dict[str, Update] = {}
-    for path, parts in fields.items():
-        name, key = names.name_and_key(path)
-        updates[name] = _update(name, kinds[path], parts, *settings(key), config)
-    also_train = _modules_to_save(config, trained)
+    config = read_config(folder)
+    path, tensors = _read_tensors(folder)
+    found = sort(tensors, config, str(path), None if host is None else host.modules)
+    try:
+        updates = _updates(found, config, host)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    targets = config.target_modules
     return Adapter(
         updates=updates,
-        trained=trained,
-        also_train=also_train,
-        bias=config.get("bias") or "none",
-        dropout=float(config.get("lora_dropout") or 0.0),
-        targets=_targets(config),
-        base_model=config.get("base_model_name_or_path"),
-        task_type=config.get("task_type"),
+        trained=found.trained,
+        also_train=saved_whole(config, found.trained),
+        bias=config.bias,
+        dropout=config.lora_dropout,
+        targets=(targets, *config.target_parameters)
+        if isinstance(targets, str)
+        else tuple(sorted((*targets, *config.target_parameters))),
+        base_model=config.base_model,
+        task_type=config.task_type,
     )
 
 
@@ -133,7 +105,8 @@ def _as_peft(name: str, update: Update) -> Update:
         A = _repeat_along_diagonal(update.A, update.groups)
         return update.with_rank(A.shape[0], A=A)
     if update.kind == "experts":
-        return dataclasses.replace(update, A=update.A.flatten(0, 1), B=update.B.permute(1, 2, 0).flatten(1))
+        A, B = flattened(update.A, update.B)
+        return dataclasses.replace(update, A=A, B=B)
     return update
 
 
@@ -146,7 +119,9 @@ def _repeat_along_diagonal(A: Tensor, groups: int) -> Tensor:
     return full.view(groups * rank, groups * channels, *kernel)
 
 
-def _tensors(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: Adapter) -> dict[str, Tensor]:
+def _tensors(
+    updates: Mapping[str, Update], where: Mapping[str, Place], adapter: Adapter, folder: str | Path
+) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, update in updates.items():
         a, b = (
@@ -157,7 +132,7 @@ def _tensors(updates: Mapping[str, Update], where: Mapping[str, Place], adapter:
         B = update.B
         if update.kind == "conv" and update.groups > 1:
             B = B.view(B.shape[0], -1, *B.shape[2:])
-        path = f"{_PREFIX}{where[name].path}"
+        path = f"{PREFIX}{where[name].path}"
         tensors[f"{path}.{a}"], tensors[f"{path}.{b}"] = update.A, B
         if update.magnitude is not None:
             shape = (1, -1, *(1,) * (update.A.dim() - 2)) if update.kind == "conv" else (-1,)
@@ -165,7 +140,8 @@ def _tensors(updates: Mapping[str, Update], where: Mapping[str, Place], adapter:
     for name, value in adapter.trained.items():
         module, _, local = name.rpartition(".")
         path = wrapped(module, where)
-        tensors[f"{_PREFIX}{path}.{local}" if path else _PREFIX + local] = value
+        tensors[f"{PREFIX}{path}.{local}" if path else PREFIX + local] = value
+    check_tensors(tensors, f"{folder} is not saved: ")
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 
@@ -203,88 +179,137 @@ def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: 
 
 
 def _default_and_pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """The commonest value, and the others by module name. Whole numbers are written as integers."""
+    """The commonest value, and the others by module name. Whole numbers are written as integers.
+
+    A name is a pattern on the end of names; one that would select another module with another value is anchored.
+    """
     tidy = {name: int(value) if float(value).is_integer() else value for name, value in values.items()}
     default = Counter(tidy.values()).most_common(1)[0][0] if tidy else 8
-    return default, {name: value for name, value in tidy.items() if value != default}
+
+    def pattern(name: str, value: float) -> str:
+        selected = (other for other in tidy if first_match({name: True}, other, False))
+        return name if all(tidy[other] == value for other in selected) else f"^{re.escape(name)}"
+
+    return default, {pattern(name, value): value for name, value in tidy.items() if value != default}
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG}.")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}.") from None
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {config.get('peft_type')!r}; lorakit reads LORA adapters.")
-    return config
+def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The file of the tensors, and what it holds."""
+    path = next((folder / name for name in (TENSORS, LEGACY_TENSORS) if (folder / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has {CONFIG} but no {TENSORS}.")
+    tensors = read_safetensors(path) if path.name == TENSORS else read_pickled(path)
+    check_tensors(tensors, f"{path}: ")
+    return path, tensors
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    if (folder / TENSORS).is_file():
-        try:
-            # Not load_file, which leaves some bytes behind for each tensor (safetensors 0.8), and maps the file.
-            return safetensors.torch.load((folder / TENSORS).read_bytes())
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{folder / TENSORS}: not a complete safetensors file ({error}).") from None
-    if (folder / LEGACY_TENSORS).is_file():
-        legacy: dict[str, Tensor] = torch.load(folder / LEGACY_TENSORS, map_location="cpu", weights_only=True)
-        return legacy
-    raise FileNotFoundError(f"{folder} has {CONFIG} but no {TENSORS}.")
+def _updates(found: Sorted, config: PeftConfig, host: Host | None) -> dict[str, Update]:
+    names = Names(config.target_parameters, None if host is None else host.matrices)
+    updates: dict[str, Update] = {}
+    for path, parts in found.factors.items():
+        name, key = names.name_and_key(path)
+        kind: Kind = "embedding" if path in found.embeddings else "linear" if parts["A"].dim() == 2 else "conv"
+        updates[name] = _update(name, kind, parts, config.rank_of(key), config.alpha_of(key), config)
+    stacks = {name: update for name, update in updates.items() if update.kind == "experts"}
+    layout = Layout(config, host, [(name, update.A, update.B) for name, update in stacks.items()])
+    for name, update in stacks.items():
+        A, B = layout.upright(name, update.A, update.B)
+        updates[name] = dataclasses.replace(update, A=A, B=B)
+    if config.residual:
+        updates = {name: _at_the_base(name, update, config, host) for name, update in updates.items()}
+    return updates
 
 
-def _settings(config: dict[str, Any]) -> Callable[[str], tuple[int, float]]:
-    """Rank and alpha by name, patterns applied as PEFT applies them (a regular expression on the name's end)."""
-    rank_of = _pattern_lookup(config.get("rank_pattern") or {}, config["r"])
-    alpha_of = _pattern_lookup(config.get("alpha_pattern") or {}, config["lora_alpha"])
-    return lambda name: (int(rank_of(name)), float(alpha_of(name)))
-
-
-def _pattern_lookup(patterns: Mapping[str, float], default: float) -> Callable[[str], float]:
-    compiled = [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
-    return lambda name: next((value for pattern, value in compiled if pattern.match(name)), default)
-
-
-def _update(name: str, kind: Kind, parts: dict[str, Tensor], rank: int, alpha: float, config: dict[str, Any]) -> Update:
-    A, B = parts["A"], parts["B"]
+def _update(name: str, kind: Kind, parts: Mapping[str, Tensor], rank: int, alpha: float, config: PeftConfig) -> Update:
+    A, B, magnitude = parts["A"], parts["B"], parts.get("magnitude")
+    if A.dim() != B.dim() or A.dim() < 2:
+        raise ValueError(f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no pair of factors.")
+    if (magnitude is not None) != config.use_dora:
+        has = "has a magnitude" if magnitude is not None else "has no magnitude"
+        raise ValueError(f"{name} {has}, and {CONFIG} says use_dora={config.use_dora}.")
     experts = A.shape[0] // rank
-    if config.get("target_parameters") and kind == "linear" and experts > 1 and A.shape[0] == B.shape[1]:
-        kind, A, B = "experts", A.unflatten(0, (experts, rank)), B.unflatten(1, (rank, experts)).permute(2, 0, 1)
+    stack = config.target_parameters and kind == "linear" and experts > 1 and A.shape[0] == B.shape[1]
+    if stack and A.shape[0] == experts * rank:
+        kind, (A, B) = "experts", stacked(A, B, experts, rank)
     elif A.shape[0] != rank:
-        raise ValueError(f"{name}: A has rank {A.shape[0]}, {CONFIG} says {rank}.")
-    magnitude = parts["magnitude"].flatten() if "magnitude" in parts else None
-    update = Update(
-        kind, A, B, rank, alpha, bool(config.get("use_rslora")), magnitude, bool(config.get("fan_in_fan_out"))
-    )
-    if kind == "conv" and B.shape[1] != rank:
-        return _as_grouped(name, update, groups=rank // B.shape[1])
-    return update
+        raise ValueError(f"{name}: A has rank {A.shape[0]}, {config.path} says {rank}.")
+    elif kind == "conv" and rank % B.shape[1] == 0 and B.shape[1] < rank:
+        return _as_grouped(name, Update(kind, A, B, rank, alpha, config.use_rslora, magnitude), rank // B.shape[1])
+    elif B.shape[1] != rank:
+        raise ValueError(f"{name}: A has rank {rank}, B {B.shape[1]}.")
+    magnitude = None if magnitude is None else magnitude.flatten()
+    return Update(kind, A, B, rank, alpha, config.use_rslora, magnitude, config.fan_in_fan_out)
 
 
 def _as_grouped(name: str, update: Update, groups: int) -> Update:
-    """PEFT's grouped convolution (A over all channels, B grouped) as an update of the grouped kernel, if it is one."""
+    """PEFT's grouped convolution as an update of the grouped kernel, if it is one.
+
+    PEFT's A (r, in, *k) reads all channels, and each group of B (out, r/groups, 1, …) reads r/groups rows of it. It is
+    an update of the kernel where the rows of a group read that group's channels alone.
+    """
     total, channels, *kernel = update.A.shape
-    shared = update.A.view(groups, total // groups, groups, channels // groups, *kernel)[0, :, 0]
-    if not torch.equal(_repeat_along_diagonal(shared, groups), update.A):
+    outputs, own_rank = update.B.shape[:2]
+    if channels % groups or outputs % groups:
+        raise ValueError(f"{name}: {channels} channels and {outputs} outputs do not divide into {groups} groups.")
+    A = update.A.view(groups, own_rank, groups, channels // groups, *kernel)
+    B = update.B.reshape(groups, outputs // groups, own_rank)
+    # A row that no output of its group uses may read what it likes.
+    A = A * B.ne(0).any(1).view(groups, own_rank, 1, 1, *(1 for _ in kernel))
+    own = torch.stack([A[group, :, group] for group in range(groups)])  # (groups, r/groups, in/groups, *k)
+    full = torch.zeros_like(A)
+    for group in range(groups):
+        full[group, :, group] = own[group]
+    if not torch.equal(full, A):
         raise ValueError(
             f"{name}: this update of a convolution with {groups} groups reads channels of other groups, so it is no "
             "update of the kernel and cannot be merged."
         )
-    return update.with_rank(update.rank // groups, A=shared.clone(), groups=groups)
+    magnitude = None if update.magnitude is None else update.magnitude.flatten()
+    used = [group for group in range(groups) if B[group].ne(0).any()]
+    if all(torch.equal(own[group], own[used[0]]) for group in used):
+        shared = own[used[0]] if used else own[0]
+        return update.with_rank(own_rank, A=shared.clone(), groups=groups, magnitude=magnitude)
+    if magnitude is not None and outputs != groups:
+        raise ValueError(
+            f"{name}: PEFT's DoRA of a convolution with {groups} groups and {outputs} outputs divides by the norm of "
+            "another matrix than W + ΔW, because its groups do not share A: no gain of rows is the same function."
+        )
+    # Each group takes its own rows out of the A of all groups.
+    wide = B.new_zeros(groups, outputs // groups, groups, own_rank)
+    for group in range(groups):
+        wide[group, :, group] = B[group]
+    ones = (1 for _ in kernel)
+    return dataclasses.replace(
+        update,
+        A=own.flatten(0, 1),
+        B=wide.reshape(outputs, total, *ones),
+        groups=groups,
+        magnitude=magnitude,
+    )
 
 
-def _modules_to_save(config: dict[str, Any], trained: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """The modules in which the trained parameters lie, by full name: PEFT's config holds the ends of names."""
-    modules = {".".join(name.split(".")[:depth]) for name in trained for depth in range(1, name.count(".") + 1)}
-    return tuple(sorted({hit for end in config.get("modules_to_save") or () for hit in matching(end, modules)}))
+def _at_the_base(name: str, update: Update, config: PeftConfig, host: Host | None) -> Update:
+    """An update that counts from W − s·B₀A₀ as the one that counts from W: [A; A₀] and [B, −B₀], of twice the rank.
 
-
-def _targets(config: dict[str, Any]) -> tuple[str, ...]:
-    targets = config.get("target_modules") or ()
-    parameters = config.get("target_parameters") or ()
-    return (targets, *parameters) if isinstance(targets, str) else tuple(sorted((*targets, *parameters)))
+    B₀A₀ is a part of the base weight, and PEFT computes it anew each time that it reads such a folder.
+    """
+    assert config.residual
+    what = f"init_lora_weights={config.residual!r}"
+    if host is None:
+        raise ValueError(f"{config.path}: {what} counts from a part of the base weights: read it for a model.")
+    weight = host.weight(name)
+    if weight is None or update.kind != "linear":
+        raise ValueError(f"{config.path}: {what}: {name} is no linear layer of {type(host.model).__name__}.")
+    if weight.shape != (update.B.shape[0], update.A.shape[1]):
+        return update  # does not fit, which is said where it is put in
+    weight = weight.detach().cpu()
+    if config.residual == "olora" and host.stored_transposed(name):
+        # PEFT takes the factors of the matrix as it is stored, and they are those of the transposed one.
+        B, A = (part.T for part in factors_of_weight(weight.T, update.rank, update.scale, "olora", exact=True))
+    else:
+        A, B = factors_of_weight(weight, update.rank, update.scale, config.residual, exact=True)
+    A, B = torch.cat((update.A, A.to(update.A.dtype))), torch.cat((update.B, -B.to(update.B.dtype)), 1)
+    return update.with_rank(2 * update.rank, A=A, B=B)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..core.adapter import Update
-from ..core.targets import matching
+from ..core.targets import is_glob, matching
 
 _BASE = ".base_layer"
 _IN, _OUT = "in_proj_weight", "out_proj"
@@ -46,7 +46,7 @@ def places(updates: Mapping[str, Update]) -> dict[str, Place]:
             raise ValueError(f"{name}: PEFT adapts an attention's {_OUT} with its {_IN} only, which is not adapted.")
         elif not owner and update.parameter:
             raise ValueError(f"{name}: PEFT cannot adapt a parameter of the whole model.")
-        elif update.parameter and update.parameter != "weight":
+        elif update.parameter and update.parameter == local:
             owners.setdefault(owner, []).append(name)
         else:
             found[name] = Place(name, name, "target_modules")
@@ -62,17 +62,27 @@ def wrapped(module: str, where: Mapping[str, Place]) -> str:
     return max(around, key=len) + _BASE if around else module
 
 
-def target_names(list_name: str, where: Mapping[str, Place], shortest: Sequence[str]) -> list[str]:
-    """The configuration's list of this name. shortest: names that select the updates by lorakit's names."""
+def target_names(list_name: str, where: Mapping[str, Place], shortest: Sequence[str]) -> list[str] | str:
+    """The configuration's list of this name; a regular expression where no list of names' ends selects them alone.
+
+    shortest: names that select the updates by lorakit's names.
+    """
     keys = {name: place.key for name, place in where.items() if place.target == list_name}
     same = [name for name, key in keys.items() if name == key]
     short: set[str] = set()
+    exact: set[str] = set()
     for target in shortest:
         hits = matching(target, same)
         # "experts.gate_up_proj" rather than "gate_up_proj": a reader without the model then knows the module.
         alone = list_name == "target_parameters" and "." not in target
-        short |= {".".join(hit.split(".")[-2:]) for hit in hits} if alone else {target} if hits else set()
-    return sorted({*(short or same), *(key for name, key in keys.items() if name != key)})
+        if is_glob(target):
+            exact |= set(hits)
+        else:
+            short |= {".".join(hit.split(".")[-2:]) for hit in hits} if alone else {target} if hits else set()
+    ends = {*(short if short or exact else same), *(key for name, key in keys.items() if name != key)}
+    if exact and list_name == "target_modules":
+        return "|".join([*map(re.escape, sorted(exact)), *(rf"(.*\.)?{re.escape(end)}" for end in sorted(ends))])
+    return sorted(ends | exact)
 
 
 @dataclass(frozen=True)

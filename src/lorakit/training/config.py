@@ -95,6 +95,7 @@ class TrainConfig:
     )
     weight_decay: float = setting(0.0, help="AdamW's", group=_TRAINING, at_least=0, at_most=1000)
     gradient_checkpointing: bool = setting(False, help="less memory, more time", group=_TRAINING)
+    ignore_memory: bool = setting(False, help="begin though the plan exceeds the machine's memory", group=_TRAINING)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", help="of the base weights; auto: bfloat16 where the device is fast at it", group=_TRAINING
     )
@@ -111,7 +112,9 @@ class TrainConfig:
     max_new_tokens: int | None = setting(
         None, help="longest answer compared (default: 16 over the longest expected one)", group=_OUTPUT, at_least=1
     )
-    report_to: str | None = setting(None, help="tensorboard, wandb, … as transformers names them", group=_OUTPUT)
+    report_to: tuple[str, ...] | None = setting(
+        None, help="tensorboard, wandb, … as transformers names them", group=_OUTPUT
+    )
     resume: str | None = setting(None, help="a checkpoint to go on from, or auto for the newest", group=_OUTPUT)
     overwrite: bool = setting(False, help="replace what is in --output-dir", group=_OUTPUT)
     dry_run: bool = setting(False, help="check and plan, then stop", group=_OUTPUT)

@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .evaluate import compare, question
 from .memory import keep_few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
+from .preflight import check_output, refuse_too_large
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .settings import to_yaml
 
@@ -43,6 +44,7 @@ def train(config: TrainConfig) -> Path:
     keep_few_kernels()
     prepared = prepare(config)
     _say(start_block(prepared))
+    refuse_too_large(prepared)
     if config.dry_run:
         return out
 
@@ -73,8 +75,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def _refuse_used_folder(config: TrainConfig, out: Path, resume: str | None) -> None:
-    if out.is_file():
-        raise FileExistsError(f"--output-dir {out} is a file.")
+    check_output(out)
     if out.is_dir() and any(out.iterdir()) and not (config.overwrite or resume or config.dry_run):
         raise FileExistsError(f"--output-dir {out} is not empty. Add --resume auto to go on with it, or --overwrite.")
 
@@ -138,7 +139,7 @@ def _fit(prepared: Prepared, loaded: Loaded, out: Path, resume: str | None) -> P
         logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        report_to=config.report_to or "none",
+        report_to=list(config.report_to or ("none",)),
         disable_tqdm=True,
         dataloader_pin_memory=loaded.device.type == "cuda",
         remove_unused_columns=causal,

@@ -143,6 +143,44 @@ def glibc_peak(events: Events) -> int:
     return peak
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes that a process may hold on the device in all: a GPU's own; for a CPU memory and swap, within the limit of
+    its control group, as a container has one. 0 where the system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    lines = dict(line.split(":", 1) for line in _lines("/proc/meminfo") if ":" in line)
+    held = sum(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal") if name in lines)
+    if not held:
+        with contextlib.suppress(ValueError, OSError, AttributeError):  # each system has its own names
+            held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([held, *_group_limits()])
+
+
+def _group_limits() -> list[int]:
+    """The limits of the process's control groups, of version 2 or 1; a group's ancestors limit it too."""
+    found = []
+    for line in _lines("/proc/self/cgroup"):
+        _, controllers, own = line.split(":", 2)
+        root, name = Path("/sys/fs/cgroup"), "memory.max"
+        if controllers:  # version 1 has a tree for each
+            root, name = root / "memory", "memory.limit_in_bytes"
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        group = root / own.lstrip("/")
+        for folder in (group, *group.parents):
+            # A container sees its own group as the root, whatever its name is outside.
+            if folder == root or root in folder.parents:
+                found += [int(text) for text in _lines(str(folder / name)) if text.isdigit()]
+    return found
+
+
+def _lines(path: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text(encoding="ascii", errors="ignore").splitlines()
+    return []
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes at the highest point since `forget_peak`: of the process on a CPU, of the tensors on a GPU."""
     if device.type == "cuda":
@@ -186,8 +224,5 @@ def on_glibc() -> bool:
 
 def _status(name: str) -> int:
     """A line of /proc/self/status in bytes, 0 where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="ignore").splitlines():
-            if line.startswith(name + ":"):
-                return int(line.split()[1]) * 1024
-    return 0
+    found = [line for line in _lines("/proc/self/status") if line.startswith(name + ":")]
+    return int(found[0].split()[1]) * 1024 if found else 0

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.attach import adapted_layers, detach, merge
+from .adapter_folder import base_and_adapter
 from .generation import end_tokens, positions
+from .locating import locate
 from .models import Loaded, load_with_adapter
-from .places import base_and_adapter, locate
 from .style import Style
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Loading the base model and its tokenizer, and a base model together with an adapter.
 
-A folder with one .gguf file, or the file itself, is loaded dequantised: LoRA's factors need a weight of plain numbers
-beside them. `places.py` says where a model lies, `task.py` what it is for.
+A .gguf file is loaded dequantised: LoRA's factors need a weight of plain numbers beside them. `locating.py` says where
+a model lies, `task.py` what it is for.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import torch
 
 from ..formats import load as load_adapter
 from ..formats import peft
-from .places import base_and_adapter, beside, locate, locate_tokenizer
-from .places import base_of as base_of
-from .places import is_adapter as is_adapter
+from .adapter_folder import base_and_adapter, beside
+from .adapter_folder import base_of as base_of
+from .adapter_folder import is_adapter as is_adapter
+from .locating import locate, reading
 from .quiet import quietly
 from .task import LABELS as LABELS
 from .task import task_of
@@ -110,7 +111,7 @@ def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTra
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     folder, options = locate(name)
-    with quietly():
+    with quietly(), reading(name, folder):
         config = AutoConfig.from_pretrained(folder, **options)
         auto = AutoModelForCausalLM
         if labels is not None:
@@ -125,8 +126,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone: rows are checked with it before any weight is loaded."""
     from transformers import AutoTokenizer
 
-    folder, options = locate_tokenizer(name)
-    with quietly():
+    folder, options = locate(name)
+    with quietly(), reading(name, folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -144,23 +145,23 @@ def load_with_adapter(
     base, adapter = base_and_adapter(name, adapter)
     task = task_of(base, adapter)
     trained = peft.read(adapter).trained if adapter is not None else {}
+    # The chat template that training used travels with the adapter.
+    own = beside(adapter, "tokenizer_config.json")
+    tokenizer = load_tokenizer(str(own.parent)) if own is not None else None
     if task.answers:
-        loaded = load_causal_lm(base, dtype=dtype, device=device)
-        missing = [own for own in loaded.new_parameters if own not in trained]
+        loaded = load_causal_lm(base, dtype=dtype, device=device, tokenizer=tokenizer)
+        missing = [name for name in loaded.new_parameters if name not in trained]
         if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise ValueError(
-                f"{base} is no language model that can answer: its files hold no weights for {missing[0]}"
-                + (f" and {len(missing) - 1} more." if len(missing) > 1 else ".")
+                f"{base} is no language model that can answer: its files hold no weights for {missing[0]}{more}."
             )
     else:
-        loaded = load_classifier(base, labels=task.labels, named=task.named, dtype=dtype, device=device)
-    if adapter is None:
-        return loaded
-    load_adapter(loaded.model, adapter)
-    own = beside(adapter, "tokenizer_config.json")
-    if own is not None:
-        # The chat template that training used travels with the adapter.
-        return Loaded(loaded.model, load_tokenizer(str(own.parent)), loaded.new_parameters)
+        loaded = load_classifier(
+            base, labels=task.labels, named=task.named, dtype=dtype, device=device, tokenizer=tokenizer
+        )
+    if adapter is not None:
+        load_adapter(loaded.model, adapter)
     return loaded
 
 
@@ -182,7 +183,7 @@ def _load(
     wanted: torch.dtype | str = resolve_dtype("float32" if dtype == "base" else dtype, device)
     if dtype == "base" and "gguf_file" not in options:
         wanted = "auto"  # in transformers' words: the configuration's, or else the weights' own
-    with quietly():
+    with quietly(), reading(name, folder):
         model, info = auto.from_pretrained(folder, dtype=wanted, output_loading_info=True, **options, **settings)
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{name} is quantised; load a version with plain weights.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from .data import Data, read
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, resolve_dtype, skeleton
 from .plan import Plan, make_plan, processes, speed
+from .preflight import check_reporters
 from .style import Style
 from .task import ordered
 from .tokens import Encoded, encode_all, encode_text, preview
@@ -51,6 +53,7 @@ def prepare(config: TrainConfig) -> Prepared:
 
     Raises DataError listing every bad row, ValueError for settings that do not fit the model or the data.
     """
+    check_reporters(config.report_to or ())
     data = read(config.data, fields=fields_of(config), holdout=config.holdout, seed=config.seed)
     check_task(config, data)
     if data.labels:
@@ -199,7 +202,7 @@ def _example_lines(prepared: Prepared) -> list[str]:
         system=style.system,
         chat=style.chat,
     ).rows
-    colour = sys.stdout.isatty()
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     how = "in green" if colour else "between ⟦ ⟧"
     lines = [f"one row as the model reads it; it learns to write what is {how}, the rest is masked out of the loss:"]
     return lines + [report.marked(preview(row, prepared.tokenizer), colour) for row in rows]

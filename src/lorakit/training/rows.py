@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..formats.files import refuse_pointer
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 # Under which names a split is looked for, the usual one first.
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
@@ -49,6 +51,7 @@ def read_file(path: Path, problems: list[str]) -> list[Row]:
     }
     if path.suffix not in readers:
         raise ValueError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}.")
+    refuse_pointer(path)
     before = len(problems)
     rows = list(readers[path.suffix](path, problems))
     if not rows and len(problems) == before:

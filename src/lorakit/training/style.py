@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.reading import json_of
 from ..formats.files import replacing
-from .places import beside
-from .yaml_files import plain, root_of
+from .adapter_folder import beside
+from .config import TrainConfig
+from .settings import recorded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,32 +69,20 @@ class Style:
 def longest_text(folder: str | Path) -> int:
     """At how many tokens a classifier's texts were cut in training."""
     path = beside(folder, "config.yaml")
-    length = _settings(path).get("max_seq_length") if path is not None else None
-    return length if isinstance(length, int) and length > 1 else 1024
+    found = {} if path is None else recorded(TrainConfig, path, ["max_seq_length"])
+    return int(found.get("max_seq_length", TrainConfig.max_seq_length))
 
 
 def _of_folder(folder: str | Path) -> Style | None:
     path = beside(folder, FILE)
     if path is not None:
         values = json_of(path, dict)
-        return _style(path, values.get("chat", True), values.get("system"))
+        chat, system = values.get("chat", True), values.get("system")
+        if not isinstance(chat, bool) or not isinstance(system, str | None):
+            raise ValueError(f"{path}: expected chat to be true or false and system to be text or null.")
+        return Style(chat, system)
     path = beside(folder, "config.yaml")  # of a run that recorded its settings alone
     if path is None:
         return None
-    values = _settings(path)
-    return _style(path, not values.get("plain", False), values.get("system"))
-
-
-def _style(path: Path, chat: Any, system: Any) -> Style:
-    if not isinstance(chat, bool) or not isinstance(system, str | None):
-        raise ValueError(f"{path}: expected chat to be true or false and system to be text or null.")
-    return Style(chat, system)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    root = root_of(path)
-    problems: list[str] = []
-    values = {} if root is None else plain(root, str(path), problems)
-    if problems:
-        raise ValueError(problems[0])
-    return dict(values)
+    values = recorded(TrainConfig, path, ["plain", "system"])
+    return Style(not values.get("plain", False), values.get("system"))

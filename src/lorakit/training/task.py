@@ -18,7 +18,8 @@ from ..core.adapter import Adapter
 from ..core.reading import json_of
 from ..core.words import suggestion
 from ..formats import peft
-from .places import adapter_config, beside, locate
+from .adapter_folder import adapter_config, beside
+from .locating import locate, reading
 from .quiet import quietly
 from .rows import DataError
 
@@ -228,7 +229,7 @@ def _config(base: str) -> Any:
     from transformers import AutoConfig
 
     folder, options = locate(base)
-    with quietly():
+    with quietly(), reading(base, folder):
         return AutoConfig.from_pretrained(folder, **options)
 
 

@@ -52,7 +52,15 @@ def plain(node: yaml.Node, where: str, problems: list[str]) -> Any:
 
     try:
         return yaml.SafeLoader("").construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         reason = getattr(error, "problem", None) or error
         problems.append(f"{where}: a value that cannot be read ({reason}).")
         return None

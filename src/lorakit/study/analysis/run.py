@@ -8,8 +8,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ...core.adapter import Adapter
-from ...core.exchange import owned_matrices
-from ...formats import peft
+from ...formats import peft, read_for
 from ...training.models import load_with_adapter
 from .measures import analyze, compare, factors_of, matched
 from .report import Study
@@ -31,9 +30,8 @@ def study_of(adapter: str, other: str | None = None, model: str | None = None, *
     loaded = None
     if base is not None:
         loaded = load_with_adapter(base, adapter, dtype=dtype).model
-        owned = owned_matrices(loaded)  # some names in a file are told by the model alone
-        first = peft.read(adapter, owned)
-        second = None if other is None else peft.read(other, owned)
+        first = read_for(loaded, adapter)  # some names in a file are told by the model alone
+        second = None if other is None else read_for(loaded, other)
     matrices = tqdm(
         analyze(first, loaded),
         total=len(factors_of(first)),

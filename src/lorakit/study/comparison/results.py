@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...core.reading import text_of
+
 
 @dataclass(frozen=True)
 class Run:
@@ -115,7 +117,7 @@ class Ledger:
         self._runs: dict[str, Run] = {}
         self._cut = False  # whether an interruption left the last line without its end
         if path.is_file():
-            text = path.read_text(encoding="utf-8")
+            text = text_of(path)
             self._cut = bool(text) and not text.endswith("\n")
             for line in text.splitlines():
                 try:

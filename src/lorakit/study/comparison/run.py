@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...core.reading import json_of
 from ...formats.files import replacing
 from ...training.memory import keep_few_kernels
 from ..machine import machine, release
@@ -243,8 +244,7 @@ def _made_on(folder: Path, now: bool) -> dict[str, str]:
     if now or not path.is_file():
         with replacing(path) as temporary:
             temporary.write_text(json.dumps({**machine(), "lorakit": release()}, indent=1) + "\n", encoding="utf-8")
-    found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return json_of(path, dict)
 
 
 def _facts(plan: Plan) -> TaskFacts:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from adapters import language_adapter
+from lorakit.training.adapter_folder import base_and_adapter
 from lorakit.training.models import load_with_adapter
-from lorakit.training.places import base_and_adapter
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_model_and_adapter_that_do_not_go_together(run: Path, tiny_lm: Path, tmp
     config = json.loads(path.read_text())
     for base, message in (
         (None, "names no base model; give it"),
-        ("/gone/away", "names is not at /gone/away; give it"),
+        ("/gone/away", "names the base model /gone/away: no model at .* Or give it: --model BASE"),
     ):
         path.write_text(json.dumps(config | {"base_model_name_or_path": base}))
         with pytest.raises(ValueError, match=message):

@@ -1,6 +1,6 @@
-"""Where a model and an adapter lie: folders, .gguf files, hub ids, and what stands beside an adapter.
+"""An adapter's folder: its base, what stands beside it, and what to do with a run's folder that has no adapter yet.
 
-An existing local path always wins over a hub id. Nothing is loaded here and nothing is fetched.
+`locating.py` says where a model lies. No weight is read here.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.reading import json_of
-from ..core.targets import closest
 from ..formats import peft
+from .locating import locate
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -31,11 +31,11 @@ def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
             raise ValueError(
                 f"{name} is an adapter's folder itself. Give one adapter and its base: --model BASE --adapter {adapter}"
             )
-        locate(name)
+        _refuse_no_model(name)
         return name, adapter
     if is_adapter(name):
         return base_of(name), name
-    locate(name)
+    _refuse_no_model(name)
     return name, None
 
 
@@ -46,9 +46,9 @@ def base_of(adapter: str) -> str:
     if not base:
         raise ValueError(f"{adapter}/{peft.CONFIG} names no base model; {give}")
     try:
-        locate(str(base))
-    except FileNotFoundError:
-        raise ValueError(f"the base model that {adapter}/{peft.CONFIG} names is not at {base}; {give}") from None
+        _refuse_no_model(str(base))
+    except FileNotFoundError as error:
+        raise ValueError(f"{adapter}/{peft.CONFIG} names the base model {base}: {error} Or {give}") from None
     return str(base)
 
 
@@ -68,42 +68,16 @@ def beside(adapter: str | Path | None, name: str) -> Path | None:
     return next((path for own in (folder, *parents) if (path := own / name).is_file()), None)
 
 
-def locate(name: str) -> tuple[str, dict[str, Any]]:
-    """The folder or hub id to load a model from, and the options it needs.
-
-    Raises FileNotFoundError for a path that is not there or holds no model.
-    """
+def _refuse_no_model(name: str) -> None:
+    """Raise FileNotFoundError for a name that leads to no model; of an interrupted run's folder say what to do."""
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
-        raise FileNotFoundError(
-            _unfinished(path) or f"{name} is no model folder: it has no config.json and no .gguf file."
-        )
-    return locate_tokenizer(name)
-
-
-def locate_tokenizer(name: str) -> tuple[str, dict[str, Any]]:
-    """As `locate`; a folder that holds a tokenizer alone, as an adapter's does, will do."""
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        packed = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").is_file() and packed:
-            if len(packed) > 1:
-                listed = ", ".join(file.name for file in packed)
-                raise ValueError(
-                    f"{name} holds several .gguf files ({listed}); name one: --model {name}/{packed[0].name}"
-                )
-            return str(path), {"gguf_file": packed[0].name}
-        if not (path / "config.json").is_file() and not (path / "tokenizer_config.json").is_file():
-            raise FileNotFoundError(
-                _unfinished(path) or f"{name} is no model folder: it has no config.json and no .gguf file."
-            )
-        return str(path), {}
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"no model at {name}. {closest(path.name, siblings)}".rstrip())
-    return name, {}
+        reason = f"{name} is no model folder: it has no config.json and no .gguf file."
+        if (path / "tokenizer_config.json").is_file():  # else `locate` says more
+            raise FileNotFoundError(_unfinished(path) or reason)
+        if unfinished := _unfinished(path):
+            raise FileNotFoundError(unfinished)
+    locate(name)
 
 
 def _no_adapter(folder: str) -> str:

@@ -1,0 +1,70 @@
+"""`Host`: what a model tells a format about the file that is read for it.
+
+A file leaves out what its writer knew from the model: which matrices a module owns, how a stack of experts is laid out,
+the base weight that PiSSA's factors were taken from. A format asks for these by name; it sees no layer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from .adapted import AdaptedLayer
+from .names import named_modules, named_parameters, unwrapped
+from .parameters import parameter_factor_shapes
+from .targets import is_transposed, layer_class, matrices
+
+
+class Host:
+    """The names, shapes and base weights of `model`, looked up when they are asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrapped(model)
+
+    @functools.cached_property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """Every module by its plain name."""
+        return dict(named_modules(self.model, remove_duplicate=False))
+
+    @functools.cached_property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Every parameter by its plain name, a shared one under each of its names."""
+        return dict(named_parameters(self.model, remove_duplicate=False))
+
+    @functools.cached_property
+    def matrices(self) -> Mapping[str, tuple[str, ...]]:
+        """The matrices that each module owns and that are no layer's, in the module's order."""
+        return {name: own for name, module in self.modules.items() if (own := matrices(module))}
+
+    def stack(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The shapes of A (experts, 1, in) and B (experts, out, 1) for the stack of matrices of this name.
+
+        None where the model has no such stack.
+        """
+        owner, _, local = name.rpartition(".")
+        if local not in self.matrices.get(owner, ()):
+            return None
+        weight = self.modules[owner]._parameters[local]
+        if weight is None or weight.dim() != 3:
+            return None
+        A, B = parameter_factor_shapes(self.modules[owner], weight, 1)
+        return A, B
+
+    def stored_transposed(self, name: str) -> bool:
+        """Whether the layer of this name is stored as (in, out), the stack of this name as (experts, in, out)."""
+        if name in self.modules:
+            module = self.modules[name]
+            return is_transposed(module) or bool(getattr(module, "fan_in_fan_out", False))
+        return bool(getattr(self.modules[name.rpartition(".")[0]], "is_transposed", False))
+
+    def weight(self, name: str) -> Tensor | None:
+        """The base weight (out, in) of the linear layer of this name, unmerged. None where there is no such layer."""
+        module = self.modules.get(name)
+        if isinstance(module, AdaptedLayer):
+            weight = module.weight if module._base_weight is None else module._base_weight
+            return module.matrix(weight) if isinstance(module, nn.Linear) else None
+        if module is None or not (isinstance(module, nn.Linear) or is_transposed(module)) or not layer_class(module):
+            return None
+        return module.weight.T if is_transposed(module) else module.weight  # type: ignore[return-value]

@@ -1,0 +1,50 @@
+"""Names as the plain model has them, whatever wraps it or its parts.
+
+torch's wrappers put a part into the names of all they hold:
+
+    torch.compile                            _orig_mod
+    checkpoint_wrapper                       _checkpoint_wrapped_module
+    FullyShardedDataParallel                 _fsdp_wrapped_module
+    DistributedDataParallel, DataParallel    module
+
+An adapter belongs to the model and not to how it is run, so lorakit names everything without them. The wrappers hand
+attributes on to what they hold, so `model.get_submodule` finds a module by its plain name too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers around all of it."""
+    while True:
+        child = "module" if isinstance(model, _PARALLEL) else next((w for w in WRAPPERS if w in model._modules), None)
+        inner = model._modules.get(child) if child else None
+        if inner is None:
+            return model
+        model = inner
+
+
+def plain(name: str) -> str:
+    """`name` without the parts that wrappers put in."""
+    if not any(wrapper in name for wrapper in WRAPPERS):
+        return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """The modules by plain name. A wrapper comes before the module inside it, which has the same name."""
+    for name, module in unwrapped(model).named_modules(remove_duplicate=remove_duplicate):
+        yield plain(name), module
+
+
+def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters by plain name."""
+    for name, parameter in unwrapped(model).named_parameters(remove_duplicate=remove_duplicate):
+        yield plain(name), parameter

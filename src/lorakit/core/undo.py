@@ -1,0 +1,165 @@
+"""What was changed on a model, noted on its modules: how `detach` takes it back, and how an error leaves no half of it.
+
+A note (`Undo`) lies on each module that was changed, so that it also holds for a part of a model, for copies and after
+pickling. The model that was adapted also remembers its adapted modules: one that a program puts another module in the
+place of (as transformers' `resize_token_embeddings` does with an lm_head) is noticed by `replaced`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapted import AdaptedLayer
+from .names import unwrapped
+
+_NOTE, _ADAPTED = "_lorakit_undo", "_lorakit_adapted"
+
+
+@dataclass
+class Undo:
+    """What `attach` changed on one module."""
+
+    original_class: type[nn.Module] | None = None
+    attributes: frozenset[str] = frozenset()  # names in the module's __dict__ before
+    requires_grad: dict[str, bool] = field(default_factory=dict)  # of the module's own parameters, before
+    trained: dict[str, Tensor] = field(default_factory=dict)  # own tensors trained whole: their values before
+    whole: bool = False  # the module was named in also_train
+    swapped: int = 0  # by how many `disabled` the module holds the values before; `trained` then holds the others
+
+    def values(self, module: nn.Module) -> dict[str, Tensor]:
+        """The trained values of the module's own tensors, also inside `disabled`."""
+        return dict(self.trained) if self.swapped else {name: own_tensor(module, name) for name in self.trained}
+
+    def swap(self, module: nn.Module) -> None:
+        """Exchange the values of the tensors trained whole with those they had before."""
+        for name, other in self.trained.items():
+            tensor = own_tensor(module, name)
+            self.trained[name] = tensor.detach().clone()
+            with torch.no_grad():
+                tensor.copy_(other)
+
+
+def undo_of(module: nn.Module) -> Undo:
+    """The module's note, a new one where there was none."""
+    undo = note(module)
+    if undo is None:
+        undo = module.__dict__[_NOTE] = Undo()
+    return undo
+
+
+def note(module: nn.Module) -> Undo | None:
+    undo: Undo | None = module.__dict__.get(_NOTE)
+    return undo
+
+
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give the module another class, and note what it was."""
+    undo = undo_of(module)
+    if undo.original_class is None:
+        undo.original_class = type(module)
+        undo.attributes = frozenset(module.__dict__) - {_NOTE}
+    module.__class__ = cls
+
+
+def restore(module: nn.Module, keep_trained: bool) -> None:
+    """Take back what the module's note says. keep_trained: but for the values of the tensors trained whole."""
+    module.__dict__.pop(_ADAPTED, None)
+    undo = note(module)
+    if undo is None:
+        return
+    if keep_trained == bool(undo.swapped):
+        undo.swap(module)
+    del module.__dict__[_NOTE]
+    if undo.original_class is not None:
+        module.__class__ = undo.original_class
+        for registry in (module._parameters, module._buffers, module._modules):
+            for name in [name for name in registry if name.startswith("lora_")]:
+                del registry[name]
+        for name in [name for name in module.__dict__ if name not in undo.attributes]:
+            del module.__dict__[name]
+    for local, flag in undo.requires_grad.items():
+        module.get_parameter(local).requires_grad = flag
+
+
+def own_tensor(module: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of the module's own."""
+    parameter, buffer = module._parameters.get(name), module._buffers.get(name)
+    tensor = buffer if parameter is None else parameter
+    assert tensor is not None
+    return tensor
+
+
+def remember(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
+    """Note on `model` which modules are adapted, by name."""
+    unwrapped(model).__dict__[_ADAPTED] = dict(layers)
+
+
+def replaced(model: nn.Module) -> dict[str, nn.Module]:
+    """What now stands in the place of each adapted module that is no longer part of `model`, by name.
+
+    A module that was taken out with nothing in its place, or detached, is not among them.
+    """
+    present = {id(module) for module in model.modules()}
+    found: dict[str, nn.Module] = {}
+    for prefix, module in model.named_modules():
+        for name, layer in module.__dict__.get(_ADAPTED, {}).items():
+            if id(layer) in present or not (isinstance(layer, AdaptedLayer) and layer.has_update):
+                continue
+            with contextlib.suppress(AttributeError):
+                now = module.get_submodule(name)
+                if not isinstance(now, AdaptedLayer):
+                    found[f"{prefix}.{name}" if prefix else name] = now
+    return found
+
+
+def refuse_replaced(model: nn.Module) -> None:
+    """Raise ValueError where another module took the place of an adapted one: its update would be lost in silence."""
+    lost = replaced(model)
+    if lost:
+        shown = ", ".join(f"{name} (now a {type(module).__name__})" for name, module in list(lost.items())[:5])
+        raise ValueError(
+            f"adapted modules were replaced by others, and their updates are lost: {shown}. Something made new modules "
+            "after attach (resize_token_embeddings makes a new lm_head): do that before attach or load, or adapt the "
+            f"new ones too: lorakit.attach(model, {list(lost)[:5]})."
+        )
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module, written: Iterable[Tensor] = ()) -> Iterator[None]:
+    """An error inside leaves `model` as it was: classes, attributes, parameters, `requires_grad`.
+
+    written: tensors whose values are written on inside.
+    """
+    modules = [(module, type(module), _copied(module)) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    values = [(tensor, tensor.detach().clone()) for tensor in written]
+    try:
+        yield
+    except BaseException:
+        for module, cls, attributes in modules:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+        for parameter, flag in flags:
+            parameter.requires_grad = flag
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        raise
+
+
+def _copied(module: nn.Module) -> dict[str, Any]:
+    """The module's attributes, with copies of the collections that are written on: tensors and children are shared."""
+    attributes = dict(module.__dict__)
+    for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        attributes[name] = attributes[name].copy()
+    undo = note(module)
+    if undo is not None:
+        attributes[_NOTE] = replace(undo, requires_grad=dict(undo.requires_grad), trained=dict(undo.trained))
+    return attributes

@@ -1,0 +1,75 @@
+"""What would end a run after its folder was made or its model loaded, asked before: folder, reporters, memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.words import suggestion
+from . import report
+from .memory import memory_of
+from .models import best_device
+
+if TYPE_CHECKING:
+    from .prepare import Prepared
+
+
+def check_output(path: Path, flag: str = "--output-dir") -> None:
+    """Raise OSError if no folder can be made or written at `path`."""
+    if path.is_file():
+        raise FileExistsError(f"{flag} {path} is a file.")
+    there = next(own for own in (path, *path.absolute().parents) if own.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{flag} {path}: {there} is a file, not a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{flag} {path}: {there} may not be written to.")
+
+
+def check_file(path: Path, flag: str) -> None:
+    """Raise OSError if no file can be written at `path`, whose folder must be there."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{flag} {path} is a folder; name a file in it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}.")
+    check_output(path.parent, flag)
+
+
+def check_reporters(names: Sequence[str]) -> None:
+    """Raise ValueError for a program of --report-to that transformers does not know, or that is not installed."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    known, installed = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
+    for name in names:
+        if name in ("all", "none") or name in installed:
+            continue
+        if name in known:
+            raise ValueError(
+                f"--report-to {name}: {name} is not installed. Install it (pip install {name}), or leave it out."
+            )
+        raise ValueError(f"--report-to {name}: expected one of {', '.join(known)}.{suggestion(name, known)}")
+
+
+def refuse_too_large(prepared: Prepared) -> None:
+    """Raise ValueError if the plan exceeds all the memory that the machine has, unless the run is to ignore it."""
+    config, peak = prepared.config, prepared.plan.peak_bytes
+    device = best_device()
+    there = memory_of(device)
+    # The processes on a machine share its memory; each has a GPU of its own.
+    needed = (
+        0 if peak is None else peak * (1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    )
+    if config.ignore_memory or not there or needed <= there:
+        return
+    ways = [f"--batch-size below {config.batch_size}"] if config.batch_size > 1 else []
+    ways += [f"--max-seq-length below {config.max_seq_length}", f"--rank below {config.rank}"]
+    ways += [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
+    ways += ["a smaller model"]
+    raise ValueError(
+        f"the plan needs about {report.size(needed)} of memory, and this machine has {report.size(there)}. "
+        f"Less is needed with {', '.join(ways[:-1])} or {ways[-1]}; --ignore-memory begins all the same."
+    )
