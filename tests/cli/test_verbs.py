@@ -45,7 +45,7 @@ def adapter(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_writes_the_folder_and_learns(adapter: Path, tiny_lm: Path) -> None:
     assert {path.name for path in adapter.iterdir() if path.is_file()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "config.yaml"),
-        *("metrics.jsonl", "report.html", "tokenizer.json", "tokenizer_config.json"),
+        *("metrics.jsonl", "report.html", "style.json", "tokenizer.json", "tokenizer_config.json"),
     }
     lines = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]

@@ -1,6 +1,7 @@
 """What is printed at the end of a run."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,14 +17,64 @@ def test_the_next_commands_can_be_copied_where_lorakit_is_not_on_the_path(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv/bin/lorakit"), "train"])
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "\n  .venv/bin/lorakit chat --model runs/a\n" in report.next_commands(Path("runs/a"), "hello")
+    assert "\n  .venv/bin/lorakit chat --model runs/a\n" in report.next_commands(Path("runs/a"), answers=True)
     program = tmp_path / "lorakit"
     program.touch(mode=0o755)
-    assert "\n  lorakit chat --model runs/a\n" in report.next_commands(Path("runs/a"), "hello")
+    assert "\n  lorakit chat --model runs/a\n" in report.next_commands(Path("runs/a"), answers=True)
     monkeypatch.setattr(sys, "argv", ["my_program.py"])
     assert "\n  lorakit generate --model 'my runs' --prompt 'it'\"'\"'s'\n" in report.next_commands(
-        Path("my runs"), "it's"
+        Path("my runs"), answers=True, prompt="it's"
     )
+
+
+@pytest.mark.parametrize("word", ["plain", "it's", "two words", "-p", "--help", "$HOME `ls`", 'a "b"\nc', "é😀", "*"])
+def test_the_next_commands_are_what_a_shell_reads(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed = report.next_commands(Path(word.replace("\n", "")), answers=False, prompt=word, pair=word)
+    lines = printed.partition("\n")[2].partition("\n")[2].replace("\n  lorakit", "\0").strip("\0 ").split("\0")
+    generate, merge = (shlex.split(line.removeprefix("lorakit")) for line in lines)
+    flags = [part for flag in ("--model", "--prompt", "--pair") for part in _given(generate, flag)]
+    assert flags == [word.replace("\n", ""), word, word]
+    assert _given(merge, "--output-dir") == [word.replace("\n", "") + "-merged"]
+
+
+def _given(words: list[str], flag: str) -> list[str]:
+    """The value of a flag, which follows it or stands behind an equals sign."""
+    return [
+        word.partition("=")[2] if word.startswith(f"{flag}=") else words[index + 1]
+        for index, word in enumerate(words)
+        if word == flag or word.startswith(f"{flag}=")
+    ]
+
+
+@pytest.mark.parametrize(("folder", "merged"), [("a/b", "a/b-merged-2"), ("a/b/..", "a-merged"), (".", "here-merged")])
+def test_the_merged_folder_is_one_in_which_nothing_is_yet(
+    folder: str, merged: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    (here / "a" / "b").mkdir(parents=True)
+    (here / "a" / "b-merged").mkdir()
+    monkeypatch.chdir(here)
+    printed = report.next_commands(Path(folder), answers=True)
+    found = Path(shlex.split(printed)[-1])
+    assert found.resolve() == (here.parent if folder == "." else here) / merged
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("/srv/models/base", "base"),
+        ("~/data/rows.jsonl", "rows.jsonl"),
+        ("organisation/model", "organisation/model"),
+        ("runs/a", "runs/a"),
+    ],
+)
+def test_the_card_names_no_place_of_this_machine_alone(given: str, shown: str) -> None:
+    card = report.model_card(
+        base_model=given, data=given, settings={"model": given, "rank": 2}, parameters="", result=None, seconds=1
+    )
+    assert f"base_model: {shown}\n" in card and f"| model | {shown} |" in card and f"Data: `{shown}`" in card
+    assert given == shown or given not in card
 
 
 def test_the_page_shows_what_went_wrong_before_what_went_right() -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from .generate import add_model_arguments, add_sampling_arguments
+
+if TYPE_CHECKING:
+    from ..training.models import Loaded
+    from ..training.style import Style
 
 HELP = "talk with a model or an adapter in the terminal"
 
@@ -18,21 +23,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     import contextlib
+    import shlex
+
+    import torch
 
     from ..core.attach import disabled
-    from ..training.evaluate import Style
-    from ..training.generation import stream
-    from ..training.models import adapter_of, load_with_adapter
-    from ..training.tokens import prompt_ids
+    from ..training.adapter_folder import base_and_adapter
+    from ..training.generation import room, stream
+    from ..training.models import load_with_adapter
+    from ..training.style import Style
+    from ..training.task import task_of
 
+    base, adapter = base_and_adapter(args.model, args.adapter)
+    task = task_of(base, adapter)
+    if not task.answers:
+        put_in = f" --adapter {shlex.quote(args.adapter)}" if args.adapter else ""
+        raise ValueError(
+            f"{args.model} is {task} and does not talk. Ask it about a text: "
+            f"lorakit generate --model {shlex.quote(args.model)}{put_in} --prompt TEXT"
+        )
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history, where the platform has them
 
     loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
-    style = Style.of_adapter(adapter_of(args.model, args.adapter), loaded.tokenizer, args.system)
+    style = Style.recorded(adapter or base, loaded.tokenizer, system=args.system, plain=args.plain)
     if not style.chat:
-        print("(this model has no chat template: each line is continued as it stands, without the lines before it)")
+        why = "was trained" if loaded.tokenizer.chat_template and not args.plain else "is asked"
+        print(
+            f"(the model {why} without a chat template: each line is continued as it stands, without those before it)"
+        )
     print(f"({_COMMANDS})")
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
     messages: list[dict[str, str]] = []
     base_only = False
     while True:
@@ -55,18 +77,41 @@ def run(args: argparse.Namespace) -> None:
             continue
         if not said:
             continue
-        messages.append({"role": "user", "content": said})
-        asked = messages if style.chat else said
+        asked = [*messages, {"role": "user", "content": said}]
+        try:
+            asked, ids = _fitting(asked, loaded, style, args.max_new_tokens)
+            limit = room(loaded, ids, args.max_new_tokens)
+        except ValueError as problem:
+            print(f"({problem})")
+            continue
+        if (left := len(messages) + 1 - len(asked)) > 0:
+            print(f"(the conversation is longer than the model's positions: its {left} oldest messages are forgotten)")
         answer = ""
-        ids = prompt_ids(asked, loaded.tokenizer, system=style.system, chat=style.chat)
         try:
             with disabled(loaded.model) if base_only else contextlib.nullcontext():
-                for piece in stream(
-                    loaded, ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
-                ):
+                for piece in stream(loaded, ids, max_new_tokens=limit, temperature=args.temperature, top_p=args.top_p):
                     print(piece, end="", flush=True)
                     answer += piece
         except KeyboardInterrupt:
             print(" (stopped)", end="")  # Ctrl-C ends the answer, not the conversation
         print()
-        messages.append({"role": "assistant", "content": answer})
+        messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _fitting(
+    messages: list[dict[str, str]], loaded: Loaded, style: Style, wanted: int
+) -> tuple[list[dict[str, str]], list[int]]:
+    """The newest messages that leave room for an answer, and their tokens; the last message alone at least.
+
+    Half of the model's positions are room enough where `wanted` tokens are not to be had.
+    """
+    from ..training.generation import positions
+    from ..training.tokens import prompt_ids
+
+    limit = positions(loaded.model)
+    while True:
+        asked = messages if style.chat else messages[-1]["content"]
+        ids = prompt_ids(asked, loaded.tokenizer, system=style.system, chat=style.chat)
+        if limit is None or len(messages) == 1 or len(ids) + min(wanted, limit // 2) <= limit:
+            return messages, ids
+        messages = messages[2:]  # a question with its answer

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 
 from ..training.settings import number
-from .generate import add_model_arguments
+from .generate import add_model_arguments, add_style_arguments
 
 HELP = "score a model or an adapter on a data file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_style_arguments(parser)
     parser.add_argument("--data", "--dataset-name", required=True, help="file, folder (its test split) or hub id")
-    parser.add_argument("--system", help="system message (default: the one used in training)")
     parser.add_argument("--max-samples", type=number(int, at_least=1), help="score only the first rows")
     parser.add_argument(
-        "--max-seq-length", type=number(int, at_least=2), default=1024, help="of a classifier's input, in tokens"
+        "--max-seq-length",
+        type=number(int, at_least=2),
+        help="longest text that is not cut, in tokens; of classifiers and of plain text (default: as in training)",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -35,29 +37,37 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..formats.files import replacing
+    from ..training.adapter_folder import base_and_adapter
     from ..training.data import read
-    from ..training.evaluate import Style, compare
-    from ..training.models import adapter_of, load_with_adapter
+    from ..training.evaluate import compare
+    from ..training.models import load_with_adapter
     from ..training.preflight import check_file
     from ..training.prepare import fields_of
     from ..training.report import comparison
+    from ..training.style import Style, longest_text
+    from ..training.task import task_of
 
+    base, adapter = base_and_adapter(args.model, args.adapter)
+    task = task_of(base, adapter)
     if args.json:
         check_file(Path(args.json), "--json")
-    data = read(args.data, fields=fields_of(args), holdout=0.0)
+    data = read(args.data, fields=fields_of(args), holdout=0.0, model=task)
+    if data.task != task.kind:
+        raise ValueError(f"{args.data} holds {data.shape} rows, and {args.model} is {task}: give it text and label.")
     splits = {"test": data.test, "valid": data.valid, "train": data.train}
     split = next(name for name, rows in splits.items() if rows)
     loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
-    style = Style.of_adapter(adapter_of(args.model, args.adapter), loaded.tokenizer, args.system)
     result = compare(
         loaded,
         data,
         split,
         splits[split][: args.max_samples],
-        style,
-        max_length=args.max_seq_length,
+        Style.recorded(adapter or base, loaded.tokenizer, system=args.system, plain=args.plain),
+        max_length=args.max_seq_length or longest_text(adapter or base),
         max_new_tokens=args.max_new_tokens,
     )
+    for note in data.notes:
+        print(f"note: {note}")
     print(comparison(result, shown=args.show))
     if args.json:
         with replacing(Path(args.json)) as path:

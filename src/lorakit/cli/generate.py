@@ -1,23 +1,33 @@
-"""`lorakit generate`: the answer to one prompt, streamed."""
+"""`lorakit generate`: the answer to one prompt, streamed; from a classifier the class of a text."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from ..training.settings import number
+from ..training.settings import UsageError, number
+
+if TYPE_CHECKING:
+    from ..training.models import Loaded
+    from ..training.task import Task
 
 HELP = "answer one prompt with a model or an adapter"
+
+_CLASSES_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_sampling_arguments(parser)
-    parser.add_argument("--prompt", "-p", required=True, help="what to ask; - reads it from standard input")
+    parser.add_argument(
+        "--prompt", "-p", required=True, help="what to ask, or the text to classify; - reads it from standard input"
+    )
+    parser.add_argument("--pair", metavar="TEXT", help="the second text, for a classifier of pairs")
     parser.add_argument("--base", action="store_true", help="answer with the base model, without the adapter")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say which model, for every verb that uses one."""
+def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto: bfloat16 where it is fast") -> None:
+    """The arguments that say which model, for every verb that uses one. dtype: what auto means for the verb."""
     parser.add_argument(
         "--model",
         "--model-name-or-path",
@@ -26,13 +36,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--adapter", help="an adapter's folder to put into --model")
     parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights"
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help=f"of the weights ({dtype})",
+    )
+
+
+def add_style_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say how a prompt is put to the model; without them as it was in training."""
+    parser.add_argument("--system", help="system message (default: the one used in training)")
+    parser.add_argument(
+        "--plain",
+        action=argparse.BooleanOptionalAction,
+        help="do not wrap the prompt in the chat template (default: as in training)",
     )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say how to answer."""
-    parser.add_argument("--system", help="system message (default: the one used in training)")
+    add_style_arguments(parser)
     parser.add_argument("--max-new-tokens", type=number(int, at_least=1), default=256, help="longest answer")
     parser.add_argument(
         "--temperature", type=number(float, at_least=0), default=0.0, help="0 always takes the likeliest token"
@@ -40,26 +63,62 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=number(float, above=0, at_most=1), default=1.0, help="sample from this share of the probability"
     )
+    parser.add_argument("--seed", type=number(int, at_least=0), help="random seed (default: another one each time)")
 
 
 def run(args: argparse.Namespace) -> None:
     import contextlib
     import sys
 
+    import torch
+
     from ..core.attach import disabled
-    from ..training.evaluate import Style
-    from ..training.generation import stream
-    from ..training.models import adapter_of, load_with_adapter
+    from ..training.adapter_folder import base_and_adapter
+    from ..training.generation import room, stream
+    from ..training.models import load_with_adapter
+    from ..training.style import Style
+    from ..training.task import task_of
     from ..training.tokens import prompt_ids
 
-    adapter = adapter_of(args.model, args.adapter)
-    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
-    style = Style.of_adapter(adapter, loaded.tokenizer, args.system)
+    base, adapter = base_and_adapter(args.model, args.adapter)
+    task = task_of(base, adapter)
     prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
-    ids = prompt_ids(prompt, loaded.tokenizer, system=style.system, chat=style.chat)
+    if args.pair is not None and task.answers:
+        raise UsageError(f"--pair is the second text for a classifier of pairs, and {args.model} is {task}.")
+    if not task.answers and not prompt.strip():
+        raise ValueError(f"--prompt is empty: {args.model} is {task} and needs a text.")
+    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
+    if args.base and loaded.new_parameters and not task.answers:
+        raise ValueError(f"--base: {base} has no trained head for {task}; only the adapter has one.")
     with disabled(loaded.model) if args.base else contextlib.nullcontext():
-        for piece in stream(
-            loaded, ids, max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p
-        ):
+        if not task.answers:
+            print(_verdict(loaded, task, prompt, args.pair, adapter or base))
+            return
+        style = Style.recorded(adapter or base, loaded.tokenizer, system=args.system, plain=args.plain)
+        ids = prompt_ids(prompt, loaded.tokenizer, system=style.system, chat=style.chat)
+        if (limit := room(loaded, ids, args.max_new_tokens)) < args.max_new_tokens:
+            print(f"note: the model has positions for an answer of {limit} tokens at most.", file=sys.stderr)
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+        for piece in stream(loaded, ids, max_new_tokens=limit, temperature=args.temperature, top_p=args.top_p):
             print(piece, end="", flush=True)
     print()
+
+
+def _verdict(loaded: Loaded, task: Task, text: str, pair: str | None, folder: str) -> str:
+    """The number that a regression predicts, or a line for each class: its name and its probability."""
+    from ..training.data import Example
+    from ..training.evaluate import outputs
+    from ..training.style import longest_text
+
+    example = Example("--prompt", text=text, text_pair=pair)
+    found = outputs(loaded, [example], longest_text(folder), "reading")[0]
+    if not task.labels:
+        return f"{float(found[0]):.4g}"
+    ranked = sorted(zip(found.softmax(-1).tolist(), task.labels, strict=True), key=lambda one: -one[0])
+    width = max(len(label) for _, label in ranked[:_CLASSES_SHOWN])
+    lines = [f"{label:<{width}}  {probability:6.1%}" for probability, label in ranked[:_CLASSES_SHOWN]]
+    if len(ranked) > _CLASSES_SHOWN:
+        rest = sum(probability for probability, _ in ranked[_CLASSES_SHOWN:])
+        lines.append(f"({len(ranked) - _CLASSES_SHOWN} more classes: {rest:.1%})")
+    return "\n".join(lines)

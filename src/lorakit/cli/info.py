@@ -18,7 +18,9 @@ def run(args: argparse.Namespace) -> None:
 
     from ..core.report import numberless
     from ..formats import peft
+    from ..training.adapter_folder import adapter_config
 
+    adapter_config(args.adapter)  # says more of a folder that is none
     adapter = peft.read(args.adapter)
     updates = adapter.updates
     count = sum(tensor.numel() for update in updates.values() for tensor in update.tensors().values())
@@ -28,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         for update in updates.values()
     )
     print(f"base model    {adapter.base_model or 'not named'}")
-    print(f"task          {adapter.task_type or 'not named'}")
+    print(f"task          {adapter.task_type or 'not named'}: {_use(args.adapter, adapter.base_model)}")
     print(f"targets       {', '.join(adapter.targets)}")
     for (kind, rank, alpha, scale, dora), modules in settings.items():
         print(f"{modules:>4} × {kind:<7} rank {rank}, alpha {alpha}, scale {scale}{', DoRA' if dora else ''}")
@@ -36,6 +38,19 @@ def run(args: argparse.Namespace) -> None:
     names = list(updates) if args.modules else list(dict.fromkeys(numberless(name) for name in updates))
     for name in [*names, *adapter.trained]:
         print(f"  {name}")
+
+
+def _use(folder: str, base: str | None) -> str:
+    """What the adapter is for, as far as this machine knows: nothing is fetched for it."""
+    from pathlib import Path
+
+    from ..training.task import task_of
+
+    here = base if base and Path(base).expanduser().exists() else None
+    try:
+        return str(task_of(here, folder))
+    except (ImportError, OSError, ValueError) as problem:
+        return str(problem)
 
 
 def _dtypes(adapter: object) -> str:

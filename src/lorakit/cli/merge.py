@@ -11,7 +11,7 @@ HELP = "fold an adapter into its base model and write a plain transformers folde
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, dtype="auto: the base model's own")
     parser.add_argument(
         "--output-dir", "-o", required=True, help="folder to write: new, empty, or with --overwrite a merged model's"
     )
@@ -28,17 +28,20 @@ def run(args: argparse.Namespace) -> None:
 
     from ..training.merging import merge_to_folder
     from ..training.preflight import check_output
+    from ..training.report import next_commands
+    from ..training.task import task_of
 
     check_output(Path(args.output_dir))
-
-    difference = merge_to_folder(
+    merged = merge_to_folder(
         args.model,
         args.adapter,
         args.output_dir,
-        dtype=args.dtype,
+        dtype="base" if args.dtype == "auto" else args.dtype,
         overwrite=args.overwrite,
         tolerance=args.tolerance,
     )
-    print(f"written: {args.output_dir}")
-    print(f"verified by loading it back: {difference}")
-    print(f"next: lorakit chat --model {args.output_dir}")
+    print(f"written: {args.output_dir} ({merged.dtype})")
+    for note in merged.notes:
+        print(f"note: {note}")
+    print(f"verified by loading it back: {merged.difference}")
+    print(next_commands(Path(args.output_dir), answers=task_of(args.output_dir, None).answers, merge=False))

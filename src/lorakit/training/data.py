@@ -27,6 +27,7 @@ from typing import Any
 
 from .hub import Hub, read_hub
 from .rows import SPLIT_NAMES, SUFFIXES, DataError, Row, kind, read_file
+from .task import Task
 
 SHAPES = "messages | conversations | prompt+completion | instruction+output | text+label | text"
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -73,12 +74,14 @@ def read(
     holdout: float = 0.05,
     seed: int = 0,
     hub: Hub | None = None,
+    model: Task | None = None,
 ) -> Data:
     """Read and check all rows of `data`: a file, a folder with train|valid|test files, or a hub id.
 
     fields: the file's keys for the roles messages, prompt, completion, text, label ("text": "a,b" is a pair), and
     references, a list of right answers beside or in place of the completion.
     hub: which part of a data set of the hub, where `data` is one.
+    model: the task of the model that the rows are to score; the labels are then its own, and no row names a new class.
     holdout: the share of train that is held out, at random by `seed`, when there is no other split; at most 100 rows.
 
     Raises DataError listing every bad row, FileNotFoundError for a path that is not there.
@@ -110,7 +113,7 @@ def read(
     labels: tuple[str, ...] = ()
     task = "causal-lm"
     if "label" in shape:
-        task, labels, examples = _with_labels(examples)
+        task, labels, examples = _with_labels(examples) if model is None else model.take(examples, notes)
     _hold_out(examples, holdout, seed, notes)
     return Data(shape, task, examples["train"], examples["valid"], examples["test"], labels, notes)
 

@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from ..core.attach import adapted_layers, disabled
-from .config import TrainConfig
 from .data import Data, Example
-from .generation import answers
+from .generation import answers, positions
 from .metrics import accuracy, exact_match, pearson
 from .models import Loaded
 from .report import Comparison, Sample
-from .settings import recorded
-from .tokens import encode_text, prompt_ids, reference
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a prompt is put to the model: in its chat template or as it stands, with which system message."""
-
-    chat: bool
-    system: str | None = None
-
-    @classmethod
-    def of_adapter(cls, adapter: str | Path | None, tokenizer: PreTrainedTokenizerBase, system: str | None) -> Style:
-        """The style an adapter was trained with, as its config.yaml records it; `system` overrides the message."""
-        written = _recorded(adapter)
-        chat = tokenizer.chat_template is not None and not written.get("plain", False)
-        return cls(chat, system if system is not None else written.get("system"))
+from .style import Style
+from .tokens import encode_all, encode_text, prompt_ids, reference
 
 
 def compare(
@@ -52,37 +33,77 @@ def compare(
 ) -> Comparison:
     """Score the base model and, where the model has an adapter, the adapted one on `examples`.
 
-    Causal models answer each prompt greedily and are scored by exact match; classifiers by accuracy, regressions by
-    Pearson's correlation. max_new_tokens=None: 16 more than the longest expected answer.
+    Causal models answer each prompt greedily and are scored by exact match, on plain text by perplexity; classifiers by
+    accuracy, regressions by Pearson's correlation. max_new_tokens=None: 16 more than the longest expected answer.
     """
+    if not examples:
+        return Comparison(0, split, {}, ())
     if data.task != "causal-lm":
         return _compare_labels(loaded, data, split, examples, max_length)
-    examples = [example for example in examples if example.text is None]
-    if not examples:
-        return Comparison(0, split, {}, ())  # plain text has no prompt to answer
-    prompts = [prompt_ids(example, loaded.tokenizer, system=style.system, chat=style.chat) for example in examples]
-    expected = [reference(example) for example in examples]
+    asked = [example for example in examples if example.text is None]
+    if not asked:
+        return _compare_texts(loaded, split, examples, style, max_length)
+    prompts = [prompt_ids(example, loaded.tokenizer, system=style.system, chat=style.chat) for example in asked]
+    notes: tuple[str, ...] = ()
+    limit = positions(loaded.model)
+    if limit is not None and any(len(prompt) >= limit for prompt in prompts):
+        long = [example.where for example, prompt in zip(asked, prompts, strict=True) if len(prompt) >= limit]
+        notes = (f"{len(long)} rows left out, {long[0]} first: the model has positions for {limit} tokens",)
+        kept = [(e, p) for e, p in zip(asked, prompts, strict=True) if len(p) < limit]
+        asked, prompts = [example for example, _ in kept], [prompt for _, prompt in kept]
+        if not asked:
+            return Comparison(0, split, {}, (), notes=notes)
+    expected = [reference(example) for example in asked]
     longest = max(len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected)
-    limit = max_new_tokens or longest + 16
+    wanted = max_new_tokens or longest + 16
 
     def generate(label: str) -> list[str]:
-        found = answers(loaded, prompts, max_new_tokens=limit)
+        found = answers(loaded, prompts, max_new_tokens=wanted)
         return list(_progress(found, len(prompts), f"answering with the {label}"))
 
     with disabled(loaded.model):
         base = generate("base model")
     adapted = generate("adapter") if adapted_layers(loaded.model) else base
     before, after = (tuple(map(exact_match, found, expected)) for found in (base, adapted))
-    samples = tuple(map(Sample, [_question(example) for example in examples], base, adapted, expected))
+    samples = tuple(map(Sample, map(question, asked), base, adapted, expected))
     rates = (sum(before) / len(before), sum(after) / len(after))
-    return Comparison(len(examples), split, {"exact match": rates}, samples, after)
+    return Comparison(len(asked), split, {"exact match": rates}, samples, after, notes)
+
+
+def _compare_texts(
+    loaded: Loaded, split: str, examples: Sequence[Example], style: Style, max_length: int
+) -> Comparison:
+    """Perplexity: how many tokens, all equally likely, would be as hard to guess as the texts' own."""
+    limit = min(max_length, positions(loaded.model) or max_length)
+    encoded = encode_all(
+        examples, loaded.tokenizer, max_length=limit, too_long="truncate", system=style.system, chat=style.chat
+    )
+    if not encoded.rows:
+        return Comparison(0, split, {}, ())
+    notes = (f"{encoded.truncated} texts cut at {limit} tokens",) if encoded.truncated else ()
+    rows = [row.input_ids for row in encoded.rows]
+
+    def perplexity(label: str) -> float:
+        total, count = 0.0, 0
+        for ids in _progress(rows, len(rows), f"reading with the {label}"):
+            tokens = torch.tensor([ids], device=loaded.device)
+            with torch.inference_mode():
+                logits = loaded.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, :-1].float()
+                total += float(F.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+            count += len(ids) - 1
+        return math.exp(min(total / max(count, 1), 700.0))  # e⁷⁰⁹ is the largest number
+
+    with disabled(loaded.model):
+        base = perplexity("base model")
+    adapted = perplexity("adapter") if adapted_layers(loaded.model) else base
+    return Comparison(len(rows), split, {"perplexity": (base, adapted)}, (), notes=notes)
 
 
 def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int) -> Comparison:
     with disabled(loaded.model):
         base = predict(loaded, data, examples, max_length, "base model")
-    adapted = predict(loaded, data, examples, max_length, "adapter")
-    asked = [" | ".join(filter(None, (example.text, example.text_pair))) for example in examples]
+    adapted = predict(loaded, data, examples, max_length, "adapter") if adapted_layers(loaded.model) else base
+    asked = list(map(question, examples))
     if data.labels:
         expected = [str(example.label) for example in examples]
         metrics = {"accuracy": (accuracy(base, expected), accuracy(adapted, expected))}
@@ -91,34 +112,44 @@ def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[E
         metrics = {"pearson": (pearson(base, numbers), pearson(adapted, numbers))}
         base, adapted, expected = ([f"{number:.3f}" for number in column] for column in (base, adapted, numbers))
     right = tuple(a == e for a, e in zip(adapted, expected, strict=True))
-    return Comparison(len(examples), split, metrics, tuple(map(Sample, asked, base, adapted, expected)), right)
+    notes = ("the base model's head is new and random: its score is chance",) if loaded.new_parameters else ()
+    return Comparison(len(examples), split, metrics, tuple(map(Sample, asked, base, adapted, expected)), right, notes)
 
 
-@torch.inference_mode()
 def predict(loaded: Loaded, data: Data, examples: Sequence[Example], max_length: int, label: str) -> list[Any]:
     """The class name, or for a regression the number, that the model gives each example, in order.
 
     Rows of like length share a batch. label: what the progress bar calls the model.
     """
+    logits = outputs(loaded, examples, max_length, f"predicting with the {label}")
+    if not data.labels:
+        return logits[:, 0].tolist()
+    return [data.labels[index] for index in logits.argmax(-1).tolist()]
+
+
+@torch.inference_mode()
+def outputs(loaded: Loaded, examples: Sequence[Example], max_length: int, doing: str) -> torch.Tensor:
+    """The logits of a classifier, or the number of a regression: (examples, classes or 1), in order.
+
+    Texts are cut at `max_length` tokens and at the model's positions. doing: what the progress bar says.
+    """
+    max_length = min(max_length, positions(loaded.model) or max_length)
     encoded = [encode_text(example, loaded.tokenizer, max_length) for example in examples]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
-    found: dict[int, Any] = {}
+    found: dict[int, torch.Tensor] = {}
     size = 32
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    for batch in _progress(batches, len(batches), f"predicting with the {label}"):
+    for batch in _progress(batches, len(batches), doing):
         rows = [encoded[index] for index in batch]
         inputs = loaded.tokenizer.pad(rows, return_tensors="pt").to(loaded.device)
-        logits = loaded.model(**inputs).logits.float()
-        if data.labels:
-            answered = [data.labels[index] for index in logits.argmax(-1).tolist()]
-        else:
-            answered = logits[:, 0].tolist()
-        found.update(zip(batch, answered, strict=True))
-    return [found[index] for index in range(len(encoded))]
+        found.update(zip(batch, loaded.model(**inputs).logits.float().cpu(), strict=True))
+    return torch.stack([found[index] for index in range(len(encoded))])
 
 
-def _question(example: Example) -> str:
+def question(example: Example) -> str:
     """What a person asked in this row, without the template around it."""
+    if example.text is not None:
+        return " | ".join(filter(None, (example.text, example.text_pair)))
     if example.messages is not None:
         asked = [message["content"] for message in example.messages if message["role"] == "user"]
         return asked[-1] if asked else ""
@@ -127,11 +158,3 @@ def _question(example: Example) -> str:
 
 def _progress(items: Any, total: int, label: str) -> Any:
     return tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
-
-
-def _recorded(adapter: str | Path | None) -> dict[str, Any]:
-    """How an adapter's folder records that prompts were put; nothing for an adapter made elsewhere."""
-    path = Path(adapter or "") / "config.yaml"
-    if adapter is None or not path.is_file():
-        return {}
-    return recorded(TrainConfig, path, ("plain", "system"))

@@ -1,15 +1,45 @@
-"""Answers from a causal language model: a batch at a time for scoring, or streamed for a person to read."""
+"""Answers from a causal language model: a batch at a time for scoring, or streamed for a person to read.
+
+What decides the next token is what the caller asks for and nothing else. Of the model's generation_config.json its
+tokens alone are kept: penalties, beams, lengths and forced tokens in it are not. An answer ends where the model was
+taught to end one: at the configuration's end tokens, the tokenizer's, and the one that training puts after an answer.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .data import Example
+from .tokens import IGNORED, encode
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from .models import Loaded
+
+_COLDEST = 1e-6  # below it, differences of logits that float32 cannot hold would decide: the likeliest token is meant
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens the model has positions for, prompt and answer together; None where any number will do."""
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def room(loaded: Loaded, prompt: Sequence[int], wanted: int) -> int:
+    """How many of `wanted` tokens an answer to this prompt can have. Raises ValueError where it can have none."""
+    limit = positions(loaded.model)
+    if limit is None:
+        return wanted
+    if len(prompt) >= limit:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, and this model has positions for {limit}: shorten it.")
+    return min(wanted, limit - len(prompt))
 
 
 @torch.inference_mode()
@@ -23,16 +53,17 @@ def answers(
 ) -> Iterator[str]:
     """The answer to each prompt (token ids), in order. search: num_beams and the like for `generate`; greedy without.
 
-    Prompts of like length share a batch, padded on the left, so that every answer starts at the same column.
+    Prompts of like length share a batch, padded on the left, so that every answer starts at the same column. A prompt
+    that leaves less room than `max_new_tokens` is answered alone, so that none is cut for another's sake. Raises
+    ValueError for a prompt longer than the model's positions.
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    prompts = [_started(loaded, prompt) for prompt in prompts]
+    rooms = [room(loaded, prompt, max_new_tokens) for prompt in prompts]
     done: dict[int, str] = {}
     following = 0
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        done.update(
-            zip(batch, _answer_batch(loaded, [prompts[i] for i in batch], max_new_tokens, search or {}), strict=True)
-        )
+    for batch in _batches(prompts, rooms, max_new_tokens, batch_size):
+        found = _answer_batch(loaded, [prompts[i] for i in batch], rooms[batch[0]], search or {})
+        done.update(zip(batch, found, strict=True))
         while following in done:
             yield done.pop(following)
             following += 1
@@ -43,64 +74,143 @@ def stream(
 ) -> Iterator[str]:
     """Pieces of the answer as they are produced. temperature 0 is greedy.
 
-    Closing the iterator, or an interrupt while it waits, stops the generation.
+    The pieces together are the answer that `answers` gives. Closing the iterator, or an interrupt while it waits, stops
+    the generation. Raises ValueError for a prompt longer than the model's positions.
     """
-    from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-
-    stopped = False
-
-    class Stopped(StoppingCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-            return torch.full((input_ids.shape[0],), stopped, device=input_ids.device, dtype=torch.bool)
-
-    streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    failure: list[BaseException] = []
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
+    prompt = _started(loaded, prompt)
+    limit = room(loaded, prompt, max_new_tokens)
+    sampling: dict[str, Any] = {}
+    if temperature >= _COLDEST:
+        # top_k=0: transformers would draw from the 50 likeliest alone
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    tokens = _Tokens()
 
     def run() -> None:
         try:
             with torch.inference_mode():
-                ids = torch.tensor([prompt], device=loaded.device)
-                loaded.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=loaded.tokenizer.pad_token_id,
-                    streamer=streamer,
-                    stopping_criteria=StoppingCriteriaList([Stopped()]),
-                    **sampling,
-                )
+                _generate(loaded, [prompt], limit, {**sampling, "streamer": tokens, "stopping_criteria": [tokens.stop]})
         except BaseException as error:  # handed to the reader, which would otherwise wait for ever
-            failure.append(error)
-            streamer.end()
+            tokens.failure = error
+        finally:
+            tokens.end()
 
     thread = Thread(target=run, daemon=True)
     thread.start()
     try:
-        yield from streamer
+        yield from _pieces(loaded.tokenizer, tokens)
     finally:
-        stopped = True
+        tokens.stopped = True
         thread.join()
-    if failure:
-        raise failure[0]
+    if tokens.failure is not None:
+        raise tokens.failure
 
 
-def _answer_batch(
-    loaded: Loaded, prompts: list[list[int]], max_new_tokens: int, search: Mapping[str, Any]
-) -> list[str]:
+class _Tokens:
+    """The tokens of one answer, from the thread that makes them to the one that shows them; `generate`'s streamer."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.failure: BaseException | None = None
+        self._queue: SimpleQueue[list[int] | None] = SimpleQueue()
+        self._begun = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._begun:  # the first tokens are the prompt
+            self._queue.put(value.flatten().tolist())
+        self._begun = True
+
+    def end(self) -> None:
+        self._queue.put(None)
+
+    def stop(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self.stopped, device=input_ids.device, dtype=torch.bool)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._queue.get, None)
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: _Tokens) -> Iterator[str]:
+    """What each token adds to the text of all of them; half a character waits for its other half."""
+    ids: list[int] = []
+    shown = ""
+    for new in tokens:
+        ids += new
+        text = _text(tokenizer, ids)
+        if not text.endswith("\ufffd") and text.startswith(shown):
+            yield text[len(shown) :]
+            shown = text
+    yield _text(tokenizer, ids)[len(shown) :]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _batches(prompts: Sequence[list[int]], rooms: Sequence[int], wanted: int, size: int) -> Iterator[list[int]]:
+    """Which prompts are answered together."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    together = [index for index in order if rooms[index] == wanted]
+    yield from (together[start : start + size] for start in range(0, len(together), size))
+    yield from ([index] for index in order if rooms[index] < wanted)
+
+
+def _answer_batch(loaded: Loaded, prompts: list[list[int]], limit: int, search: Mapping[str, Any]) -> list[str]:
     width = max(map(len, prompts))
+    output = _generate(loaded, prompts, limit, search)
+    return [_text(loaded.tokenizer, row) for row in output[:, width:].tolist()]
+
+
+def _generate(loaded: Loaded, prompts: list[list[int]], limit: int, options: Mapping[str, Any]) -> torch.Tensor:
+    """The token ids of prompts and answers, padded on the left and on the right. options: for `generate`."""
+    from transformers import GenerationConfig
+
     pad = loaded.tokenizer.pad_token_id
+    if pad is None:
+        pad = 0  # masked wherever it stands
+    width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=loaded.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=loaded.device)
-    output = loaded.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
+    own = loaded.model.generation_config
+    bare = GenerationConfig(
+        eos_token_id=end_tokens(loaded) or None,
         pad_token_id=pad,
-        **search,
+        bos_token_id=None if own is None else own.bos_token_id,
+        decoder_start_token_id=None if own is None else own.decoder_start_token_id,
     )
-    decoded: list[str] = loaded.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return decoded
+    loaded.model.generation_config = bare  # transformers fills what the caller leaves open from the model's own
+    settings = {"max_new_tokens": limit, "do_sample": False, **options}
+    try:
+        output: torch.Tensor = loaded.model.generate(input_ids=ids, attention_mask=mask, **settings)
+    finally:
+        loaded.model.generation_config = own
+    return output
+
+
+def end_tokens(loaded: Loaded) -> list[int]:
+    """Where an answer ends, in the order of the token ids."""
+    own = getattr(loaded.model.generation_config, "eos_token_id", None)
+    ends = {*(own if isinstance(own, list) else [own]), loaded.tokenizer.eos_token_id}
+    learnt = _learnt_end(loaded.tokenizer)
+    return sorted({*ends, learnt} - {None})
+
+
+def _learnt_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that training in the chat template puts after an answer; None without a template that takes a pair."""
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        return None
+    with contextlib.suppress(ValueError, TemplateError):
+        row = encode(Example("", prompt="a", completion="b"), tokenizer, system=None, chat=True)
+        return next((label for label in reversed(row.labels) if label != IGNORED), None)
+    return None
+
+
+def _started(loaded: Loaded, prompt: Sequence[int]) -> list[int]:
+    """The prompt; an empty one begins with the token that begins every text. Raises ValueError without one."""
+    if prompt:
+        return list(prompt)
+    first = loaded.tokenizer.bos_token_id
+    if first is None:
+        raise ValueError("the prompt is empty, and this model's tokenizer has no token to begin with: give a prompt.")
+    return [first]

@@ -22,7 +22,7 @@ from . import page, report
 from .checkpoints import checkpoints, newest_whole, step_of
 from .config import TrainConfig
 from .divergence import Diverged
-from .evaluate import compare
+from .evaluate import compare, question
 from .interrupt import Interrupted, SaveAndStop
 from .memory import keep_few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
@@ -287,6 +287,7 @@ def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:
     labels = labels_of(prepared.data)
     if labels is not None:
         (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
+    prepared.style.write(out)
     loaded.tokenizer.save_pretrained(out)
 
 
@@ -305,6 +306,7 @@ def _write_reports(
         parameters=str(prepared.attached).splitlines()[-1],
         result=result,
         seconds=progress.seconds,
+        labels=labels_of(prepared.data),
     )
     html = page.render(
         title=Path(config.output_dir).name,
@@ -328,8 +330,9 @@ def _end_block(prepared: Prepared, out: OutputFolder, progress: Progress, result
         lines.append(report.comparison(result))
     files = ", ".join(name for name in out.own if (out.path / name).is_file())
     lines += [report.heading("written"), f"{out}/: {files}"]
-    prompt = result.samples[0].prompt if result is not None and result.samples else None
-    lines.append(report.next_commands(out.path, prompt if prepared.data.task == "causal-lm" else None))
+    example = (prepared.data.heldout[1] or prepared.data.train)[0]
+    prompt, answers = example.text or question(example) or "TEXT", prepared.data.task == "causal-lm"
+    lines.append(report.next_commands(out.path, answers=answers, prompt=prompt, pair=example.text_pair))
     return "\n".join(lines)
 
 

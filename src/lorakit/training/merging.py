@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,11 @@ import torch
 
 from ..core.attach import adapted_layers, detach, merge
 from ..formats.folder import Kind, OutputFolder
-from .models import Loaded, base_of, is_adapter, load_causal_lm, load_classifier, load_with_adapter
+from .adapter_folder import base_and_adapter
+from .generation import end_tokens, positions
+from .locating import locate
+from .models import Loaded, load_with_adapter
+from .style import Style
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,26 +43,38 @@ class Difference:
         )
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What was written: how far from base + adapter, in which dtype, and what its reader must know."""
+
+    difference: Difference
+    dtype: str
+    notes: tuple[str, ...] = ()
+
+
 def merge_to_folder(
     model: str,
     adapter: str | None,
     output_dir: str,
     *,
-    dtype: str = "auto",
+    dtype: str = "base",
     overwrite: bool = False,
     tolerance: float | None = None,
-) -> Difference:
+) -> Merged:
     """Merge `adapter` into `model`, write a folder that `from_pretrained` loads, load it and compare the logits.
+
+    dtype: of the merged weights; "base" is the one that the base's files have.
 
     The folder is filled only when the comparison is within `tolerance`; until then, what an earlier merge wrote there
     stays. Raises FileExistsError for a folder in use, or one that holds anything that no merge wrote; ValueError when
     there is nothing to merge or the difference is too large.
     """
+    base, folder = base_and_adapter(model, adapter)
+    if folder is None:
+        raise ValueError(f"{model} is a model without an adapter; give --adapter FOLDER.")
     out = OutputFolder(output_dir, MERGING)
-    _refuse_used(out, model, adapter, overwrite)
+    _refuse_used(out, [base, folder], overwrite)
     loaded = load_with_adapter(model, adapter, dtype=dtype)
-    if not adapted_layers(loaded.model):
-        raise ValueError(f"{model} is a base model without an adapter; give --adapter FOLDER.")
     inputs = _probe(loaded)
     expected = _logits(loaded.model, inputs)
     _bake(loaded.model)
@@ -68,8 +85,9 @@ def merge_to_folder(
         try:
             out.new.begin({"model": model, "adapter": adapter})
             with out.new.writing() as part:
-                loaded.model.save_pretrained(part)
+                _write_model(loaded, part)
                 loaded.tokenizer.save_pretrained(part)
+                Style.recorded(folder, loaded.tokenizer).write(part)
                 difference = _difference(expected, _logits(_reload(loaded, part), inputs))
                 limit = _TOLERANCE[loaded.model.dtype] if tolerance is None else tolerance
                 if not difference.relative <= limit:
@@ -80,14 +98,37 @@ def merge_to_folder(
             out.put_new_in_place()
         finally:
             out.drop_new()
-    return difference
+    return Merged(difference, str(loaded.model.dtype).removeprefix("torch."), _notes(base, dtype))
 
 
-def _refuse_used(out: OutputFolder, model: str, adapter: str | None, overwrite: bool) -> None:
+def _notes(base: str, dtype: str) -> tuple[str, ...]:
+    if "gguf_file" not in locate(base)[1]:
+        return ()
+    note = f"{base} is a .gguf file: its weights were dequantised, and the merged model is a plain one"
+    return (note + (" in float32 (--dtype bfloat16 makes it half the size)." if dtype == "base" else "."),)
+
+
+def _write_model(loaded: Loaded, folder: Path) -> None:
+    """The weights, and generation_config.json as the base has it, with where answers end: what was learnt may not be
+    the base's own end.
+
+    That file is written here, since transformers refuses to write settings that contradict each other, as those of
+    well-known models do.
+    """
+    model = loaded.model
+    if not model.can_generate():
+        model.save_pretrained(folder)
+        return
+    ends, own = end_tokens(loaded), model.generation_config
+    model.generation_config = type(own)()
+    model.save_pretrained(folder)
+    model.generation_config = own
+    settings = own.to_diff_dict() | {"eos_token_id": ends or None}
+    (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_used(out: OutputFolder, inputs: list[str], overwrite: bool) -> None:
     """Raise FileExistsError where the folder holds what is merged, or anything else that no merge wrote."""
-    inputs = [model, *([adapter] if adapter else [])]
-    if adapter is None and is_adapter(model):
-        inputs.append(base_of(model))
     out.refuse_unusable(inputs)
     out.recover()
     out.refuse_others()
@@ -116,7 +157,8 @@ def _bake(model: PreTrainedModel) -> None:
 def _probe(loaded: Loaded) -> torch.Tensor:
     vocabulary = min(loaded.model.config.get_text_config().vocab_size, len(loaded.tokenizer))
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (4, 32), generator=generator).to(loaded.device)
+    length = min(32, positions(loaded.model) or 32)
+    return torch.randint(0, vocabulary, (4, length), generator=generator).to(loaded.device)
 
 
 @torch.inference_mode()
@@ -127,11 +169,7 @@ def _logits(model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
 
 def _reload(loaded: Loaded, folder: Path) -> PreTrainedModel:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    if type(loaded.model).__name__.endswith("ForSequenceClassification"):
-        config = loaded.model.config
-        labels = tuple(config.id2label[i] for i in range(config.num_labels)) if config.num_labels > 1 else ()
-        return load_classifier(str(folder), labels=labels, dtype=dtype, device=loaded.device).model
-    return load_causal_lm(str(folder), dtype=dtype, device=loaded.device).model
+    return load_with_adapter(str(folder), None, dtype=dtype, device=loaded.device).model
 
 
 def _difference(expected: torch.Tensor, found: torch.Tensor) -> Difference:

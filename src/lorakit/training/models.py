@@ -1,30 +1,30 @@
 """Loading the base model and its tokenizer, and a base model together with an adapter.
 
-A .gguf file is loaded dequantised: LoRA's factors need a weight of plain numbers beside them.
+A .gguf file is loaded dequantised: LoRA's factors need a weight of plain numbers beside them. `locating.py` says where
+a model lies, `task.py` what it is for.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import sys
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.reading import json_of
 from ..formats import load as load_adapter
 from ..formats import peft
+from .adapter_folder import base_and_adapter, beside
+from .adapter_folder import base_of as base_of
+from .adapter_folder import is_adapter as is_adapter
 from .locating import locate, reading
+from .quiet import quietly
+from .task import LABELS as LABELS
+from .task import task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LABELS = "labels.json"  # beside a classifier's adapter: the names of its classes, none for a regression
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,21 @@ def load_classifier(
     name: str,
     *,
     labels: tuple[str, ...],
+    named: bool = True,
     dtype: str = "auto",
     device: torch.device | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Loaded:
-    """A sequence classifier with a head for `labels`; no labels make it a regression on one number."""
+    """A sequence classifier with a head for `labels`; no labels make it a regression on one number.
+
+    named=False: the labels are no names that the model's configuration should hold.
+    """
     from transformers import AutoModelForSequenceClassification
 
     settings: dict[str, Any] = {"num_labels": len(labels) or 1}
-    if labels:
+    settings["problem_type"] = "single_label_classification" if labels else "regression"
+    if labels and named:
         settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-        settings["problem_type"] = "single_label_classification"
-    else:
-        settings["problem_type"] = "regression"
     return _load(AutoModelForSequenceClassification, name, dtype, device, tokenizer, **settings)
 
 
@@ -109,7 +111,7 @@ def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTra
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     folder, options = locate(name)
-    with _quietly(), reading(name, folder):
+    with quietly(), reading(name, folder):
         config = AutoConfig.from_pretrained(folder, **options)
         auto = AutoModelForCausalLM
         if labels is not None:
@@ -125,21 +127,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     folder, options = locate(name)
-    with _quietly(), reading(name, folder):
+    with quietly(), reading(name, folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **options)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
-
-
-def is_adapter(path: str) -> bool:
-    """Whether `path` is an adapter's folder rather than a model's."""
-    return (Path(path) / peft.CONFIG).is_file()
-
-
-def adapter_of(name: str, adapter: str | None) -> str | None:
-    """The adapter's folder in "--model NAME --adapter ADAPTER", where the model may itself be an adapter's folder."""
-    return name if adapter is None and is_adapter(name) else adapter
 
 
 def load_with_adapter(
@@ -147,49 +139,30 @@ def load_with_adapter(
 ) -> Loaded:
     """A language model or a classifier, with `adapter` put in.
 
-    name: a base model; or an adapter's folder, whose base is then the one it names.
+    name: a base model; or an adapter's folder, whose base is then the one it names. dtype: "base" is the one in which
+    the base's files hold its weights. The adapter's files are read before the base is loaded.
     """
-    if adapter is None and is_adapter(name):
-        name, adapter = base_of(name), name
-    if adapter is None:
-        return load_causal_lm(name, dtype=dtype, device=device)
-    # All that the adapter's folder holds is read before the base, which may take minutes.
-    labels = _labels_of(adapter) if _adapter_config(adapter).get("task_type") == "SEQ_CLS" else None
-    peft.read(adapter)
+    base, adapter = base_and_adapter(name, adapter)
+    task = task_of(base, adapter)
+    trained = peft.read(adapter).trained if adapter is not None else {}
     # The chat template that training used travels with the adapter.
-    own = load_tokenizer(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else None
-    if labels is not None:
-        loaded = load_classifier(name, labels=labels, dtype=dtype, device=device, tokenizer=own)
+    own = beside(adapter, "tokenizer_config.json")
+    tokenizer = load_tokenizer(str(own.parent)) if own is not None else None
+    if task.answers:
+        loaded = load_causal_lm(base, dtype=dtype, device=device, tokenizer=tokenizer)
+        missing = [name for name in loaded.new_parameters if name not in trained]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ValueError(
+                f"{base} is no language model that can answer: its files hold no weights for {missing[0]}{more}."
+            )
     else:
-        loaded = load_causal_lm(name, dtype=dtype, device=device, tokenizer=own)
-    load_adapter(loaded.model, adapter)
+        loaded = load_classifier(
+            base, labels=task.labels, named=task.named, dtype=dtype, device=device, tokenizer=tokenizer
+        )
+    if adapter is not None:
+        load_adapter(loaded.model, adapter)
     return loaded
-
-
-def base_of(adapter: str) -> str:
-    """The base model that an adapter's folder names. Raises ValueError when it names none."""
-    base = _adapter_config(adapter).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{adapter}/{peft.CONFIG} names no base model; give it: --model BASE --adapter {adapter}")
-    return str(base)
-
-
-def _adapter_config(adapter: str) -> dict[str, Any]:
-    path = Path(adapter) / peft.CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{adapter} is no adapter folder: it has no {peft.CONFIG}.")
-    return json_of(path, dict)
-
-
-def _labels_of(adapter: str) -> tuple[str, ...]:
-    """The classes an adapter was trained for; none for a regression."""
-    path = Path(adapter) / LABELS
-    if not path.is_file():
-        raise FileNotFoundError(f"{adapter} has no {LABELS}: the names of the classes are not known.")
-    labels = json_of(path, list)
-    if not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{path}: expected a list of names, found {labels}.")
-    return tuple(labels)
 
 
 def _load(
@@ -207,10 +180,11 @@ def _load(
         from transformers import GgufConfig
 
         options["quantization_config"] = GgufConfig(dequantize=True)
-    with _quietly(), reading(name, folder):
-        model, info = auto.from_pretrained(
-            folder, dtype=resolve_dtype(dtype, device), output_loading_info=True, **options, **settings
-        )
+    wanted: torch.dtype | str = resolve_dtype("float32" if dtype == "base" else dtype, device)
+    if dtype == "base" and "gguf_file" not in options:
+        wanted = "auto"  # in transformers' words: the configuration's, or else the weights' own
+    with quietly(), reading(name, folder):
+        model, info = auto.from_pretrained(folder, dtype=wanted, output_loading_info=True, **options, **settings)
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{name} is quantised; load a version with plain weights.")
     if model.config.pad_token_id is None:
@@ -223,19 +197,3 @@ def _cpu_flags() -> set[str]:
     with contextlib.suppress(OSError):
         return set(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore").split())
     return set()
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the notices of loading, and without its progress bars where nobody watches them."""
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    unseen = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with warnings.catch_warnings(), unseen:
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)

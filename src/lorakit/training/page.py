@@ -146,7 +146,8 @@ def _result(result: Comparison) -> str:
         rows.append(f"<tr><td>{mark}</td>{cells}</tr>")
     head = "<tr><th></th><th>asked</th><th>base</th><th>adapter</th><th>expected</th></tr>"
     visible, rest = rows[:8], rows[8:]
-    parts.append(f"<h2>Before and after</h2><table>{head}{''.join(visible)}</table>")
+    if rows:
+        parts.append(f"<h2>Before and after</h2><table>{head}{''.join(visible)}</table>")
     if rest:
         parts.append(f"<details><summary>{len(rest)} more</summary><table>{head}{''.join(rest)}</table></details>")
     return "".join(parts)

@@ -17,11 +17,12 @@ from ..core.report import Report
 from . import report
 from .config import TrainConfig, warnings_for
 from .data import Data, read
-from .evaluate import Style
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, resolve_dtype, skeleton
 from .plan import Plan, make_plan, processes, speed
 from .preflight import check_reporters
+from .style import Style
+from .task import ordered
 from .tokens import Encoded, encode_all, encode_text, preview
 
 if TYPE_CHECKING:
@@ -55,8 +56,10 @@ def prepare(config: TrainConfig) -> Prepared:
     check_reporters(config.report_to or ())
     data = read(config.data, fields=fields_of(config), holdout=config.holdout, seed=config.seed)
     check_task(config, data)
+    if data.labels:
+        data = dataclasses.replace(data, labels=ordered(data.labels, config.model))
     tokenizer = load_tokenizer(config.model)
-    style = Style(chat=tokenizer.chat_template is not None and not config.plain, system=config.system)
+    style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
     notes = list(data.notes)
     if data.task == "causal-lm":
         train, valid = (_causal_rows(part, config, tokenizer, style, notes) for part in (data.train, data.valid))

@@ -32,6 +32,7 @@ class Comparison:
     metrics: dict[str, tuple[float, float]]
     samples: tuple[Sample, ...]
     right: tuple[bool, ...] = ()  # whether the adapted model's answer to each sample is the expected one
+    notes: tuple[str, ...] = ()  # what a reader of the metrics must know
 
 
 def heading(title: str) -> str:
@@ -70,6 +71,7 @@ def comparison(result: Comparison, shown: int = 3) -> str:
         f"{name:<16} {metric_value(name, before):>9} → {metric_value(name, after)}"
         for name, (before, after) in result.metrics.items()
     ]
+    lines += [f"note: {note}" for note in result.notes]
     for sample in _telling(result.samples)[:shown]:
         lines += ["", f"  {_line(sample.prompt)}"]
         lines += [f"    base      {_line(sample.base)}", f"    adapter   {_line(sample.adapter)}"]
@@ -77,15 +79,34 @@ def comparison(result: Comparison, shown: int = 3) -> str:
     return "\n".join(lines)
 
 
-def next_commands(folder: Path, prompt: str | None) -> str:
-    """The commands to copy, for what people do next."""
-    lorakit, where = _program(), shlex.quote(str(folder))
-    lines = [f"  {lorakit} chat --model {where}", f"  {lorakit} merge --model {where} --output-dir {where}-merged"]
-    if prompt is not None:
-        lines.insert(0, f"  {lorakit} generate --model {where} --prompt {shlex.quote(prompt)}")
-    else:
-        lines[0] = f"  {lorakit} eval --model {where} --data test.jsonl"
+def next_commands(
+    folder: Path, *, answers: bool, prompt: str = "TEXT", pair: str | None = None, merge: bool = True
+) -> str:
+    """The commands to copy, for what people do next.
+
+    answers: whether the model writes text; a classifier does not talk. prompt, pair: what to ask, or to classify.
+    merge: whether there is an adapter to merge.
+    """
+    lorakit, model = _program(), _flag("--model", str(folder))
+    asked = _flag("--prompt", prompt) + (f" {_flag('--pair', pair)}" if pair else "")
+    lines = [f"  {lorakit} generate {model} {asked}"]
+    if answers:
+        lines.append(f"  {lorakit} chat {model}")
+    if merge:
+        lines.append(f"  {lorakit} merge {model} {_flag('--output-dir', str(_free(folder)))}")
     return "\n".join([heading("next"), *lines])
+
+
+def _flag(name: str, value: str) -> str:
+    """A flag and its value as a shell reads them, whatever the value holds."""
+    return shlex.quote(f"{name}={value}") if value.startswith("-") else f"{name} {shlex.quote(value)}"
+
+
+def _free(folder: Path) -> Path:
+    """A folder beside this one for the merged model, in which nothing is yet."""
+    beside = folder.resolve() if folder.name in ("", "..") else folder
+    names = (beside.with_name(f"{beside.name}-merged{number}") for number in ("", *(f"-{n}" for n in range(2, 100))))
+    return next(path for path in names if not path.exists())
 
 
 def _program() -> str:
@@ -103,9 +124,17 @@ def model_card(
     parameters: str,
     result: Comparison | None,
     seconds: float,
+    labels: tuple[str, ...] | None = None,
 ) -> str:
-    """README.md of an output folder: what it is, how it was made, what it does, how to use it."""
+    """README.md of an output folder: what it is, how it was made, what it does, how to use it.
+
+    labels: the classes of a classifier (none for a regression); None for a language model.
+    """
+    base_model, data = public(base_model), public(data)
     front = ["---", f"base_model: {base_model}", "library_name: peft", "tags: [lora, lorakit]", "---", ""]
+    auto, head = "AutoModelForCausalLM", ""
+    if labels is not None:
+        auto, head = "AutoModelForSequenceClassification", f", num_labels={len(labels) or 1}"
     body = [
         f"# LoRA adapter for {Path(base_model).name}",
         "",
@@ -117,9 +146,9 @@ def model_card(
         "",
         "```python",
         "import lorakit",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto}",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{base_model}")',
+        f'model = {auto}.from_pretrained("{base_model}"{head})',
         'lorakit.load(model, "THIS_FOLDER")',
         "```",
         "",
@@ -133,15 +162,22 @@ def model_card(
             f"| {n} | {metric_value(n, before)} | {metric_value(n, after)} |"
             for n, (before, after) in result.metrics.items()
         ]
-        body += ["", "| asked | base | adapter | expected |", "|---|---|---|---|"]
+        if result.samples:
+            body += ["", "| asked | base | adapter | expected |", "|---|---|---|---|"]
         body += [
             "| " + " | ".join(_cell(text) for text in (s.prompt, s.base, s.adapter, s.expected)) + " |"
             for s in _telling(result.samples)[:5]
         ]
         body += [""]
     body += ["## Settings", "", "| setting | value |", "|---|---|"]
-    body += [f"| {name} | {value} |" for name, value in settings.items()]
+    body += [f"| {name} | {public(value) if isinstance(value, str) else value} |" for name, value in settings.items()]
     return "\n".join([*front, *body]) + "\n"
+
+
+def public(text: str) -> str:
+    """A setting as others may read it: of a path that is valid on one machine alone, the last name."""
+    path = Path(text)
+    return path.name if path.is_absolute() or text.startswith("~") else text
 
 
 def _telling(samples: Sequence[Sample]) -> list[Sample]:

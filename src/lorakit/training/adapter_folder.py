@@ -1,0 +1,106 @@
+"""An adapter's folder: its base, what stands beside it, and what to do with a run's folder that has no adapter yet.
+
+`locating.py` says where a model lies. No weight is read here.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from ..core.reading import json_of
+from ..formats import peft
+from .locating import locate
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether `path` is an adapter's folder rather than a model's."""
+    return (Path(path) / peft.CONFIG).is_file()
+
+
+def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
+    """The base model and the adapter's folder that "--model NAME --adapter ADAPTER" means.
+
+    Raises FileNotFoundError for what is not there, ValueError where the two do not go together.
+    """
+    if adapter is not None:
+        if not is_adapter(adapter):
+            raise FileNotFoundError(_no_adapter(adapter))
+        if is_adapter(name):
+            raise ValueError(
+                f"{name} is an adapter's folder itself. Give one adapter and its base: --model BASE --adapter {adapter}"
+            )
+        _refuse_no_model(name)
+        return name, adapter
+    if is_adapter(name):
+        return base_of(name), name
+    _refuse_no_model(name)
+    return name, None
+
+
+def base_of(adapter: str) -> str:
+    """The base model that an adapter's folder names. Raises ValueError when it names none or one that is not here."""
+    base = adapter_config(adapter).get("base_model_name_or_path")
+    give = f"give it: --model BASE --adapter {shlex.quote(adapter)}"
+    if not base:
+        raise ValueError(f"{adapter}/{peft.CONFIG} names no base model; {give}")
+    try:
+        _refuse_no_model(str(base))
+    except FileNotFoundError as error:
+        raise ValueError(f"{adapter}/{peft.CONFIG} names the base model {base}: {error} Or {give}") from None
+    return str(base)
+
+
+def adapter_config(adapter: str) -> dict[str, Any]:
+    """PEFT's configuration of an adapter's folder."""
+    if not is_adapter(adapter):
+        raise FileNotFoundError(_no_adapter(adapter))
+    return json_of(Path(adapter) / peft.CONFIG, dict)
+
+
+def beside(adapter: str | Path | None, name: str) -> Path | None:
+    """The file of this name that belongs to an adapter: in its folder or, for a checkpoint, in its run's folder."""
+    if adapter is None:
+        return None
+    folder = Path(adapter).expanduser()
+    parents = [folder.resolve().parent] if folder.resolve().name.startswith("checkpoint-") else []
+    return next((path for own in (folder, *parents) if (path := own / name).is_file()), None)
+
+
+def _refuse_no_model(name: str) -> None:
+    """Raise FileNotFoundError for a name that leads to no model; of an interrupted run's folder say what to do."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
+        reason = f"{name} is no model folder: it has no config.json and no .gguf file."
+        if (path / "tokenizer_config.json").is_file():  # else `locate` says more
+            raise FileNotFoundError(_unfinished(path) or reason)
+        if unfinished := _unfinished(path):
+            raise FileNotFoundError(unfinished)
+    locate(name)
+
+
+def _no_adapter(folder: str) -> str:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        return f"{folder}: no such adapter folder."
+    return _unfinished(path) or f"{folder} is no adapter folder: it has no {peft.CONFIG}."
+
+
+def _unfinished(folder: Path) -> str | None:
+    """What to do with the folder of a training run that has not written its adapter; None for other folders."""
+    settings = folder / "config.yaml"
+    whole = [path for path in folder.glob("checkpoint-*") if is_adapter(path) and (path / peft.TENSORS).is_file()]
+    newest = max(whole, key=lambda path: (len(path.name), path.name), default=None)
+    if newest is None and not settings.is_file():
+        return None
+    go_on = f"lorakit train --config {shlex.quote(str(settings))}" if settings.is_file() else "lorakit train …"
+    if newest is None:
+        return (
+            f"{folder} holds a training run that ended before its first checkpoint, and no adapter. "
+            f"Run it again: {go_on} --overwrite"
+        )
+    return (
+        f"{folder} holds a training run that was interrupted: there is no adapter yet. Go on with it: {go_on} "
+        f"--resume auto. Or use its newest checkpoint: --model {shlex.quote(str(newest))}"
+    )

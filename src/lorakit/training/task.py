@@ -1,0 +1,245 @@
+"""What a model is for, told before any weight is loaded: to answer, to name a class, or to predict a number.
+
+The adapter decides: by the labels.json beside it, or else by its configuration and the rows of its head. Without an
+adapter the model's config.json decides. The rows that are scored never do: they may lack some of the classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from ..core.adapter import Adapter
+from ..core.reading import json_of
+from ..core.words import suggestion
+from ..formats import peft
+from .adapter_folder import adapter_config, beside
+from .locating import locate, reading
+from .quiet import quietly
+from .rows import DataError
+
+if TYPE_CHECKING:
+    from .data import Example
+
+LABELS = "labels.json"  # beside a classifier's adapter: the names of its classes, none for a regression
+_CLASSIFIER = "ForSequenceClassification"
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """kind, and the classes of a classification in the order of the head's rows.
+
+    named: whether a file names the classes; otherwise they are called 0, 1, … n.
+    """
+
+    kind: Literal["causal-lm", "classification", "regression"]
+    labels: tuple[str, ...] = ()
+    named: bool = True
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model writes text."""
+        return self.kind == "causal-lm"
+
+    def __str__(self) -> str:
+        if self.answers:
+            return "a language model"
+        return f"a classifier ({_listed(self.labels)})" if self.labels else "a regression, which predicts a number"
+
+    def take(
+        self, splits: Mapping[str, list[Example]], notes: list[str]
+    ) -> tuple[str, tuple[str, ...], dict[str, list[Example]]]:
+        """Rows with labels as this model knows them: its kind, its classes, and the rows with labels in its words.
+
+        Classes that no file names are called as the rows call them, in sorted order, where the numbers agree; `notes`
+        then says so. Raises DataError that names each label that the model does not know, or the first row for a model
+        that has no classes.
+        """
+        if self.answers:
+            first = next(row for rows in splits.values() for row in rows)
+            raise DataError(
+                [
+                    f"{first.where}: a row with a label, but the model is a language model and answers in words. Score "
+                    "rows with prompt and completion, or a classifier's adapter: lorakit train makes one of such rows."
+                ]
+            )
+        task = self
+        if self.labels and not self.named:
+            task = self._named_by([e for rows in splits.values() for e in rows], notes)
+        unknown: dict[str, list[Example]] = {}
+        found: dict[str, list[Example]] = {}
+        for split, rows in splits.items():
+            found[split] = []
+            for row in rows:
+                label = task._own(row.label)
+                if label is None:
+                    unknown.setdefault(str(row.label), []).append(row)
+                else:
+                    found[split].append(replace(row, label=label))
+        if unknown:
+            raise DataError([task._unknown(label, rows) for label, rows in unknown.items()])
+        return task.kind, task.labels, found
+
+    def _own(self, label: str | float | None) -> str | float | None:
+        """The label in the model's words; None for one that it does not know."""
+        number = _number(label)
+        if not self.labels:
+            return number
+        text = str(label)
+        if text in self.labels:
+            return text
+        if text.lower() in ("true", "false"):  # JSON writes true, and a table True or TRUE
+            return next((own for own in self.labels if own.lower() == text.lower()), None)
+        return None if number is None else next((own for own in self.labels if _number(own) == number), None)
+
+    def _named_by(self, rows: Iterable[Example], notes: list[str]) -> Task:
+        labels = {str(row.label) for row in rows}
+        if all(self._own(label) is not None for label in labels) or len(labels) != len(self.labels):
+            return self
+        names = tuple(sorted(labels))
+        notes.append(
+            f"no file names the {len(names)} classes of this model; they are taken to be {_listed(names)}, in this "
+            f"order. If that is wrong, write their names as a JSON list into {LABELS} beside the adapter."
+        )
+        return replace(self, labels=names)
+
+    def _unknown(self, label: str, rows: list[Example]) -> str:
+        also = f" ({len(rows)} rows have it)" if len(rows) > 1 else ""
+        if not self.labels:
+            return f"{rows[0].where}: the label {label!r} is not a number{also}; the model predicts numbers"
+        hint = suggestion(label, self.labels)
+        if not self.named:
+            hint = f" No file names them: write their names as a JSON list into {LABELS} beside the adapter."
+        return f"{rows[0].where}: {label!r} is no class of this model{also}. Its classes: {_listed(self.labels)}.{hint}"
+
+
+def task_of(base: str | None, adapter: str | None) -> Task:
+    """What a base model, or an adapter on it, is for. base=None: not known, and then not asked.
+
+    Raises ValueError for a task that lorakit has no verb for, and for a labels.json that holds no names.
+    """
+    if adapter is None:
+        return _of_model(base) if base else Task("causal-lm")
+    kind = adapter_config(adapter).get("task_type")
+    if kind == "CAUSAL_LM":
+        return Task("causal-lm")
+    if kind not in (None, "SEQ_CLS"):
+        raise ValueError(
+            f"{adapter}/{peft.CONFIG}: task_type is {kind}; lorakit uses adapters of language models (CAUSAL_LM) and "
+            "of classifiers (SEQ_CLS)."
+        )
+    path = beside(adapter, LABELS)
+    if path is not None:
+        return _of_names(_names(path))
+    own = _of_model(base) if base else Task("causal-lm")
+    rows = _head_rows(base, peft.read(adapter)) if base else None
+    if rows is None:
+        if kind == "SEQ_CLS" and own.answers:
+            raise ValueError(
+                f"{adapter} is an adapter of a classifier, but holds neither a trained head nor {LABELS}, so its "
+                "classes are not known."
+            )
+        return own
+    if rows == 1:
+        return Task("regression")
+    names = _names_in(_config(base)) if base else ()
+    return _of_names(names) if len(names) == rows else _unnamed(rows)
+
+
+def ordered(labels: tuple[str, ...], base: str) -> tuple[str, ...]:
+    """Classes in the order in which a base model that is a classifier of the same ones has them.
+
+    Its trained head then keeps its meaning. Capital letters do not count; other classes keep their own order.
+    """
+    own = [name.lower() for name in _names_in(_config(base))]
+    if sorted(own) != sorted(label.lower() for label in labels):
+        return labels
+    return tuple(sorted(labels, key=lambda label: own.index(label.lower())))
+
+
+def _of_names(names: tuple[str, ...]) -> Task:
+    return Task("classification", names) if names else Task("regression")
+
+
+def _unnamed(count: int) -> Task:
+    return Task("classification", tuple(map(str, range(count))), named=False)
+
+
+def _of_model(base: str) -> Task:
+    config = _config(base)
+    kinds = [str(name) for name in getattr(config, "architectures", None) or ()]
+    if not any(name.endswith(_CLASSIFIER) for name in kinds):
+        return Task("causal-lm")
+    if config.problem_type == "multi_label_classification":
+        raise ValueError(f"{base} gives a text several classes at once; lorakit scores one class for a text.")
+    if config.num_labels == 1:
+        return Task("regression")
+    names = _names_in(config)
+    return _of_names(names) if names else _unnamed(config.num_labels)
+
+
+def _names_in(config: Any) -> tuple[str, ...]:
+    """The classes that a model's configuration names; none where they are transformers' LABEL_0, LABEL_1, …"""
+    names = tuple(str(config.id2label[index]) for index in sorted(config.id2label))
+    return () if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names
+
+
+def _names(path: Path) -> tuple[str, ...]:
+    names = json_of(path, list)
+    if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"{path}: expected a list of different names, one for each class, in quotes; found {names}.")
+    return tuple(names)
+
+
+def _head_rows(base: str, adapter: Adapter) -> int | None:
+    """How many classes a trained head in the adapter's file has; None where it has no head."""
+    for name in _head_parameters(base):
+        if name in adapter.trained:
+            return int(adapter.trained[name].shape[0])
+        module = name.rpartition(".")[0]
+        if module in adapter.updates:
+            return int(adapter.updates[module].B.shape[0])
+    return None
+
+
+def _head_parameters(base: str) -> list[str]:
+    """The parameters of a classifier on `base` whose size is the number of its classes."""
+    from transformers import AutoModelForSequenceClassification
+
+    shapes: list[dict[str, torch.Size]] = []
+    for count in (2, 3):
+        config = _config(base)
+        config.num_labels = count
+        with quietly(), torch.device("meta"):
+            try:
+                model = AutoModelForSequenceClassification.from_config(config)
+            except ValueError:  # no classifier is made of such a model
+                return []
+        shapes.append({name: parameter.shape for name, parameter in model.named_parameters()})
+    return [name for name, shape in shapes[0].items() if shape != shapes[1].get(name)]
+
+
+def _config(base: str) -> Any:
+    from transformers import AutoConfig
+
+    folder, options = locate(base)
+    with quietly(), reading(base, folder):
+        return AutoConfig.from_pretrained(folder, **options)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    more = f", … {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _number(label: str | float | None) -> float | None:
+    number = None
+    with contextlib.suppress(ValueError, OverflowError):
+        number = None if label is None else float(label)
+    return number if number is not None and abs(number) < float("inf") else None
