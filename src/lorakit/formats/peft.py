@@ -33,6 +33,7 @@ from ..core.adapter import Adapter, Kind, Update
 from ..core.targets import matching
 from .files import replacing
 from .peft_names import Names, Place, places, plain, target_names, wrapped
+from .tensors import write_tensors
 
 CONFIG, TENSORS, LEGACY_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -64,7 +65,7 @@ def write(adapter: Adapter, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / TENSORS) as path:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        write_tensors(tensors, path)
     with replacing(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
