@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .problems import grouped
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 # Under which names a split is looked for, the usual one first.
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
@@ -30,9 +32,10 @@ class DataError(ValueError):
     """Rows that cannot be used. The message lists them, one line each: file:line: what is wrong."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        shown = list(problems[:_LISTED])
-        if len(problems) > _LISTED:
-            shown.append(f"... and {len(problems) - _LISTED} more bad rows")
+        lines = grouped(problems)
+        shown = lines[:_LISTED]
+        if len(lines) > _LISTED:
+            shown.append(f"... and {len(lines) - _LISTED} more such lines")
         count = f"{len(problems)} bad row{'s' if len(problems) > 1 else ''}; nothing was loaded:\n"
         super().__init__((count if len(problems) > 1 else "") + "\n".join(shown))
 
