@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.reading import json_of
+from ..core.reading import json_of, missing
 from ..formats import load as load_adapter
 from ..formats import peft
 from .locating import locate, reading
@@ -177,6 +177,8 @@ def base_of(adapter: str) -> str:
 def _adapter_config(adapter: str) -> dict[str, Any]:
     path = Path(adapter) / peft.CONFIG
     if not path.is_file():
+        if not Path(adapter).is_dir():
+            raise FileNotFoundError(f"--adapter {missing(Path(adapter))}")
         raise FileNotFoundError(f"{adapter} is no adapter folder: it has no {peft.CONFIG}.")
     return json_of(path, dict)
 
