@@ -347,3 +347,30 @@ def test_training_an_attached_model_lowers_the_loss_and_leaves_the_base_alone() 
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.2
     assert all(torch.equal(model.get_parameter(n), p) for n, p in frozen.items())
+
+
+def test_an_adapter_for_another_model_is_told_in_few_lines() -> None:
+    from lorakit.core.exchange import extract, insert
+
+    def model(width: int, layers: int) -> nn.Module:
+        blocks = [nn.ModuleDict({"up": nn.Linear(width, 8), "down": nn.Linear(8, width)}) for _ in range(layers)]
+        return nn.ModuleDict({"layers": nn.ModuleList(blocks), "head": nn.Linear(width, 2)})
+
+    source = model(4, 12)
+    lorakit.attach(source, ["up", "down", "head"], rank=2)
+    with pytest.raises(ValueError, match="^the adapter does not fit ModuleDict:\n") as error:
+        insert(model(6, 12), extract(source))
+    lines = str(error.value).splitlines()[1:]
+    assert sum(line.startswith("  layers.*.up: A and B are (2, 4) and (8, 2)") and "×" in line for line in lines) == 1
+    assert len(lines) <= 4  # 25 layers, of three kinds; the hint stands with the first
+    assert "Did you mean 'layers" not in str(error.value)  # the names are right
+    with pytest.raises(ValueError, match=r"layers\.\*\.up: the model has no such module \(×4\)"):
+        insert(model(4, 8), extract(source))
+
+
+def test_a_name_that_is_spelt_rightly_is_not_suggested() -> None:
+    from lorakit.core.targets import closest
+
+    names = ["layers.0.q_proj", "layers.0.k_proj"]
+    assert closest("q_proj", names) == closest("layers.0.q_proj", names) == closest("*.q_proj", names) == ""
+    assert "Did you mean 'q_proj'?" in closest("q_prj", names)

@@ -171,8 +171,12 @@ def test_all_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
     assert sorted(line.split(":")[1] for line in lines[1:]) == sorted(str(n) for n in range(2, len(BAD) + 2))
     with pytest.raises(DataError) as error:
         read(write(tmp_path / "d.jsonl", *['{"a"'] * 133))
+    assert len(str(error.value).splitlines()) == 2
+    assert str(error.value).endswith(" (132 more such rows: 2-133)")
+    with pytest.raises(DataError) as error:
+        read(write(tmp_path / "d.jsonl", *[json.dumps({str(n): n}) for n in range(133)]))
     assert len(str(error.value).splitlines()) == 22
-    assert str(error.value).endswith("... and 113 more bad rows")
+    assert str(error.value).endswith("... and 113 more such lines")
 
 
 @pytest.mark.parametrize(

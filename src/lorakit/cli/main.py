@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
@@ -90,12 +91,13 @@ def _overview() -> str:
         "commands:",
     ]
     for verb in VERBS:
-        lines.append(f"  {verb:<10}{_module(verb).HELP}")
+        lines.append(textwrap.fill(f"  {verb:<10}{_module(verb).HELP}", 80, subsequent_indent=12 * " "))
     lines += [
         "",
         "options:",
         "  --help, --version, --debug",
         "",
-        "lorakit COMMAND --help says more. A first run: lorakit init, then lorakit train --config lora.yaml",
+        "lorakit COMMAND --help says more.",
+        "A first run: lorakit init, then lorakit train --config lora.yaml",
     ]
     return "\n".join(lines)

@@ -81,7 +81,8 @@ class Parser(argparse.ArgumentParser):
                 return f"unexpected {left[0]!r}. Separate names with commas: {flag} {','.join(values)}"
             return f'unexpected {left[0]!r}. A value of several words stands in quotes: {flag} "{" ".join(values)}"'
         # A page or a word processor makes one long dash of two short ones.
-        return f"unexpected {left[0]!r}.{suggestion(re.sub('^[–—]', '--', left[0]), self._option_string_actions)}"
+        meant = re.sub("^[–—]", "--", left[0])
+        return f"unexpected {left[0]!r}." + (f" Did you mean {meant!r}?" if self.has(meant) else "")
 
 
 def tidy(words: Sequence[str]) -> list[str]:

@@ -5,9 +5,11 @@ What is needed is read where it is declared, in the installed package's own meta
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from importlib import metadata
 
+_IMPORTED = {"pyyaml": "yaml"}  # by another name than it is installed by
 _REQUIREMENT = re.compile(r"^([\w.-]+)\s*\(?>=\s*([\d.]+)\)?[^;]*;.*extra\s*==\s*['\"]([\w-]+)['\"]")
 
 
@@ -15,14 +17,19 @@ def check(extra: str) -> None:
     """Raise ImportError naming each package of an extra that is missing or too old."""
     wrong = []
     for name, least in _needed(extra):
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found = ""
+        found = _installed(name)
         if not found or _release(found) < _release(least):
             wrong.append(f"{name} {least} or newer ({f'{found} is' if found else 'not'} installed)")
     if wrong:
         raise ImportError(f"this command needs {', '.join(wrong)}")
+
+
+def _installed(name: str) -> str:
+    """The version of a package; nothing where it is not there or cannot be imported."""
+    try:
+        return metadata.version(name) if importlib.util.find_spec(_IMPORTED.get(name, name)) else ""
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _needed(extra: str) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_
 from .layers import ConvLoRA, Embedding, Linear, MergedLinear, block_shapes
 from .names import named_modules, unwrapped
 from .parameters import AdaptedParameter, parameter_factor_shapes
+from .report import numberless
 from .targets import Target, candidates, closest, is_transposed, layer_class, matching, refusal
 from .trainable import bias_names, tensors_by_name
 from .undo import refuse_replaced, remember, unchanged_on_error
@@ -62,9 +63,9 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     layers, targets = adapted_layers(model), candidates(model)
     problems = _misfits(model, adapter, layers, targets)
     if problems and not force:
-        shown = "\n".join(f"  {problem}" for problem in list(problems.values())[:20])
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(f"the adapter does not fit {type(model).__name__}:\n{shown}{more}")
+        made_for = f", it was made for {adapter.base_model}" if adapter.base_model else ""
+        listed = "\n".join(_listed(problems.values()))
+        raise ValueError(f"the adapter does not fit {type(model).__name__}{made_for}:\n{listed}")
     if set(adapter.updates) | set(adapter.trained) <= set(problems):
         raise ValueError(f"nothing in the adapter fits {type(model).__name__}: its modules have other names or shapes.")
 
@@ -80,6 +81,15 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
         remember(model, adapted_layers(model))
         for name, value in trained.items():
             own[name].copy_(value)
+
+
+def _listed(problems: Iterable[str]) -> list[str]:
+    """A line for each problem; for all numbered layers together where they have the same one."""
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        alike.setdefault(numberless(problem), []).append(problem)
+    lines = [f"  {own[0]}" if len(own) == 1 else f"  {line} (×{len(own)})" for line, own in alike.items()]
+    return lines[:20] + ([f"  … and {len(lines) - 20} more"] if len(lines) > 20 else [])
 
 
 def layouts(model: nn.Module) -> dict[str, Layout]:

@@ -135,7 +135,7 @@ def closest(pattern: str, names: Iterable[str]) -> str:
     for name in names:
         by_suffix.setdefault(".".join(name.split(".")[-depth:]), []).append(name)
     near = difflib.get_close_matches(wanted, by_suffix, n=1, cutoff=0.5)
-    if not near:
+    if not near or near[0] == wanted:  # spelt rightly: what is wrong is something else
         return ""
     first, *more = by_suffix[near[0]]
     others = f" and {len(more)} like it" if more else ""

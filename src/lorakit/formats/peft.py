@@ -25,7 +25,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from .peft_config import PeftConfig, first_match, read_config
 from .peft_experts import Layout, flattened, stacked
 from .peft_keys import PREFIX, Sorted, saved_whole, sort
 from .peft_names import Names, Place, places, target_names, wrapped
+from .tensors import write_tensors
 
 TENSORS, LEGACY_TENSORS = "adapter_model.safetensors", "adapter_model.bin"
 FILES = (CONFIG, TENSORS, LEGACY_TENSORS)
@@ -56,7 +56,7 @@ def write(adapter: Adapter, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / TENSORS) as path:
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        write_tensors(tensors, path)
     with replacing(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..core.reading import json_of
+from ..core.reading import json_of, missing
 from ..formats import peft
 from .locating import locate
 
@@ -83,7 +83,7 @@ def _refuse_no_model(name: str) -> None:
 def _no_adapter(folder: str) -> str:
     path = Path(folder).expanduser()
     if not path.is_dir():
-        return f"{folder}: no such adapter folder."
+        return f"--adapter {missing(path)}"
     return _unfinished(path) or f"{folder} is no adapter folder: it has no {peft.CONFIG}."
 
 

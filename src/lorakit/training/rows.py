@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.files import refuse_pointer
+from .problems import grouped
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 # Under which names a split is looked for, the usual one first.
@@ -32,9 +33,10 @@ class DataError(ValueError):
     """Rows that cannot be used. The message lists them, one line each: file:line: what is wrong."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        shown = list(problems[:_LISTED])
-        if len(problems) > _LISTED:
-            shown.append(f"... and {len(problems) - _LISTED} more bad rows")
+        lines = grouped(problems)
+        shown = lines[:_LISTED]
+        if len(lines) > _LISTED:
+            shown.append(f"... and {len(lines) - _LISTED} more such lines")
         count = f"{len(problems)} bad row{'s' if len(problems) > 1 else ''}; nothing was loaded:\n"
         super().__init__((count if len(problems) > 1 else "") + "\n".join(shown))
 

@@ -106,7 +106,8 @@ def check(config: Any) -> None:
     problems: list[str] = []
     for name, own in _settings(type(config)).items():
         if own.meta["parse"] is None:
-            object.__setattr__(config, name, own.convert(getattr(config, name), name, problems))
+            value = converted(getattr(config, name), own.type, own.meta["limits"], name, problems)
+            object.__setattr__(config, name, value)
     if problems:
         raise UsageError("\n".join(problems))
 

@@ -103,3 +103,23 @@ def test_two_methods_never_have_one_name() -> None:
 def test_an_error_says_which_word_is_wrong(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         method_of(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora rank=0", "rank: expected at least 1, found '0'"),
+        ("lora rank=1e12", "rank: expected at most 2147483647, found '1e12'"),
+        ("lora alpha=-3", "alpha: expected more than 0, found '-3'"),
+        ("lora alpha=nan", "alpha: expected a number, found 'nan'"),
+        ("lora dropout=1", "dropout: expected less than 1, found '1'"),
+        ("adapter-h bottleneck=0", "bottleneck: expected at least 1, found '0'"),
+        ("adapter-p bottleneck=-4", "bottleneck: expected at least 1, found '-4'"),
+        ("prefix-layer length=0", "length: expected at least 1, found '0'"),
+        ("prefix-embedding length=0", "length: expected at least 1, found '0'"),
+        ("top-layers k=0", "k: expected at least 1, found '0'"),
+    ],
+)
+def test_a_number_outside_its_limits_is_refused_before_anything_is_run(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{text!r}: {message}"):
+        method_of(text)

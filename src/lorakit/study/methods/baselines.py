@@ -51,6 +51,7 @@ from .inserted import Bottleneck, Span, Vectors, given_to
 from .structure import attention_of, base_of, blocks_of, ends_of, head_of, norm_after_mlp, norms_of, query_and_value
 
 Head = str | Iterable[str] | None
+_A_SIZE = {"limits": {"at_least": 1}}  # of a field: what a person may write there
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ class TopLayers(Method):
     """The last k transformer blocks, whole: the paper's FT^Top2."""
 
     name = "top-layers"
-    k: int = 2
+    k: int = field(default=2, metadata=_A_SIZE)
 
     def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
         blocks = blocks_of(model)
@@ -280,7 +281,7 @@ class Houlsby(Method):
     """
 
     name = "adapter-h"
-    bottleneck: int = 8
+    bottleneck: int = field(default=8, metadata=_A_SIZE)
     norms: bool = True
 
     def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
@@ -305,7 +306,7 @@ class Pfeiffer(Method):
     """
 
     name = "adapter-p"
-    bottleneck: int = 16
+    bottleneck: int = field(default=16, metadata=_A_SIZE)
 
     def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
         _check_size("bottleneck", self.bottleneck)
@@ -326,7 +327,7 @@ class PrefixEmbedding(Method):
     """
 
     name = "prefix-embedding"
-    length: int = 32
+    length: int = field(default=32, metadata=_A_SIZE)
 
     def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
         span, embedding = _open_span(model, self.length)
@@ -347,7 +348,7 @@ class PrefixLayer(Method):
     """
 
     name = "prefix-layer"
-    length: int = 32
+    length: int = field(default=32, metadata=_A_SIZE)
 
     def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
         span, embedding = _open_span(model, self.length)
@@ -371,10 +372,10 @@ class LoRA(Method):
     """
 
     name = "lora"
-    rank: int = 8
-    alpha: float | None = None
+    rank: int = field(default=8, metadata=_A_SIZE)
+    alpha: float | None = field(default=None, metadata={"limits": {"above": 0}})
     targets: str | tuple[str, ...] = "query-value"
-    dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata={"limits": {"at_least": 0, "below": 1}})
     rslora: bool = False
     dora: bool = False
     init: Init = "kaiming"

@@ -13,7 +13,7 @@ import typing
 from typing import Any
 
 from ...core.words import suggestion
-from ...training.values import as_type, describe
+from ...training.values import as_type, describe, outside
 from .baselines import METHODS, Method
 
 
@@ -24,7 +24,8 @@ def method_of(text: str) -> Method:
         raise ValueError(f"unknown method {name!r}.{suggestion(name, METHODS)} Methods: {', '.join(METHODS)}.")
     usual = METHODS[name]()
     types = typing.get_type_hints(type(usual))
-    known = [own.name for own in dataclasses.fields(usual)]
+    fields = {own.name: own for own in dataclasses.fields(usual)}
+    known = list(fields)
     settings: dict[str, Any] = {}
     for word in words:
         setting, equals, value = word.partition("=")
@@ -37,6 +38,9 @@ def method_of(text: str) -> Method:
             settings[setting] = _read(value, types[setting])
         except ValueError:
             raise ValueError(f"{text!r}: {setting}: expected {describe(types[setting])}, found {value!r}.") from None
+        problem = outside(settings[setting], fields[setting].metadata.get("limits", {}))
+        if problem:
+            raise ValueError(f"{text!r}: {setting}: expected {problem}, found {value!r}.")
     return dataclasses.replace(usual, **settings)
 
 
