@@ -16,6 +16,7 @@ from .data import Data, Example
 from .generation import answers
 from .metrics import accuracy, exact_match, pearson
 from .models import Loaded
+from .positions import longest_row
 from .report import Comparison, Sample
 from .tokens import encode_text, prompt_ids, reference
 
@@ -59,7 +60,7 @@ def compare(
     if not examples:
         return Comparison(0, split, {}, ())  # plain text has no prompt to answer
     prompts = [prompt_ids(example, loaded.tokenizer, system=style.system, chat=style.chat) for example in examples]
-    expected = [reference(example) for example in examples]
+    expected = [reference(example, loaded.tokenizer) for example in examples]
     longest = max(len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected)
     limit = max_new_tokens or longest + 16
 
@@ -77,6 +78,7 @@ def compare(
 
 
 def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int) -> Comparison:
+    max_length = longest_row(max_length, loaded.model, loaded.tokenizer)
     with disabled(loaded.model):
         base = predict(loaded, data, examples, max_length, "base model")
     adapted = predict(loaded, data, examples, max_length, "adapter")

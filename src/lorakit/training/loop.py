@@ -20,6 +20,7 @@ from ..formats.files import replacing
 from . import page, report
 from .config import TrainConfig
 from .evaluate import compare
+from .loss import check_causal
 from .memory import keep_few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
@@ -48,6 +49,8 @@ def train(config: TrainConfig) -> Path:
 
     torch.manual_seed(config.seed)
     loaded = _load(prepared)
+    if prepared.data.task == "causal-lm":
+        check_causal(loaded.model)
     attach_as(config, loaded.model, new_head=prepared.data.task != "causal-lm")
     if _is_main():
         _write_settings(prepared, loaded, out)
