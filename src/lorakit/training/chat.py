@@ -42,9 +42,9 @@ class Rendered:
 
 
 def render(
-    messages: Messages, tokenizer: PreTrainedTokenizerBase, *, answer: bool, tools: Tools = (), **names: Any
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, *, answer: bool, tools: Tools = (), **options: Any
 ) -> str:
-    """The text of a conversation. answer: with the prompt for an answer. names: what the template is told besides.
+    """The text of a conversation. answer: with the prompt for an answer. options: of apply_chat_template.
 
     Raises BadRow with what the template says against it.
     """
@@ -53,7 +53,7 @@ def render(
     try:
         return str(
             tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer, tools=list(tools) or None, **names
+                list(messages), tokenize=False, add_generation_prompt=answer, tools=list(tools) or None, **options
             )
         )
     except Exception as error:  # a template may raise anything
@@ -100,8 +100,13 @@ def unprinted(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Too
 
 def prints_date(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools) -> bool:
     """Whether the text depends on the day: the template asks for the date."""
-    full = render(messages, tokenizer, answer=False, tools=tools)
-    return render(messages, tokenizer, answer=False, tools=tools, strftime_now=lambda _: _WORD) != full
+    own = tokenizer.get_chat_template(tools=list(tools) or None)
+    another_day = "{% macro strftime_now(format) %}" + _WORD + "{% endmacro %}"
+    today, later = (
+        render(messages, tokenizer, answer=False, tools=tools, chat_template=template)
+        for template in (own, another_day + own)
+    )
+    return today != later
 
 
 def as_template_takes_them(

@@ -17,14 +17,14 @@ _NOT_OF_TOKENS = re.compile("rel|vision|visual|image|patch|audio|mel")
 _UNBOUND = 1_000_000  # a tokenizer that names no limit says some number far above
 
 
-def positions(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
+def positions(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
     """The longest row, in tokens, that a model can read; None where nothing in it limits that.
 
     A table of learnt positions is the limit, less the rows that RoBERTa and its kin keep for padding. Rotary positions
     end where the configuration says, stretched as it says. ALiBi and relative positions have no end, and a sliding
     window is none. Where the model names no limit, the tokenizer's counts. Weights are not read.
     """
-    config: Any = model.config.get_text_config()
+    config = model.config.get_text_config()
     named = [limit for name in _LIMITS if isinstance(limit := getattr(config, name, None), int) and limit > 0]
     if tables := _position_tables(model):
         return min(_rows(table, named) for table in tables)
@@ -36,7 +36,7 @@ def positions(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None
     return int(limit) if isinstance(limit, int | float) and 0 < limit < _UNBOUND else None
 
 
-def longest_row(wanted: int, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+def longest_row(wanted: int, model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     """`wanted` tokens, or as many as the model has positions."""
     limit = positions(model, tokenizer)
     return wanted if limit is None else min(wanted, limit)
