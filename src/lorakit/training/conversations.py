@@ -69,7 +69,7 @@ def conversation(value: Any, *, read_only: int = 0) -> Conversation:
 def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
     """The tools that a row offers: a list of objects, or one as JSON text; none where the key is missing or empty."""
     tools = as_json(value, "tools")
-    if is_missing(tools) or tools in ("", [], {}):
+    if is_empty(tools):
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow(f"tools is {kind(tools)}, expected a list of objects")
@@ -79,6 +79,11 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
 def is_missing(value: Any) -> bool:
     """Whether a value stands for none: null, or NaN as pandas writes it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_empty(value: Any) -> bool:
+    """Whether an optional value says nothing: it is missing, or an empty text, list or object."""
+    return is_missing(value) or value in ("", [], {})
 
 
 def as_json(value: Any, name: str = "") -> Any:
@@ -163,7 +168,7 @@ def _part(part: Any, number: int) -> str:
 def _calls(value: Any) -> list[dict[str, Any]]:
     """Tool calls as chat templates take them: {"type", "function": {"name", "arguments"}}, arguments no text."""
     calls = as_json(value, "tool_calls")
-    if calls is None or calls in ([], ""):
+    if is_empty(calls):
         return []
     if not isinstance(calls, list):
         raise BadRow(f"tool_calls is {kind(calls)}, expected a list")

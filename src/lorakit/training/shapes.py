@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .conversations import BadRow, Conversation, as_json, conversation, is_missing, tools_of
+from .conversations import BadRow, Conversation, as_json, conversation, is_empty, is_missing, tools_of
 from .rows import Row, kind
 
 SHAPES = "messages | conversations | prompt+completion | instruction+output | text+label | text"
@@ -72,7 +72,7 @@ def parse(row: Row, fields: Mapping[str, str]) -> tuple[str, Example, set[str]]:
         example = _pair(row, values, values["prompt"], values.get("completion"))
     elif {"instruction", "output"} <= keys:
         shape, used = "instruction+output", {"instruction", "input", "output", "tools", "system"}
-        more = None if is_missing(values.get("input")) or values["input"] == "" else _text(values, "input", empty=True)
+        more = None if is_empty(values.get("input")) else _text(values, "input", empty=True)
         prompt = _text(values, "instruction") + (f"\n\n{more}" if more and more.strip() else "")
         example = _pair(row, values, prompt, _text(values, "output"))
     elif "label" in keys and ("text" in keys or {"sentence1", "sentence2"} <= keys):
@@ -85,7 +85,7 @@ def parse(row: Row, fields: Mapping[str, str]) -> tuple[str, Example, set[str]]:
         example = Example(row.where, text=_text(values, "text"))
     else:
         raise BadRow(_unknown_keys(row))
-    unread = {key for key in keys - used if not is_missing(values[key]) and values[key] not in ("", [], {})}
+    unread = {key for key in keys - used if not is_empty(values[key])}
     _refuse(values, unread)
     return shape, example, unread
 
@@ -130,7 +130,7 @@ def _chat(row: Row, values: Mapping[str, Any], said: Conversation, others: tuple
     """A conversation, with the row's own system message and tools."""
     messages, unlearnt = said.messages, said.unlearnt
     system = values.get("system")
-    if not is_missing(system) and system != "":
+    if not is_empty(system):
         system = _text(values, "system")
         if messages[0]["role"] == "system":
             raise BadRow("system stands beside messages that begin with a system message; leave one out")
@@ -162,7 +162,7 @@ def _pair(row: Row, values: Mapping[str, Any], prompt: Any, completion: Any) -> 
         if isinstance(prompt, list):
             prompt = _linear(prompt)
         prompt = _text({"prompt": prompt}, "prompt")
-        if is_missing(values.get("tools")) and is_missing(values.get("system")):
+        if is_empty(values.get("tools")) and is_empty(values.get("system")):
             return Example(row.where, prompt=prompt, completion=texts[0], others=others)
         prompt = [{"role": "user", "content": prompt}]
     turns = [*prompt, {"role": "assistant", "content": texts[0]}]
