@@ -65,9 +65,9 @@ def _whole_groups(rows: Sequence[Example], drawn: Sequence[int], order: random.R
     candidates = list({_asked(rows[index]): groups[_asked(rows[index])] for index in (*drawn, *rest)}.values())
     for group in candidates:
         take(group, len(drawn))
-    if not chosen:  # every group is larger than the share: the smallest that can be spared
+    if not chosen:  # every group is larger than the share: the smallest, if it is not much larger
         for group in sorted(candidates, key=len):
-            take(group, 0 if chosen else len(rows) // 2)
+            take(group, 0 if chosen else 2 * len(drawn))
     return chosen
 
 

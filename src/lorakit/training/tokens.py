@@ -145,7 +145,8 @@ def reference(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     if "tool_calls" not in message:
         return str(message["content"])
     row = encode(example, tokenizer, system=None, chat=True)
-    return str(tokenizer.decode(row.input_ids[_last_learnt(row) :], skip_special_tokens=True))
+    learnt_ids = [label for label in row.labels[_last_learnt(row) :] if label != IGNORED]
+    return str(tokenizer.decode(learnt_ids, skip_special_tokens=True))
 
 
 def preview(row: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
