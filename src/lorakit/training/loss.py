@@ -124,8 +124,10 @@ def check_causal(model: Any) -> None:
     with torch.no_grad():
         one, two = (model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0].float() for row in (ids, other))
     difference = (one - two).abs().amax(-1)  # (tokens)
-    # Rounding may differ a little; what is looked up there changes as much as the last answer does.
-    if difference[:-1].max() > 1e-2 * difference[-1].clamp(min=1e-6):
+    # Rounding may differ a little, where experts get other numbers of tokens.
+    exact = table.weight.dtype == torch.float32
+    rounding = 1e-5 * one.abs().max() if exact else 0.05 * difference[-1]
+    if difference[:-1].max() > rounding:
         raise ValueError(
             f"{type(model).__name__} is not causal as it is configured: what it says of the first tokens depends on a "
             'later one, so it would learn to copy. An encoder such as BERT needs "is_decoder": true in its config.json.'
@@ -145,7 +147,7 @@ def frozen_head(model: nn.Module) -> nn.Linear | None:
     token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
     try:
         with torch.no_grad():
-            returned = model(input_ids=token, use_cache=False).logits
+            returned = model(input_ids=token, **_known(model, {"use_cache": False})).logits
     finally:
         handle.remove()
     return head if len(seen) == 1 and seen[0] is returned else None
