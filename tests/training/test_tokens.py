@@ -79,7 +79,7 @@ def test_generation_starts_where_the_loss_does(smollm2, example: Example, system
     end = max(i for i, label in enumerate(tokens.labels) if label != IGNORED)
     start = max(i for i in range(end) if tokens.labels[i] == IGNORED) + 1
     assert prompt_ids(example, smollm2, system=system, chat=True) == tokens.input_ids[:start]
-    assert smollm2.decode(tokens.input_ids[start:end]) == reference(example)
+    assert smollm2.decode(tokens.input_ids[start:end]) == reference(example, smollm2)
 
 
 @pytest.mark.parametrize("bos", [False, True])

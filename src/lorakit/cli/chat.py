@@ -105,7 +105,7 @@ def _fitting(
 
     Half of the model's positions are room enough where `wanted` tokens are not to be had.
     """
-    from ..training.generation import positions
+    from ..training.positions import positions
     from ..training.tokens import prompt_ids
 
     limit = positions(loaded.model)

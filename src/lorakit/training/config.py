@@ -32,7 +32,7 @@ class TrainConfig:
     output_dir: str = setting(
         help="folder for the adapter and everything about it", group=_OUTPUT, example="out", aliases=("o",)
     )
-    task: Literal["auto", "causal-lm", "classification"] = setting(
+    task: Literal["auto", "causal-lm", "classification", "regression"] = setting(
         "auto", help="what to train; auto: told by the data", group=_DATA
     )
     system: str | None = setting(None, help="system message put before conversations that have none", group=_DATA)

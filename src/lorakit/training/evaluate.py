@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from ..core.attach import adapted_layers, disabled
 from .data import Data, Example
-from .generation import answers, positions
+from .generation import answers
 from .metrics import accuracy, exact_match, pearson
 from .models import Loaded
+from .positions import longest_row, positions
 from .report import Comparison, Sample
 from .style import Style
 from .tokens import encode_all, encode_text, prompt_ids, reference
@@ -53,7 +54,7 @@ def compare(
         asked, prompts = [example for example, _ in kept], [prompt for _, prompt in kept]
         if not asked:
             return Comparison(0, split, {}, (), notes=notes)
-    expected = [reference(example) for example in asked]
+    expected = [reference(example, loaded.tokenizer) for example in asked]
     longest = max(len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected)
     wanted = max_new_tokens or longest + 16
 
@@ -100,6 +101,7 @@ def _compare_texts(
 
 
 def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int) -> Comparison:
+    max_length = longest_row(max_length, loaded.model, loaded.tokenizer)
     with disabled(loaded.model):
         base = predict(loaded, data, examples, max_length, "base model")
     adapted = predict(loaded, data, examples, max_length, "adapter") if adapted_layers(loaded.model) else base

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .data import Example
+from .positions import positions
 from .tokens import IGNORED, encode
 
 if TYPE_CHECKING:
@@ -24,12 +25,6 @@ if TYPE_CHECKING:
     from .models import Loaded
 
 _COLDEST = 1e-6  # below it, differences of logits that float32 cannot hold would decide: the likeliest token is meant
-
-
-def positions(model: Any) -> int | None:
-    """How many tokens the model has positions for, prompt and answer together; None where any number will do."""
-    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
 
 
 def room(loaded: Loaded, prompt: Sequence[int], wanted: int) -> int:

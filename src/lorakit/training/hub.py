@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from .rows import SPLIT_NAMES, Row
+from .folders import SPLIT_NAMES
+from .rows import Row, of_columns
 
 # Where the hub keeps a copy of a data set as files subset/split/*.parquet, of those too whose own files are a script.
 _CONVERTED = "refs/convert/parquet"
@@ -37,7 +38,7 @@ def read_hub(name: str, hub: Hub) -> dict[str, list[Row]]:
         chosen = _chosen_splits(name, hub, loaded)
     splits: dict[str, list[Row]] = {"train": [], "valid": [], "test": []}
     for split, own in chosen.items():
-        splits[split] = [Row(f"{name}/{own} row {i + 1}", dict(row)) for i, row in enumerate(loaded[own])]
+        splits[split] = [Row(f"{name}/{own} row {i + 1}", of_columns(row)) for i, row in enumerate(loaded[own])]
     return splits
 
 

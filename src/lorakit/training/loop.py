@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .divergence import Diverged
 from .evaluate import compare, question
 from .interrupt import Interrupted, SaveAndStop
+from .loss import check_causal
 from .memory import keep_few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .preflight import refuse_too_large
@@ -70,6 +71,8 @@ def train(config: TrainConfig) -> Path:
     record["base"] = base_of(loaded)
     if is_main() and start.record is not None:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
+    if prepared.data.task == "causal-lm":
+        check_causal(loaded.model)
     attach_as(config, loaded.model, new_head=prepared.data.task != "causal-lm")
     out = OutputFolder(config.output_dir, TRAINING)
     folder = start.folder(out)

@@ -14,6 +14,7 @@ On a GPU, TRL's fused head does this; on a CPU that head takes three times as lo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -72,17 +73,65 @@ def loss_at(
 ) -> Tensor:
     """`causal_loss` with the labels found. No shape in it depends on what a tensor holds, so fake ones will do."""
     # Logits are computed only at the columns that hold a label in some row.
-    wanted = {**inputs, "use_cache": False, "logits_to_keep": where.columns}
-    with _attention(model, tokens=inputs["input_ids"].shape[1]):
+    wanted = _known(model, {"use_cache": False, "logits_to_keep": where.columns})
+    tokens = inputs["input_ids"].shape[1]
+    with _attention(model, tokens):
         if head is None:
-            logits = model(**wanted).logits
-            at_labels = logits[where.rows, where.at].float()
+            logits = model(**inputs, **wanted).logits
+            at_labels = _at(where, logits, tokens).float()
             return F.cross_entropy(at_labels, where.labels, reduction="sum", label_smoothing=label_smoothing)
         # The loss is computed in the head's place, inside the model's forward pass, so that a wrapper which looks at
         # what the forward pass returns (DistributedDataParallel) finds the graph that leads to the parameters.
-        with _replaced(head, lambda hidden: _FrozenHead.apply(hidden[where.rows, where.at], head.weight, where.labels)):
-            losses: Tensor = model(**wanted).logits
+        with _replaced(head, lambda hidden: _FrozenHead.apply(_at(where, hidden, tokens), head.weight, where.labels)):
+            losses: Tensor = model(**inputs, **wanted).logits
     return losses.sum()
+
+
+def _known(model: nn.Module, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that a model's forward pass takes, by name or among others."""
+    parameters = inspect.signature(getattr(model, "module", model).forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return wanted
+    return {name: value for name, value in wanted.items() if name in parameters}
+
+
+def _at(where: Labelled, states: Tensor, tokens: int) -> Tensor:
+    """states (rows, columns, …) at the labels. A model that does not know logits_to_keep gives all columns.
+
+    There is always a column fewer with a label than there are tokens, so that the shape tells.
+    """
+    if states.shape[1] == len(where.columns):
+        return states[where.rows, where.at]
+    if states.shape[1] != tokens:
+        raise ValueError(
+            f"the model gives {states.shape[1]} columns of logits for rows of {tokens} tokens, of which "
+            f"{len(where.columns)} were asked for; its loss cannot be told."
+        )
+    return states[where.rows, where.columns[where.at]]
+
+
+def check_causal(model: Any) -> None:
+    """Raise ValueError for a model whose answer to the first tokens depends on the last one.
+
+    Such a model reads what it is to write: its loss falls to nothing, and it learns nothing. An encoder that is taken
+    for a language model is one.
+    """
+    table: Any = model.get_input_embeddings()
+    size, device = table.weight.shape[0], table.weight.device
+    ids = (torch.arange(6, device=device) * 7 + size // 3)[None] % size
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + size // 2) % size
+    with torch.no_grad():
+        one, two = (model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0].float() for row in (ids, other))
+    difference = (one - two).abs().amax(-1)  # (tokens)
+    # Rounding may differ a little, where experts get other numbers of tokens.
+    exact = table.weight.dtype == torch.float32
+    rounding = 1e-5 * one.abs().max() if exact else 0.05 * difference[-1]
+    if difference[:-1].max() > rounding:
+        raise ValueError(
+            f"{type(model).__name__} is not causal as it is configured: what it says of the first tokens depends on a "
+            'later one, so it would learn to copy. An encoder such as BERT needs "is_decoder": true in its config.json.'
+        )
 
 
 def frozen_head(model: nn.Module) -> nn.Linear | None:
@@ -98,7 +147,7 @@ def frozen_head(model: nn.Module) -> nn.Linear | None:
     token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
     try:
         with torch.no_grad():
-            returned = model(input_ids=token, use_cache=False).logits
+            returned = model(input_ids=token, **_known(model, {"use_cache": False})).logits
     finally:
         handle.remove()
     return head if len(seen) == 1 and seen[0] is returned else None

@@ -12,9 +12,10 @@ import torch
 from ..core.attach import adapted_layers, detach, merge
 from ..formats.folder import Kind, OutputFolder
 from .adapter_folder import base_and_adapter
-from .generation import end_tokens, positions
+from .generation import end_tokens
 from .locating import locate
 from .models import Loaded, load_with_adapter
+from .positions import positions
 from .style import Style
 
 if TYPE_CHECKING:

@@ -16,14 +16,16 @@ from ..core.attach import attach
 from ..core.report import Report
 from . import report
 from .config import TrainConfig, warnings_for
-from .data import Data, read
+from .data import Data, Example, read
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, resolve_dtype, skeleton
 from .plan import Plan, make_plan, processes, speed
+from .positions import check_vocabulary, longest_row
 from .preflight import check_reporters
+from .rows import DataError
 from .style import Style
 from .task import ordered
-from .tokens import Encoded, encode_all, encode_text, preview
+from .tokens import encode_all, encode_text, preview
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,30 +56,30 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises DataError listing every bad row, ValueError for settings that do not fit the model or the data.
     """
     check_reporters(config.report_to or ())
-    data = read(config.data, fields=fields_of(config), holdout=config.holdout, seed=config.seed)
+    data = read(config.data, fields=fields_of(config), task=config.task, holdout=config.holdout, seed=config.seed)
     check_task(config, data)
     if data.labels:
         data = dataclasses.replace(data, labels=ordered(data.labels, config.model))
     tokenizer = load_tokenizer(config.model)
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
-    notes = list(data.notes)
-    if data.task == "causal-lm":
-        train, valid = (_causal_rows(part, config, tokenizer, style, notes) for part in (data.train, data.valid))
-    else:
-        train, valid = (
-            [_labelled(example, config, tokenizer, data) for example in part] for part in (data.train, data.valid)
-        )
-    if not train:
-        raise ValueError(
-            f"no row of {config.data} is left to train on; raise --max-seq-length {config.max_seq_length}."
-        )
-    from . import trainers  # noqa: F401  the libraries that training needs are part of the memory planned
-
     dtype = weights_dtype(config, data)
-    rate = speed(best_device(), resolve_dtype(dtype, best_device()))
-    batch = _largest_batch(config, data, train)
     with FakeTensorMode() as fake:
         model = skeleton(config.model, labels=labels_of(data), dtype=dtype)
+    notes = list(data.notes)
+    limit = longest_row(config.max_seq_length, model, tokenizer)
+    rows = _causal_rows if data.task == "causal-lm" else _labelled_rows
+    train, valid = rows(config, data, tokenizer, style, limit, notes)
+    if not train:
+        remedy = "shorten them, or cut them with --too-long truncate"
+        if limit == config.max_seq_length:
+            remedy = f"raise --max-seq-length {limit}"
+        raise ValueError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
+    check_vocabulary((*train, *valid), model, tokenizer)
+    from . import trainers  # noqa: F401  the libraries that training needs are part of the memory planned
+
+    rate = speed(best_device(), resolve_dtype(dtype, best_device()))
+    batch = _largest_batch(config, data, train)
+    with fake:
         # The init decides no shape but doubles the work here (it may decompose each weight).
         attached = attach_as(dataclasses.replace(config, init="kaiming"), model, new_head=data.task != "causal-lm")
         plan = _plan(config, data, train, model, rate, _faked(batch, fake))
@@ -160,34 +162,71 @@ def fields_of(config: Any) -> dict[str, str]:
 
 def check_task(config: Any, data: Data) -> None:
     """Raise ValueError where the data is of another kind than the one that the settings ask for."""
-    asked, found = config.task, "causal-lm" if data.task == "causal-lm" else "classification"
-    if asked not in ("auto", found):
-        raise ValueError(f"--task {asked} does not fit {config.data}, which holds {data.shape} rows ({data.task}).")
+    if config.task not in ("auto", data.task):
+        raise ValueError(
+            f"--task {config.task} does not fit {config.data}, which holds {data.shape} rows ({data.task})."
+        )
 
 
 def _causal_rows(
-    examples: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, style: Style, notes: list[str]
-) -> list[dict[str, Any]]:
-    encoded: Encoded = encode_all(
-        examples,
-        tokenizer,
-        max_length=config.max_seq_length,
-        too_long=config.too_long,
-        system=style.system,
-        chat=style.chat,
-    )
-    limit = f"{config.max_seq_length} tokens (--max-seq-length, --too-long {config.too_long})"
-    if encoded.dropped:
-        notes.append(f"{encoded.dropped} rows over {limit} left out")
-    if encoded.truncated:
-        notes.append(f"{encoded.truncated} rows cut at {limit}")
-    return [{"input_ids": row.input_ids, "labels": row.labels} for row in encoded.rows]
+    config: TrainConfig, data: Data, tokenizer: PreTrainedTokenizerBase, style: Style, limit: int, notes: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of train and valid. Raises DataError listing the bad ones of both."""
+    problems: list[str] = []
+    parts: list[list[dict[str, Any]]] = []
+    dropped = truncated = 0
+    said: list[str] = []
+    for examples in (data.train, data.valid):
+        try:
+            encoded = encode_all(
+                examples,
+                tokenizer,
+                max_length=limit,
+                too_long=config.too_long,
+                system=style.system,
+                chat=style.chat,
+            )
+        except DataError as error:
+            problems += error.problems
+            continue
+        dropped += encoded.dropped
+        truncated += encoded.truncated
+        said += encoded.notes
+        parts.append([{"input_ids": row.input_ids, "labels": row.labels} for row in encoded.rows])
+    if problems:
+        raise DataError(problems)
+    over = f"{_limit(config, limit)}, --too-long {config.too_long}"
+    if dropped:
+        notes.append(f"{dropped} rows over {over}: left out")
+    if truncated:
+        notes.append(f"{truncated} rows over {over}: cut")
+    notes += dict.fromkeys(said)
+    train, valid = parts
+    return train, valid
 
 
-def _labelled(example: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: Data) -> dict[str, Any]:
-    row = encode_text(example, tokenizer, config.max_seq_length)
-    label = data.labels.index(str(example.label)) if data.labels else float(example.label)
-    return {**row, "labels": label}
+def _labelled_rows(
+    config: TrainConfig, data: Data, tokenizer: PreTrainedTokenizerBase, style: Style, limit: int, notes: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of train and valid, with the number of their class, or the number to predict."""
+    full = 0
+
+    def encoded(example: Example) -> dict[str, Any]:
+        nonlocal full
+        row = encode_text(example, tokenizer, limit)
+        full += len(row["input_ids"]) == limit
+        label = data.labels.index(str(example.label)) if data.labels else float(example.label or 0.0)
+        return {**row, "labels": label}
+
+    train, valid = ([encoded(example) for example in part] for part in (data.train, data.valid))
+    if full:
+        notes.append(f"{full} rows of {_limit(config, limit)} or more: what is beyond is cut")
+    return train, valid
+
+
+def _limit(config: TrainConfig, limit: int) -> str:
+    why = "--max-seq-length" if limit == config.max_seq_length else "all that the model has positions for"
+    return f"{limit} tokens ({why})"
 
 
 def _example_lines(prepared: Prepared) -> list[str]:

@@ -1,24 +1,37 @@
-"""Files to rows: JSON lines, JSON, CSV, TSV, Parquet, plain text, and what is wrong with lines that are no rows.
+"""Files to rows: JSON, CSV, Parquet and plain text, packed or not, and what is wrong with lines that are no rows.
 
-A file is read to its end: each such line is reported with its place, not the first alone.
+A file is read to its end: each bad line is reported with its place, not the first alone. How JSON is laid out (a list,
+an object a line, rows under a key) is told by its text, not by the file's name.
 """
 
 from __future__ import annotations
 
-import csv
+import bz2
+import decimal
+import gzip
+import io
 import json
+import lzma
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..formats.files import refuse_pointer
-from .problems import grouped
+from ..core.reading import refuse_pointer
+from . import tables
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
-# Under which names a split is looked for, the usual one first.
-SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
-_LISTED = 20
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_UNPACK: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+}
+# Keys under which a file that is one object holds its rows.
+_HOLDS_ROWS = ("data", "rows", "examples", "items", "records", "instances", "samples", "train", "valid", "test")
+_LISTED = 20  # causes in a message
+_PLACES = 10  # further rows named for one cause
 
 
 @dataclass(frozen=True)
@@ -29,107 +42,78 @@ class Row:
     values: dict[str, Any]
 
 
+@dataclass
+class Findings:
+    """What reading found: lines that are no rows ("file:line: what is wrong"), and what a person should know."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
 class DataError(ValueError):
-    """Rows that cannot be used. The message lists them, one line each: file:line: what is wrong."""
+    """Rows that cannot be used. The message gives each cause once, with the place of a row and of others like it.
+
+    problems: a line for each row, "file:line: what is wrong".
+    """
 
     def __init__(self, problems: Sequence[str]) -> None:
-        lines = grouped(problems)
-        shown = lines[:_LISTED]
+        self.problems = tuple(sorted(problems, key=_place))
+        causes: dict[str, list[str]] = {}
+        for problem in self.problems:
+            # Problems that differ in a number alone (of a column, of a message) have one cause.
+            cause = re.sub(r"\d+", "#", problem.partition(": ")[2] or problem)
+            causes.setdefault(cause, []).append(problem)
+        lines = [alike[0] + _also(alike[1:]) for alike in causes.values()]
         if len(lines) > _LISTED:
-            shown.append(f"... and {len(lines) - _LISTED} more such lines")
-        count = f"{len(problems)} bad row{'s' if len(problems) > 1 else ''}; nothing was loaded:\n"
-        super().__init__((count if len(problems) > 1 else "") + "\n".join(shown))
+            lines[_LISTED:] = [f"... and {len(lines) - _LISTED} other causes"]
+        count = f"{len(problems)} bad rows; nothing was loaded:\n" if len(problems) > 1 else ""
+        super().__init__(count + "\n".join(lines))
 
 
-def read_file(path: Path, problems: list[str]) -> list[Row]:
-    """The rows of a file. What is wrong with a line is added to `problems`, as "file:line: what is wrong"."""
-    readers: dict[str, Callable[[Path, list[str]], Iterator[Row]]] = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".tsv": _read_csv,
-        ".parquet": _read_parquet,
-        ".txt": _read_txt,
-    }
-    if path.suffix not in readers:
-        raise ValueError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}.")
-    refuse_pointer(path)
-    before = len(problems)
-    rows = list(readers[path.suffix](path, problems))
-    if not rows and len(problems) == before:
-        problems.append(f"{path.name}: the file holds no rows.")
+def _also(problems: Sequence[str]) -> str:
+    if not problems:
+        return ""
+    places = [problem.partition(": ")[0] for problem in problems]
+    more = f" and {len(places) - _PLACES} more rows" if len(places) > _PLACES else ""
+    return f"\n    also {', '.join(places[:_PLACES])}{more}"
+
+
+def _place(problem: str) -> list[str | int]:
+    """File and line at the beginning of a problem, in an order that takes 9 before 10."""
+    parts = re.split(r"(\d+)", problem.partition(": ")[0])
+    return [int(part) if part.isdecimal() else part for part in parts]
+
+
+def read_file(path: Path, findings: Findings) -> list[Row]:
+    """The rows of a file. What is wrong with a line is added to the findings.
+
+    Raises ValueError for a kind of file that is not known, DataError for one that cannot be read at all.
+    """
+    suffix, _ = suffixes(path)
+    if suffix is None:
+        raise ValueError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}, or one packed with gzip.")
+    before = len(findings.problems)
+    if suffix == ".parquet":
+        rows = list(_read_parquet(path, findings))
+    else:
+        text = _text_of(path)
+        if suffix in (".csv", ".tsv"):
+            delimiter = "\t" if suffix == ".tsv" else ","
+            cells = tables.read_cells(path.name, text, delimiter, findings.problems, findings.notes)
+            rows = [Row(where, values) for where, values in cells]
+        else:
+            rows = list((_read_txt if suffix == ".txt" else _read_json)(path.name, text, findings))
+    if not rows and len(findings.problems) == before:
+        findings.problems.append(f"{path.name}: the file holds no rows.")
     return rows
 
 
-def _text_of(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError([f"{path.name}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8."]) from None
-
-
-def _read_jsonl(path: Path, problems: list[str]) -> Iterator[Row]:
-    # Not splitlines(): JSON may hold U+2028 and the like, which are no ends of lines here.
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path.name}:{number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{where}: not JSON: {error.msg} at column {error.colno}")
-            continue
-        yield from _object(where, value, problems)
-
-
-def _read_json(path: Path, problems: list[str]) -> Iterator[Row]:
-    try:
-        values = json.loads(_text_of(path))
-    except json.JSONDecodeError as error:
-        problems.append(f"{path.name}:{error.lineno}: not JSON: {error.msg} at column {error.colno}")
-        return
-    if not isinstance(values, list):
-        problems.append(f"{path.name}: expected a list of objects, found {kind(values)}")
-        return
-    for index, value in enumerate(values):
-        yield from _object(f"{path.name}[{index}]", value, problems)
-
-
-def _object(where: str, value: Any, problems: list[str]) -> Iterator[Row]:
-    if isinstance(value, dict):
-        yield Row(where, value)
-    else:
-        problems.append(f"{where}: expected an object {{…}}, found {kind(value)}")
-
-
-def _read_csv(path: Path, problems: list[str]) -> Iterator[Row]:
-    lines = _text_of(path).splitlines(keepends=True)
-    reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-    header = next(reader, [])
-    start = reader.line_num + 1
-    for cells in reader:
-        where, start = f"{path.name}:{start}", reader.line_num + 1
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            problems.append(f"{where}: {len(cells)} cells, but the header has {len(header)}")
-            continue
-        yield Row(where, {key: cell if cell != "" else None for key, cell in zip(header, cells, strict=True)})
-
-
-def _read_parquet(path: Path, problems: list[str]) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    for index, values in enumerate(pyarrow.parquet.read_table(path).to_pylist()):
-        yield Row(f"{path.name} row {index + 1}", values)
-
-
-def _read_txt(path: Path, problems: list[str]) -> Iterator[Row]:
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
-        if line.strip():
-            yield Row(f"{path.name}:{number}", {"text": line.rstrip("\r")})
+def suffixes(path: Path) -> tuple[str | None, str]:
+    """What kind of file the name promises (one of SUFFIXES, or None), and the suffix of its packing, or ""."""
+    last = path.suffix.lower()
+    packing = last if last in _UNPACK else ""
+    kind_of_file = Path(path.stem).suffix.lower() if packing else last
+    return (kind_of_file if kind_of_file in SUFFIXES else None), packing
 
 
 def kind(value: Any) -> str:
@@ -137,3 +121,174 @@ def kind(value: Any) -> str:
     names: dict[type, str] = {list: "a list", dict: "an object", str: "text", bool: "true or false", int: "a number",
                               float: "a number", type(None): "null"}  # fmt: skip
     return names.get(type(value), type(value).__name__)
+
+
+# --- bytes and text ------------------------------------------------------------------------------------------------
+
+
+def _bytes_of(path: Path) -> bytes:
+    refuse_pointer(path)
+    data = path.read_bytes()
+    _, packing = suffixes(path)
+    if not packing:
+        return data
+    try:
+        return _UNPACK[packing](data)
+    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+        raise DataError([f"{path.name}: not a whole {packing} file: {error}"]) from None
+
+
+def _text_of(path: Path) -> str:
+    data = _bytes_of(path)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError([f"{path.name}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8."]) from None
+
+
+def _read_txt(name: str, text: str, findings: Findings) -> Iterator[Row]:
+    # Not splitlines(): U+2028, form feeds and the like are no ends of lines here.
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        if line.strip():
+            yield Row(f"{name}:{number}", {"text": line.rstrip("\n")})
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------------
+
+
+def _read_json(name: str, text: str, findings: Findings) -> Iterator[Row]:
+    problems: list[str] = []
+    values: list[tuple[str, Any]] = []
+    try:
+        values = [(f"{name}:{line}", value) for line, value in _values(text)]
+    except (ValueError, RecursionError) as error:
+        values = _by_lines(name, text, problems)
+        if len(values) <= len(problems) and not _an_object_a_line(text):  # one value over many lines
+            values, problems = [], [f"{name}{_line_of(error)}: not JSON: {_reason(error)}"]
+    findings.problems += problems
+    if len(values) == 1:
+        values = _held(name, values[0][1], findings) or values
+    # A surrogate comes from an escape alone: the text itself is UTF-8.
+    escapes = "\\ud" in text.lower()
+    for where, value in values:
+        if not isinstance(value, dict):
+            findings.problems.append(f"{where}: expected an object {{…}}, found {kind(value)}")
+        elif escapes and (half := _lone_surrogate(value)):
+            problem = f"the text {half} holds half a character (an escape \\ud… without its pair)"
+            findings.problems.append(f"{where}: {problem}")
+        else:
+            yield Row(where, value)
+
+
+def _values(text: str) -> Iterator[tuple[int, Any]]:
+    """The values that stand one after another in a text, each with its line. Raises what `json` raises."""
+    end, line, seen = 0, 1, 0
+    while (start := _BLANK.match(text, end).end()) < len(text):  # type: ignore[union-attr]
+        line += text.count("\n", seen, start)
+        value, end = _DECODER.raw_decode(text, start)
+        seen = start
+        yield line, value
+
+
+def _by_lines(name: str, text: str, problems: list[str]) -> list[tuple[str, Any]]:
+    """The value on each line; what is wrong with a line goes to the problems."""
+    values = []
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        if line.strip():
+            try:
+                values.append((f"{name}:{number}", _DECODER.decode(line.rstrip("\n"))))
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{name}:{number}: not JSON: {_reason(error)}")
+    return values
+
+
+def _an_object_a_line(text: str) -> bool:
+    lines = [line.lstrip() for line in text.split("\n") if line.strip()]
+    return 2 * sum(line.startswith("{") for line in lines) > len(lines) and not lines[0].startswith("[")
+
+
+def _held(name: str, value: Any, findings: Findings) -> list[tuple[str, Any]]:
+    """The rows inside the one value of a file: a list, or an object with a list of rows."""
+    if isinstance(value, list):
+        return [(f"{name}[{index}]", row) for index, row in enumerate(value)]
+    if not isinstance(value, dict):
+        return []
+    lists = [key for key in value if key.lower() in _HOLDS_ROWS and _are_objects(value[key])]
+    if len(lists) > 1:
+        findings.notes.append(f"{name}: of its lists {', '.join(lists)} the first is read; save each as its own file")
+    return [(f"{name} {lists[0]}[{i}]", row) for i, row in enumerate(value[lists[0]])] if lists else []
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return found
+
+
+def _line_of(error: Exception) -> str:
+    return f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+
+
+def _lone_surrogate(value: Any) -> str | None:
+    """A text somewhere in a value that no UTF-8 can hold, as Python writes it, or None."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return ascii(value[max(error.start - 10, 0) : error.start + 10])
+        return None
+    parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next(filter(None, map(_lone_surrogate, parts)), None)
+
+
+_BLANK = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder(object_pairs_hook=_unlike_keys)
+
+
+# --- columns -------------------------------------------------------------------------------------------------------
+
+
+def _read_parquet(path: Path, findings: Findings) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(_bytes_of(path)))
+        rows = table.to_pylist(maps_as_pydicts="strict")
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        findings.problems.append(f"{path.name}: cannot be read as Parquet: {str(error).splitlines()[0]}")
+        return
+    if twice := tables.twice(table.column_names):
+        findings.problems.append(f"{path.name}: the column {twice!r} stands there twice")
+        return
+    for index, values in enumerate(rows):
+        yield Row(f"{path.name} row {index + 1}", of_columns(values))
+
+
+def of_columns(values: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table with typed columns as JSON would hold it.
+
+    Inside a column all objects have the same keys, and null stands for a key that is not there.
+    """
+    return {key: _of_column(value) for key, value in values.items()}
+
+
+def _of_column(value: Any) -> Any:
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, dict):
+        return {key: _of_column(own) for key, own in value.items() if own is not None}
+    return [_of_column(own) for own in value] if isinstance(value, list) else value

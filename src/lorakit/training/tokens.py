@@ -1,8 +1,7 @@
 """Examples to token ids and labels: which tokens the model learns to write, and which it only reads.
 
-A conversation is rendered once by the tokenizer's own chat template, and the part that each assistant turn adds is
-found by rendering the conversation up to it: with the prompt for an answer, and with the answer. The tokens of those
-parts bear loss, the end token included, and no others. What a template prints after the end token bears none.
+Of a conversation, the tokens of the assistant's turns bear loss, the end token included, and no others; `chat.py` says
+where in the text they stand. What a template prints after the end token bears none.
 
 Without a chat template (or with chat=False) prompt and completion are joined as they stand, then the end token.
 Generation starts from `prompt_ids`, which are exactly the tokens before the first one that bears loss.
@@ -14,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .chat import Messages, opening, prints_date, rendered, unprinted
+from .conversations import BadRow
 from .data import Example
 from .rows import DataError
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a token that bears no loss
 
-Messages = Sequence[dict[str, str]]
-
 
 @dataclass(frozen=True)
 class Tokens:
@@ -31,31 +30,38 @@ class Tokens:
 
     input_ids: list[int]
     labels: list[int]
+    changed: int = 0  # assistant turns that the chat template changes later on: they bear no loss
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows ready for training, and how many were left out or cut for their length."""
+    """Rows ready for training, how many were left out or cut for their length, and what a person should know."""
 
     rows: list[Tokens]
     dropped: int = 0
     truncated: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool) -> Tokens:
-    """The tokens of one example. chat: use the chat template; system: message for conversations that have none."""
+    """The tokens of one example. chat: use the chat template; system: message for conversations that have none.
+
+    Raises BadRow, a ValueError, for what the chat template refuses or would lose.
+    """
     if example.text is not None:
-        ids = _plain_ids(tokenizer, example.text)
-        ids += [] if ids[-1] == tokenizer.eos_token_id else [_end_token(tokenizer)]
-        return Tokens(ids, list(ids))
+        ids, _ = _tokenised(tokenizer, example.text, [], special=True)
+        return _ended(ids, list(ids), tokenizer)
     messages = _conversation(example, system, chat, tokenizer)
     if messages is None:
         prompt, completion = example.prompt or "", example.completion or ""
         ids, spans = _tokenised(tokenizer, prompt + completion, [(len(prompt), len(prompt + completion))], special=True)
-        labels = _labels(ids, spans)
-        end = _end_token(tokenizer)
-        return Tokens([*ids, end], [*labels, end])
-    return _encode_chat(messages, tokenizer)
+        return _ended(ids, _labels(ids, spans), tokenizer)
+    # A system message that is put before the others moves them.
+    moved = len(messages) - len(example.messages or messages)
+    unlearnt = frozenset(index + moved for index in example.unlearnt)
+    conversation = rendered(messages, tokenizer, tools=example.tools, unlearnt=unlearnt)
+    ids, parts = _tokenised(tokenizer, conversation.text, list(conversation.spans), special=False)
+    return _ended(ids, _labels(ids, parts), tokenizer, conversation.changed)
 
 
 def encode_all(
@@ -69,19 +75,25 @@ def encode_all(
 ) -> Encoded:
     """Every example encoded. Rows over `max_length` are left out ("drop") or cut at the end ("truncate"), and counted.
 
-    A row that a cut leaves without a label is left out too. Raises DataError listing rows without a label.
+    A row that a cut leaves without a label is left out too. Raises DataError listing rows without a label, and those
+    that the chat template refuses.
     """
     rows: list[Tokens] = []
     ends = _end_tokens(tokenizer)
-    dropped = truncated = 0
+    dropped = truncated = changed = 0
     problems: list[str] = []
     for example in examples:
-        row = encode(example, tokenizer, system=system, chat=chat)
+        try:
+            row = encode(example, tokenizer, system=system, chat=chat)
+        except BadRow as bad:
+            problems.append(f"{example.where}: {bad}")
+            continue
         if set(row.labels) <= {IGNORED, *ends}:
             problems.append(
                 f"{example.where}: no token of this row bears loss; does the chat template print the answer?"
             )
             continue
+        changed += row.changed
         if len(row.input_ids) > max_length:
             row = Tokens(row.input_ids[:max_length], row.labels[:max_length])
             if too_long == "drop" or all(label == IGNORED for label in row.labels):
@@ -91,7 +103,10 @@ def encode_all(
         rows.append(row)
     if problems:
         raise DataError(problems)
-    return Encoded(rows, dropped, truncated)
+    notes = _template_notes(examples, tokenizer, system=system, chat=chat)
+    if changed:
+        notes.append(f"{changed} earlier assistant turns are read, not learnt: the chat template changes them later on")
+    return Encoded(rows, dropped, truncated, tuple(notes))
 
 
 def encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
@@ -107,23 +122,31 @@ def prompt_ids(
 ) -> list[int]:
     """The tokens an answer is generated from. Of an example: those before its last assistant turn."""
     if isinstance(asked, Example):
-        turns = asked.messages
-        asked = turns[: _last_assistant(turns)] if turns is not None else asked.prompt or ""
+        if asked.messages is not None:
+            row = encode(asked, tokenizer, system=system, chat=chat)
+            return row.input_ids[: _last_learnt(row)]
+        asked = asked.prompt or ""
     if isinstance(asked, str):
         if not chat:
-            ids = _plain_ids(tokenizer, asked)
-            return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+            ids, _ = _tokenised(tokenizer, asked, [], special=True)
+            return ids
         asked = [{"role": "user", "content": asked}]
-    text = _render(_with_system(asked, system), tokenizer, answer=True)
+    text = opening(_with_system(asked, system), tokenizer)
     ids, _ = _tokenised(tokenizer, text, [], special=False)
     return ids
 
 
-def reference(example: Example) -> str:
-    """The expected answer: the completion, or the last assistant turn."""
-    if example.messages is not None:
-        return example.messages[_last_assistant(example.messages)]["content"]
-    return example.completion or ""
+def reference(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The expected answer: the completion, or the last assistant turn that is learnt, its tool calls as text."""
+    if example.messages is None:
+        return example.completion or ""
+    learnt = {i for i, message in enumerate(example.messages) if message["role"] == "assistant"} - example.unlearnt
+    message = example.messages[max(learnt)]
+    if "tool_calls" not in message:
+        return str(message["content"])
+    row = encode(example, tokenizer, system=None, chat=True)
+    learnt_ids = [label for label in row.labels[_last_learnt(row) :] if label != IGNORED]
+    return str(tokenizer.decode(learnt_ids, skip_special_tokens=True))
 
 
 def preview(row: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
@@ -142,7 +165,7 @@ def preview(row: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, 
 
 def _conversation(
     example: Example, system: str | None, chat: bool, tokenizer: PreTrainedTokenizerBase
-) -> list[dict[str, str]] | None:
+) -> list[dict[str, Any]] | None:
     """The example as messages, or None for a pair that is to be joined as it stands."""
     if example.messages is not None:
         if tokenizer.chat_template is None:
@@ -158,47 +181,40 @@ def _conversation(
     return _with_system(pair, system)
 
 
-def _with_system(messages: Messages, system: str | None) -> list[dict[str, str]]:
+def _with_system(messages: Messages, system: str | None) -> list[dict[str, Any]]:
     if system is None or (messages and messages[0]["role"] == "system"):
         return list(messages)
     return [{"role": "system", "content": system}, *messages]
 
 
-def _encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    full = _render(messages, tokenizer, answer=False)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+def _template_notes(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool
+) -> list[str]:
+    """What a person should know of the chat template on these rows."""
+    notes: list[str] = []
+    lost: set[str] = set()
+    seen: set[str] = set()
+    for number, example in enumerate(examples):
+        messages = _conversation(example, system, chat, tokenizer) if example.text is None else None
+        if messages is None:
             continue
-        start = _render(messages[:index], tokenizer, answer=True)
-        end = _render(messages[: index + 1], tokenizer, answer=False)
-        if full.startswith(start) and full.startswith(end) and end.startswith(start):
-            spans.append((len(start), len(end)))
-        elif index == len(messages) - 1:
-            # The template prints the prompt for an answer otherwise than the answer's own beginning.
-            spans.append((_common_prefix(start, full), len(full)))
-        # Otherwise the template changes earlier turns (it strips their thinking, say): they are read, not learnt.
-    ids, parts = _tokenised(tokenizer, full, spans, special=False)
-    labels = _labels(ids, parts)
-    if not _closes(ids, labels, tokenizer):
-        end_token = _end_token(tokenizer)
-        return Tokens([*ids, end_token], [*labels, end_token])
-    return Tokens(ids, _without_tail(ids, labels, tokenizer))
+        if number == 0 and prints_date(messages, tokenizer, example.tools):
+            notes.append(
+                "the chat template prints the date: rows hold that of today, and later the model reads another"
+            )
+        keys = {key for message in messages for key in message}
+        if not keys <= seen:
+            seen |= keys
+            lost |= unprinted(messages, tokenizer, example.tools)
+    if lost:
+        notes.append(f"the chat template prints nothing of {', '.join(sorted(lost))}")
+    return notes
 
 
-def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, *, answer: bool) -> str:
-    if not messages:
-        return ""
-    rendered = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=answer)
-    return str(rendered)
-
-
-def _last_assistant(messages: Messages) -> int:
-    return max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-
-
-def _common_prefix(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _last_learnt(row: Tokens) -> int:
+    """Where the last run of tokens that bear loss begins."""
+    end = max(index for index, label in enumerate(row.labels) if label != IGNORED)
+    return max((index for index in range(end) if row.labels[index] == IGNORED), default=-1) + 1
 
 
 # --- tokens --------------------------------------------------------------------------------------------------------
@@ -215,6 +231,8 @@ def _tokenised(
     offsets: list[tuple[int, int]] = list(encoded["offset_mapping"])
     if special and ids and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
         ids, offsets = ids[:-1], offsets[:-1]  # the caller adds the end token, once
+    if special and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ids, offsets = ids[1:], offsets[1:]  # the text begins with a beginning token of its own
     found = []
     for start, end in spans:
         inside = [i for i, (first, last) in enumerate(offsets) if last > start and first < end and last > first]
@@ -227,6 +245,14 @@ def _labels(ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
     for start, end in spans:
         labels[start:end] = ids[start:end]
     return labels
+
+
+def _ended(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, changed: int = 0) -> Tokens:
+    """The row with one end: its own, or else the end token."""
+    if _closes(ids, labels, tokenizer):
+        return Tokens(ids, _without_tail(ids, labels, tokenizer), changed)
+    end = _end_token(tokenizer)
+    return Tokens([*ids, end], [*labels, end], changed)
 
 
 def _closes(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -266,7 +292,3 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError("this tokenizer has no end token, so a model could never learn to stop.")
     return int(tokenizer.eos_token_id)
-
-
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])

@@ -24,10 +24,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...core.attach import adapted_layers, merge
 from ...training.data import Data, Example, read
 from ...training.evaluate import predict
+from ...training.folders import no_split, split_files
 from ...training.generation import answers
 from ...training.hub import Hub
 from ...training.loss import causal_loss, frozen_head
@@ -40,8 +42,8 @@ from ...training.models import (
     load_tokenizer,
     skeleton,
 )
+from ...training.positions import longest_row
 from ...training.prepare import check_task, fields_of, labels_of
-from ...training.rows import SUFFIXES
 from ...training.tokens import encode_all, encode_text, prompt_ids, reference
 from ..methods.baselines import Applied, Head
 from .config import CompareConfig, TaskConfig
@@ -107,13 +109,13 @@ def task_of(task: TaskConfig, model: str) -> Sequences | Answers:
     settings = task.data
     assert settings.data is not None
     folder = Path(settings.data).expanduser()
-    if folder.is_dir() and not any((folder / f"train{suffix}").is_file() for suffix in SUFFIXES):
+    if folder.is_dir() and not split_files(folder)["train"]:
         # `read` takes such a folder as one to evaluate on, and calls its test rows train.
-        raise FileNotFoundError(f"{settings.data} holds no train file ({', '.join(SUFFIXES)}).")
+        raise no_split(folder, "train")
     splits = {"train": settings.train_split, "valid": settings.valid_split, "test": settings.test_split}
     fields = fields_of(settings) | ({"references": settings.references_field} if settings.references_field else {})
     hub = Hub(settings.subset, settings.revision, splits)
-    data = read(settings.data, fields=fields, holdout=0.0, hub=hub)
+    data = read(settings.data, fields=fields, task=settings.task, holdout=0.0, hub=hub)
     check_task(settings, data)
     kind = Answers if data.task == "causal-lm" else Sequences
     return kind(task.name, model, settings, _split(data, settings))
@@ -127,6 +129,8 @@ class _Text(Task):
         self.settings, self.data, self._model_name = settings, data, model
         self.tokenizer = load_tokenizer(model)
         self.device = best_device()
+        with FakeTensorMode():
+            self._limit = longest_row(settings.max_seq_length, self.blueprint(), self.tokenizer)
         self.half = settings.dtype == "auto" and has_fast_bfloat16(self.device)
         has_answers = data.train[0].text is None
         names = settings.metrics or default_metrics(data.task, has_answers)
@@ -209,12 +213,12 @@ class Sequences(_Text):
     def _scores(self, applied: Applied, examples: list[Example]) -> dict[str, float]:
         loaded = Loaded(applied.model, self.tokenizer)
         with self.products():
-            found = predict(loaded, self.data, examples, self.settings.max_seq_length, self.name)
+            found = predict(loaded, self.data, examples, self._limit, self.name)
         expected = [str(e.label) if self.data.labels else float(e.label or 0.0) for e in examples]
         return {name: METRICS[name].score(found, expected) for name in self.metrics}
 
     def _encoded(self, example: Example) -> dict[str, Any]:
-        return dict(encode_text(example, self.tokenizer, self.settings.max_seq_length))
+        return dict(encode_text(example, self.tokenizer, self._limit))
 
     def _label(self, example: Example) -> int | float:
         return self.data.labels.index(str(example.label)) if self.data.labels else float(example.label or 0.0)
@@ -238,8 +242,8 @@ class Answers(_Text):
         for split, rows in (("train", self.train), ("valid", self._valid), ("test", self._test)):
             if not rows:
                 raise ValueError(
-                    f"no {split} row of {self.source} has room for its answer within {settings.max_seq_length} tokens; "
-                    f"raise max_seq_length."
+                    f"no {split} row of {self.source} has room for its answer within {self._limit} tokens; "
+                    f"raise max_seq_length, where the model has more positions."
                 )
         self.longest = max(len(row["input_ids"]) for row in (*self.train, *self._valid, *self._test))
         # Without those whose prompt alone is longer. Every question of the test is asked.
@@ -280,7 +284,7 @@ class Answers(_Text):
         scores: dict[str, float] = {}
         written = [name for name in self.metrics if METRICS[name].of == "texts"]
         if written:
-            expected = [(reference(example), *example.others) for example in self.data.test]
+            expected = [(reference(example, self.tokenizer), *example.others) for example in self.data.test]
             found = self._answers(applied, expected)
             scores = {name: METRICS[name].score(found, expected) for name in written}
         if "perplexity" in self.metrics:
@@ -327,7 +331,7 @@ class Answers(_Text):
         rows = encode_all(
             examples,
             self.tokenizer,
-            max_length=self.settings.max_seq_length,
+            max_length=self._limit,
             too_long="truncate",
             system=self.settings.system,
             chat=self.chat,
