@@ -37,19 +37,20 @@ def no_dropout(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def joined(first: Any, second: Any) -> Any:
-    """The class `first` with `second` behind it, made once. It has no name to be found under, so it pickles by its two
-    parts.
+def joined(first: Any, second: Any, name: str = "") -> Any:
+    """The class `first` with `second` behind it, made once, called as `first` is or by name. It is found nowhere under
+    that name, so it pickles by its parts.
     """
 
     def reduce(self: Any, protocol: Any) -> Any:
-        return _new_joined, (first, second), self.__dict__
+        return _new_joined, (first, second, name), self.__dict__
 
-    return type(first.__name__, (first, second), {"__module__": first.__module__, "__reduce_ex__": reduce})
+    members = {"__module__": first.__module__, "__doc__": second.__doc__, "__reduce_ex__": reduce}
+    return type(name or first.__name__, (first, second), members)
 
 
-def _new_joined(first: Any, second: Any) -> Any:
-    cls = joined(first, second)
+def _new_joined(first: Any, second: Any, name: str = "") -> Any:
+    cls = joined(first, second, name)
     return cls.__new__(cls)
 
 

@@ -26,6 +26,7 @@ from .layers import Linear, MergedLinear, blocks_of
 from .masks import QuickDropout
 from .parameters import AdaptedParameter, adapt_parameter
 from .report import Report, Row
+from .statistics import freeze_statistics, persistent_buffers, thaw_statistics
 from .targets import Filter, Selection, Target, closest, is_transposed, layer_class, matching, pattern_values, select
 from .trainable import Bias, bias_names
 from .undo import change_class, note, refuse_replaced, remember, restore, unchanged_on_error, undo_of
@@ -61,13 +62,14 @@ def attach(
         a module with a rank of its own and no alpha of its own takes 2·rank when alpha is None.
         A sequence of ranks adapts the blocks of a fused output, 0 leaving one out: {"c_attn": [8, 0, 8]} is q and v of
         GPT-2, as in the paper. The blocks are equal unless `splits` gives their sizes: {"qkv_proj": [512, 128, 128]}.
-    dropout: probability, on the update's input. rslora: scale α/√r. dora: learn the rows' magnitudes too.
+    dropout: probability, on the update's input; of an embedding, whose input is a token, of whole tokens.
+    rslora: scale α/√r. dora: learn the rows' magnitudes too.
     init: how A and B begin, see `init.py`; the model's output is unchanged at first, up to rounding with pissa, olora
         and dora.
     bias: train no biases, those of the adapted layers, or all. also_train: modules to train whole, named like
         targets (a new classifier head).
     dtype: of the factors; by default the weight's, or float32 beside float16 and bfloat16 weights.
-    freeze: freeze every parameter that the adapter does not train.
+    freeze: freeze every parameter that the adapter does not train, and the running statistics of norms with it.
 
     Returns a Report; print it. Raises ValueError, before anything is changed, when a pattern matches nothing or a
     target cannot be adapted. Neither the mode (train/eval) nor any existing tensor is changed.
@@ -153,6 +155,7 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
 
     Returns the names of the parameters trained beside the factors.
     """
+    whole = tuple(whole)
     for name in whole:
         undo_of(model.get_submodule(name)).whole = True
     selected = bias_names(model, bias)
@@ -175,6 +178,12 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
                 parameter.requires_grad = train
                 if name in selected:
                     undo.trained.setdefault(local, parameter.detach().clone())
+        if any(f"{prefix}.".startswith(f"{name}.") for name in whole):
+            thaw_statistics(module)
+            for local, buffer in persistent_buffers(module).items():
+                undo_of(module).trained.setdefault(local, buffer.detach().clone())
+        elif freeze:
+            freeze_statistics(module)
     return tuple(sorted(selected))
 
 

@@ -278,6 +278,7 @@ class Embedding(AdaptedLayer, nn.Embedding):
             self.scaling,
             padding_idx=self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
+            dropout=self.acting_dropout,
         )
         gain = self.gain()
         return y if gain is None else y * gain.to(y.dtype)
