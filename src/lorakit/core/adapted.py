@@ -36,21 +36,24 @@ def no_dropout(x: Tensor) -> Tensor:
     return x
 
 
-@functools.cache
 def joined(first: Any, second: Any, name: str = "") -> Any:
     """The class `first` with `second` behind it, made once, called as `first` is or by name. It is found nowhere under
     that name, so it pickles by its parts.
     """
+    return _joined(first, second, name or first.__name__)
 
+
+@functools.cache
+def _joined(first: Any, second: Any, name: str) -> Any:
     def reduce(self: Any, protocol: Any) -> Any:
         return _new_joined, (first, second, name), self.__dict__
 
     members = {"__module__": first.__module__, "__doc__": second.__doc__, "__reduce_ex__": reduce}
-    return type(name or first.__name__, (first, second), members)
+    return type(name, (first, second), members)
 
 
-def _new_joined(first: Any, second: Any, name: str = "") -> Any:
-    cls = joined(first, second, name)
+def _new_joined(first: Any, second: Any, name: str) -> Any:
+    cls = _joined(first, second, name)
     return cls.__new__(cls)
 
 
@@ -121,6 +124,20 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """Factors as matrices that are a part of the weight."""
         return factors_of_weight(self.matrix(self.weight), rank, self.scaling, init)
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the weight's dtype and device."""
+        return self.weight
+
+    def size(self) -> tuple[int, int]:
+        """(out, in), as the update sees the layer."""
+        outputs, inputs = self.matrix(self.weight).shape[-2:]
+        return outputs, inputs
+
+    def merge_refusal(self) -> str | None:
+        """Why the update cannot be folded into the weight, or None where it can."""
+        return None
+
     # --- the update -----------------------------------------------------------------------------------------------
 
     @property
@@ -150,8 +167,8 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """Give the layer its trainable factors, on the weight's device, such that ΔW = 0."""
         self.set_scale(rank, alpha, rslora)
         A_shape, B_shape = self.factor_shapes(rank)
-        A = torch.empty(A_shape, dtype=dtype, device=self.weight.device)
-        B = torch.empty(B_shape, dtype=dtype, device=self.weight.device)
+        A = torch.empty(A_shape, dtype=dtype, device=self.like.device)
+        B = torch.empty(B_shape, dtype=dtype, device=self.like.device)
         if init in ("pissa", "olora"):
             A0, B0 = self.take(rank, init)
             A, B = A0.view(A_shape).to(dtype), B0.view(B_shape).to(dtype)

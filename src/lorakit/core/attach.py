@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .adapted import AdaptedLayer, LoRALayer
+from .beside import Beside
 from .functional import Blocks
 from .init import INITS, RANDOM_INITS, Init
 from .layers import Linear, MergedLinear, blocks_of
@@ -93,17 +94,24 @@ def attach(
     for name, target in selection.targets.items():
         if target.parameter:
             _check_parameter(name, target, dropout, dora, init)
+        elif (dora or init not in RANDOM_INITS) and issubclass(layer_class(target.module) or Linear, Beside):
+            raise ValueError(
+                f"{name!r} is a {type(target.module).__name__}, which computes output or weight in its own way: "
+                "dora and the inits that take factors from the weight need the weight itself. Use dora=False and "
+                f"one of the inits {', '.join(map(repr, RANDOM_INITS))}, or leave it out of the targets."
+            )
     settings: dict[str, tuple[int, float]] = {}
     for name in names:
         own_rank = max(own for _, own in blocks[name]) if name in blocks else ranks.get(name, rank)
         assert isinstance(own_rank, int)
         own_alpha = alphas.get(name, 2 * own_rank if alpha is None else alpha)
         _check(own_rank, own_alpha, dropout, init)
-        limit = min(selection.targets[name].weight.flatten(1).shape)
-        if init not in RANDOM_INITS and own_rank > limit:
-            raise ValueError(
-                f"{name!r} has a weight of rank {limit} at most: init={init!r} cannot take rank={own_rank}."
-            )
+        if init not in RANDOM_INITS:
+            limit = min(selection.targets[name].weight.flatten(1).shape)
+            if own_rank > limit:
+                raise ValueError(
+                    f"{name!r} has a weight of rank {limit} at most: init={init!r} cannot take rank={own_rank}."
+                )
         settings[name] = own_rank, own_alpha
     whole = _modules_trained_whole(model, also_train, selection)
     bias_names(model, bias)  # refuses an unknown word before anything changes
@@ -113,7 +121,7 @@ def attach(
             own_rank, own_alpha = settings[name]
             layer = adopt(target, dropout, blocks.get(name, ()))
             layer.create_update(
-                own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(layer.weight)
+                own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(layer.like)
             )
         trained = choose_trainable(model, whole, bias, freeze=freeze)
         remember(model, adapted_layers(model))
@@ -226,7 +234,11 @@ def detach(model: nn.Module) -> None:
 def merge(model: nn.Module) -> None:
     """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit."""
     refuse_replaced(model)
-    for layer in _layers_or_error(model).values():
+    layers = _layers_or_error(model)
+    for name, layer in layers.items():
+        if reason := layer.merge_refusal():
+            raise ValueError(f"{name!r} cannot be merged: {reason}. Leave the model unmerged.")
+    for layer in layers.values():
         layer.merge()
 
 
@@ -334,7 +346,7 @@ def _report(model: nn.Module, selection: Selection, trained: tuple[str, ...]) ->
     rows = []
     for name in selection.targets:
         layer = layers[name]
-        outputs, inputs = layer.matrix(layer.weight).shape[-2:]
+        outputs, inputs = layer.size()
         count = sum(p.numel() for local, p in layer.named_parameters(recurse=False) if local.startswith("lora_"))
         rows.append(Row(name, type(layer).__name__, (inputs, outputs), layer.r, count))
     sized = [p for p in model.parameters() if not is_lazy(p)]

@@ -63,9 +63,10 @@ class AdaptedParameter(AdaptedLayer):
         return self.owner._parameters.get(f"{stem}bias" if weight else f"{self.parameter}_bias")
 
     def public_name(self, name: str) -> str:
-        """The parameter's name for a user, from this module's: `linear1` for the weight of linear1."""
+        """The parameter's name for a user, from this module's: `linear1` for the weight of linear1, a linear layer."""
         owner = name.rpartition(".")[0]
-        return owner if self.parameter == "weight" else f"{owner}.{self.parameter}".removeprefix(".")
+        is_layers = self.parameter == "weight" and isinstance(self.owner, nn.Linear)
+        return owner if is_layers else f"{owner}.{self.parameter}".removeprefix(".")
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return parameter_factor_shapes(self.owner, self.weight, rank)

@@ -46,7 +46,7 @@ def places(updates: Mapping[str, Update]) -> dict[str, Place]:
             raise ValueError(f"{name}: PEFT adapts an attention's {_OUT} with its {_IN} only, which is not adapted.")
         elif not owner and update.parameter:
             raise ValueError(f"{name}: PEFT cannot adapt a parameter of the whole model.")
-        elif update.parameter and update.parameter != "weight":
+        elif update.parameter and update.parameter == local:
             owners.setdefault(owner, []).append(name)
         else:
             found[name] = Place(name, name, "target_modules")
