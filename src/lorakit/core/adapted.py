@@ -31,6 +31,9 @@ from .gradients import reshaped
 from .init import Init, factors_of_weight, random_factors
 
 
+MERGED = "_lorakit_merged"  # an attribute of the Parameters that `merge` makes
+
+
 def no_dropout(x: Tensor) -> Tensor:
     """The dropout of probability zero: a function of this module, so that layers pickle."""
     return x
@@ -240,6 +243,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
             self.refit()
             base = self.weight
             merged = nn.Parameter(self.adapted_weight(), requires_grad=base.requires_grad)
+            merged.__dict__[MERGED] = True
             # Past nn.Module's __setattr__: the weights must not appear among the parameters a second time.
             self.__dict__ |= {"_base_weight": base, "_merged_weight": merged, "_merged_mark": fingerprint(merged)}
             self._put_weight(merged)
@@ -269,8 +273,12 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     @property
     def _is_written(self) -> bool:
-        """Whether the weight is no longer what `merge` put in its place: written on, assigned, resized."""
-        if self._merged_mark is None or self.weight is self._base_weight:
+        """Whether the weight is no longer what `merge` put in its place: written on, assigned, resized.
+
+        A weight that was tied anew meanwhile (`tie_weights`) is no write: it is another layer's merged one or the base.
+        """
+        tied = self.weight is not self._merged_weight and MERGED in self.weight.__dict__
+        if self._merged_mark is None or self.weight is self._base_weight or tied:
             return False
         mark = fingerprint(self.weight)
         return mark is None or bool(mark != self._merged_mark)
