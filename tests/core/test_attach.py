@@ -110,9 +110,15 @@ def test_a_rank_beyond_that_of_the_weight_is_refused_where_the_factors_are_taken
 class Padded(nn.Conv2d):
     """A convolution that reads its weight in a way of its own."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu()
 
-def weight_normed() -> nn.Module:
-    return torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+class Rounded(nn.Linear):
+    """A layer that is not linear in its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward((x * 8).round() / 8)
 
 
 def patched() -> nn.Module:
@@ -128,7 +134,8 @@ def patched() -> nn.Module:
         (nn.ConvTranspose2d(3, 3, 3), "ConvTranspose2d is not supported"),
         (nn.LayerNorm(4), "LayerNorm is no linear, embedding or convolution layer"),
         (nn.Sequential(nn.Linear(4, 4)), "Sequential is no linear.*inside it: 0"),
-        (weight_normed(), "may read its weight in a way of its own"),
+        (Rounded(4, 4), "Rounded is a subclass that may read its weight in a way of its own: it is not linear"),
+        (nn.LazyLinear(4), "LazyLinear has no weight before its first forward pass: run the model once"),
         (patched(), "its forward is replaced on the instance"),
         (nn.Linear(4, 4).to(torch.float8_e4m3fn), "its weight is stored as torch.float8_e4m3fn"),
         (lorakit.Linear(4, 4, r=2), "it is adapted already; call lorakit.detach"),

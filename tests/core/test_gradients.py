@@ -306,3 +306,46 @@ def test_operations_of_a_convolution(size: int) -> None:
     assert more == (forming if size == 32 else thin + ones)
     more = operations(lambda: model(x).sum().backward()) - operations(lambda: plain(x).sum().backward())
     assert more == (2 * forming + 2 * thin + 2 * ones if size == 32 else 3 * thin + 3 * ones)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dropout_of_an_embedding_drops_the_updates_of_tokens(dora: bool, compiled: bool) -> None:
+    """Its input is a row with a single one: what drops it drops the token's update, and scales the others."""
+    model = nn.Sequential(nn.Embedding(7, 5)).double()
+    lorakit.attach(model, "0", rank=2, dora=dora, dropout=0.5)
+    layer, tokens = model[0], torch.randint(0, 7, (40, 3))
+    nn.init.normal_(layer.lora_A)
+    base, gain = layer.weight[tokens], 1.0
+    update = SCALE * (layer.lora_B @ layer.lora_A).T[tokens]
+    if dora:
+        gain = layer.lora_magnitude / (layer.weight.T + SCALE * layer.lora_B @ layer.lora_A).norm(dim=1).detach()
+    torch.compiler.reset()
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    y = run(tokens)
+    kept = ((y - gain * base) / (gain * update)).detach()
+    torch.testing.assert_close(kept, kept[..., :1].expand_as(kept))  # a token as a whole
+    mask = kept[..., :1].round()
+    torch.testing.assert_close(kept[..., :1], mask)
+    assert set(mask.unique().tolist()) == {0.0, 2.0} and 30 < (mask == 0).sum() < 90
+    wanted = factors(model)
+    expected_ = gain * (base + mask * update)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(expected_.sin().sum(), wanted)
+    )
+    torch.testing.assert_close(model.eval()(tokens), gain * (base + update))
+
+
+def test_dropout_acts_on_all_that_was_chosen_together() -> None:
+    model = nn.Sequential(
+        nn.Embedding(7, 6), nn.Linear(6, 5), nn.Flatten(), nn.Unflatten(1, (5, 3)), nn.Conv1d(5, 4, 3)
+    )
+    lorakit.attach(model, ["all-linear", "0", "4"], rank=2, dropout=0.5)
+    for layer in (model[0], model[1], model[4]):
+        nn.init.normal_(layer.lora_A)
+        nn.init.normal_(layer.lora_B)
+    x = torch.randint(0, 7, (30, 3))
+    for others in ((1, 4), (0, 4), (0, 1)):  # each alone makes two passes differ
+        for index in (0, 1, 4):
+            model[index].train(index not in others)
+        assert not torch.equal(model(x), model(x))

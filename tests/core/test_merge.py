@@ -146,6 +146,7 @@ def test_merge_then_detach_leaves_a_plain_merged_model() -> None:
     assert set(model.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     torch.testing.assert_close(model(x), expected)
     assert not any("_base_weight" in module.__dict__ for module in model.modules())
+    assert not any(parameter.__dict__ for parameter in model.parameters())
 
 
 def test_merging_a_plain_model_is_an_error() -> None:

@@ -187,6 +187,24 @@ def test_moved_saved_disabled_after_a_write() -> None:
     torch.testing.assert_close(torch.load(buffer)["weight"], value - delta)
 
 
+def test_a_weight_that_is_tied_anew_while_merged_is_no_write() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 6), "head": nn.Linear(6, 9, bias=False)})
+    model["head"].weight = model["embed"].weight
+    lorakit.attach(model, ["embed", "head"], rank=2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter)
+    table = model["embed"].weight
+    before, tokens = table.detach().clone(), torch.arange(9)
+    expected = model["head"](model["embed"](tokens))
+    for tie in ("embed", "head"):
+        lorakit.merge(model)
+        model["head" if tie == "embed" else "embed"].weight = model[tie].weight
+        lorakit.unmerge(model)
+        assert model["embed"].weight is table and model["head"].weight is table and torch.equal(table, before)
+        assert torch.equal(model["head"](model["embed"](tokens)), expected)
+
+
 def test_factors_that_change_while_merged_are_no_write() -> None:
     layer = made("Linear", lorakit)
     before = layer.weight.detach().clone()

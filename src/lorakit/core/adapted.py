@@ -30,26 +30,32 @@ from .functional import Dropout, add_product, dense_update, dora_gain, precise, 
 from .gradients import reshaped
 from .init import Init, factors_of_weight, random_factors
 
+MERGED = "_lorakit_merged"  # an attribute of the Parameters that `merge` makes
+
 
 def no_dropout(x: Tensor) -> Tensor:
     """The dropout of probability zero: a function of this module, so that layers pickle."""
     return x
 
 
-@functools.cache
-def joined(first: Any, second: Any) -> Any:
-    """The class `first` with `second` behind it, made once. It has no name to be found under, so it pickles by its two
-    parts.
+def joined(first: Any, second: Any, name: str = "") -> Any:
+    """The class `first` with `second` behind it, made once, called as `first` is or by name. It is found nowhere under
+    that name, so it pickles by its parts.
     """
+    return _joined(first, second, name or first.__name__)
 
+
+@functools.cache
+def _joined(first: Any, second: Any, name: str) -> Any:
     def reduce(self: Any, protocol: Any) -> Any:
-        return _new_joined, (first, second), self.__dict__
+        return _new_joined, (first, second, name), self.__dict__
 
-    return type(first.__name__, (first, second), {"__module__": first.__module__, "__reduce_ex__": reduce})
+    members = {"__module__": first.__module__, "__doc__": second.__doc__, "__reduce_ex__": reduce}
+    return type(name, (first, second), members)
 
 
-def _new_joined(first: Any, second: Any) -> Any:
-    cls = joined(first, second)
+def _new_joined(first: Any, second: Any, name: str) -> Any:
+    cls = _joined(first, second, name)
     return cls.__new__(cls)
 
 
@@ -120,6 +126,20 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """Factors as matrices that are a part of the weight."""
         return factors_of_weight(self.matrix(self.weight), rank, self.scaling, init)
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the weight's dtype and device."""
+        return self.weight
+
+    def size(self) -> tuple[int, int]:
+        """(out, in), as the update sees the layer."""
+        outputs, inputs = self.matrix(self.weight).shape[-2:]
+        return outputs, inputs
+
+    def merge_refusal(self) -> str | None:
+        """Why the update cannot be folded into the weight, or None where it can."""
+        return None
+
     # --- the update -----------------------------------------------------------------------------------------------
 
     @property
@@ -149,8 +169,8 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """Give the layer its trainable factors, on the weight's device, such that ΔW = 0."""
         self.set_scale(rank, alpha, rslora)
         A_shape, B_shape = self.factor_shapes(rank)
-        A = torch.empty(A_shape, dtype=dtype, device=self.weight.device)
-        B = torch.empty(B_shape, dtype=dtype, device=self.weight.device)
+        A = torch.empty(A_shape, dtype=dtype, device=self.like.device)
+        B = torch.empty(B_shape, dtype=dtype, device=self.like.device)
         if init in ("pissa", "olora"):
             A0, B0 = self.take(rank, init)
             A, B = A0.view(A_shape).to(dtype), B0.view(B_shape).to(dtype)
@@ -222,6 +242,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
             self.refit()
             base = self.weight
             merged = nn.Parameter(self.adapted_weight(), requires_grad=base.requires_grad)
+            merged.__dict__[MERGED] = True
             # Past nn.Module's __setattr__: the weights must not appear among the parameters a second time.
             self.__dict__ |= {"_base_weight": base, "_merged_weight": merged, "_merged_mark": fingerprint(merged)}
             self._put_weight(merged)
@@ -251,8 +272,12 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     @property
     def _is_written(self) -> bool:
-        """Whether the weight is no longer what `merge` put in its place: written on, assigned, resized."""
-        if self._merged_mark is None or self.weight is self._base_weight:
+        """Whether the weight is no longer what `merge` put in its place: written on, assigned, resized.
+
+        A weight that was tied anew meanwhile (`tie_weights`) is no write: it is another layer's merged one or the base.
+        """
+        tied = self.weight is not self._merged_weight and MERGED in self.weight.__dict__
+        if self._merged_mark is None or self.weight is self._base_weight or tied:
             return False
         mark = fingerprint(self.weight)
         return mark is None or bool(mark != self._merged_mark)

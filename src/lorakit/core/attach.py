@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .adapted import AdaptedLayer, LoRALayer
+from .beside import Beside
 from .functional import Blocks
 from .init import INITS, RANDOM_INITS, Init
 from .layers import Linear, MergedLinear, blocks_of
@@ -27,6 +28,7 @@ from .masks import QuickDropout
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .report import Report, Row
+from .statistics import freeze_statistics, persistent_buffers, thaw_statistics
 from .targets import Filter, Selection, Target, closest, is_transposed, layer_class, matching, pattern_values, select
 from .trainable import Bias, bias_names
 from .undo import change_class, note, own_tensor, refuse_replaced, remember, restore, unchanged_on_error, undo_of
@@ -62,13 +64,14 @@ def attach(
         a module with a rank of its own and no alpha of its own takes 2·rank when alpha is None.
         A sequence of ranks adapts the blocks of a fused output, 0 leaving one out: {"c_attn": [8, 0, 8]} is q and v of
         GPT-2, as in the paper. The blocks are equal unless `splits` gives their sizes: {"qkv_proj": [512, 128, 128]}.
-    dropout: probability, on the update's input. rslora: scale α/√r. dora: learn the rows' magnitudes too.
+    dropout: probability, on the update's input; of an embedding, whose input is a token, of whole tokens.
+    rslora: scale α/√r. dora: learn the rows' magnitudes too.
     init: how A and B begin, see `init.py`; the model's output is unchanged at first, up to rounding with pissa, olora
         and dora.
     bias: train no biases, those of the adapted layers, or all. also_train: modules to train whole, named like
         targets (a new classifier head).
     dtype: of the factors; by default the weight's, or float32 beside float16 and bfloat16 weights.
-    freeze: freeze every parameter that the adapter does not train.
+    freeze: freeze every parameter that the adapter does not train, and the running statistics of norms with it.
 
     Returns a Report; print it. Raises ValueError, before anything is changed, when a pattern matches nothing or a
     target cannot be adapted. Neither the mode (train/eval) nor any existing tensor is changed.
@@ -93,17 +96,24 @@ def attach(
     for name, target in selection.targets.items():
         if target.parameter:
             _check_parameter(name, target, dropout, dora, init)
+        elif (dora or init not in RANDOM_INITS) and issubclass(layer_class(target.module) or Linear, Beside):
+            raise ValueError(
+                f"{name!r} is a {type(target.module).__name__}, which computes output or weight in its own way: "
+                "dora and the inits that take factors from the weight need the weight itself. Use dora=False and "
+                f"one of the inits {', '.join(map(repr, RANDOM_INITS))}, or leave it out of the targets."
+            )
     settings: dict[str, tuple[int, float]] = {}
     for name in names:
         own_rank = max(own for _, own in blocks[name]) if name in blocks else ranks.get(name, rank)
         assert isinstance(own_rank, int)
         own_alpha = alphas.get(name, 2 * own_rank if alpha is None else alpha)
         _check(own_rank, own_alpha, dropout, init)
-        limit = min(selection.targets[name].weight.flatten(1).shape)
-        if init not in RANDOM_INITS and own_rank > limit:
-            raise ValueError(
-                f"{name!r} has a weight of rank {limit} at most: init={init!r} cannot take rank={own_rank}."
-            )
+        if init not in RANDOM_INITS:
+            limit = min(selection.targets[name].weight.flatten(1).shape)
+            if own_rank > limit:
+                raise ValueError(
+                    f"{name!r} has a weight of rank {limit} at most: init={init!r} cannot take rank={own_rank}."
+                )
         settings[name] = own_rank, own_alpha
     whole = _modules_trained_whole(model, also_train, selection)
     bias_names(model, bias)  # refuses an unknown word before anything changes
@@ -113,7 +123,7 @@ def attach(
             own_rank, own_alpha = settings[name]
             layer = adopt(target, dropout, blocks.get(name, ()))
             layer.create_update(
-                own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(layer.weight)
+                own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(layer.like)
             )
         trained = choose_trainable(model, whole, bias, freeze=freeze)
         remember(model, adapted_layers(model))
@@ -155,6 +165,7 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
 
     Returns the names of the parameters trained beside the factors.
     """
+    whole = tuple(whole)
     for name in whole:
         undo_of(model.get_submodule(name)).whole = True
     selected = bias_names(model, bias)
@@ -177,6 +188,12 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
                 parameter.requires_grad = train
                 if name in selected:
                     undo.trained.setdefault(local, parameter.detach().clone())
+        if any(f"{prefix}.".startswith(f"{name}.") for name in whole):
+            thaw_statistics(module)
+            for local, buffer in persistent_buffers(module).items():
+                undo_of(module).trained.setdefault(local, buffer.detach().clone())
+        elif freeze:
+            freeze_statistics(module)
     return tuple(sorted(selected))
 
 
@@ -227,7 +244,11 @@ def detach(model: nn.Module) -> None:
 def merge(model: nn.Module) -> None:
     """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit."""
     refuse_replaced(model)
-    for layer in _layers_or_error(model).values():
+    layers = _layers_or_error(model)
+    for name, layer in layers.items():
+        if reason := layer.merge_refusal():
+            raise ValueError(f"{name!r} cannot be merged: {reason}. Leave the model unmerged.")
+    for layer in layers.values():
         layer.merge()
 
 
@@ -335,7 +356,7 @@ def _report(model: nn.Module, selection: Selection, trained: tuple[str, ...]) ->
     rows = []
     for name in selection.targets:
         layer = layers[name]
-        outputs, inputs = layer.matrix(layer.weight).shape[-2:]
+        outputs, inputs = layer.size()
         count = sum(p.numel() for local, p in layer.named_parameters(recurse=False) if local.startswith("lora_"))
         rows.append(Row(name, type(layer).__name__, (inputs, outputs), layer.r, count))
     sized = [p for p in model.parameters() if not is_lazy(p)]

@@ -104,7 +104,7 @@ def layouts(model: nn.Module) -> dict[str, Layout]:
                 blocks=module.blocks if isinstance(module, MergedLinear) else (),
                 kernel_last=module.kernel_size[-1] if isinstance(module, ConvLoRA) else 1,
             )
-        elif name and layer_class(module) in (Linear, Embedding):
+        elif name and issubclass(layer_class(module) or nn.Module, Linear | Embedding):
             found[name] = Layout(kind="embedding" if isinstance(module, nn.Embedding) else "linear")
     return found
 
@@ -154,15 +154,15 @@ def _insert_update(layer: AdaptedLayer | None, target: Target, update: Update, d
     if layer is not None:
         dtype = layer.lora_A.dtype
     else:
-        dtype = factor_dtype(target.weight)
         layer = adopt(target, dropout, update.blocks)
+        dtype = factor_dtype(layer.like)
     was_merged = layer.merged
     layer.unmerge()
     for name in ("lora_A0", "lora_B0"):
         layer._buffers.pop(name, None)
     layer.set_scale(update.rank, update.alpha, update.rslora)
     for name, tensor in update.tensors().items():
-        setattr(layer, name, nn.Parameter(tensor.to(layer.weight.device, dtype, copy=True)))
+        setattr(layer, name, nn.Parameter(tensor.to(layer.like.device, dtype, copy=True)))
     if was_merged:
         layer.merge()
 
@@ -246,8 +246,9 @@ def _plain_kinds(target: Target) -> tuple[Kind, ...]:
     if target.parameter:
         return ("experts",) if target.weight.dim() == 3 else ("linear",)
     cls = layer_class(target.module)
-    if cls is Linear:
-        return "linear", "merged_linear"
+    assert cls is not None, "refused before"
+    if issubclass(cls, Linear):
+        return ("linear", "merged_linear") if cls is Linear else ("linear",)
     return ("embedding",) if cls is Embedding else ("conv",)
 
 

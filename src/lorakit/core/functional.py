@@ -163,17 +163,22 @@ def lora_embedding(
     *,
     padding_idx: int | None,
     scale_grad_by_freq: bool,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """base + s · A[:, tokens]ᵀ Bᵀ, the update of an embedding looked up, never formed.
 
     tokens (…)   base (…, dim) already looked up   A (r, vocabulary)   B (dim, r)   →   (…, dim)
 
-    The padding column of A gets no gradient, so a padding row that starts without an update keeps none.
+    The padding column of A gets no gradient, so a padding row that starts without an update keeps none. The input of an
+    embedding is a row with a single one, at its token: dropping it drops the update of the whole token.
     """
+    kept = None if dropout is None else dropout(base.new_ones(tokens.shape))
     if not _is_transformed():
-        added: Tensor = LoRAEmbedding.apply(base, tokens, A, B, scale, padding_idx, scale_grad_by_freq)
+        added: Tensor = LoRAEmbedding.apply(base, tokens, A, B, kept, scale, padding_idx, scale_grad_by_freq)
         return added
     down = F.embedding(tokens, A.T, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    if kept is not None:
+        down = down * kept[..., None]
     return base + F.linear((down * scale).to(base.dtype), B.to(base.dtype))
 
 

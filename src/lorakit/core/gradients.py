@@ -137,14 +137,14 @@ def _sum(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 class LoRAEmbedding(torch.autograd.Function):
-    """y = base + s · Sᵀ Bᵀ,  S = A[:, tokens]       base (…, dim): the frozen rows, looked up
+    """y = base + s · Sᵀ Bᵀ,  S = m ⊙ A[:, tokens]       base (…, dim): the frozen rows, looked up
 
-    A (r, vocabulary)   B (dim, r)
+    A (r, vocabulary)   B (dim, r)   m (…): dropout's mask over the tokens, with its 1/(1 − p); or 1
 
-    dbase = dy      dS = s · Bᵀ dyᵀ      dA[:, tokens] += dS      dB = (S dy)ᵀ
+    dbase = dy      dS = s · Bᵀ dyᵀ      dA[:, tokens] += m ⊙ dS      dB = (S dy)ᵀ
 
     padding_idx: a column of A without a gradient. by_frequency: a column's gradient is over how often it was looked up.
-    Kept: the tokens.
+    Kept: the tokens and m.
     """
 
     @staticmethod
@@ -154,34 +154,42 @@ class LoRAEmbedding(torch.autograd.Function):
         tokens: Tensor,
         A: Tensor,
         B: Tensor,
+        kept: Tensor | None,
         scale: float,
         padding_idx: int | None,
         by_frequency: bool,
     ) -> Tensor:
         ctx.scale, ctx.padding_idx, ctx.by_frequency = scale, padding_idx, by_frequency
-        ctx.save_for_backward(tokens, A, B)
+        ctx.save_for_backward(tokens, A, B, kept)
         rows = base.reshape(-1, base.shape[-1])
-        S = A.index_select(1, tokens.reshape(-1)).to(base.dtype)
+        S = _columns(A, tokens.reshape(-1), kept, base.dtype)
         with without_autocast(base):
             return reshaped(torch.addmm(rows, S.T, B.to(base.dtype).T, alpha=scale), base.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        tokens, A, B = ctx.saved_tensors
+        tokens, A, B, kept = ctx.saved_tensors
         needs_base, _, needs_A, needs_B, *_ = ctx.needs_input_grad
         with without_autocast(dy):
             dY, tokens = dy.reshape(-1, dy.shape[-1]), tokens.reshape(-1)
             dA = dB = None
             if needs_A:
                 dS = (B.to(dy.dtype).T @ dY.T) * ctx.scale
+                dS = dS if kept is None else dS * kept.reshape(-1).to(dS.dtype)
                 dA = torch.zeros_like(A).index_add(1, tokens, dS.to(A.dtype))
                 if ctx.padding_idx is not None:
                     dA = dA.index_fill(1, tokens.new_tensor(ctx.padding_idx), 0)
                 if ctx.by_frequency:
                     dA = dA / tokens.bincount(minlength=A.shape[1]).clamp(min=1)
             if needs_B:
-                dB = (A.index_select(1, tokens).to(dy.dtype) @ dY).T * ctx.scale
-        return (dy if needs_base else None), None, dA, dB, None, None, None
+                dB = (_columns(A, tokens, kept, dy.dtype) @ dY).T * ctx.scale
+        return (dy if needs_base else None), None, dA, dB, None, None, None, None
+
+
+def _columns(A: Tensor, tokens: Tensor, kept: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """m ⊙ A[:, tokens]     tokens (T,) → (r, T)"""
+    S = A.index_select(1, tokens).to(dtype)
+    return S if kept is None else S * kept.reshape(-1).to(dtype)
 
 
 class LoRAConv(torch.autograd.Function):

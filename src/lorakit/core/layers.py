@@ -278,6 +278,7 @@ class Embedding(AdaptedLayer, nn.Embedding):
             self.scaling,
             padding_idx=self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
+            dropout=self.acting_dropout,
         )
         gain = self.gain()
         return y if gain is None else y * gain.to(y.dtype)
@@ -319,7 +320,7 @@ class ConvLoRA(AdaptedLayer):
     ) -> None:
         if not isinstance(self, conv_module):
             # loralib's subclasses inherit ConvLoRA alone and name the convolution here
-            self.__class__ = joined(type(self), conv_module)  # type: ignore[arg-type]  # classes are hashable
+            self.__class__ = joined(type(self), conv_module)
         conv_module.__init__(self, in_channels, out_channels, kernel_size, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         if r > 0:

@@ -65,7 +65,8 @@ class AdaptedParameter(AdaptedLayer):
     def public_name(self, name: str) -> str:
         """The parameter's name for a user, from this module's: `linear1` for the weight of the layer linear1."""
         owner = name.rpartition(".")[0]
-        of_a_layer = isinstance(self.owner, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
+        layers = nn.Linear | nn.Embedding | nn.modules.conv._ConvNd
+        of_a_layer = self.parameter == "weight" and isinstance(self.owner, layers)
         return owner if of_a_layer else f"{owner}.{self.parameter}".removeprefix(".")
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -4,8 +4,9 @@ A target is a glob over whole dotted names ("*.q_proj", "model.layers.[0-3].*"),
 ("q_proj", "attn.q_proj"), or the word "all-linear". Every one of them must match something: a misspelt name among good
 ones is the commonest way to train less than was meant (problem 4).
 
-Dispatch is on the exact type. A subclass of `nn.Linear` may read its weight in a way of its own (quantised, sharded,
-padded), and is refused with the reason. Where a weight is read and no layer of its own is called, the parameter itself
+Dispatch is on the exact type. A subclass of `nn.Linear` or of a convolution may compute its output in a way of its own:
+the update is added beside that (`beside.py`), after a trial; one that stores its weight in integers, or is not linear,
+is refused with the reason. Where a weight is read and no layer of its own is called, the parameter itself
 is the target: attention's `in_proj_weight`, the layers whose weights torch's attention and encoder layer read, and, by
 their names alone, any other matrix or stack of matrices ("experts.gate_up_proj").
 """
@@ -20,8 +21,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
-from .adapted import AdaptedLayer
+from .adapted import AdaptedLayer, joined
+from .beside import BESIDE, Beside, stored_weight, trial
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from .names import named_modules
 from .parameters import adapted_parameters
@@ -70,15 +75,33 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
-    """The adapted class for a module of exactly this type, or None."""
-    return Linear if is_transposed(module) else _LAYER_OF.get(type(module))
+    """The adapted class for a module, or None. For one that computes its output or its weight in a way of its own, the
+    class that adds beside it.
+    """
+    if is_transposed(module):
+        return Linear
+    cls: Any = type(module)
+    if cls in _LAYER_OF and (cls not in BESIDE or "weight" in module._parameters):
+        return _LAYER_OF[cls]
+    if isinstance(module, AdaptedLayer | LazyModuleMixin):
+        return None
+    for base, beside in BESIDE.items():
+        if isinstance(module, base):
+            own: type[AdaptedLayer] = joined(beside, cls, cls.__name__)
+            return own
+    return None
 
 
 def candidates(model: nn.Module) -> dict[str, Target]:
     """Every name that a target can match: those of modules, and those of matrices that are no layer's."""
     found: dict[str, Target] = {}
     read: set[int] = set()  # layers whose weight is read by their parent
+    inside: tuple[str, ...] = ()  # of parametrisations: what weights are computed from
     for name, module in named_modules(model, remove_duplicate=False):
+        if isinstance(module, ParametrizationList):
+            inside = (*inside, f"{name}.")
+        if f"{name}.".startswith(inside):
+            continue
         if isinstance(module, _READING_PARENTS):
             read |= {id(child) for child in module.children() if isinstance(child, nn.Linear)}
         if name:
@@ -95,7 +118,11 @@ def matrices(module: nn.Module) -> tuple[str, ...]:
     return tuple(
         name
         for name, value in module._parameters.items()
-        if value is not None and value.dim() in (2, 3) and min(value.shape) > 1 and not name.startswith("lora_")
+        if value is not None
+        and not is_lazy(value)
+        and value.dim() in (2, 3)
+        and min(value.shape) > 1
+        and not name.startswith("lora_")
     )
 
 
@@ -104,6 +131,7 @@ def select(model: nn.Module, targets: str | Iterable[str] | Filter) -> Selection
 
     Raises ValueError when a target matches nothing, or matches something that cannot be adapted.
     """
+    _refuse_peft(model)
     named = candidates(model)
     if callable(targets):
         return _by_filter(model, named, targets)
@@ -173,7 +201,10 @@ def _layer_refusal(module: nn.Module) -> str | None:
     kind = type(module).__name__
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return f"{kind} is not supported: its weight is laid out (in, out/groups, *k)"
-    if layer_class(module) is None:
+    if isinstance(module, LazyModuleMixin):
+        return f"{kind} has no weight before its first forward pass: run the model once, then attach"
+    cls = layer_class(module)
+    if cls is None:
         if isinstance(module, _ADAPTABLE):
             return f"{type(module).__module__}.{kind} is a subclass that may read its weight in a way of its own"
         inside = [child for child, inner in module.named_modules() if child and layer_class(inner)]
@@ -184,7 +215,9 @@ def _layer_refusal(module: nn.Module) -> str | None:
         return "its forward is replaced on the instance (a device_map hook?), so changing its class would do nothing"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return f"max_norm={module.max_norm} renormalises the frozen weight in place at each lookup"
-    return _weight_refusal(module._parameters.get("weight"))
+    if not issubclass(cls, Beside):
+        return _weight_refusal(module._parameters.get("weight"))
+    return _weight_refusal(stored_weight(module)) or trial(module)
 
 
 def _weight_refusal(weight: Any) -> str | None:
@@ -242,7 +275,12 @@ def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection
     for name, target in named.items():
         module = target.module
         if _is_stack(target):
-            selection.skipped[name] = f"{type(module).__name__} has a matrix for each expert; name it to adapt them"
+            what = "is no linear layer" if _is_torchs(module) else "has a matrix for each expert"
+            selection.skipped[name] = f"{type(module).__name__} {what}; name it to adapt them"
+        if isinstance(module, nn.RNNBase) and not target.parameter:
+            selection.skipped[name] = refusal(target) or ""
+        if isinstance(module, nn.RNNCellBase) and target.parameter:
+            selection.skipped[name] = f"{type(module).__name__} is no linear layer; name it to adapt it"
         linear = isinstance(module, nn.Linear | nn.MultiheadAttention) or is_transposed(module)
         if not linear or (isinstance(module, nn.MultiheadAttention) and not target.parameter):
             continue
@@ -262,6 +300,20 @@ def _is_layer(target: Target) -> bool:
     """Whether this is a layer of a kind that is adapted, or one's weight, or attention's: not any matrix."""
     kinds = (*_ADAPTABLE, nn.MultiheadAttention)
     return layer_class(target.module) is not None or isinstance(target.module, kinds)
+
+
+def _is_torchs(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _refuse_peft(model: nn.Module) -> None:
+    """PEFT's own factors are linear layers too, and its wrappers stand where the layers were."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
+            raise ValueError(
+                f"{type(model).__name__} has PEFT's adapters already ({name!r} is its {type(module).__name__}). Call "
+                "its merge_and_unload() or unload() first, and attach to the model that it returns."
+            )
 
 
 def _is_stack(target: Target) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLayer
+from .adapted import MERGED, AdaptedLayer
 from .names import unwrapped
 
 _NOTE, _ADAPTED = "_lorakit_undo", "_lorakit_adapted"
@@ -76,6 +76,9 @@ def restore(module: nn.Module, keep_trained: bool) -> None:
     if keep_trained == bool(undo.swapped):
         undo.swap(module)
     del module.__dict__[_NOTE]
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.__dict__.pop(MERGED, None)
     if undo.original_class is not None:
         module.__class__ = undo.original_class
         for registry in (module._parameters, module._buffers, module._modules):

@@ -1,0 +1,233 @@
+"""Layers that compute their output in a way of their own: the update is added beside whatever they compute.
+
+    y = base(x) + s · up(down(drop(x)))
+
+`Linear` and its sisters own the product with the weight, and are fast. Here `base` is the forward pass of the class
+that the layer has: a subclass with a forward of its own (Falcon's, a static padding), a weight that is computed
+(weight_norm, parametrisations). The adapted class is joined from both. Its output is the base's as long as the update
+is zero, whatever the base does.
+
+`trial` tells before anything is changed whether the output is linear in x, as the equation supposes; `merge_refusal`,
+whether the weight is used as it is, so that W + s·ΔW in its place does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapted import AdaptedLayer, LoRALayer
+from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Linear
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_SIZES = (1e-2, 1.0, 1e2)  # a clamp or a rounding shows at one of them
+
+
+class Beside(AdaptedLayer):
+    """What comes before a kind's class: its forward pass, and when it can be merged."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = super(LoRALayer, self).forward(x, *args, **kwargs)  # of the class behind
+        if not self.active:
+            return self.guard(y)
+        dropout = self.acting_dropout
+        return y + self._update(x if dropout is None else dropout(x)).to(y.dtype)
+
+    def _update(self, x: Tensor) -> Tensor:
+        """s · up(down(x))"""
+        raise NotImplementedError
+
+    @property
+    def like(self) -> Tensor:
+        return stored_weight(self)
+
+    def size(self) -> tuple[int, int]:
+        A, B = self._factor_matrices()
+        return B.shape[0], A.shape[1]
+
+    def fits(self) -> bool:
+        return True  # a computed weight has no shape of its own
+
+    def merge(self) -> None:
+        reason = None if self.merged or self.disabled_by else self.merge_refusal()
+        if reason:
+            raise ValueError(f"this layer cannot be merged: {reason}.")
+        super().merge()
+
+    def merge_refusal(self) -> str | None:
+        kind = type(self).__name__
+        weight = self._parameters.get("weight")
+        if weight is None:
+            return f"{kind} computes its weight from other parameters, so there is nothing to add the update to"
+        if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
+            return None
+        first, second = torch.randn_like(weight), torch.randn_like(weight)
+        try:
+            with self._tried() as x:
+                outputs = []
+                for own in (first, second, first + second, torch.zeros_like(weight)):
+                    self._parameters["weight"] = nn.Parameter(own, requires_grad=False)
+                    outputs.append(super(LoRALayer, self).forward(x))
+                wanted = self._plain(x, first)
+        except Exception as error:  # whatever a class of another's raises
+            return f"{kind} could not be tried: {type(error).__name__}: {error}"
+        one, other, both, none = outputs
+        if not (_same(both - one, other - none) and (wanted is None or _same(one, wanted))):
+            return f"{kind} does not use its weight as it is, so W + s·ΔW in its place would do something else"
+        return None
+
+    def _plain(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """What torch's own layer gives with this weight, or None where only the class itself knows."""
+        return None
+
+    @contextmanager
+    def _tried(self) -> Iterator[Tensor]:
+        """An input to try the base with, which is afterwards as before."""
+        with tried(self) as x:
+            yield x
+
+
+class BesideLinear(Beside, Linear):  # type: ignore[misc]  # which passes on what else the base takes
+    """`Linear` beside any class that takes x (…, in) to (…, out)."""
+
+    def _update(self, x: Tensor) -> Tensor:
+        A, B = self.factors()
+        return F.linear(F.linear(x, A.to(x.dtype)) * self.scaling, B.to(x.dtype))
+
+    def _plain(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        return F.linear(x, weight, self.bias)
+
+
+class _BesideConv(Beside, ConvLoRA):
+    """ConvLoRA beside any class that convolves: the update goes the base's own way, by its padding and strides."""
+
+    def _update(self, x: Tensor) -> Tensor:
+        update = (self.scaling * self._dense()).view(module_kernel(self)).to(x.dtype)
+        return convolved(self, type(self).__bases__[1], x, update)
+
+
+class BesideConv1d(_BesideConv, Conv1d):  # type: ignore[misc]
+    pass
+
+
+class BesideConv2d(_BesideConv, Conv2d):  # type: ignore[misc]
+    pass
+
+
+class BesideConv3d(_BesideConv, Conv3d):  # type: ignore[misc]
+    pass
+
+
+BESIDE: dict[type[nn.Module], type[Beside]] = {
+    nn.Linear: BesideLinear,
+    nn.Conv1d: BesideConv1d,
+    nn.Conv2d: BesideConv2d,
+    nn.Conv3d: BesideConv3d,
+}
+
+
+def stored_weight(module: nn.Module) -> Tensor:
+    """The weight, or where it is computed what it is computed from: for dtype and device. Reading a computed weight
+    may move it (spectral_norm).
+    """
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        return weight
+    return max((p for p in module.parameters() if p.is_floating_point()), key=Tensor.numel)
+
+
+def convolved(module: Any, cls: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """The convolution of x by `module`, seen as one of class `cls`, with another weight and no bias."""
+    result: Tensor
+    if cls.forward in _CONV_FORWARDS:
+        result = module._conv_forward(x, weight, None)
+        return result
+    other = cls.__new__(cls)
+    other.__dict__ |= {**module.__dict__, "_parameters": {**module._parameters, "weight": weight, "bias": None}}
+    result = cls.forward(other, x)
+    return result
+
+
+def trial(module: nn.Module) -> str | None:
+    """Why the equation does not hold for a layer of a class of its own, or None: tried on a few random inputs."""
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    stored = stored_weight(module)
+    if stored.is_meta or type(stored) not in (Tensor, nn.Parameter):
+        return None
+    try:
+        with tried(module) as x:
+            forward = type(module).forward if isinstance(module, nn.Module) else None
+            for size in _SIZES:
+                a, b = size * x, size * torch.randn_like(x)
+                ab, one, other, none = (_called(module, forward, own) for own in (a + b, a, b, 0 * x))
+                if isinstance(module, nn.Linear) and ab.shape != (*x.shape[:-1], module.out_features):
+                    return f"{kind} is a subclass with an output of shape {tuple(ab.shape)} for {tuple(x.shape)}"
+                if not _same(ab - one, other - none):
+                    return f"{kind} is a subclass that may read its weight in a way of its own: it is not linear in x"
+            if isinstance(module, nn.modules.conv._ConvNd):
+                kernel = torch.randn(module_kernel(module)).to(x)
+                weighed = [convolved(module, type(module), x, factor * kernel) for factor in (1, 3)]
+                if weighed[0].shape != one.shape or not _same(3 * weighed[0], weighed[1]):
+                    return f"{kind} is a subclass that may read its weight in a way of its own: it is not linear in it"
+    except Exception as error:  # whatever a class of another's raises
+        return f"{kind} is a subclass that could not be tried: {type(error).__name__}: {error}"
+    return None
+
+
+def module_kernel(module: Any) -> tuple[int, ...]:
+    """The shape of a convolution's weight."""
+    return (module.out_channels, module.in_channels // module.groups, *module.kernel_size)
+
+
+def _called(module: Any, forward: Any, x: Tensor) -> Tensor:
+    """The module's output, its pre-hooks (weight_norm) included and nothing else that programs hang on it."""
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils"):
+            hook(module, (x,))
+    y: Tensor = forward(module, x)
+    return y
+
+
+@contextmanager
+def tried(module: nn.Module) -> Iterator[Tensor]:
+    """An input for the module, which is in `eval()` meanwhile; its attributes, buffers and torch's generator are
+    afterwards as before.
+    """
+    inner = [(own, dict(own.__dict__), dict(own._parameters), dict(own._buffers)) for own in module.modules()]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    stored = stored_weight(module)
+    devices = [stored.device] if stored.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices), torch.autocast(stored.device.type, enabled=False):
+        torch.manual_seed(0)
+        for own, *_ in inner:
+            own.__dict__["training"] = False
+        shape = [2, module.in_features] if isinstance(module, nn.Linear) else _image(module)
+        try:
+            yield torch.randn(shape, dtype=stored.dtype, device=stored.device)
+        finally:
+            for own, attributes, parameters, buffers in inner:
+                own.__dict__.clear()
+                own.__dict__.update(attributes)
+                for registry, before in ((own._parameters, parameters), (own._buffers, buffers)):
+                    registry.clear()
+                    registry.update(before)  # type: ignore[arg-type]
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+def _image(module: Any) -> list[int]:
+    sizes = [(k - 1) * d + 1 + 8 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    return [1, module.in_channels, *sizes]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    scale = torch.maximum(a.abs().max(), b.abs().max())
+    return bool(((a - b).abs().max() <= _TOLERANCE.get(a.dtype, 1e-3) * scale) & scale.isfinite())
+
+
+_CONV_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
