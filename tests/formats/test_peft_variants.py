@@ -286,3 +286,22 @@ def test_grouped_convolutions_are_read_where_they_are_updates_of_the_kernel(
     before = model(x).detach()
     lorakit.merge(model)
     torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("names", [["2"], ["2", "classifier"]])
+def test_a_module_trained_whole_whose_tensors_are_missing_is_an_error(names: list[str], tmp_path: Path) -> None:
+    """PEFT's classifiers list names that the model may lack ("score"); what it has must be in the file."""
+    with pytest.raises(ValueError, match=r"it has no tensor of 2, which modules_to_save='2' names"):
+        lorakit.load(small(), folder(tmp_path / "without", modules_to_save=names))
+    head = {"base_model.model.2.weight": torch.ones(4, 8), "base_model.model.2.bias": torch.ones(4)}
+    model = small()
+    lorakit.load(model, folder(tmp_path / "with", factors() | head, modules_to_save=names))
+    assert torch.equal(model[2].weight, torch.ones(4, 8))
+
+
+def test_a_folder_of_adapters_names_them(tmp_path: Path) -> None:
+    """PEFT saves an adapter of another name than "default" into a folder of that name."""
+    for name in ("fr", "de"):
+        folder(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"it has no adapter_config.json. Adapters are in it: .*de, .*fr\."):
+        lorakit.load(small(), tmp_path)

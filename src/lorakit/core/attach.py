@@ -189,10 +189,15 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
 
 def keep_values(model: nn.Module, names: Iterable[str]) -> None:
     """Note the values of these parameters, which an adapter is about to set, trained or not: they are a part of it."""
+    # Once for each: what exchanges the values must find a tied one once.
+    noted = {id(parameter) for parameter in trained_whole(model)[0].values()}
     for name in names:
         owner, _, local = name.rpartition(".")
         module = model.get_submodule(owner)
-        _undo(module).trained.setdefault(local, module.get_parameter(local).detach().clone())
+        parameter = module.get_parameter(local)
+        if id(parameter) not in noted:
+            _undo(module).trained[local] = parameter.detach().clone()
+            noted.add(id(parameter))
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:

@@ -170,22 +170,27 @@ def _misfits(
             problems[name] = f"{name}: the model has no such parameter"
         elif parameters[name].shape != value.shape:
             problems[name] = f"{name}: shape {tuple(value.shape)}, the model has {tuple(parameters[name].shape)}"
-    problems |= _torn(adapter.trained, {name: parameters[name] for name in parameters if name not in problems})
+    fitting = {name: value for name, value in adapter.trained.items() if name not in problems}
+    problems |= _torn(model, fitting)
     for name in layers:
         if name not in adapter.updates:
             problems[name] = f"{name}: adapted in the model, missing in the adapter"
     return problems
 
 
-def _torn(trained: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Values for one of several names of a tied parameter, which would change it under the others too."""
+def _torn(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, str]:
+    """Values for one of several modules that are tied to one parameter, which would change it for the others too."""
     tied: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        tied.setdefault(id(parameter), []).append(name)
+    parameters: dict[int, Tensor] = {}
+    for prefix, module in named_modules(model):
+        for local, parameter in module._parameters.items():
+            if parameter is not None:
+                parameters[id(parameter)] = parameter
+                tied.setdefault(id(parameter), []).append(f"{prefix}.{local}" if prefix else local)
     problems: dict[str, str] = {}
-    for names in tied.values():
+    for key, names in tied.items():
         given = [name for name in names if name in trained]
-        present = parameters[names[0]]
+        present = parameters[key]
         values = [trained.get(name, present) for name in names]
         if (
             not given
@@ -193,12 +198,12 @@ def _torn(trained: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> di
             or all(torch.equal(value.to(present), values[0].to(present)) for value in values)
         ):
             continue
-        module = given[-1].rpartition(".")[0]
+        owner, _, local = given[-1].rpartition(".")
         others = ", ".join(name for name in names if name != given[-1])
         problems[given[-1]] = (
             f"{given[-1]}: has a value of its own in the adapter, and in the model it is tied to {others}. Untie it "
-            f"first: module = model.get_submodule({module!r}); module.weight = torch.nn.Parameter("
-            "module.weight.detach().clone()); model.config.tie_word_embeddings = False"
+            f"first: module = model.get_submodule({owner!r}); module.{local} = torch.nn.Parameter("
+            f"module.{local}.detach().clone()); model.config.tie_word_embeddings = False"
         )
     return problems
 
