@@ -144,20 +144,38 @@ def tied_llama() -> nn.Module:
 
 
 @pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
-def test_a_value_for_one_of_two_tied_names_is_refused_until_they_are_untied(names: list[str], tmp_path: Path) -> None:
+def test_of_two_tied_modules_the_one_that_is_trained_whole_gets_a_weight_of_its_own(names, tmp_path: Path) -> None:
+    """As in PEFT, where it is a copy; and detach ties them again."""
     settings = dict(r=2, target_modules=["q_proj"], modules_to_save=names, task_type="CAUSAL_LM")
     expected = made_in_peft(tied_llama(), tmp_path / "theirs", **settings)(TOKENS).logits.detach()
     model = tied_llama()
-    before = model.lm_head.weight.clone()
-    with pytest.raises(ValueError, match="in the model it is tied to .*Untie it first: (.|\n)*get_submodule") as error:
-        lorakit.load(model, tmp_path / "theirs")
-    assert torch.equal(model.lm_head.weight, before) and not hasattr(model.model.layers[0].self_attn.q_proj, "lora_A")
-
-    exec(str(error.value).partition("Untie it first: ")[2].splitlines()[0], {"model": model, "torch": torch})
+    before = model(TOKENS).logits.detach()
     lorakit.load(model, tmp_path / "theirs")
     torch.testing.assert_close(model(TOKENS).logits, expected)
     lorakit.save(model, tmp_path / "ours")
     torch.testing.assert_close(read_in_peft(tied_llama(), tmp_path / "ours")(TOKENS).logits, expected)
+    again = tied_llama()
+    lorakit.load(again, tmp_path / "ours")
+    torch.testing.assert_close(again(TOKENS).logits, expected)
+    lorakit.detach(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(model(TOKENS).logits, before)
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["model.embed_tokens"], ["lm_head", "model.embed_tokens"]])
+def test_values_that_would_tear_tied_modules_apart_are_refused_until_they_are_untied(names, tmp_path: Path) -> None:
+    """Weights that no list names are loaded into the base model, as a resized embedding's are."""
+    tables = {f"base_model.model.{name}.weight": torch.randn(64, 32) for name in names}
+    path = folder(tmp_path, factors("model.layers.0.self_attn.q_proj", 32, 32) | tables, target_modules=["q_proj"])
+    model = tied_llama()
+    before = model(TOKENS).logits.detach()
+    with pytest.raises(ValueError, match="in the model it is tied to .*Untie it first: (.|\n)*get_submodule") as error:
+        lorakit.load(model, path)
+    assert torch.equal(model(TOKENS).logits, before)
+    exec(str(error.value).partition("Untie it first: ")[2].splitlines()[0], {"model": model, "torch": torch})
+    lorakit.load(model, path)
+    for key, table in tables.items():
+        assert torch.equal(model.get_parameter(key.removeprefix("base_model.model.")), table)
 
 
 @pytest.mark.parametrize("settings", [dict(modules_to_save=["embed_tokens"]), dict(target_modules=["embed_tokens"])])
@@ -168,8 +186,9 @@ def test_names_that_peft_tied_are_read_into_what_is_tied(settings: dict, tmp_pat
     model = tied_llama()
     lorakit.load(model, tmp_path)
     torch.testing.assert_close(model(TOKENS).logits, live(TOKENS).logits, atol=1e-5, rtol=1e-5)
-    if "modules_to_save" in settings:
-        assert model.lm_head.weight is model.model.embed_tokens.weight
+    lorakit.save(model, tmp_path / "ours")
+    again = read_in_peft(tied_llama(), tmp_path / "ours")(TOKENS).logits
+    torch.testing.assert_close(again, live(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
 class NamedLikeLora(nn.Module):

@@ -27,6 +27,7 @@ from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .report import Report, Row
 from .targets import Filter, Selection, Target, closest, is_transposed, layer_class, matching, pattern_values, select
+from .tied import untie
 from .trainable import Bias, bias_names
 
 
@@ -38,6 +39,7 @@ class _Undo:
     attributes: frozenset[str] = frozenset()  # names in the module's __dict__ before
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the module's own parameters, before
     trained: dict[str, Tensor] = field(default_factory=dict)  # own parameters trained whole: their values before
+    tied: dict[str, nn.Parameter] = field(default_factory=dict)  # own parameters that were others' too: those
     whole: bool = False  # the module was named in also_train
 
 
@@ -160,10 +162,14 @@ def factor_dtype(weight: Tensor) -> torch.dtype:
 def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, freeze: bool) -> tuple[str, ...]:
     """Set `requires_grad` for the adapter, the modules trained whole and the biases; note what it was.
 
+    A module that is trained whole and tied to another one gets a weight of its own.
+
     Returns the names of the parameters trained beside the factors.
     """
     for name in whole:
         _undo(model.get_submodule(name)).whole = True
+        for module, local, tied in untie(model, name):
+            _undo(module).tied[local] = tied
     selected = bias_names(model, bias)
     for name in whole:
         prefix = f"{name}."
@@ -334,6 +340,8 @@ def _restore(module: nn.Module, undo: _Undo, keep_trained: bool) -> None:
         for local, value in undo.trained.items():
             if not keep_trained:
                 module.get_parameter(local).copy_(value)
+    if not keep_trained:
+        module._parameters.update(undo.tied)
     del module.__dict__["_lorakit_undo"]
     if undo.original_class is not None:
         module.__class__ = undo.original_class

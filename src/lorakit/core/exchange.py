@@ -8,7 +8,7 @@ nothing is the worst outcome (problem 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -171,22 +171,27 @@ def _misfits(
         elif parameters[name].shape != value.shape:
             problems[name] = f"{name}: shape {tuple(value.shape)}, the model has {tuple(parameters[name].shape)}"
     fitting = {name: value for name, value in adapter.trained.items() if name not in problems}
-    problems |= _torn(model, fitting)
+    problems |= _torn(model, fitting, adapter.also_train)
     for name in layers:
         if name not in adapter.updates:
             problems[name] = f"{name}: adapted in the model, missing in the adapter"
     return problems
 
 
-def _torn(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, str]:
-    """Values for one of several modules that are tied to one parameter, which would change it for the others too."""
+def _torn(model: nn.Module, trained: Mapping[str, Tensor], whole: Sequence[str]) -> dict[str, str]:
+    """Values for one of several modules that are tied to one parameter, which would change it for the others too.
+
+    whole: the modules that are trained whole, each of which gets a weight of its own.
+    """
+    own = tuple(f"{module}." for module in whole)
     tied: dict[int, list[str]] = {}
     parameters: dict[int, Tensor] = {}
     for prefix, module in named_modules(model):
         for local, parameter in module._parameters.items():
-            if parameter is not None:
+            name = f"{prefix}.{local}" if prefix else local
+            if parameter is not None and not name.startswith(own):
                 parameters[id(parameter)] = parameter
-                tied.setdefault(id(parameter), []).append(f"{prefix}.{local}" if prefix else local)
+                tied.setdefault(id(parameter), []).append(name)
     problems: dict[str, str] = {}
     for key, names in tied.items():
         given = [name for name in names if name in trained]
