@@ -324,3 +324,43 @@ def test_a_folder_of_adapters_names_them(tmp_path: Path) -> None:
         folder(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"it has no adapter_config.json. Adapters are in it: .*de, .*fr\."):
         lorakit.load(small(), tmp_path)
+
+
+class WithStatistics(nn.Module):
+    """A head that counts what it sees, trained whole; and a BatchNorm of the base, which is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(torch.tanh(self.body(x))))
+
+
+def with_statistics() -> nn.Module:
+    torch.manual_seed(0)
+    return WithStatistics().eval()
+
+
+@pytest.mark.parametrize("file", ["adapter", "adapter.pt"])
+def test_the_statistics_of_a_head_travel_with_it(file: str, tmp_path: Path) -> None:
+    model, x = with_statistics(), torch.randn(5, 8)
+    lorakit.attach(model, "body", rank=2, alpha=4, also_train=["head"])
+    train_a_little(model)
+    model.head.train()(3 * x + 1)
+    model.eval()
+    lorakit.save(model, tmp_path / file)
+    again = with_statistics()
+    lorakit.load(again, tmp_path / file, alpha=4)
+    torch.testing.assert_close(again(x), model(x))
+    assert again.head[1].num_batches_tracked == 1
+    if file == "adapter":
+        torch.testing.assert_close(read_in_peft(with_statistics(), tmp_path / file)(x), model(x))
+
+
+def test_the_statistics_of_a_head_made_in_peft_are_read(tmp_path: Path) -> None:
+    live = made_in_peft(with_statistics(), tmp_path, r=2, target_modules=["body"], modules_to_save=["head"])
+    model, x = with_statistics(), torch.randn(5, 8)
+    lorakit.load(model, tmp_path)
+    torch.testing.assert_close(model(x), live(x))

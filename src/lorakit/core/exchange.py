@@ -17,7 +17,7 @@ from .adapted import AdaptedLayer
 from .adapter import Adapter, Kind, Layout, Update
 from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, trained_whole
 from .layers import ConvLoRA, Embedding, Linear, MergedLinear, block_shapes
-from .names import named_modules, named_parameters, unwrapped
+from .names import named_modules, named_parameters, plain, unwrapped
 from .parameters import AdaptedParameter, parameter_factor_shapes
 from .targets import Target, candidates, closest, is_transposed, layer_class, matching, refusal
 from .trainable import bias_names
@@ -39,7 +39,7 @@ def extract(model: nn.Module) -> Adapter:
     config = getattr(model, "config", None)
     return Adapter(
         updates={name: _update_of(layers[name]) for name in _in_the_models_order(model, layers)},
-        trained={name: _copy(parameter) for name, parameter in parameters.items()},
+        trained={name: _copy(tensor) for name, tensor in {**parameters, **_statistics(model, whole)}.items()},
         also_train=whole,
         bias="none" if not frozen_bias else "lora_only" if frozen_bias <= adapted_bias else "all",
         dropout=max((_dropout_of(layer) for layer in layers.values()), default=0.0),
@@ -72,9 +72,10 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     trained = {name: value for name, value in adapter.trained.items() if name not in problems}
     whole = [name for name in adapter.also_train if any(key.startswith(f"{name}.") for key in trained)]
     choose_trainable(model, whole, adapter.bias, freeze=True)
-    keep_values(model, trained)
+    keep_values(model, trained.keys() - _statistics(model, whole).keys())
+    tensors = {**dict(named_parameters(model, remove_duplicate=False)), **_statistics(model, whole)}
     for name, value in trained.items():
-        model.get_parameter(name).copy_(value)
+        tensors[name].copy_(value)
 
 
 def layouts(model: nn.Module) -> dict[str, Layout]:
@@ -92,6 +93,16 @@ def layouts(model: nn.Module) -> dict[str, Layout]:
         elif name and layer_class(module) in (Linear, Embedding):
             found[name] = Layout(kind="embedding" if isinstance(module, nn.Embedding) else "linear")
     return found
+
+
+def _statistics(model: nn.Module, whole: Iterable[str]) -> dict[str, Tensor]:
+    """The buffers that modules trained whole keep in their state, by name: what a BatchNorm counted in training."""
+    found: dict[str, Tensor] = {}
+    for name in whole:
+        module = model.get_submodule(name)
+        kept = {plain(key) for key in module.state_dict()}
+        found |= {f"{name}.{plain(key)}": value for key, value in module.named_buffers() if plain(key) in kept}
+    return {name: value for name, value in found.items() if not name.rpartition(".")[2].startswith("lora_")}
 
 
 def _in_the_models_order(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -155,7 +166,9 @@ def _misfits(
     model: nn.Module, adapter: Adapter, layers: dict[str, AdaptedLayer], targets: dict[str, Target]
 ) -> dict[str, str]:
     """Why each update or tensor has no place in `model`, by name."""
-    parameters = dict(named_parameters(model, remove_duplicate=False))
+    parameters: dict[str, Tensor] = dict(named_parameters(model, remove_duplicate=False))
+    modules = {name for name, _ in named_modules(model)}
+    parameters |= _statistics(model, [name for name in adapter.also_train if name in modules])
     problems: dict[str, str] = {}
     for name, update in adapter.updates.items():
         reason = _misfit(layers.get(name), targets.get(name), update)
