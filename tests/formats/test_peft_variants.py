@@ -144,20 +144,38 @@ def tied_llama() -> nn.Module:
 
 
 @pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
-def test_a_value_for_one_of_two_tied_names_is_refused_until_they_are_untied(names: list[str], tmp_path: Path) -> None:
+def test_of_two_tied_modules_the_one_that_is_trained_whole_gets_a_weight_of_its_own(names, tmp_path: Path) -> None:
+    """As in PEFT, where it is a copy; and detach ties them again."""
     settings = dict(r=2, target_modules=["q_proj"], modules_to_save=names, task_type="CAUSAL_LM")
     expected = made_in_peft(tied_llama(), tmp_path / "theirs", **settings)(TOKENS).logits.detach()
     model = tied_llama()
-    before = model.lm_head.weight.clone()
-    with pytest.raises(ValueError, match="in the model it is tied to .*Untie it first: (.|\n)*get_submodule") as error:
-        lorakit.load(model, tmp_path / "theirs")
-    assert torch.equal(model.lm_head.weight, before) and not hasattr(model.model.layers[0].self_attn.q_proj, "lora_A")
-
-    exec(str(error.value).partition("Untie it first: ")[2].splitlines()[0], {"model": model, "torch": torch})
+    before = model(TOKENS).logits.detach()
     lorakit.load(model, tmp_path / "theirs")
     torch.testing.assert_close(model(TOKENS).logits, expected)
     lorakit.save(model, tmp_path / "ours")
     torch.testing.assert_close(read_in_peft(tied_llama(), tmp_path / "ours")(TOKENS).logits, expected)
+    again = tied_llama()
+    lorakit.load(again, tmp_path / "ours")
+    torch.testing.assert_close(again(TOKENS).logits, expected)
+    lorakit.detach(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(model(TOKENS).logits, before)
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["model.embed_tokens"], ["lm_head", "model.embed_tokens"]])
+def test_values_that_would_tear_tied_modules_apart_are_refused_until_they_are_untied(names, tmp_path: Path) -> None:
+    """Weights that no list names are loaded into the base model, as a resized embedding's are."""
+    tables = {f"base_model.model.{name}.weight": torch.randn(64, 32) for name in names}
+    path = folder(tmp_path, factors("model.layers.0.self_attn.q_proj", 32, 32) | tables, target_modules=["q_proj"])
+    model = tied_llama()
+    before = model(TOKENS).logits.detach()
+    with pytest.raises(ValueError, match="in the model it is tied to .*Untie it first: (.|\n)*get_submodule") as error:
+        lorakit.load(model, path)
+    assert torch.equal(model(TOKENS).logits, before)
+    exec(str(error.value).partition("Untie it first: ")[2].splitlines()[0], {"model": model, "torch": torch})
+    lorakit.load(model, path)
+    for key, table in tables.items():
+        assert torch.equal(model.get_parameter(key.removeprefix("base_model.model.")), table)
 
 
 @pytest.mark.parametrize("settings", [dict(modules_to_save=["embed_tokens"]), dict(target_modules=["embed_tokens"])])
@@ -168,8 +186,9 @@ def test_names_that_peft_tied_are_read_into_what_is_tied(settings: dict, tmp_pat
     model = tied_llama()
     lorakit.load(model, tmp_path)
     torch.testing.assert_close(model(TOKENS).logits, live(TOKENS).logits, atol=1e-5, rtol=1e-5)
-    if "modules_to_save" in settings:
-        assert model.lm_head.weight is model.model.embed_tokens.weight
+    lorakit.save(model, tmp_path / "ours")
+    again = read_in_peft(tied_llama(), tmp_path / "ours")(TOKENS).logits
+    torch.testing.assert_close(again, live(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
 class NamedLikeLora(nn.Module):
@@ -286,3 +305,62 @@ def test_grouped_convolutions_are_read_where_they_are_updates_of_the_kernel(
     before = model(x).detach()
     lorakit.merge(model)
     torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("names", [["2"], ["2", "classifier"]])
+def test_a_module_trained_whole_whose_tensors_are_missing_is_an_error(names: list[str], tmp_path: Path) -> None:
+    """PEFT's classifiers list names that the model may lack ("score"); what it has must be in the file."""
+    with pytest.raises(ValueError, match=r"it has no tensor of 2, which modules_to_save='2' names"):
+        lorakit.load(small(), folder(tmp_path / "without", modules_to_save=names))
+    head = {"base_model.model.2.weight": torch.ones(4, 8), "base_model.model.2.bias": torch.ones(4)}
+    model = small()
+    lorakit.load(model, folder(tmp_path / "with", factors() | head, modules_to_save=names))
+    assert torch.equal(model[2].weight, torch.ones(4, 8))
+
+
+def test_a_folder_of_adapters_names_them(tmp_path: Path) -> None:
+    """PEFT saves an adapter of another name than "default" into a folder of that name."""
+    for name in ("fr", "de"):
+        folder(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"it has no adapter_config.json. Adapters are in it: .*de, .*fr\."):
+        lorakit.load(small(), tmp_path)
+
+
+class WithStatistics(nn.Module):
+    """A head that counts what it sees, trained whole; and a BatchNorm of the base, which is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(torch.tanh(self.body(x))))
+
+
+def with_statistics() -> nn.Module:
+    torch.manual_seed(0)
+    return WithStatistics().eval()
+
+
+@pytest.mark.parametrize("file", ["adapter", "adapter.pt"])
+def test_the_statistics_of_a_head_travel_with_it(file: str, tmp_path: Path) -> None:
+    model, x = with_statistics(), torch.randn(5, 8)
+    lorakit.attach(model, "body", rank=2, alpha=4, also_train=["head"])
+    train_a_little(model)
+    model.head.train()(3 * x + 1)
+    model.eval()
+    lorakit.save(model, tmp_path / file)
+    again = with_statistics()
+    lorakit.load(again, tmp_path / file, alpha=4)
+    torch.testing.assert_close(again(x), model(x))
+    assert again.head[1].num_batches_tracked == 1
+    if file == "adapter":
+        torch.testing.assert_close(read_in_peft(with_statistics(), tmp_path / file)(x), model(x))
+
+
+def test_the_statistics_of_a_head_made_in_peft_are_read(tmp_path: Path) -> None:
+    live = made_in_peft(with_statistics(), tmp_path, r=2, target_modules=["body"], modules_to_save=["head"])
+    model, x = with_statistics(), torch.randn(5, 8)
+    lorakit.load(model, tmp_path)
+    torch.testing.assert_close(model(x), live(x))

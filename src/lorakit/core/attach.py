@@ -30,6 +30,7 @@ from .parameters import AdaptedParameter, adapt_parameter
 from .report import Report, Row
 from .statistics import freeze_statistics, persistent_buffers, thaw_statistics
 from .targets import Filter, Selection, Target, closest, is_transposed, layer_class, matching, pattern_values, select
+from .tied import untie
 from .trainable import Bias, bias_names
 from .undo import change_class, note, own_tensor, refuse_replaced, remember, restore, unchanged_on_error, undo_of
 
@@ -163,11 +164,15 @@ def factor_dtype(weight: Tensor) -> torch.dtype:
 def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, freeze: bool) -> tuple[str, ...]:
     """Set `requires_grad` for the adapter, the modules trained whole and the biases; note what it was.
 
+    A module that is trained whole and tied to another one gets a weight of its own.
+
     Returns the names of the parameters trained beside the factors.
     """
     whole = tuple(whole)
     for name in whole:
         undo_of(model.get_submodule(name)).whole = True
+        for module, local, tied in untie(model, name):
+            undo_of(module).tied[local] = tied
     selected = bias_names(model, bias)
     for name in whole:
         prefix = f"{name}."
@@ -199,10 +204,15 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
 
 def keep_values(model: nn.Module, names: Iterable[str]) -> None:
     """Note the values of these tensors, which an adapter is about to set, trained or not: they are a part of it."""
+    # Once for each: what exchanges the values must find a tied one once.
+    noted = {id(tensor) for tensor in trained_whole(model)[0].values()}
     for name in names:
         owner, _, local = name.rpartition(".")
         module = model.get_submodule(owner)
-        undo_of(module).trained.setdefault(local, own_tensor(module, local).detach().clone())
+        tensor = own_tensor(module, local)
+        if id(tensor) not in noted:
+            undo_of(module).trained[local] = tensor.detach().clone()
+            noted.add(id(tensor))
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:

@@ -8,7 +8,7 @@ nothing is the worst outcome (problem 3).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def extract(model: nn.Module) -> Adapter:
     config = getattr(model, "config", None)
     return Adapter(
         updates={name: _update_of(layers[name]) for name in _in_the_models_order(model, layers)},
-        trained={name: _copy(parameter) for name, parameter in parameters.items()},
+        trained={name: _copy(tensor) for name, tensor in parameters.items()},
         also_train=whole,
         bias="none" if not frozen_bias else "lora_only" if frozen_bias <= adapted_bias else "all",
         dropout=max((_dropout_of(layer) for layer in layers.values()), default=0.0),
@@ -71,13 +71,14 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
 
     trained = {name: value for name, value in adapter.trained.items() if name not in problems}
     whole = [name for name in adapter.also_train if any(key.startswith(f"{name}.") for key in trained)]
-    own = tensors_by_name(model)
-    with unchanged_on_error(model, [own[name] for name in trained]):
+    before = tensors_by_name(model)
+    with unchanged_on_error(model, [before[name] for name in trained]):
         for name, update in adapter.updates.items():
             if name not in problems:
                 _insert_update(layers.get(name), targets[name], update, adapter.dropout)
         choose_trainable(model, whole, adapter.bias, freeze=True)
         keep_values(model, trained)
+        own = tensors_by_name(model)  # a tied module that is trained whole has another one now
         remember(model, adapted_layers(model))
         for name, value in trained.items():
             own[name].copy_(value)
@@ -186,22 +187,32 @@ def _misfits(
             problems[name] = f"{name}: the model has no such parameter"
         elif parameters[name].shape != value.shape:
             problems[name] = f"{name}: shape {tuple(value.shape)}, the model has {tuple(parameters[name].shape)}"
-    problems |= _torn(adapter.trained, {name: parameters[name] for name in parameters if name not in problems})
+    fitting = {name: value for name, value in adapter.trained.items() if name not in problems}
+    problems |= _torn(model, fitting, adapter.also_train)
     for name in layers:
         if name not in adapter.updates:
             problems[name] = f"{name}: adapted in the model, missing in the adapter"
     return problems
 
 
-def _torn(trained: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, str]:
-    """Values for one of several names of a tied parameter, which would change it under the others too."""
+def _torn(model: nn.Module, trained: Mapping[str, Tensor], whole: Sequence[str]) -> dict[str, str]:
+    """Values for one of several modules that are tied to one parameter, which would change it for the others too.
+
+    whole: the modules that are trained whole, each of which gets a weight of its own.
+    """
+    own = tuple(f"{module}." for module in whole)
     tied: dict[int, list[str]] = {}
-    for name, parameter in parameters.items():
-        tied.setdefault(id(parameter), []).append(name)
+    parameters: dict[int, Tensor] = {}
+    for prefix, module in named_modules(model):
+        for local, parameter in module._parameters.items():
+            name = f"{prefix}.{local}" if prefix else local
+            if parameter is not None and not name.startswith(own):
+                parameters[id(parameter)] = parameter
+                tied.setdefault(id(parameter), []).append(name)
     problems: dict[str, str] = {}
-    for names in tied.values():
+    for key, names in tied.items():
         given = [name for name in names if name in trained]
-        present = parameters[names[0]]
+        present = parameters[key]
         values = [trained.get(name, present) for name in names]
         if (
             not given
@@ -209,12 +220,12 @@ def _torn(trained: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> di
             or all(torch.equal(value.to(present), values[0].to(present)) for value in values)
         ):
             continue
-        module = given[-1].rpartition(".")[0]
+        owner, _, local = given[-1].rpartition(".")
         others = ", ".join(name for name in names if name != given[-1])
         problems[given[-1]] = (
             f"{given[-1]}: has a value of its own in the adapter, and in the model it is tied to {others}. Untie it "
-            f"first: module = model.get_submodule({module!r}); module.weight = torch.nn.Parameter("
-            "module.weight.detach().clone()); model.config.tie_word_embeddings = False"
+            f"first: module = model.get_submodule({owner!r}); module.{local} = torch.nn.Parameter("
+            f"module.{local}.detach().clone()); model.config.tie_word_embeddings = False"
         )
     return problems
 

@@ -29,6 +29,7 @@ class Undo:
     attributes: frozenset[str] = frozenset()  # names in the module's __dict__ before
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the module's own parameters, before
     trained: dict[str, Tensor] = field(default_factory=dict)  # own tensors trained whole: their values before
+    tied: dict[str, nn.Parameter] = field(default_factory=dict)  # own parameters that were others' too: those
     whole: bool = False  # the module was named in also_train
     swapped: int = 0  # by how many `disabled` the module holds the values before; `trained` then holds the others
 
@@ -75,6 +76,8 @@ def restore(module: nn.Module, keep_trained: bool) -> None:
         return
     if keep_trained == bool(undo.swapped):
         undo.swap(module)
+    if not keep_trained:
+        module._parameters.update(undo.tied)
     del module.__dict__[_NOTE]
     for parameter in module._parameters.values():
         if parameter is not None:
@@ -164,5 +167,7 @@ def _copied(module: nn.Module) -> dict[str, Any]:
         attributes[name] = attributes[name].copy()
     undo = note(module)
     if undo is not None:
-        attributes[_NOTE] = replace(undo, requires_grad=dict(undo.requires_grad), trained=dict(undo.trained))
+        attributes[_NOTE] = replace(
+            undo, requires_grad=dict(undo.requires_grad), trained=dict(undo.trained), tied=dict(undo.tied)
+        )
     return attributes

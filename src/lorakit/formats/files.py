@@ -170,7 +170,7 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
             raise ValueError(f"{where}{key} is not a plain tensor of numbers ({tensor.layout}, {tensor.device}).")
         if tensor.numel() == 0:
             raise ValueError(f"{where}{key} is empty: a sharded model must be gathered before its adapter is saved.")
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):  # what a BatchNorm counts
             raise ValueError(f"{where}{key} is stored as {tensor.dtype}: an adapter's numbers are of floating point.")
         # Types of 8 bits and fewer know no isfinite of their own.
         if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():

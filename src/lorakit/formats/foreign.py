@@ -38,7 +38,10 @@ def refuse(path: Path) -> None:
 
 
 def contents(folder: Path) -> str:
-    """A sentence on the files of tensors in a folder without adapter_config.json; empty where there is none."""
+    """A sentence on what a folder without adapter_config.json holds instead; empty where nothing is recognised."""
+    inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    if inside:
+        return f" Adapters are in it: {', '.join(str(folder / name) for name in inside[:5])}."
     files = sorted(path for path in folder.iterdir() if path.suffix in _TENSORS) if folder.is_dir() else []
     for path in files:
         what = _kind(path)

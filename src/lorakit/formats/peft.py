@@ -72,6 +72,8 @@ def read(folder: str | Path, host: Host | None = None) -> Adapter:
     path, tensors = _read_tensors(folder)
     found = sort(tensors, config, str(path), None if host is None else host.modules)
     try:
+        if host is not None:
+            _check_saved(config, found.trained, host)
         updates = _updates(found, config, host)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -204,6 +206,20 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     tensors = read_safetensors(path) if path.name == TENSORS else read_pickled(path)
     check_tensors(tensors, f"{path}: ")
     return path, tensors
+
+
+def _check_saved(config: PeftConfig, trained: Mapping[str, Tensor], host: Host) -> None:
+    """Refuse a file without the tensors of a module of the model that `modules_to_save` names."""
+    owners = {name.rpartition(".")[0] for name in trained}
+    for end in config.modules_to_save:
+        named = [
+            name
+            for name, module in host.modules.items()
+            if name.endswith(end) and any(True for _ in module.parameters())
+        ]
+        held = any(f"{owner}.".startswith(f"{name}.") for name in named for owner in owners)
+        if named and not held and not any(owner.endswith(end) for owner in owners):
+            raise ValueError(f"it has no tensor of {named[0]}, which modules_to_save={end!r} names.")
 
 
 def _updates(found: Sorted, config: PeftConfig, host: Host | None) -> dict[str, Update]:
