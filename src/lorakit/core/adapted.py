@@ -30,7 +30,6 @@ from .functional import Dropout, add_product, dense_update, dora_gain, precise, 
 from .gradients import reshaped
 from .init import Init, factors_of_weight, random_factors
 
-
 MERGED = "_lorakit_merged"  # an attribute of the Parameters that `merge` makes
 
 
