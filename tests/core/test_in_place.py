@@ -222,3 +222,16 @@ def test_a_residual_network_with_relu_in_place_trains() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace`", "ignore:.*torch.jit.trace", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("shape", [(2, 6), (2, 3, 6)])
+def test_a_trace_takes_other_sizes(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(6, 5))
+    lorakit.attach(model, rank=2)
+    nn.init.normal_(model[0].lora_B)
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.randn(shape))
+        x = torch.randn(5, *shape[1:])
+        torch.testing.assert_close(traced(x), model(x))

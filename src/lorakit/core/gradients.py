@@ -127,6 +127,8 @@ def reshaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
     What a layer returns may be written on (`relu_`, `y += residual`). Autograd forbids that for a view that was made
     inside a Function or under `no_grad`. torch's own F.linear gives its rows their shape in this way too.
     """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return fresh.view(shape)  # the trace takes the sizes of this call for constants in an operation of no name
     result: Tensor = torch.ops.aten._unsafe_view.default(fresh, shape)
     return result
 
