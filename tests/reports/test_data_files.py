@@ -104,7 +104,11 @@ def test_a_csv_cell_has_no_longest_length(tmp_path: Path) -> None:
         ('p,c\n1,"say "hi" now"\n2,c\n', 2, "a quotation mark"),
         ('p,c\n1,"a\n2,"b"\n3,c\n', 2, "a quotation mark"),
         ('"p,c\n1,a\n', 1, "a quotation mark"),
-        ('p,c\n"1,a\n2,b"\n3,c\n', 2, "1 cells, in the lines 2 to 3, but the header has 2"),
+        (
+            'p,c\n"1,a\n2,b"\n3,c\n',
+            2,
+            "1 cells, in the lines 2 to 3 (is a quotation mark missing?), but the header has 2",
+        ),
     ],
 )
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])

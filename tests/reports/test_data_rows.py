@@ -261,3 +261,11 @@ def test_no_class_loses_its_last_row_to_the_holdout(seed: int, tmp_path: Path) -
     assert {example.label for example in data.train} == set(labels) == set(data.labels)
     assert len(data.valid) == round(0.4 * len(rows))
     assert Counter(e.label for e in (*data.train, *data.valid)) == Counter(labels)
+
+
+@pytest.mark.parametrize("holdout", [0.1, 0.5])
+def test_numbers_to_predict_are_no_classes_to_the_holdout(holdout: float, tmp_path: Path) -> None:
+    rows = [{"text": f"t{index}", "label": index + 0.5} for index in range(20)]
+    data = read(write(tmp_path, *rows), holdout=holdout)
+    assert (data.task, len(data.valid)) == ("regression", 20 * holdout)
+    assert len(data.notes) == 1

@@ -108,7 +108,7 @@ def _examples(
             unread.update(beside)
             examples[split].append(example)
     if unread:
-        findings.notes.append(f"keys that are not read: {', '.join(map(str, unread))}")
+        findings.notes.append(f"keys that are not read: {', '.join(sorted(unread))}")
     return next(iter(shapes), ""), examples
 
 

@@ -27,7 +27,7 @@ def hold_out(rows: Sequence[Example], share: float, seed: int, notes: list[str])
     held = [row for index, row in enumerate(rows) if index in chosen]
     left = [row for index, row in enumerate(rows) if index not in chosen]
     notes.append(f"{len(held)} of {len(rows)} rows held out for evaluation, chosen by the seed (--holdout {share:g})")
-    if missing := sorted({str(row.label) for row in rows} - {str(row.label) for row in left}):
+    if missing := sorted({_class(row) for row in rows} - {_class(row) for row in left}):
         notes.append(f"no row is left to train on of the labels {', '.join(missing)}; see --holdout")
     note_repeats({"train": left, "valid": held}, notes)
     return left, held
@@ -50,12 +50,12 @@ def _whole_groups(rows: Sequence[Example], drawn: Sequence[int], order: random.R
     groups: dict[Any, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(_asked(row), []).append(index)
-    left = Counter(row.label for row in rows)
+    left = Counter(map(_class, rows))
     chosen: set[int] = set()
 
     def take(group: list[int], limit: int) -> None:
-        gone = Counter(rows[index].label for index in group)
-        # Without labels all rows are of one class, None: something is left to train on.
+        gone = Counter(_class(rows[index]) for index in group)
+        # Without classes all rows are of one, so that something is left to train on.
         if len(chosen) + len(group) <= limit and all(left[label] > many for label, many in gone.items()):
             chosen.update(group)
             left.subtract(gone)
@@ -69,6 +69,11 @@ def _whole_groups(rows: Sequence[Example], drawn: Sequence[int], order: random.R
         for group in sorted(candidates, key=len):
             take(group, 0 if chosen else 2 * len(drawn))
     return chosen
+
+
+def _class(row: Example) -> str:
+    """The class of a row, the same one for all rows that have none or a number to predict."""
+    return row.label if isinstance(row.label, str) else ""
 
 
 def _asked(row: Example) -> str:

@@ -204,11 +204,10 @@ def _label(value: Any) -> str | float:
 def _unknown_keys(row: Row) -> str:
     keys = list(row.values)
     message = f"found keys {keys}, expected one of: {SHAPES}."
-    flags = _mapping(row.values)
-    if flags:
-        return f"{message} Map them: {flags}"
+    if flags := _mapping(row.values):
+        message += f" Map them: {flags}"
     if row.where.partition(":")[0].lower().endswith((".csv", ".tsv")):
-        message += " The first line of the file names its columns."
+        message += " (The first line of the file names its columns.)"
     return message
 
 

@@ -57,7 +57,11 @@ def _rows(
                 problems.append(f"{where}: {problem}")
                 return
         elif len(cells) != len(header):
-            spans = f", in the lines {start} to {reader.line_num}" if reader.line_num > start else ""
+            spans = (
+                f", in the lines {start} to {reader.line_num} (is a quotation mark missing?)"
+                if reader.line_num > start
+                else ""
+            )
             problems.append(f"{where}: {len(cells)} cells{spans}, but the header has {len(header)}")
         else:
             if any(_looks_like_rows(cell, delimiter, len(header)) for cell in cells):
