@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from conftest import CHATML, tiny_tokenizer
-from lorakit.training.generation import answers, end_tokens, positions, room, stream
+from lorakit.training.generation import answers, end_tokens, room, stream
 from lorakit.training.models import Loaded, load_causal_lm
+from lorakit.training.positions import positions
 from lorakit.training.tokens import prompt_ids
 
 TEXTS = ("on", "turn the light off and on", "system user assistant")

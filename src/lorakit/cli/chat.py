@@ -105,10 +105,10 @@ def _fitting(
 
     Half of the model's positions are room enough where `wanted` tokens are not to be had.
     """
-    from ..training.generation import positions
+    from ..training.positions import positions
     from ..training.tokens import prompt_ids
 
-    limit = positions(loaded.model)
+    limit = positions(loaded.model, loaded.tokenizer)
     while True:
         asked = messages if style.chat else messages[-1]["content"]
         ids = prompt_ids(asked, loaded.tokenizer, system=style.system, chat=style.chat)

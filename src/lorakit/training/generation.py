@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .data import Example
+from .positions import positions
 from .tokens import IGNORED, encode
 
 if TYPE_CHECKING:
@@ -26,15 +27,12 @@ if TYPE_CHECKING:
 _COLDEST = 1e-6  # below it, differences of logits that float32 cannot hold would decide: the likeliest token is meant
 
 
-def positions(model: Any) -> int | None:
-    """How many tokens the model has positions for, prompt and answer together; None where any number will do."""
-    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def room(loaded: Loaded, prompt: Sequence[int], wanted: int) -> int:
     """How many of `wanted` tokens an answer to this prompt can have. Raises ValueError where it can have none."""
-    limit = positions(loaded.model)
+    return _room(positions(loaded.model, loaded.tokenizer), prompt, wanted)
+
+
+def _room(limit: int | None, prompt: Sequence[int], wanted: int) -> int:
     if limit is None:
         return wanted
     if len(prompt) >= limit:
@@ -58,7 +56,8 @@ def answers(
     ValueError for a prompt longer than the model's positions.
     """
     prompts = [_started(loaded, prompt) for prompt in prompts]
-    rooms = [room(loaded, prompt, max_new_tokens) for prompt in prompts]
+    limit = positions(loaded.model, loaded.tokenizer)
+    rooms = [_room(limit, prompt, max_new_tokens) for prompt in prompts]
     done: dict[int, str] = {}
     following = 0
     for batch in _batches(prompts, rooms, max_new_tokens, batch_size):

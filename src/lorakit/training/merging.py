@@ -12,9 +12,10 @@ import torch
 
 from ..core.attach import adapted_layers, detach, merge
 from .adapter_folder import base_and_adapter
-from .generation import end_tokens, positions
+from .generation import end_tokens
 from .locating import locate
 from .models import Loaded, load_with_adapter
+from .positions import longest_row
 from .style import Style
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _bake(model: PreTrainedModel) -> None:
 def _probe(loaded: Loaded) -> torch.Tensor:
     vocabulary = min(loaded.model.config.get_text_config().vocab_size, len(loaded.tokenizer))
     generator = torch.Generator().manual_seed(0)
-    length = min(32, positions(loaded.model) or 32)
+    length = longest_row(32, loaded.model, loaded.tokenizer)
     return torch.randint(0, vocabulary, (4, length), generator=generator).to(loaded.device)
 
 

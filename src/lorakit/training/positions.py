@@ -1,0 +1,97 @@
+"""How long a row a model can read: its own limit of positions, and rows that its vocabulary has no place for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "seq_length")
+_TABLE = re.compile(r"(^|[._])(wpe|pos|positions?|positional)(_[a-z]+)?$")  # names such as embed_positions
+_NOT_OF_TOKENS = re.compile("rel|vision|visual|image|patch|audio|mel")
+_UNBOUND = 1_000_000  # a tokenizer that names no limit says some number far above
+
+
+def positions(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
+    """The longest row, in tokens, that a model can read; None where nothing in it limits that.
+
+    A table of learnt positions is the limit, less the rows that RoBERTa and its kin keep for padding. Rotary positions
+    end where the configuration says, stretched as it says. ALiBi and relative positions have no end, and a sliding
+    window is none. Where the model names no limit, the tokenizer's counts. Weights are not read.
+    """
+    config = model.config.get_text_config()
+    named = [limit for name in _LIMITS if isinstance(limit := getattr(config, name, None), int) and limit > 0]
+    if tables := _position_tables(model):
+        return min(_rows(table, named) for table in tables)
+    if _is_relative(model, config):
+        return None
+    if named:
+        return max(named[0], _stretched(config))
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if isinstance(limit, int | float) and 0 < limit < _UNBOUND else None
+
+
+def longest_row(wanted: int, model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
+    """`wanted` tokens, or as many as the model has positions."""
+    limit = positions(model, tokenizer)
+    return wanted if limit is None else min(wanted, limit)
+
+
+def check_vocabulary(rows: Iterable[dict[str, Any]], model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where rows, or the padding, hold tokens that the model's embedding has no row for."""
+    table: Any = model.get_input_embeddings()
+    size = getattr(table, "num_embeddings", None)
+    if not isinstance(size, int):
+        return
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "this model's tokenizer names neither a padding nor an end token, so rows cannot share a batch. Set "
+            '"pad_token" in its tokenizer_config.json.'
+        )
+    used = {tokenizer.pad_token_id}.union(*(row["input_ids"] for row in rows))
+    if beyond := sorted(token for token in used if token >= size):
+        listed = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in beyond[:5])
+        more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer):,} tokens, the model's embedding {size:,} rows, and the "
+            f"data holds tokens beyond them: {listed}{more}. Use the tokenizer that belongs to this model."
+        )
+
+
+def _position_tables(model: nn.Module) -> list[nn.Embedding]:
+    """The tables of positions that a model adds to its tokens. Those of images and of distances are others."""
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and _TABLE.search(name) and not _NOT_OF_TOKENS.search(name)
+    ]
+
+
+def _rows(table: nn.Embedding, named: list[int]) -> int:
+    if type(table) is nn.Embedding and table.padding_idx is not None:
+        return table.num_embeddings - table.padding_idx - 1  # positions are counted from behind that row
+    # A class of its own may keep its first rows (OPT, BART), so that the table is longer than the limit.
+    return min([table.num_embeddings, *named[:1]])
+
+
+def _is_relative(model: nn.Module, config: Any) -> bool:
+    """Whether positions enter as distances between tokens, or not at all, so that none is the last."""
+    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
+        return True
+    names = vars(config)
+    if getattr(config, "position_embedding_type", "absolute") in ("alibi", "relative_key", "none"):
+        return True
+    relative = any(name.startswith("relative_attention") for name in names) or config.model_type in ("bloom", "xlnet")
+    return relative and not any("rotary" in name for name, _ in model.named_modules())
+
+
+def _stretched(config: Any) -> int:
+    """The positions that scaled rotary embeddings reach."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    return int(original * factor) if original and factor else 0
