@@ -77,14 +77,15 @@ def run(args: argparse.Namespace) -> None:
             continue
         if not said:
             continue
-        asked = [*messages, {"role": "user", "content": said}]
+        asked = [*(messages if style.chat else ()), {"role": "user", "content": said}]
+        whole = len(asked)
         try:
             asked, ids = _fitting(asked, loaded, style, args.max_new_tokens)
             limit = room(loaded, ids, args.max_new_tokens)
         except ValueError as problem:
             print(f"({problem})")
             continue
-        if (left := len(messages) + 1 - len(asked)) > 0:
+        if (left := whole - len(asked)) > 0:
             print(f"(the conversation is longer than the model's positions: its {left} oldest messages are forgotten)")
         answer = ""
         try:
