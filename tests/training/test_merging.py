@@ -155,7 +155,7 @@ def test_what_cannot_be_merged_is_refused_before_a_model_is_loaded(
     tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="is a model without an adapter; give --adapter"):
+    with pytest.raises(ValueError, match="is a base model without an adapter; give --adapter"):
         merge_to_folder(str(tiny_lm), None, str(tmp_path / "merged"))
     adapter = tmp_path / "adapter"
     adapter.mkdir()

@@ -70,7 +70,7 @@ def merge_to_folder(
         raise FileExistsError(f"--output-dir {out} is not empty. Choose another, or add --overwrite.")
     base, folder = base_and_adapter(model, adapter)
     if folder is None:
-        raise ValueError(f"{model} is a model without an adapter; give --adapter FOLDER.")
+        raise ValueError(f"{model} is a base model without an adapter; give --adapter FOLDER.")
     loaded = load_with_adapter(model, adapter, dtype=dtype)
     inputs = _probe(loaded)
     expected = _logits(loaded.model, inputs)
