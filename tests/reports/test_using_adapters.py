@@ -90,7 +90,7 @@ def test_eval_reads_a_merged_classifier(classifier: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("model", "rows", "message"),
     [
-        ("language", [{"text": "a", "label": "x"}], r"d\.jsonl:1: a row with a label, but the model is a language"),
+        ("language", [{"text": "a", "label": "x"}], r"d\.jsonl:1: a row with a label, but the model is no classifier"),
         ("classifier", [{"prompt": "a", "completion": "b"}], r"holds prompt\+completion rows, and .* is a classifier"),
         ("classifier", [{"text": "a"}], r"holds text rows, and .* is a classifier \(no, yes, perhaps\)"),
         ("classifier", [{"text": "a", "label": "never"}], r"d\.jsonl:1: 'never' is no class .*no, yes, perhaps"),
@@ -154,6 +154,8 @@ def test_a_conversation_that_outgrows_the_positions_forgets_its_beginning_and_sa
     printed = chat(monkeypatch, capsys, ["turn " * 80, "on"], "--model", tmp_path, "--max-new-tokens", "2")
     assert re.search(r"\(the prompt has \d+ tokens, and this model has positions for 64: shorten it\.\)", printed)
     assert printed.count("\n> ") == 3  # the conversation goes on
+    printed = chat(monkeypatch, capsys, lines * 3, "--model", tmp_path, "--max-new-tokens", "2", "--plain")
+    assert "forgotten" not in printed  # each line stands alone
     message = said(capsys, "generate", "--model", tmp_path, "--prompt", "turn " * 80, code=1)
     assert "this model has positions for 64" in message
 

@@ -1,6 +1,7 @@
 """A merged folder is the base plus the adapter, as a plain model in the base's own dtype."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def test_what_cannot_be_merged_is_refused_before_a_model_is_loaded(
     tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(ValueError, match="is a model without an adapter; give --adapter"):
+    with pytest.raises(ValueError, match="is a base model without an adapter; give --adapter"):
         merge_to_folder(str(tiny_lm), None, str(tmp_path / "merged"))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -162,3 +163,15 @@ def test_what_cannot_be_merged_is_refused_before_a_model_is_loaded(
     with pytest.raises(FileNotFoundError, match=r"has adapter_config\.json but no adapter_model"):
         merge_to_folder(str(tiny_lm), str(adapter), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"), [("base", r"dequantised.* in float32 \(--dtype bfloat16"), ("bfloat16", "plain one\\.$")]
+)
+def test_what_becomes_of_a_packed_base_is_said(dtype: str, message: str, tmp_path: Path) -> None:
+    from lorakit.training.merging import _notes
+
+    (tmp_path / "model.gguf").touch()
+    for base in (tmp_path, tmp_path / "model.gguf"):
+        (note,) = _notes(str(base), dtype)
+        assert re.search(message, note)

@@ -177,7 +177,7 @@ def test_a_language_model_is_one_whatever_lies_beside_it(tiny_lm: Path, tmp_path
     assert task_of(str(tiny_lm), None) == Task("causal-lm")
     (adapter / "labels.json").write_text('["stale", "names"]')
     assert task_of(str(tiny_lm), str(adapter)) == Task("causal-lm")
-    with pytest.raises(ValueError, match=r"d\.jsonl:1: a row with a label, but the model is a language model"):
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: a row with a label, but the model is no classifier"):
         read(str(labelled_rows(tmp_path / "d.jsonl", ["a", "b"])), model=Task("causal-lm"))
 
 

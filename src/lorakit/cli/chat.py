@@ -77,14 +77,15 @@ def run(args: argparse.Namespace) -> None:
             continue
         if not said:
             continue
-        asked = [*messages, {"role": "user", "content": said}]
+        asked = [*(messages if style.chat else ()), {"role": "user", "content": said}]
+        whole = len(asked)
         try:
             asked, ids = _fitting(asked, loaded, style, args.max_new_tokens)
             limit = room(loaded, ids, args.max_new_tokens)
         except ValueError as problem:
             print(f"({problem})")
             continue
-        if (left := len(messages) + 1 - len(asked)) > 0:
+        if (left := whole - len(asked)) > 0:
             print(f"(the conversation is longer than the model's positions: its {left} oldest messages are forgotten)")
         answer = ""
         try:
@@ -108,7 +109,7 @@ def _fitting(
     from ..training.positions import positions
     from ..training.tokens import prompt_ids
 
-    limit = positions(loaded.model)
+    limit = positions(loaded.model, loaded.tokenizer)
     while True:
         asked = messages if style.chat else messages[-1]["content"]
         ids = prompt_ids(asked, loaded.tokenizer, system=style.system, chat=style.chat)

@@ -46,7 +46,7 @@ def compare(
         return _compare_texts(loaded, split, examples, style, max_length)
     prompts = [prompt_ids(example, loaded.tokenizer, system=style.system, chat=style.chat) for example in asked]
     notes: tuple[str, ...] = ()
-    limit = positions(loaded.model)
+    limit = positions(loaded.model, loaded.tokenizer)
     if limit is not None and any(len(prompt) >= limit for prompt in prompts):
         long = [example.where for example, prompt in zip(asked, prompts, strict=True) if len(prompt) >= limit]
         notes = (f"{len(long)} rows left out, {long[0]} first: the model has positions for {limit} tokens",)
@@ -75,7 +75,7 @@ def _compare_texts(
     loaded: Loaded, split: str, examples: Sequence[Example], style: Style, max_length: int
 ) -> Comparison:
     """Perplexity: how many tokens, all equally likely, would be as hard to guess as the texts' own."""
-    limit = min(max_length, positions(loaded.model) or max_length)
+    limit = longest_row(max_length, loaded.model, loaded.tokenizer)
     encoded = encode_all(
         examples, loaded.tokenizer, max_length=limit, too_long="truncate", system=style.system, chat=style.chat
     )
@@ -135,7 +135,7 @@ def outputs(loaded: Loaded, examples: Sequence[Example], max_length: int, doing:
 
     Texts are cut at `max_length` tokens and at the model's positions. doing: what the progress bar says.
     """
-    max_length = min(max_length, positions(loaded.model) or max_length)
+    max_length = longest_row(max_length, loaded.model, loaded.tokenizer)
     encoded = [encode_text(example, loaded.tokenizer, max_length) for example in examples]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
     found: dict[int, torch.Tensor] = {}

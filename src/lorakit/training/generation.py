@@ -29,7 +29,10 @@ _COLDEST = 1e-6  # below it, differences of logits that float32 cannot hold woul
 
 def room(loaded: Loaded, prompt: Sequence[int], wanted: int) -> int:
     """How many of `wanted` tokens an answer to this prompt can have. Raises ValueError where it can have none."""
-    limit = positions(loaded.model)
+    return _room(positions(loaded.model, loaded.tokenizer), prompt, wanted)
+
+
+def _room(limit: int | None, prompt: Sequence[int], wanted: int) -> int:
     if limit is None:
         return wanted
     if len(prompt) >= limit:
@@ -53,7 +56,8 @@ def answers(
     ValueError for a prompt longer than the model's positions.
     """
     prompts = [_started(loaded, prompt) for prompt in prompts]
-    rooms = [room(loaded, prompt, max_new_tokens) for prompt in prompts]
+    limit = positions(loaded.model, loaded.tokenizer)
+    rooms = [_room(limit, prompt, max_new_tokens) for prompt in prompts]
     done: dict[int, str] = {}
     following = 0
     for batch in _batches(prompts, rooms, max_new_tokens, batch_size):

@@ -15,7 +15,7 @@ from .adapter_folder import base_and_adapter
 from .generation import end_tokens
 from .locating import locate
 from .models import Loaded, load_with_adapter
-from .positions import positions
+from .positions import longest_row
 from .style import Style
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def merge_to_folder(
     """
     base, folder = base_and_adapter(model, adapter)
     if folder is None:
-        raise ValueError(f"{model} is a model without an adapter; give --adapter FOLDER.")
+        raise ValueError(f"{model} is a base model without an adapter; give --adapter FOLDER.")
     out = OutputFolder(output_dir, MERGING)
     _refuse_used(out, [base, folder], overwrite)
     loaded = load_with_adapter(model, adapter, dtype=dtype)
@@ -158,7 +158,7 @@ def _bake(model: PreTrainedModel) -> None:
 def _probe(loaded: Loaded) -> torch.Tensor:
     vocabulary = min(loaded.model.config.get_text_config().vocab_size, len(loaded.tokenizer))
     generator = torch.Generator().manual_seed(0)
-    length = min(32, positions(loaded.model) or 32)
+    length = longest_row(32, loaded.model, loaded.tokenizer)
     return torch.randint(0, vocabulary, (4, length), generator=generator).to(loaded.device)
 
 

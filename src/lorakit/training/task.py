@@ -65,8 +65,8 @@ class Task:
             first = next(row for rows in splits.values() for row in rows)
             raise DataError(
                 [
-                    f"{first.where}: a row with a label, but the model is a language model and answers in words. Score "
-                    "rows with prompt and completion, or a classifier's adapter: lorakit train makes one of such rows."
+                    f"{first.where}: a row with a label, but the model is no classifier. Score a classifier on it "
+                    "(lorakit train makes an adapter for one), or rows with prompt and completion on a language model."
                 ]
             )
         task = self
