@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .factored import Factored
 from .functional import Dropout, add_product, dense_update, dora_gain, precise, row_norm
 from .init import Init, factors_of_weight, random_factors
+from .running import model_is_running
 
 
 def no_dropout(x: Tensor) -> Tensor:
@@ -78,7 +80,6 @@ class AdaptedLayer(LoRALayer, nn.Module):
     inits "pissa" and "olora" the constant buffers `lora_A0`, `lora_B0`.
     """
 
-    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_A0: Tensor
@@ -86,7 +87,71 @@ class AdaptedLayer(LoRALayer, nn.Module):
     scaling: float
     rslora: bool = False
     lora_enabled: bool = True  # False inside `disabled(model)`
+    read_as_sum: bool = False  # whether a model that reads `weight` gets W + ΔW: `attach` sets it
+    was_called: bool = False  # since `attach`, or since `forget`: the forward pass of the layer,
+    was_read: bool = False  # the weight, by a model that computes with it,
+    was_recorded: bool = False  # and either of them where gradients are recorded
     _base_weight: Tensor | None = None  # while merged: the weight as it was
+
+    # --- the weight -----------------------------------------------------------------------------------------------
+
+    @property
+    def own_weight(self) -> Tensor:
+        """The stored weight: W, or what took its place in `merge`."""
+        if "weight" in self.__dict__:  # a tensor put there by data parallelism or pruning
+            put: Tensor = self.__dict__["weight"]
+            return put
+        if "weight" not in self._parameters:
+            raise AttributeError("weight")
+        weight = self._parameters["weight"]
+        return weight  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """The stored weight; for a model that computes with it instead of calling the layer, W + ΔW."""
+        if self.read_as_sum and self.active and model_is_running():
+            return self.read()
+        return self.own_weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.__dict__["weight"] = value  # no Parameter: nn.Module keeps those
+
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
+
+    def read(self) -> Tensor:
+        """g ⊙ (W + s·ΔW) for whoever computes with it, in the weight's layout.
+
+        A plain tensor, because kernels and autograd functions of others take no other. Where text is generated, a layer
+        that is called as well is read for its dtype alone (T5), so there the sum is not formed before it is used.
+        """
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or "lora_magnitude" in self._parameters
+        plain = plain or not self.was_called or self.own_weight.dim() != 2
+        self.mark(read=True)
+        if plain:
+            return self.adapted_weight()
+        A, B = self.factors()
+        stored_as_matrix = self.matrix(self.own_weight) is self.own_weight
+        left, right = (self.scaling * B, A) if stored_as_matrix else (A.mT, self.scaling * B.mT)
+        return Factored(self.own_weight, left, right)
+
+    def mark(self, *, read: bool = False) -> None:
+        """Note that the update takes part in what is computed now. `diagnose` asks for it.
+
+        Written and never looked at on the way, so that a compiled graph does not depend on it.
+        """
+        if read:
+            self.was_read = True
+        else:
+            self.was_called = True
+        if torch.is_grad_enabled():
+            self.was_recorded = True
+
+    def forget(self) -> None:
+        """Take the marks back."""
+        self.was_called = self.was_read = self.was_recorded = False
 
     # --- what a kind supplies -------------------------------------------------------------------------------------
 
@@ -100,7 +165,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
-        return matrix.view(self.weight.shape)
+        return matrix.view(self.own_weight.shape)
 
     def as_product(self, weight: Tensor) -> Tensor:
         """`weight` viewed in the shape of B A."""
@@ -112,7 +177,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def take(self, rank: int, init: Init) -> tuple[Tensor, Tensor]:
         """Factors as matrices that are a part of the weight."""
-        return factors_of_weight(self.matrix(self.weight), rank, self.scaling, init)
+        return factors_of_weight(self.matrix(self.own_weight), rank, self.scaling, init)
 
     # --- the update -----------------------------------------------------------------------------------------------
 
@@ -143,8 +208,8 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """Give the layer its trainable factors, on the weight's device, such that ΔW = 0."""
         self.set_scale(rank, alpha, rslora)
         A_shape, B_shape = self.factor_shapes(rank)
-        A = torch.empty(A_shape, dtype=dtype, device=self.weight.device)
-        B = torch.empty(B_shape, dtype=dtype, device=self.weight.device)
+        A = torch.empty(A_shape, dtype=dtype, device=self.own_weight.device)
+        B = torch.empty(B_shape, dtype=dtype, device=self.own_weight.device)
         if init in ("pissa", "olora"):
             A0, B0 = self.take(rank, init)
             A, B = A0.view(A_shape).to(dtype), B0.view(B_shape).to(dtype)
@@ -154,7 +219,9 @@ class AdaptedLayer(LoRALayer, nn.Module):
             self.draw(A, B, init)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         if dora:
-            norm = torch.linalg.vector_norm(self.matrix(self.weight), dim=1, dtype=precise(self.weight[:0]).dtype)
+            norm = torch.linalg.vector_norm(
+                self.matrix(self.own_weight), dim=1, dtype=precise(self.own_weight[:0]).dtype
+            )
             self.lora_magnitude = nn.Parameter(norm.detach().to(dtype))
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -175,7 +242,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         if "lora_magnitude" not in self._parameters:
             return None
         A, B = (factor.detach() for factor in self._factor_matrices())
-        return dora_gain(self.lora_magnitude, row_norm(self.matrix(self.weight.detach()), A, B, self.scaling))
+        return dora_gain(self.lora_magnitude, row_norm(self.matrix(self.own_weight.detach()), A, B, self.scaling))
 
     def _factor_matrices(self) -> tuple[Tensor, Tensor]:
         """The same as matrices."""
@@ -187,7 +254,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def adapted_matrix(self) -> Tensor:
         """g ⊙ (W + s·ΔW) as a matrix (out, in), in float32 at least."""
-        total = self.matrix(precise(self.weight)) + self.scaling * self._dense()
+        total = self.matrix(precise(self.own_weight)) + self.scaling * self._dense()
         if "lora_magnitude" in self._parameters:
             # Here the sum is at hand, so its norm is taken of it: not as the sum of squares that `row_norm` adds up,
             # which loses digits where the update cancels the weight.
@@ -197,9 +264,11 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def adapted_weight(self) -> Tensor:
         """The same laid out as the weight, rounded once to its dtype."""
         if torch.is_grad_enabled() or "lora_magnitude" in self._parameters:
-            return self.from_matrix(self.adapted_matrix()).to(self.weight.dtype, memory_format=torch.contiguous_format)
-        merged = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
-        add_product(self.as_product(merged), self.as_product(self.weight), *self._factor_matrices(), self.scaling)
+            return self.from_matrix(self.adapted_matrix()).to(
+                self.own_weight.dtype, memory_format=torch.contiguous_format
+            )
+        merged = torch.empty_like(self.own_weight, memory_format=torch.contiguous_format)
+        add_product(self.as_product(merged), self.as_product(self.own_weight), *self._factor_matrices(), self.scaling)
         return merged
 
     # --- merging --------------------------------------------------------------------------------------------------
@@ -210,7 +279,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         if self.merged:
             return
         if self.has_update:
-            base = self.weight
+            base = self.own_weight
             merged = nn.Parameter(self.adapted_weight(), requires_grad=base.requires_grad)
             # Past nn.Module's __setattr__: the base weight must not appear among the parameters a second time.
             object.__setattr__(self, "_base_weight", base)
@@ -221,7 +290,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """The weight as it was before `merge`, the same object, bit for bit."""
         if self._base_weight is not None:
             if self.has_update:  # a program that deleted lora_A while merged means to keep the merged weight
-                if not self.weight.requires_grad:  # frozen meanwhile
+                if not self.own_weight.requires_grad:  # frozen meanwhile
                     self._base_weight.requires_grad = False
                 self._put_weight(self._base_weight)
             object.__delattr__(self, "_base_weight")

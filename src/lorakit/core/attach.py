@@ -24,9 +24,12 @@ from .init import INITS, RANDOM_INITS, Init
 from .layers import Linear, MergedLinear, blocks_of
 from .masks import QuickDropout
 from .parameters import AdaptedParameter, adapt_parameter
+from .record import Record
 from .report import Report, Row
 from .targets import Filter, Selection, Target, closest, is_transposed, layer_class, matching, pattern_values, select
+from .tied import held_refusal, held_tables, untie
 from .trainable import Bias, bias_names
+from .unused import refuse_silent
 
 
 @dataclass
@@ -37,6 +40,7 @@ class _Undo:
     attributes: frozenset[str] = frozenset()  # names in the module's __dict__ before
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the module's own parameters, before
     trained: dict[str, Tensor] = field(default_factory=dict)  # own parameters trained whole: their values before
+    tied: dict[str, nn.Parameter] = field(default_factory=dict)  # own parameters that were others' too: those
     whole: bool = False  # the module was named in also_train
 
 
@@ -119,6 +123,7 @@ def attach(
             own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(layer.weight)
         )
     trained = choose_trainable(model, whole, bias, freeze=freeze)
+    note_adapted(model)
     return _report(model, selection, trained)
 
 
@@ -140,6 +145,7 @@ def adopt(target: Target, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
     module.__class__ = cls
     assert isinstance(module, AdaptedLayer)
     LoRALayer.__init__(module, 0, 0.0, dropout, merge_weights=False)
+    module.read_as_sum = True
     if dropout > 0:
         module.lora_dropout = QuickDropout(dropout).train(module.training)
     if isinstance(module, MergedLinear):
@@ -158,10 +164,14 @@ def factor_dtype(weight: Tensor) -> torch.dtype:
 def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, freeze: bool) -> tuple[str, ...]:
     """Set `requires_grad` for the adapter, the modules trained whole and the biases; note what it was.
 
+    A module that is trained whole and tied to another one gets a weight of its own.
+
     Returns the names of the parameters trained beside the factors.
     """
     for name in whole:
         _undo(model.get_submodule(name)).whole = True
+        for module, local, tied in untie(model, name):
+            _undo(module).tied[local] = tied
     selected = bias_names(model, bias)
     for name in whole:
         prefix = f"{name}."
@@ -194,6 +204,12 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     }
 
 
+def note_adapted(model: nn.Module) -> None:
+    """Keep on the model what is adapted now, for `diagnose`."""
+    layers = adapted_layers(model).items()
+    Record.note(model, {name: getattr(layer, "owner", layer) for name, layer in layers})
+
+
 def trained_whole(model: nn.Module) -> tuple[dict[str, nn.Parameter], tuple[str, ...]]:
     """Parameters that `attach` set to be trained beside the factors, and the modules named in `also_train`."""
     parameters, modules = {}, []
@@ -218,11 +234,18 @@ def detach(model: nn.Module) -> None:
         undo = module.__dict__.get("_lorakit_undo")
         if undo is not None:
             _restore(module, undo, keep_trained=stays_merged)
+    Record.drop(model)
 
 
-def merge(model: nn.Module) -> None:
-    """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit."""
-    for layer in _layers_or_error(model).values():
+def merge(model: nn.Module, *, force: bool = False) -> None:
+    """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit.
+
+    Raises ValueError where training passed over an adapted layer (see `diagnose`), unless `force` is given.
+    """
+    layers = _layers_or_error(model)
+    if not force:
+        refuse_silent(model, layers, "Leave them out of the targets, or merge with force=True.")
+    for layer in layers.values():
         layer.merge()
 
 
@@ -292,12 +315,15 @@ def _blocks(name: str, target: Target, rank: int | Sequence[int], sizes: Sequenc
 def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selection: Selection) -> list[str]:
     patterns = [also_train] if isinstance(also_train, str) else list(also_train)
     names = [name for name, _ in model.named_modules() if name]
+    held = held_tables(model)
     chosen: list[str] = []
     for pattern in patterns:
         hits = matching(pattern, names)
         if not hits:
             raise ValueError(f"also_train={pattern!r} matches no module. {closest(pattern, names)}".rstrip())
         for name in hits:
+            if name in held:
+                raise ValueError(f"also_train={pattern!r} cannot be trained: {held_refusal(held[name])}.")
             inside = [target for target in selection.targets if f"{target}.".startswith(f"{name}.")]
             if inside:
                 raise ValueError(
@@ -319,6 +345,8 @@ def _restore(module: nn.Module, undo: _Undo, keep_trained: bool) -> None:
         for local, value in undo.trained.items():
             if not keep_trained:
                 module.get_parameter(local).copy_(value)
+    if not keep_trained:
+        module._parameters.update(undo.tied)
     del module.__dict__["_lorakit_undo"]
     if undo.original_class is not None:
         module.__class__ = undo.original_class

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from .adapted import AdaptedLayer
 from .adapter import Adapter, Kind, Layout, Update
-from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, trained_whole
+from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, note_adapted, trained_whole
 from .layers import ConvLoRA, Embedding, Linear, MergedLinear, block_shapes
 from .parameters import AdaptedParameter, parameter_factor_shapes
 from .targets import Target, candidates, closest, is_transposed, layer_class, matching, matrices, refusal
+from .task import task_type
 from .trainable import bias_names
 
 
@@ -41,7 +42,7 @@ def extract(model: nn.Module) -> Adapter:
         dropout=max((_dropout_of(layer) for layer in layers.values()), default=0.0),
         targets=_shortest_targets(model, list(layers)),
         base_model=getattr(config, "_name_or_path", None) or None,
-        task_type=_task_type(model),
+        task_type=task_type(model, parameters, layers),
     )
 
 
@@ -69,6 +70,7 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     choose_trainable(model, whole, adapter.bias, freeze=True)
     for name, value in trained.items():
         model.get_parameter(name).copy_(value)
+    note_adapted(model)
 
 
 def layouts(model: nn.Module) -> dict[str, Layout]:
@@ -232,21 +234,6 @@ def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
                 chosen.add(ending)
                 break
     return tuple(sorted(chosen))
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's word for what the model does, read off the name that transformers gives such classes."""
-    for ending, task in (
-        ("ForCausalLM", "CAUSAL_LM"),
-        ("LMHeadModel", "CAUSAL_LM"),
-        ("ForSequenceClassification", "SEQ_CLS"),
-        ("ForTokenClassification", "TOKEN_CLS"),
-        ("ForQuestionAnswering", "QUESTION_ANS"),
-        ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-    ):
-        if type(model).__name__.endswith(ending):
-            return task
-    return None
 
 
 def _dropout_of(layer: AdaptedLayer) -> float:

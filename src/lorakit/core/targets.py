@@ -24,6 +24,7 @@ from torch import nn
 from .adapted import AdaptedLayer
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from .parameters import adapted_parameters
+from .tied import held_refusal, held_tables
 
 ALL_LINEAR = "all-linear"
 Filter = Callable[[nn.Module, str], bool]
@@ -49,6 +50,7 @@ class Target:
 
     module: nn.Module
     parameter: str = ""  # empty: the module is a layer
+    held_for: tuple[str, ...] = ()  # embeddings that are called in the place of this one, which only holds their table
 
     @property
     def weight(self) -> Any:
@@ -76,12 +78,13 @@ def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
 def candidates(model: nn.Module) -> dict[str, Target]:
     """Every name that a target can match: those of modules, and those of matrices that are no layer's."""
     found: dict[str, Target] = {}
+    held = held_tables(model)
     read: set[int] = set()  # layers whose weight is read by their parent
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _READING_PARENTS):
             read |= {id(child) for child in module.children() if isinstance(child, nn.Linear)}
         if name:
-            found[name] = Target(module, "weight" if id(module) in read else "")
+            found[name] = Target(module, "weight" if id(module) in read else "", held.get(name, ()))
         prefix = f"{name}." if name else ""
         found |= {prefix + parameter: Target(module, parameter) for parameter in matrices(module)}
     return found
@@ -158,6 +161,8 @@ def pattern_values(patterns: Mapping[str, Value], names: Sequence[str], what: st
 
 def refusal(target: Target) -> str | None:
     """Why `target` cannot be adapted, or None when it can."""
+    if target.held_for:
+        return held_refusal(target.held_for)
     module, kind = target.module, type(target.module).__name__
     if isinstance(module, AdaptedLayer) and not module.has_update:
         return f"it is a {kind} made with r=0"
@@ -220,6 +225,10 @@ def _by_pattern(
             else (f"target {pattern!r} matches no module of {type(model).__name__}")
         )
         raise ValueError(f"{message}.\n{closest(pattern, adaptable)}".rstrip())
+    held = {name: held_refusal(named[name].held_for) for name in hits if named[name].held_for}
+    if len(held) < len(hits):
+        selection.skipped |= held
+        hits = [name for name in hits if name not in held]
     for name in hits:
         _take(named, name, selection)
 

@@ -12,18 +12,23 @@ from typing import Literal
 from torch import nn
 
 from ..core.adapter import Adapter
+from ..core.attach import adapted_layers
 from ..core.exchange import extract, insert, layouts, owned_matrices
+from ..core.unused import refuse_silent
 from . import loralib, peft
 
 Format = Literal["peft", "loralib"]
 _LORALIB_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def save(model: nn.Module, path: str | Path) -> None:
+def save(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
     """Write the adapter of `model`: a folder in PEFT's format, or loralib's when `path` ends in .pt (.pth, .bin).
 
-    The same whether the model is merged or not. Other files in the folder are left alone.
+    The same whether the model is merged or not. Other files in the folder are left alone. Raises ValueError where
+    training passed over an adapted layer, or one is gone (see `diagnose`); with force the rest is written all the same.
     """
+    if not force:
+        refuse_silent(model, adapted_layers(model), "Leave them out of the targets, or save with force=True.")
     adapter = extract(model)
     if _format_of(Path(path)) == "loralib":
         loralib.write(adapter, path)

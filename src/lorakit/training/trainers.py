@@ -27,6 +27,7 @@ from ..formats import save
 from ..formats.files import replacing
 from .loss import causal_loss, frozen_head, plain_head
 from .memory import forget_peak, peak_memory
+from .watch import FirstStep
 
 STATE = "adapter_state.safetensors"  # in a checkpoint: the adapter's tensors as the model names them
 
@@ -39,6 +40,10 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 class _AdapterTrainer(Trainer):
     """Checkpoints of the adapter: PEFT's two files, and the exact state to resume from."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(FirstStep())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
