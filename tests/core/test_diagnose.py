@@ -94,7 +94,7 @@ def test_a_weight_that_the_model_reads_is_the_adapted_one(target: str) -> None:
 def test_the_gradients_of_a_read_weight_are_those_of_the_sum(way: str) -> None:
     plain, model = reader()
     train_a_little(model)
-    x = torch.randn(6, 8, requires_grad=True).double()
+    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
 
     def run(module: nn.Module) -> Tensor:
         if "reentrant" in way:
