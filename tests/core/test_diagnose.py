@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,17 +188,24 @@ def test_a_skipped_layer_is_silent_and_an_idle_part_is_not(tmp_path: Path) -> No
     lorakit.merge(model, force=True)
     lorakit.unmerge(model)
     lorakit.detach(model.body["skipped"])  # the other way on
-    lorakit.save(model, tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"2 adapted layers lie in parts of Branches .* not used:\n  tower.0\n  tower.1"
+    ):
+        lorakit.save(model, tmp_path)
 
 
-@pytest.mark.parametrize("targets", [["body.first", "experts.*", "deep_experts.*"], ["body.first", "tower.*"]])
-def test_idle_parts_alone_are_saved_and_merged(targets: list[str], tmp_path: Path) -> None:
-    model = Branches()
-    lorakit.attach(model, targets, rank=2)
-    model(torch.ones(2, 4)).sum().backward()
-    assert lorakit.diagnose(model).idle and not lorakit.diagnose(model).silent
-    lorakit.save(model, tmp_path)
-    lorakit.merge(model)
+def test_idle_parts_alone_are_saved_and_merged(tmp_path: Path) -> None:
+    """Experts of a mixture without a word; a whole tower with a warning."""
+    for targets, warned in ((["body.first", "experts.*", "deep_experts.*"], 0), (["body.first", "tower.*"], 1)):
+        model = Branches()
+        lorakit.attach(model, targets, rank=2)
+        model(torch.ones(2, 4)).sum().backward()
+        assert lorakit.diagnose(model).idle and not lorakit.diagnose(model).silent
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            lorakit.save(model, tmp_path)
+        assert len(caught) == warned
+        lorakit.merge(model)
 
 
 @pytest.mark.parametrize("use", ["nothing", "no_grad", "inference_mode", "disabled"])

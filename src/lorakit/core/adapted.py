@@ -142,12 +142,10 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
         Written and never looked at on the way, so that a compiled graph does not depend on it.
         """
-        if read:
-            self.was_read = True
-        else:
-            self.was_called = True
+        # Past nn.Module's __setattr__, which takes longer than a small layer's product.
+        object.__setattr__(self, "was_read" if read else "was_called", True)
         if torch.is_grad_enabled():
-            self.was_recorded = True
+            object.__setattr__(self, "was_recorded", True)
 
     def forget(self) -> None:
         """Take the marks back."""

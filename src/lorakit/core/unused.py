@@ -7,7 +7,8 @@ used is one of two things:
 silent   other adapted layers of the same module were used and this one was not: the model goes another way to its
          weight, or does not need it. `save`, `merge` and the first step of `lorakit train` refuse that.
 idle     nothing around it was used (a vision tower in a batch of text), or another entry of the same list was (an
-         expert, a layer that was dropped). The update is what it was before, so work goes on.
+         expert, a layer that was dropped). The update is what it was before, so work goes on; where nothing around it
+         was used, `save` warns.
 """
 
 from __future__ import annotations
@@ -41,6 +42,21 @@ def refuse_silent(model: nn.Module, layers: dict[str, AdaptedLayer], way_on: str
                 f"{way_on} lorakit.diagnose(model) shows more.",
             )
         )
+    )
+
+
+def idle_note(model: nn.Module, layers: dict[str, AdaptedLayer]) -> str:
+    """What to say of parts of the model that no forward pass came to; empty where there are none.
+
+    Entries of a list of which another one was used are left out: a mixture has idle experts in every step.
+    """
+    _, idle = unused(model, layers)
+    kin = {_entry(model, name) for name, layer in layers.items() if is_used(layer)}
+    names = [name for name in idle if _entry(model, name) not in kin]
+    if not names:
+        return ""
+    return "\n".join(
+        (f"{len(names)} adapted layers lie in parts of {type(model).__name__} that were not used:", *listed(names))
     )
 
 

@@ -6,6 +6,7 @@ loralib    a .pt file
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch import nn
 from ..core.adapter import Adapter
 from ..core.attach import adapted_layers
 from ..core.exchange import extract, insert, layouts, owned_matrices
-from ..core.unused import refuse_silent
+from ..core.unused import idle_note, refuse_silent
 from . import loralib, peft
 
 Format = Literal["peft", "loralib"]
@@ -26,9 +27,13 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
 
     The same whether the model is merged or not. Other files in the folder are left alone. Raises ValueError where
     training passed over an adapted layer, or one is gone (see `diagnose`); with force the rest is written all the same.
+    Warns of parts of the model that training never used.
     """
     if not force:
-        refuse_silent(model, adapted_layers(model), "Leave them out of the targets, or save with force=True.")
+        layers = adapted_layers(model)
+        refuse_silent(model, layers, "Leave them out of the targets, or save with force=True.")
+        if note := idle_note(model, layers):
+            warnings.warn(f"{note}\nTheir updates are saved as they were before training.", stacklevel=2)
     adapter = extract(model)
     if _format_of(Path(path)) == "loralib":
         loralib.write(adapter, path)

@@ -8,16 +8,20 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..core.attach import adapted_layers
-from ..core.unused import refuse_silent
+from ..core.unused import idle_note, refuse_silent
 
 
 class FirstStep(TrainerCallback):
-    """Raises ValueError at the first optimizer step where an adapted layer was passed over."""
+    """Raises ValueError at the first optimizer step where an adapted layer was passed over; prints what is idle."""
 
     def __init__(self) -> None:
         self._looked = False
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-        if not self._looked:
-            self._looked = True
-            refuse_silent(model, adapted_layers(model), "Name other targets: nothing was trained yet.")
+        if self._looked:
+            return
+        self._looked = True
+        layers = adapted_layers(model)
+        refuse_silent(model, layers, "Name other targets: nothing was trained yet.")
+        if state.is_world_process_zero and (note := idle_note(model, layers)):
+            print(f"note: in the first step {note}", flush=True)
