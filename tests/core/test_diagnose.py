@@ -119,6 +119,26 @@ def test_the_gradients_of_a_read_weight_are_those_of_the_sum(way: str) -> None:
     assert not lorakit.diagnose(model)
 
 
+def test_a_table_that_is_read_whole_begins_as_a_matrix_and_a_lookup_as_an_embedding() -> None:
+    class Tables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(5, 4)
+            self.positions = nn.Embedding(5, 4, padding_idx=1)
+            self.queries = nn.ModuleList([nn.Embedding(2, 4)])
+            self.both = nn.Embedding(5, 4)
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            words = self.words(tokens).to(self.words.weight.dtype) + self.both(tokens)
+            return words @ (self.positions.weight + self.both.weight).T @ self.positions.weight + self.queries[0].weight
+
+    model = Tables()
+    lorakit.attach(model, "*", rank=2)
+    zero = {name: bool((layer.lora_A == 0).all()) for name, layer in adapted_layers(model).items()}
+    assert zero == {"words": True, "positions": False, "queries.0": False, "both": True}
+    assert (model.positions.lora_B == 0).all() and (model.positions.lora_A[:, 1] == 0).all()
+
+
 def test_somebody_elses_function_gives_the_read_weight_a_gradient() -> None:
     class Fused(nn.Module):
         def __init__(self) -> None:

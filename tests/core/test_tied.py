@@ -32,6 +32,20 @@ def test_a_table_that_is_only_held_is_refused_with_the_names_that_are_called(nam
     assert held not in {row.name for row in report.rows}
 
 
+def test_a_table_that_is_called_beside_those_inside_is_adapted() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.decoder = nn.Embedding(5, 4), nn.ModuleDict({"embed": nn.Embedding(5, 4)})
+            self.decoder["embed"].weight = self.embed.weight
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.embed(tokens) + self.decoder["embed"](tokens)
+
+    model = Pair()
+    assert [row.name for row in lorakit.attach(model, "embed", rank=2).rows] == ["embed", "decoder.embed"]
+
+
 @pytest.mark.parametrize("targets", ["encoder.embed_tokens", "decoder.embed_tokens", "embed_tokens"])
 def test_each_table_that_is_called_is_adapted(targets: str, tmp_path: Path) -> None:
     t5 = ARCHITECTURES["t5"]

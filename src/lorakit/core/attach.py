@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .adapted import AdaptedLayer, LoRALayer
 from .functional import Blocks
 from .init import INITS, RANDOM_INITS, Init
-from .layers import Linear, MergedLinear, blocks_of
+from .layers import Embedding, Linear, MergedLinear, blocks_of
 from .masks import QuickDropout
 from .parameters import AdaptedParameter, adapt_parameter
 from .record import Record
@@ -146,6 +146,8 @@ def adopt(target: Target, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
     assert isinstance(module, AdaptedLayer)
     LoRALayer.__init__(module, 0, 0.0, dropout, merge_weights=False)
     module.read_as_sum = True
+    if isinstance(module, Embedding):
+        module.read_whole = target.read_whole
     if dropout > 0:
         module.lora_dropout = QuickDropout(dropout).train(module.training)
     if isinstance(module, MergedLinear):

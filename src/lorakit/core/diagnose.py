@@ -14,7 +14,7 @@ from .adapted import AdaptedLayer
 from .attach import adapted_layers, trained_whole
 from .parameters import AdaptedParameter
 from .record import Record, is_statistic
-from .unused import is_used, listed, unused
+from .unused import is_used, listed, unused, without_dropout
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,7 @@ def diagnose(model: nn.Module, *, reset: bool = False) -> Diagnosis:
         silent=silent,
         idle=idle,
         without_gradient=_without_gradient(model),
-        without_dropout=tuple(
-            name
-            for name, layer in layers.items()
-            if layer.was_read and not layer.was_called and isinstance(layer.lora_dropout, nn.Dropout)
-        ),
+        without_dropout=without_dropout(layers),
         gone=gone,
         moved=_moved(model, record.statistics) if record else (),
         not_saved=_not_saved(model),

@@ -196,6 +196,8 @@ class Embedding(AdaptedLayer, nn.Embedding):
     lookup, which has no meaning for a sum of a frozen weight and an update.
     """
 
+    read_whole: bool = False  # the model reads the table and looks nothing up in it
+
     def __init__(
         self,
         num_embeddings: int,
@@ -225,7 +227,9 @@ class Embedding(AdaptedLayer, nn.Embedding):
             self.draw(self.lora_A, self.lora_B, "kaiming")
 
     def draw(self, A: Tensor, B: Tensor, init: Init) -> None:
-        random_factors(A, B, init, embedding=True)
+        random_factors(A, B, init, embedding=not self.read_whole)
+        if self.padding_idx is not None:
+            A.data[:, self.padding_idx] = 0
 
     def take(self, rank: int, init: Init) -> tuple[Tensor, Tensor]:
         A, B = super().take(rank, init)

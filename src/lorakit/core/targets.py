@@ -24,6 +24,7 @@ from torch import nn
 from .adapted import AdaptedLayer
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from .parameters import adapted_parameters
+from .tables import tables_read_whole
 from .tied import held_refusal, held_tables
 
 ALL_LINEAR = "all-linear"
@@ -50,6 +51,7 @@ class Target:
 
     module: nn.Module
     parameter: str = ""  # empty: the module is a layer
+    read_whole: bool = False  # an embedding that is no lookup
     held_for: tuple[str, ...] = ()  # embeddings that are called in the place of this one, which only holds their table
 
     @property
@@ -80,11 +82,14 @@ def candidates(model: nn.Module) -> dict[str, Target]:
     found: dict[str, Target] = {}
     held = held_tables(model)
     read: set[int] = set()  # layers whose weight is read by their parent
+    tables: set[int] = set()  # embeddings of which it reads all rows
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _READING_PARENTS):
             read |= {id(child) for child in module.children() if isinstance(child, nn.Linear)}
+        tables |= set(map(id, tables_read_whole(module)))
         if name:
-            found[name] = Target(module, "weight" if id(module) in read else "", held.get(name, ()))
+            parameter = "weight" if id(module) in read else ""
+            found[name] = Target(module, parameter, id(module) in tables, held.get(name, ()))
         prefix = f"{name}." if name else ""
         found |= {prefix + parameter: Target(module, parameter) for parameter in matrices(module)}
     return found

@@ -60,6 +60,15 @@ def idle_note(model: nn.Module, layers: dict[str, AdaptedLayer]) -> str:
     )
 
 
+def without_dropout(layers: dict[str, AdaptedLayer]) -> tuple[str, ...]:
+    """Layers with dropout whose weight is read, and that are never called: there is no input to drop."""
+    return tuple(
+        name
+        for name, layer in layers.items()
+        if layer.was_read and not layer.was_called and isinstance(layer.lora_dropout, nn.Dropout)
+    )
+
+
 def listed(names: Iterable[str]) -> list[str]:
     """One line for each name, the first of them only."""
     names = list(names)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..core.attach import adapted_layers
-from ..core.unused import idle_note, refuse_silent
+from ..core.unused import idle_note, listed, refuse_silent, without_dropout
 
 
 class FirstStep(TrainerCallback):
@@ -25,3 +25,8 @@ class FirstStep(TrainerCallback):
         refuse_silent(model, layers, "Name other targets: nothing was trained yet.")
         if state.is_world_process_zero and (note := idle_note(model, layers)):
             print(f"note: in the first step {note}", flush=True)
+        if state.is_world_process_zero and (names := without_dropout(layers)):
+            print(
+                "\n".join(("note: the model reads these weights, so dropout never acts there:", *listed(names))),
+                flush=True,
+            )
