@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "lorakit"
 ORDER = ["core", "formats", "training", "study", "cli"]
 
 PUBLIC = {
-    *("attach", "detach", "merge", "unmerge", "disabled", "extract", "insert", "save", "load"),
+    *("attach", "detach", "merge", "unmerge", "disabled", "extract", "insert", "save", "load", "diagnose"),
     *("Adapter", "Update", "Report", "combine"),
     *("Linear", "MergedLinear", "Embedding", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"),
     *("mark_only_lora_as_trainable", "lora_state_dict", "install_as_loralib"),

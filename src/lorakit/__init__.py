@@ -25,6 +25,7 @@ if _TYPE_CHECKING:
     from .core.attach import merge as merge
     from .core.attach import unmerge as unmerge
     from .core.combine import combine as combine
+    from .core.diagnose import diagnose as diagnose
     from .core.exchange import extract as extract
     from .core.exchange import insert as insert
     from .core.layers import Conv1d as Conv1d
@@ -46,6 +47,7 @@ _HOME = {
     "core.adapter": ("Adapter", "Update"),
     "core.attach": ("attach", "detach", "disabled", "merge", "unmerge"),
     "core.combine": ("combine",),
+    "core.diagnose": ("diagnose",),
     "core.exchange": ("extract", "insert"),
     "core.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "MergedLinear"),
     "core.loralib": ("install_as_loralib",),

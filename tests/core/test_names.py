@@ -64,6 +64,14 @@ WRAPPED = {
     "DataParallel of FSDP of checkpointing": lambda model: nn.DataParallel(parts_sharded(parts_checkpointed(model))),
 }
 TARGETS = ["body.first", "middle"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """torch compiles a function only so often, and these models share one."""
+    torch._dynamo.reset()
+
+
 SETTINGS = dict(rank=2, alpha=4, also_train=["head"], bias="all")
 
 

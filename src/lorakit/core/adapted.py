@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .factored import Factored
 from .fingerprint import fingerprint
 from .functional import Dropout, add_product, dense_update, dora_gain, precise, row_norm
 from .gradients import reshaped
 from .init import Init, factors_of_weight, random_factors
+from .running import model_is_running
 
 MERGED = "_lorakit_merged"  # an attribute of the Parameters that `merge` makes
 
@@ -51,6 +53,10 @@ def _joined(first: Any, second: Any, name: str) -> Any:
         return _new_joined, (first, second, name), self.__dict__
 
     members = {"__module__": first.__module__, "__doc__": second.__doc__, "__reduce_ex__": reduce}
+    if isinstance(
+        getattr(second, "weight", None), property
+    ):  # which computes it (a parametrisation), so it comes first
+        members["weight"] = second.weight
     return type(name, (first, second), members)
 
 
@@ -87,18 +93,96 @@ class AdaptedLayer(LoRALayer, nn.Module):
     inits "pissa" and "olora" the constant buffers `lora_A0`, `lora_B0`.
     """
 
-    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     lora_A0: Tensor
     lora_B0: Tensor
     scaling: float
     rslora: bool = False
+    read_as_sum: bool = False  # whether a model that reads `weight` gets W + ΔW: `attach` sets it
+    was_called: bool = False  # since `attach`, or since `forget`: the forward pass of the layer,
+    was_read: bool = False  # the weight, by a model that computes with it,
+    was_recorded: bool = False  # and either of them where gradients are recorded
+    _forgotten: tuple[Any, ...] = ()  # the state of the factors at that time
     disabled_by: int = 0  # how many `disabled(model)` are open
     _merge_later: bool = False  # while disabled: to be merged when the last of them closes
     _base_weight: Tensor | None = None  # while merged: the weight as it was,
     _merged_weight: Tensor | None = None  # the one in its place,
     _merged_mark: Tensor | None = None  # and what tells whether anyone wrote on that
+
+    # --- the weight -----------------------------------------------------------------------------------------------
+
+    @property
+    def own_weight(self) -> Tensor:
+        """The stored weight: W, or what took its place in `merge`."""
+        if "weight" in self.__dict__:  # a tensor put there by data parallelism or pruning
+            put: Tensor = self.__dict__["weight"]
+            return put
+        if "weight" not in self._parameters:
+            return self._computed_weight()
+        weight = self._parameters["weight"]
+        return weight  # type: ignore[return-value]
+
+    def _computed_weight(self) -> Tensor:
+        """The weight of a layer that stores none."""
+        raise AttributeError("weight")
+
+    @property
+    def weight(self) -> Tensor:
+        """The stored weight; for a model that computes with it instead of calling the layer, W + ΔW."""
+        if self.read_as_sum and self.active and model_is_running():
+            return self.read()
+        return self.own_weight
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        self.__dict__["weight"] = value  # no Parameter: nn.Module keeps those
+
+    @weight.deleter
+    def weight(self) -> None:
+        del self.__dict__["weight"]
+
+    def read(self) -> Tensor:
+        """g ⊙ (W + s·ΔW) for whoever computes with it, in the weight's layout.
+
+        A plain tensor, because kernels and autograd functions of others take no other. Where text is generated, a layer
+        that is called as well is read for its dtype alone (T5), so there the sum is not formed before it is used.
+        """
+        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or "lora_magnitude" in self._parameters
+        plain = plain or not self.was_called or self.own_weight.dim() != 2
+        self.mark(read=True)
+        if plain:
+            return self.adapted_weight()
+        A, B = self.factors()
+        stored_as_matrix = self.matrix(self.own_weight) is self.own_weight
+        left, right = (self.scaling * B, A) if stored_as_matrix else (A.mT, self.scaling * B.mT)
+        return Factored(self.own_weight, left, right)
+
+    def mark(self, *, read: bool = False) -> None:
+        """Note that the update takes part in what is computed now. `diagnose` asks for it.
+
+        Not in a compiled graph, where a note made inside torch's checkpointing would break it: there gradients tell.
+        """
+        if torch.compiler.is_compiling():
+            return
+        # Past nn.Module's __setattr__, which takes longer than a small layer's product.
+        object.__setattr__(self, "was_read" if read else "was_called", True)
+        if torch.is_grad_enabled():
+            object.__setattr__(self, "was_recorded", True)
+
+    def forget(self) -> None:
+        """Take the marks back."""
+        self.was_called = self.was_read = self.was_recorded = False
+        self._forgotten = self._factor_state()
+
+    @property
+    def was_reached(self) -> bool:
+        """Whether a gradient or a step of an optimizer reached the factors since `forget`."""
+        return bool(self._forgotten) and self._factor_state() != self._forgotten
+
+    def _factor_state(self) -> tuple[Any, ...]:
+        factors = (self.lora_A, self.lora_B)
+        return tuple((f._version, None if f.grad is None else (id(f.grad), f.grad._version)) for f in factors)
 
     # --- what a kind supplies -------------------------------------------------------------------------------------
 
@@ -112,7 +196,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix`."""
-        return matrix.view(self.weight.shape)
+        return matrix.view(self.own_weight.shape)
 
     def as_product(self, weight: Tensor) -> Tensor:
         """`weight` viewed in the shape of B A."""
@@ -124,16 +208,16 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def take(self, rank: int, init: Init) -> tuple[Tensor, Tensor]:
         """Factors as matrices that are a part of the weight."""
-        return factors_of_weight(self.matrix(self.weight), rank, self.scaling, init)
+        return factors_of_weight(self.matrix(self.own_weight), rank, self.scaling, init)
 
     @property
     def like(self) -> Tensor:
         """A tensor of the weight's dtype and device."""
-        return self.weight
+        return self.own_weight
 
     def size(self) -> tuple[int, int]:
         """(out, in), as the update sees the layer."""
-        outputs, inputs = self.matrix(self.weight).shape[-2:]
+        outputs, inputs = self.matrix(self.own_weight).shape[-2:]
         return outputs, inputs
 
     def merge_refusal(self) -> str | None:
@@ -180,7 +264,9 @@ class AdaptedLayer(LoRALayer, nn.Module):
             self.draw(A, B, init)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         if dora:
-            norm = torch.linalg.vector_norm(self.matrix(self.weight), dim=1, dtype=precise(self.weight[:0]).dtype)
+            norm = torch.linalg.vector_norm(
+                self.matrix(self.own_weight), dim=1, dtype=precise(self.own_weight[:0]).dtype
+            )
             self.lora_magnitude = nn.Parameter(norm.detach().to(dtype))
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -201,7 +287,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         if "lora_magnitude" not in self._parameters:
             return None
         A, B = (factor.detach() for factor in self._factor_matrices())
-        return dora_gain(self.lora_magnitude, row_norm(self.matrix(self.weight.detach()), A, B, self.scaling))
+        return dora_gain(self.lora_magnitude, row_norm(self.matrix(self.own_weight.detach()), A, B, self.scaling))
 
     def _factor_matrices(self) -> tuple[Tensor, Tensor]:
         """The same as matrices."""
@@ -213,7 +299,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def adapted_matrix(self) -> Tensor:
         """g ⊙ (W + s·ΔW) as a matrix (out, in), in float32 at least."""
-        total = self.matrix(precise(self.weight)) + self.scaling * self._dense()
+        total = self.matrix(precise(self.own_weight)) + self.scaling * self._dense()
         if "lora_magnitude" in self._parameters:
             # Here the sum is at hand, so its norm is taken of it: not as the sum of squares that `row_norm` adds up,
             # which loses digits where the update cancels the weight.
@@ -223,9 +309,11 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def adapted_weight(self) -> Tensor:
         """The same laid out as the weight, rounded once to its dtype."""
         if torch.is_grad_enabled() or "lora_magnitude" in self._parameters:
-            return self.from_matrix(self.adapted_matrix()).to(self.weight.dtype, memory_format=torch.contiguous_format)
-        merged = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
-        add_product(self.as_product(merged), self.as_product(self.weight), *self._factor_matrices(), self.scaling)
+            return self.from_matrix(self.adapted_matrix()).to(
+                self.own_weight.dtype, memory_format=torch.contiguous_format
+            )
+        merged = torch.empty_like(self.own_weight, memory_format=torch.contiguous_format)
+        add_product(self.as_product(merged), self.as_product(self.own_weight), *self._factor_matrices(), self.scaling)
         return merged
 
     # --- merging --------------------------------------------------------------------------------------------------
@@ -240,7 +328,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
             return
         if self.has_update:
             self.refit()
-            base = self.weight
+            base = self.own_weight
             merged = nn.Parameter(self.adapted_weight(), requires_grad=base.requires_grad)
             merged.__dict__[MERGED] = True
             # Past nn.Module's __setattr__: the weights must not appear among the parameters a second time.
@@ -258,12 +346,12 @@ class AdaptedLayer(LoRALayer, nn.Module):
                 base = self._base_weight
                 if self._is_written:
                     kept, magnitude = self._without_update()
-                    if self.weight is not self._merged_weight:  # the program's own from now on
-                        base = self.weight
+                    if self.own_weight is not self._merged_weight:  # the program's own from now on
+                        base = self.own_weight
                     base.data = kept
                     if magnitude is not None:
                         self.lora_magnitude.data = magnitude
-                if not self.weight.requires_grad:  # frozen meanwhile
+                if not self.own_weight.requires_grad:  # frozen meanwhile
                     base.requires_grad = False
                 self._put_weight(base)
             for name in ("_base_weight", "_merged_weight", "_merged_mark"):
@@ -276,10 +364,10 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
         A weight that was tied anew meanwhile (`tie_weights`) is no write: it is another layer's merged one or the base.
         """
-        tied = self.weight is not self._merged_weight and MERGED in self.weight.__dict__
-        if self._merged_mark is None or self.weight is self._base_weight or tied:
+        tied = self.own_weight is not self._merged_weight and MERGED in self.own_weight.__dict__
+        if self._merged_mark is None or self.own_weight is self._base_weight or tied:
             return False
-        mark = fingerprint(self.weight)
+        mark = fingerprint(self.own_weight)
         return mark is None or bool(mark != self._merged_mark)
 
     @torch.no_grad()
@@ -289,7 +377,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         W ← W' − s·ΔW where W' was written, which loses nothing but the last digits; the old bits elsewhere. With DoRA
         the magnitude of a row that was written is its norm, so that the adapted row is what was written.
         """
-        written, base = self.weight, self._base_weight
+        written, base = self.own_weight, self._base_weight
         assert base is not None
         same = torch.zeros_like(written, dtype=torch.bool)
         rows = min(len(base), len(written)) if written.shape[1:] == base.shape[1:] else 0
@@ -325,7 +413,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def fits(self) -> bool:
         """Whether the update has the weight's shape."""
         A, B = self._factor_matrices()
-        return self.as_product(self.weight).shape[-2:] == (B.shape[-2], A.shape[-1])
+        return self.as_product(self.own_weight).shape[-2:] == (B.shape[-2], A.shape[-1])
 
     @torch.no_grad()
     def refit(self) -> None:
@@ -337,7 +425,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """
         if self.fits():
             return
-        outputs, inputs = self.as_product(self.weight).shape[-2:]
+        outputs, inputs = self.as_product(self.own_weight).shape[-2:]
         for name, (dim, size) in self.resized(outputs, inputs).items():
             tensor = getattr(self, name)
             added = list(tensor.shape)
@@ -345,7 +433,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
             tensor.grad = None
             tensor.data = torch.cat((tensor.narrow(dim, 0, min(size, tensor.shape[dim])), tensor.new_zeros(added)), dim)
             if name == "lora_magnitude":
-                fresh = self.matrix(precise(self.weight))[size - added[0] :]
+                fresh = self.matrix(precise(self.own_weight))[size - added[0] :]
                 tensor[size - added[0] :] = torch.linalg.vector_norm(fresh, dim=1).to(tensor.dtype)
         for name, parameter in self._parameters.items():
             if name.startswith("lora_") and parameter is not None:

@@ -23,16 +23,18 @@ from .adapted import AdaptedLayer, LoRALayer
 from .beside import Beside
 from .functional import Blocks
 from .init import INITS, RANDOM_INITS, Init
-from .layers import Linear, MergedLinear, blocks_of
+from .layers import Embedding, Linear, MergedLinear, blocks_of
 from .masks import QuickDropout
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
+from .record import Record
 from .report import Report, Row
 from .statistics import freeze_statistics, persistent_buffers, thaw_statistics
 from .targets import Filter, Selection, Target, closest, is_transposed, layer_class, matching, pattern_values, select
-from .tied import untie
+from .tied import held_refusal, held_tables, untie
 from .trainable import Bias, bias_names
 from .undo import change_class, note, own_tensor, refuse_replaced, remember, restore, unchanged_on_error, undo_of
+from .unused import refuse_silent
 
 # Threads that enter and leave `disabled` take turns: a model is switched once, by the first of them and by the last.
 _switching = threading.RLock()
@@ -127,7 +129,7 @@ def attach(
                 own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(layer.like)
             )
         trained = choose_trainable(model, whole, bias, freeze=freeze)
-        remember(model, adapted_layers(model))
+        note_adapted(model)
         return _report(model, selection, trained)
 
 
@@ -146,6 +148,9 @@ def adopt(target: Target, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
     change_class(module, cls)
     assert isinstance(module, AdaptedLayer)
     LoRALayer.__init__(module, 0, 0.0, dropout, merge_weights=False)
+    module.read_as_sum = not isinstance(module, Beside)  # whose base reads the weight itself
+    if isinstance(module, Embedding):
+        module.read_whole = target.read_whole
     if dropout > 0:
         module.lora_dropout = QuickDropout(dropout).train(module.training)
     if isinstance(module, MergedLinear):
@@ -208,7 +213,7 @@ def keep_values(model: nn.Module, names: Iterable[str]) -> None:
     noted = {id(tensor) for tensor in trained_whole(model)[0].values()}
     for name in names:
         owner, _, local = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module = unwrapped(model.get_submodule(owner))
         tensor = own_tensor(module, local)
         if id(tensor) not in noted:
             undo_of(module).trained[local] = tensor.detach().clone()
@@ -222,6 +227,15 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
         for name, module in named_modules(model)
         if isinstance(module, AdaptedLayer) and module.has_update
     }
+
+
+def note_adapted(model: nn.Module) -> None:
+    """Keep on the model what is adapted now, and the base's statistics: they tell later what is gone or has moved."""
+    layers = adapted_layers(model)
+    for layer in layers.values():
+        layer.forget()
+    remember(model, layers)
+    Record.note(model)
 
 
 def trained_whole(model: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -249,12 +263,19 @@ def detach(model: nn.Module) -> None:
     stays_merged = any(layer.merged for layer in adapted_layers(model).values())
     for module in model.modules():
         restore(module, keep_trained=stays_merged)
+    Record.drop(model)
 
 
-def merge(model: nn.Module) -> None:
-    """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit."""
-    refuse_replaced(model)
+def merge(model: nn.Module, *, force: bool = False) -> None:
+    """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit.
+
+    Raises ValueError where training passed over an adapted layer, or another module took the place of one (see
+    `diagnose`), unless `force` is given; and for a layer that does not use its weight as it is.
+    """
     layers = _layers_or_error(model)
+    if not force:
+        refuse_replaced(model)
+        refuse_silent(model, layers, "Leave them out of the targets, or merge with force=True.")
     for name, layer in layers.items():
         if reason := layer.merge_refusal():
             raise ValueError(f"{name!r} cannot be merged: {reason}. Leave the model unmerged.")
@@ -339,12 +360,15 @@ def _blocks(name: str, target: Target, rank: int | Sequence[int], sizes: Sequenc
 def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selection: Selection) -> list[str]:
     patterns = [also_train] if isinstance(also_train, str) else list(also_train)
     names = list(dict.fromkeys(name for name, _ in named_modules(model) if name))
+    held = held_tables(model)
     chosen: list[str] = []
     for pattern in patterns:
         hits = matching(pattern, names)
         if not hits:
             raise ValueError(f"also_train={pattern!r} matches no module. {closest(pattern, names)}".rstrip())
         for name in hits:
+            if name in held:
+                raise ValueError(f"also_train={pattern!r} cannot be trained: {held_refusal(held[name])}.")
             inside = [target for target in selection.targets if f"{target}.".startswith(f"{name}.")]
             if inside:
                 raise ValueError(

@@ -35,12 +35,18 @@ class Beside(AdaptedLayer):
         y: Tensor = super(LoRALayer, self).forward(x, *args, **kwargs)  # of the class behind
         if not self.active:
             return self.guard(y)
+        self.mark()
         dropout = self.acting_dropout
         return y + self._update(x if dropout is None else dropout(x)).to(y.dtype)
 
     def _update(self, x: Tensor) -> Tensor:
         """s · up(down(x))"""
         raise NotImplementedError
+
+    def _computed_weight(self) -> Tensor:
+        if type(self).weight is AdaptedLayer.weight:
+            return super()._computed_weight()
+        return self.weight  # the property of the class behind
 
     @property
     def like(self) -> Tensor:

@@ -15,23 +15,26 @@ from torch import Tensor, nn
 
 from .adapted import AdaptedLayer
 from .adapter import Adapter, Kind, Layout, Update
-from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, trained_whole
+from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, note_adapted, trained_whole
 from .layers import ConvLoRA, Embedding, Linear, MergedLinear, block_shapes
 from .names import named_modules, unwrapped
 from .parameters import AdaptedParameter, parameter_factor_shapes
 from .report import numberless
 from .targets import Target, candidates, closest, is_transposed, layer_class, matching, refusal
+from .task import task_type
 from .trainable import bias_names, tensors_by_name
-from .undo import refuse_replaced, remember, unchanged_on_error
+from .undo import refuse_replaced, unchanged_on_error
 
 
-def extract(model: nn.Module) -> Adapter:
+def extract(model: nn.Module, *, force: bool = False) -> Adapter:
     """What the adapter of `model` holds, as plain data: copies, on the CPU, in the dtype they are trained in.
 
-    The same whether the model is merged or not. Raises ValueError when the model has no adapted layer.
+    The same whether the model is merged or not. Raises ValueError when the model has no adapted layer, or when another
+    module took the place of one; with force the rest is given all the same.
     """
     model = unwrapped(model)
-    refuse_replaced(model)
+    if not force:
+        refuse_replaced(model)
     layers = adapted_layers(model)
     parameters, whole = trained_whole(model)
     if not layers and not parameters:
@@ -48,7 +51,7 @@ def extract(model: nn.Module) -> Adapter:
         dropout=max((_dropout_of(layer) for layer in layers.values()), default=0.0),
         targets=_shortest_targets(model, list(layers)),
         base_model=getattr(config, "_name_or_path", None) or None,
-        task_type=_task_type(model),
+        task_type=task_type(model, parameters, layers),
     )
 
 
@@ -79,7 +82,7 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
         choose_trainable(model, whole, adapter.bias, freeze=True)
         keep_values(model, trained)
         own = tensors_by_name(model)  # a tied module that is trained whole has another one now
-        remember(model, adapted_layers(model))
+        note_adapted(model)
         for name, value in trained.items():
             own[name].copy_(value)
 
@@ -299,21 +302,6 @@ def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
         else:
             chosen.add(f"[{name[0]}]{name[1:]}")
     return tuple(sorted(chosen))
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's word for what the model does, read off the name that transformers gives such classes."""
-    for ending, task in (
-        ("ForCausalLM", "CAUSAL_LM"),
-        ("LMHeadModel", "CAUSAL_LM"),
-        ("ForSequenceClassification", "SEQ_CLS"),
-        ("ForTokenClassification", "TOKEN_CLS"),
-        ("ForQuestionAnswering", "QUESTION_ANS"),
-        ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
-    ):
-        if type(model).__name__.endswith(ending):
-            return task
-    return None
 
 
 def _dropout_of(layer: AdaptedLayer) -> float:

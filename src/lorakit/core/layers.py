@@ -76,9 +76,10 @@ class Linear(AdaptedLayer, nn.Linear):
         return matrix.T if self.fan_in_fan_out else matrix
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.matrix(self.weight)
+        weight = self.matrix(self.own_weight)
         if not self.active:
             return self.guard(F.linear(x, weight, self.bias))
+        self.mark()
         A, B = self.factors()
         if weight.shape != (B.shape[0], A.shape[1]):
             self.refit()
@@ -208,6 +209,8 @@ class Embedding(AdaptedLayer, nn.Embedding):
     lookup, which has no meaning for a sum of a frozen weight and an update.
     """
 
+    read_whole: bool = False  # the model reads the table and looks nothing up in it
+
     def __init__(
         self,
         num_embeddings: int,
@@ -237,7 +240,9 @@ class Embedding(AdaptedLayer, nn.Embedding):
             self.draw(self.lora_A, self.lora_B, "kaiming")
 
     def draw(self, A: Tensor, B: Tensor, init: Init) -> None:
-        random_factors(A, B, init, embedding=True)
+        random_factors(A, B, init, embedding=not self.read_whole)
+        if self.padding_idx is not None:
+            A.data[:, self.padding_idx] = 0
 
     def take(self, rank: int, init: Init) -> tuple[Tensor, Tensor]:
         A, B = super().take(rank, init)
@@ -264,11 +269,20 @@ class Embedding(AdaptedLayer, nn.Embedding):
         }
 
     def forward(self, tokens: Tensor) -> Tensor:
-        base = nn.Embedding.forward(self, tokens)
+        base = F.embedding(
+            tokens,
+            self.own_weight,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
         if not self.active:
             return self.guard(base)
-        if self.weight.shape != (self.lora_A.shape[1], self.lora_B.shape[0]):
+        if self.own_weight.shape != (self.lora_A.shape[1], self.lora_B.shape[0]):
             self.refit()
+        self.mark()
         A, B = self.factors()
         y = lora_embedding(
             tokens,
@@ -356,12 +370,13 @@ class ConvLoRA(AdaptedLayer):
     def _dense(self) -> Tensor:
         update = super()._dense()
         # loralib's factors multiply to another matrix, of as many entries, which is viewed as the kernel.
-        return update if self.is_factored else self.matrix(update.view(self.weight.shape))
+        return update if self.is_factored else self.matrix(update.view(self.own_weight.shape))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
-            return self.guard(self._conv_forward(x, self.weight, self.bias))
+            return self.guard(self._conv_forward(x, self.own_weight, self.bias))
         self.refit()  # which refuses a weight of another shape
+        self.mark()
         gain = self.gain()
         if gain is None:
             return self._adapted_forward(x, self.bias)
@@ -376,13 +391,13 @@ class ConvLoRA(AdaptedLayer):
         dropout = self.acting_dropout
         if self.is_factored and self.groups == 1:
             x, geometry = self._padded(x)
-            return lora_conv(x, self.weight, bias, A, B, self.scaling, geometry, dropout)
+            return lora_conv(x, self.own_weight, bias, A, B, self.scaling, geometry, dropout)
         # These kernels have no thin form: loralib's layout has none, and grouped kernels are thin already.
         update = self.scaling * self.delta()
-        if dropout is None and forms(x, self.weight, A, B):
-            return self._conv_forward(x, self.weight + update, bias)
+        if dropout is None and forms(x, self.own_weight, A, B):
+            return self._conv_forward(x, self.own_weight + update, bias)
         dropped = x if dropout is None else dropout(x)
-        return self._conv_forward(x, self.weight, bias) + self._conv_forward(dropped, update.to(x.dtype), None)
+        return self._conv_forward(x, self.own_weight, bias) + self._conv_forward(dropped, update.to(x.dtype), None)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Geometry]:
         """x padded where that is not the same number of zeros on both sides, and how the kernel moves over it."""

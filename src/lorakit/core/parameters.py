@@ -22,6 +22,7 @@ from .adapted import AdaptedLayer, LoRALayer, unmerged
 from .factored import Factored
 from .functional import precise
 from .init import Init
+from .running import model_is_running
 
 _PREFIX = "lora_"
 
@@ -48,10 +49,14 @@ class AdaptedParameter(AdaptedLayer):
         self.train(owner.training)
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def own_weight(self) -> Tensor:
         weight = self.owner._parameters[self.parameter]
         assert weight is not None
         return weight
+
+    @property  # type: ignore[misc]  # nobody sets it
+    def weight(self) -> Tensor:
+        return self.own_weight
 
     def _put_weight(self, weight: Any) -> None:
         self.owner._parameters[self.parameter] = weight
@@ -94,9 +99,11 @@ class AdaptedParameter(AdaptedLayer):
 
     def read(self) -> Tensor:
         """What the parameter is for whoever reads it."""
-        weight = self.weight
+        weight = self.own_weight
         if not self.active:
             return self.guard(weight)
+        if model_is_running():
+            self.mark(read=True)
         needs_plain = torch.compiler.is_compiling() or (weight.dim() == 2 and not torch.is_grad_enabled())
         if needs_plain or "lora_magnitude" in self._parameters:
             return self.adapted_weight()

@@ -30,6 +30,8 @@ from .beside import BESIDE, Beside, stored_weight, trial
 from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
 from .names import named_modules
 from .parameters import adapted_parameters
+from .tables import tables_read_whole
+from .tied import held_refusal, held_tables
 
 ALL_LINEAR = "all-linear"
 Filter = Callable[[nn.Module, str], bool]
@@ -55,6 +57,8 @@ class Target:
 
     module: nn.Module
     parameter: str = ""  # empty: the module is a layer
+    read_whole: bool = False  # an embedding that is no lookup
+    held_for: tuple[str, ...] = ()  # embeddings that are called in the place of this one, which only holds their table
 
     @property
     def weight(self) -> Any:
@@ -95,8 +99,10 @@ def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
 def candidates(model: nn.Module) -> dict[str, Target]:
     """Every name that a target can match: those of modules, and those of matrices that are no layer's."""
     found: dict[str, Target] = {}
+    held = held_tables(model)
     read: set[int] = set()  # layers whose weight is read by their parent
     inside: tuple[str, ...] = ()  # of parametrisations: what weights are computed from
+    tables: set[int] = set()  # embeddings of which it reads all rows
     for name, module in named_modules(model, remove_duplicate=False):
         if isinstance(module, ParametrizationList):
             inside = (*inside, f"{name}.")
@@ -104,8 +110,10 @@ def candidates(model: nn.Module) -> dict[str, Target]:
             continue
         if isinstance(module, _READING_PARENTS):
             read |= {id(child) for child in module.children() if isinstance(child, nn.Linear)}
+        tables |= set(map(id, tables_read_whole(module)))
         if name:
-            found[name] = Target(module, "weight" if id(module) in read else "")
+            parameter = "weight" if id(module) in read else ""
+            found[name] = Target(module, parameter, id(module) in tables, held.get(name, ()))
         prefix = f"{name}." if name else ""
         found |= {prefix + parameter: Target(module, parameter) for parameter in matrices(module)}
     return found
@@ -187,6 +195,8 @@ def pattern_values(patterns: Mapping[str, Value], names: Sequence[str], what: st
 
 def refusal(target: Target) -> str | None:
     """Why `target` cannot be adapted, or None when it can."""
+    if target.held_for:
+        return held_refusal(target.held_for)
     module, kind = target.module, type(target.module).__name__
     if isinstance(module, AdaptedLayer) and not module.has_update:
         return f"it is a {kind} made with r=0"
@@ -254,6 +264,10 @@ def _by_pattern(
             else (f"target {pattern!r} matches no module of {type(model).__name__}")
         )
         raise ValueError(f"{message}.\n{closest(pattern, adaptable)}".rstrip())
+    held = {name: held_refusal(named[name].held_for) for name in hits if named[name].held_for}
+    if len(held) < len(hits):
+        selection.skipped |= held
+        hits = [name for name in hits if name not in held]
     for name in hits:
         _take(named, name, selection)
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from .tables import may_call
+
 
 def held_tables(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Embeddings that only hold a weight for others → the others, which modules beside them contain and call."""
@@ -25,10 +27,10 @@ def held_tables(model: nn.Module) -> dict[str, tuple[str, ...]]:
     held = {}
     for tables in by_weight.values():
         for name in tables:
-            parent, _, _ = name.rpartition(".")
+            parent, _, local = name.rpartition(".")
             prefix = f"{parent}." if parent else ""
             inside = [other for other in tables if other.startswith(prefix) and "." in other.removeprefix(prefix)]
-            if inside:
+            if inside and not may_call(model.get_submodule(parent), local):
                 held[name] = tuple(inside)
     return held
 

@@ -67,8 +67,8 @@ def _is_bias(name: str) -> bool:
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers that a state dict holds, by each of their names."""
     model = unwrapped(model)
-    persistent = model.state_dict(keep_vars=True).keys()
-    return {plain(name): tensor for name, tensor in _named_tensors(model) if name in persistent}
+    persistent = {plain(name) for name in model.state_dict(keep_vars=True)}
+    return {own: tensor for name, tensor in _named_tensors(model) if (own := plain(name)) in persistent}
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

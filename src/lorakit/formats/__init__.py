@@ -6,14 +6,17 @@ loralib    a .pt file
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
 from ..core.adapter import Adapter
+from ..core.attach import adapted_layers
 from ..core.exchange import extract, insert, layouts
 from ..core.host import Host
+from ..core.unused import idle_note, refuse_silent
 from . import loralib, peft
 from .foreign import refuse
 from .renamed import translated
@@ -22,12 +25,19 @@ Format = Literal["peft", "loralib"]
 _LORALIB_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-def save(model: nn.Module, path: str | Path) -> None:
+def save(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
     """Write the adapter of `model`: a folder in PEFT's format, or loralib's when `path` ends in .pt (.pth, .bin).
 
-    The same whether the model is merged or not. Other files in the folder are left alone.
+    The same whether the model is merged or not. Other files in the folder are left alone. Raises ValueError where
+    training passed over an adapted layer, or one is gone (see `diagnose`); with force the rest is written all the same.
+    Warns of parts of the model that training never used.
     """
-    adapter = extract(model)
+    if not force:
+        layers = adapted_layers(model)
+        refuse_silent(model, layers, "Leave them out of the targets, or save with force=True.")
+        if note := idle_note(model, layers):
+            warnings.warn(f"{note}\nTheir updates are saved as they were before training.", stacklevel=2)
+    adapter = extract(model, force=force)
     if _format_of(Path(path)) == "loralib":
         loralib.write(adapter, path)
     else:

@@ -35,6 +35,7 @@ from .checkpoints import RUN, STATE, checkpoints, step_of
 from .divergence import refuse_broken_factors, refuse_diverged, too_high, why_no_number
 from .loss import causal_loss, frozen_head, plain_head
 from .memory import forget_peak, peak_memory
+from .watch import FirstStep
 
 _KEPT = 2  # checkpoints
 _RECENT = 4  # batches by which a divergence is told
@@ -57,6 +58,7 @@ class _AdapterTrainer(Trainer):
     def __init__(self, *args: Any, folder: OutputFolder, record: dict[str, Any], **kwargs: Any) -> None:
         """folder: where checkpoints go. record: of the run, kept in each of them."""
         super().__init__(*args, **kwargs)
+        self.add_callback(FirstStep())
         self._folder, self._record = folder, record
         self._saving: Path | None = None  # while a checkpoint is made
         self._held_out = [0.0, 0]  # the sum of the losses, and of how many labels or rows

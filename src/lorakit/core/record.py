@@ -1,0 +1,50 @@
+"""What `attach` found, kept on the model, so that `diagnose` can tell what has changed since.
+
+Plain data in the model's `__dict__`: copies and pickles have it too, `detach` removes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+_KEY = "_lorakit_record"
+_LARGEST = 1 << 16  # elements of a buffer that may be statistics; masks and tables are larger
+
+
+@dataclass
+class Record:
+    """The base model's statistics at the time of `attach`."""
+
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # buffer → its value, on the CPU
+
+    @staticmethod
+    def of(model: nn.Module) -> Record | None:
+        return model.__dict__.get(_KEY)
+
+    @staticmethod
+    def note(model: nn.Module) -> None:
+        """Add to the record of `model` the statistics that are not in it."""
+        record = Record.of(model)
+        if record is None:
+            record = model.__dict__[_KEY] = Record()
+        for name, buffer in model.named_buffers():
+            if name not in record.statistics and is_statistic(buffer) and _is_stored(model, name):
+                record.statistics[name] = buffer.detach().to("cpu", copy=True)
+
+    @staticmethod
+    def drop(model: nn.Module) -> None:
+        model.__dict__.pop(_KEY, None)
+
+
+def is_statistic(buffer: Tensor) -> bool:
+    """Whether a buffer of this kind may be a running mean, a variance, a count."""
+    return not buffer.is_meta and buffer.numel() <= _LARGEST and buffer.dtype != torch.bool
+
+
+def _is_stored(model: nn.Module, name: str) -> bool:
+    """Whether a buffer of the base model is part of its state dict; others are made anew."""
+    owner, _, local = name.rpartition(".")
+    return not local.startswith("lora_") and local not in model.get_submodule(owner)._non_persistent_buffers_set

@@ -1,0 +1,109 @@
+"""Which adapted layers took no part in training, and which of them are refused for it.
+
+An adapter that silently does nothing trains, saves and loads without a word. Each adapted layer therefore notes whether
+a forward pass called it, or computed with its weight (`AdaptedLayer.mark`). Once gradients were recorded, what was not
+used is one of two things:
+
+silent   other adapted layers of the same module were used and this one was not: the model goes another way to its
+         weight, or does not need it. `save`, `merge` and the first step of `lorakit train` refuse that.
+idle     nothing around it was used (a vision tower in a batch of text), or another entry of the same list was (an
+         expert, a layer that was dropped). The update is what it was before, so work goes on; where nothing around it
+         was used, `save` warns.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from .adapted import AdaptedLayer
+
+_SHOWN = 20  # names of one kind
+
+
+def refuse_silent(model: nn.Module, layers: dict[str, AdaptedLayer], way_on: str) -> None:
+    """Raise ValueError where an adapted layer does nothing. way_on: what to do, as a sentence."""
+    silent, _ = unused(model, layers)
+    problems = [f"{name}: no forward pass called it or computed with its weight" for name in silent]
+    if not problems:
+        return
+    used = sum(map(is_used, layers.values()))
+    raise ValueError(
+        "\n".join(
+            (
+                f"{len(problems)} adapted layers of {type(model).__name__} do nothing, while {used} others were used:",
+                *listed(problems),
+                f"{way_on} lorakit.diagnose(model) shows more.",
+            )
+        )
+    )
+
+
+def idle_note(model: nn.Module, layers: dict[str, AdaptedLayer]) -> str:
+    """What to say of parts of the model that no forward pass came to; empty where there are none.
+
+    Entries of a list of which another one was used are left out: a mixture has idle experts in every step.
+    """
+    _, idle = unused(model, layers)
+    kin = {_entry(model, name) for name, layer in layers.items() if is_used(layer)}
+    names = [name for name in idle if _entry(model, name) not in kin]
+    if not names:
+        return ""
+    return "\n".join(
+        (f"{len(names)} adapted layers lie in parts of {type(model).__name__} that were not used:", *listed(names))
+    )
+
+
+def without_dropout(layers: dict[str, AdaptedLayer]) -> tuple[str, ...]:
+    """Layers with dropout whose weight is read, and that are never called: there is no input to drop."""
+    return tuple(
+        name
+        for name, layer in layers.items()
+        if layer.was_read and not layer.was_called and isinstance(layer.lora_dropout, nn.Dropout)
+    )
+
+
+def listed(names: Iterable[str]) -> list[str]:
+    """One line for each name, the first of them only."""
+    names = list(names)
+    more = [f"  … and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return [*(f"  {name}" for name in names[:_SHOWN]), *more]
+
+
+def is_used(layer: AdaptedLayer) -> bool:
+    """Whether the update took part: the layer noted it or, as a compiled graph leaves no note, training reached it."""
+    return layer.was_called or layer.was_read or layer.was_reached
+
+
+def unused(model: nn.Module, layers: dict[str, AdaptedLayer]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The silent and the idle ones. None before a gradient was recorded: a model may be loaded, used, saved again."""
+    if not any(layer.was_recorded or layer.was_reached for layer in layers.values()):
+        return (), ()
+    used = [name for name, layer in layers.items() if is_used(layer)]
+    kin = {_entry(model, name) for name in used}
+    silent: list[str] = []
+    idle: list[str] = []
+    for name, layer in layers.items():
+        if is_used(layer):
+            continue
+        parent = name.rpartition(".")[0]
+        beside = any(other.startswith(f"{parent}." if parent else "") for other in used)
+        (silent if beside and _entry(model, name) not in kin else idle).append(name)
+    return tuple(silent), tuple(idle)
+
+
+def _entry(model: nn.Module, name: str) -> str:
+    """The name with a star for the place in each list of modules: the same for all entries of a list."""
+    module: nn.Module | None = model
+    parts = []
+    for part in name.split("."):
+        if isinstance(module, nn.ModuleList):
+            parts.append("*")
+        elif isinstance(module, nn.ModuleDict):
+            parts.append(re.sub(r"\d+", "*", part))
+        else:
+            parts.append(part)
+        module = None if module is None else module._modules.get(part)
+    return ".".join(parts)
