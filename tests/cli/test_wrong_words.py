@@ -132,7 +132,7 @@ def test_a_wrong_line_of_a_file_is_named(line: str, verb: str, tmp_path: Path, c
         (b"- model: m\n", ":1: expected lines of the form `key: value`."),
         (b"model\n", ":1: expected lines of the form `key: value`."),
         (GOOD.encode() + b"---\nrank: 4\n", ":4: not YAML: but found another document."),
-        (b"version https://git-lfs.github.com/spec/v1\n", " is a pointer of git-lfs"),
+        (b"version https://git-lfs.github.com/spec/v1\n", " is a git-lfs pointer"),
         (b"[" * 5000, ""),
     ],
 )

@@ -20,9 +20,10 @@ from lorakit.core.words import shown, suggestion
         (b"[1]", r"f\.json: expected an object \{…\}, found a list"),
         (b"null", r"f\.json: expected an object \{…\}, found null"),
         (b"true", r"f\.json: expected an object \{…\}, found true or false"),
+        (b'{"a": 1, "a": 2}', r"f\.json: 'a' stands in it twice"),
         (b"[" * 100_000, r"f\.json: not JSON that can be read"),
         (b'{"a": ' + b"1" * 5000 + b"}", r"f\.json: not JSON that can be read"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"f\.json is a pointer of git-lfs"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", r"f\.json is a git-lfs pointer"),
         (b"\x00\x01\x02\xff", r"f\.json:1: not UTF-8"),
     ],
 )

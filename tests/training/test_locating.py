@@ -165,6 +165,8 @@ def test_a_broken_adapter_is_found_before_the_base_is_loaded(tiny_lm: Path, tmp_
     import lorakit
     import models
 
+    base = copied(tiny_lm, tmp_path)
+    (base / "model.safetensors").write_text("found only where the weights are read")
     model = models.llama()
     lorakit.attach(model, "q_proj", rank=2)
     for file, content, message in [
@@ -181,5 +183,5 @@ def test_a_broken_adapter_is_found_before_the_base_is_loaded(tiny_lm: Path, tmp_
             (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
         (adapter / file).write_text(content)
         with pytest.raises(ValueError, match=message):
-            load_with_adapter(str(tmp_path / "no-base"), str(adapter))
+            load_with_adapter(str(base), str(adapter))
     assert load_tokenizer(str(tiny_lm)).pad_token_id is not None

@@ -1,4 +1,4 @@
-"""Reading small files of text: whatever is wrong with one is an error that names the file and, where it can, the line.
+"""Reading files: whatever is wrong with one is an error that names the file and, where it can, the line.
 
 Raises OSError for what is no readable file, ValueError for what it holds. Imports nothing heavy.
 """
@@ -28,8 +28,7 @@ _WORDS = {dict: "an object {…}", list: "a list […]", str: "text", bool: "tru
 
 def text_of(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte-order mark."""
-    refuse_pointer(path)
-    data = path.read_bytes()
+    data = bytes_of(path)
     for mark, name in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
             raise ValueError(f"{path}:1: the file is {name}; save it as UTF-8.")
@@ -42,6 +41,12 @@ def text_of(path: Path) -> str:
         raise ValueError(f"{path}:{line}: not UTF-8 (byte {start}); save the file as UTF-8.") from None
 
 
+def bytes_of(path: Path) -> bytes:
+    """The bytes of a file, which may be none."""
+    refuse_pointer(path)
+    return path.read_bytes()
+
+
 def refuse_pointer(path: Path) -> None:
     """Raise ValueError for what a clone without git-lfs has in place of a large file, OSError for no readable file."""
     try:
@@ -50,22 +55,40 @@ def refuse_pointer(path: Path) -> None:
     except OSError as error:
         raise said(error, path) from None
     if start == _POINTER:
-        raise ValueError(f"{path} is a pointer of git-lfs, not the file itself. Fetch it: git lfs pull")
+        raise ValueError(
+            f"{path} is a git-lfs pointer and not the file itself: the repository was cloned without git-lfs. "
+            f"Fetch it with `git lfs pull`, run in {path.parent}."
+        )
 
 
 def json_of(path: Path, kind: type[Kind]) -> Kind:
     """The object or the list that a JSON file holds."""
     text = text_of(path)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_repetition)
     except json.JSONDecodeError as error:
         found = f"{error.msg} at column {error.colno}" if text.strip() else "the file is empty"
         raise ValueError(f"{path}:{error.lineno}: not JSON: {found}.") from None
+    except _Repeated as error:
+        raise ValueError(f"{path}: {error.args[0]!r} stands in it twice.") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits; thousands of brackets
         raise ValueError(f"{path}: not JSON that can be read: {error}.") from None
     if not isinstance(value, kind):
         raise ValueError(f"{path}: expected {_WORDS[kind]}, found {_WORDS[type(value)]}.")
     return value
+
+
+class _Repeated(Exception):
+    """A key that stands twice in one JSON object."""
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _Repeated(key)
+        found[key] = value
+    return found
 
 
 def said(error: OSError, path: Path) -> OSError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shutil
 import warnings
@@ -20,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-_POINTER = b"version https://git-lfs.github.com/spec/"
+from ..core.reading import bytes_of
 
 # What libraries in other languages say of a write that failed; none of them names the file.
 _FAILED_WRITES = ("os error", "I/O error", "inline_container", "PytorchStreamWriter", "unexpected pos")
@@ -79,52 +78,9 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raise ValueError if the file is a git-lfs pointer, which stands for a file that was not fetched."""
-    with path.open("rb") as file:
-        start = file.read(len(_POINTER))
-    if start == _POINTER:
-        raise ValueError(
-            f"{path} is a git-lfs pointer and not the file itself: the repository was cloned without git-lfs. "
-            f"Fetch it with `git lfs pull`, run in {path.parent}."
-        )
-
-
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file. Raises FileNotFoundError, or ValueError for an empty file and for a git-lfs pointer."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    refuse_pointer(path)
-    data = path.read_bytes()
-    if not data:
-        raise ValueError(f"{path} is empty.")
-    return data
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, read as UTF-8 with or without a byte-order mark. Raises ValueError naming the file."""
-    try:
-        value = json.loads(read_bytes(path).decode("utf-8-sig"), object_pairs_hook=_without_repetition)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): {error.reason}.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}.") from None
-    except RecursionError:
-        raise ValueError(f"{path}: the JSON in it is nested too deeply.") from None
-    except _Repeated as error:
-        raise ValueError(f"{path}: {error.args[0]!r} stands in it twice.") from None
-    except ValueError as error:
-        if str(path) in str(error):
-            raise
-        raise ValueError(f"{path}: not JSON: {error}.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object {{…}}, found {_json_kind(value)}.")
-    return value
-
-
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file. Raises ValueError naming the file."""
-    data = read_bytes(path)
+    data = _filled(path)
     try:
         # Not load_file, which leaves some bytes behind for each tensor (safetensors 0.8), and maps the file.
         return safetensors.torch.load(data)
@@ -139,7 +95,7 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
 
     Raises ValueError naming the file, whatever the bytes are.
     """
-    data = read_bytes(path)
+    data = _filled(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -160,6 +116,13 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     return dict(loaded)
 
 
+def _filled(path: Path) -> bytes:
+    data = bytes_of(path)
+    if not data:
+        raise ValueError(f"{path} is empty.")
+    return data
+
+
 def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuse what is no number that was learnt: a tensor that is empty, holds NaN, or is not of floating point.
 
@@ -175,20 +138,3 @@ def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
         # Types of 8 bits and fewer know no isfinite of their own.
         if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
             raise ValueError(f"{where}{key} holds NaN or infinite numbers.")
-
-
-class _Repeated(Exception):
-    """A key that stands twice in one JSON object."""
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _Repeated(key)
-        found[key] = value
-    return found
-
-
-def _json_kind(value: Any) -> str:
-    return {list: "a list", str: "a text", bool: "true or false", type(None): "null"}.get(type(value), "a number")

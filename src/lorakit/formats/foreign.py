@@ -7,7 +7,8 @@ from pathlib import Path
 
 import safetensors
 
-from .files import read_pickled, refuse_pointer
+from ..core.reading import refuse_pointer
+from .files import read_pickled
 
 _READS = "lorakit reads PEFT's folder (adapter_config.json, adapter_model.safetensors) and loralib's .pt file"
 _TENSORS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".lora")

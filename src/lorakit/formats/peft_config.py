@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
+from ..core.reading import json_of
 from ..core.trainable import BIASES, Bias
-from .files import read_object
 from .foreign import contents
 
 CONFIG = "adapter_config.json"
@@ -135,7 +135,7 @@ def read_config(folder: str | Path) -> PeftConfig:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG}.{contents(Path(folder))}")
-    values = _Values(path, read_object(path))
+    values = _Values(path, json_of(path, dict))
     _check_type(values)
     for name, value in values.fields.items():
         rule = FIELDS.get(name)

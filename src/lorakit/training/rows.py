@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.reading import refuse_pointer
+from ..core.reading import bytes_of
 from . import tables
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -127,8 +127,7 @@ def kind(value: Any) -> str:
 
 
 def _bytes_of(path: Path) -> bytes:
-    refuse_pointer(path)
-    data = path.read_bytes()
+    data = bytes_of(path)
     _, packing = suffixes(path)
     if not packing:
         return data
