@@ -173,7 +173,7 @@ def test_a_broken_adapter_is_found_before_the_base_is_loaded(tiny_lm: Path, tmp_
         ("adapter_config.json", "{", r"adapter_config\.json:1: not JSON"),
         ("adapter_model.safetensors", "nothing", r"adapter_model\.safetensors"),
         ("labels.json", "{}", r"labels\.json: expected a list"),
-        ("labels.json", "[1, 2]", r"labels\.json: expected a list of names"),
+        ("labels.json", "[1, 2]", r"labels\.json: expected a list of different names"),
         ("tokenizer_config.json", "[", r"tokenizer_config\.json:1: not JSON"),
     ]:
         adapter = tmp_path / file / str(len(content))
