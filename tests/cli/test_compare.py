@@ -147,9 +147,9 @@ def test_an_interrupt_ends_with_130_and_is_gone_on_from(
         (("--model", "m", "-o", "o", "--data", "d", "--methods", "lra"), "--methods: unknown method 'lra'. Did you"),
         (("--model", "m", "-o", "o", "--data", "d", "--methods", "full,full"), "methods: 'full' is named twice."),
         (("--model", "m", "-o", "o", "--data", "d", "--seeds", "x"), "--seeds: expected a whole number, found 'x'."),
-        (("no.yaml",), "--config no.yaml: no such file."),
+        (("no.yaml",), "--config no.yaml: no such file or folder."),
         (("a.yaml", "-c", "b.yaml"), "two files of settings, a.yaml and b.yaml; give one."),
-        (("a.yaml", "b.yaml"), "unknown argument 'b.yaml'."),
+        (("a.yaml", "b.yaml"), "unexpected 'b.yaml'."),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(
@@ -174,7 +174,7 @@ def test_failures_are_one_line_and_exit_1(
     for command, message in [
         (words(tiny_encoder, data, taken), f"error: --output-dir {taken} is a file."),
         (words(tiny_encoder, tmp_path / "lihgts.jsonl", out), f"error: {tmp_path}/lihgts.jsonl: no such file or fol"),
-        (words(tmp_path / "no-model", data, out), f"error: no model at {tmp_path}/no-model."),
+        (words(tmp_path / "no-model", data, out), f"error: no model at {tmp_path}/no-model: no such file or folder."),
         (words(tiny_encoder, bad, out), "error: bad.jsonl:2: "),
         (words(tiny_encoder, data, out, "--metrics", "blue"), "error: unknown metric 'blue'. Did you mean 'bleu'?"),
         (words(tiny_encoder, data, out, "--metrics", "bleu"), "error: bleu is for texts; this task is classification."),

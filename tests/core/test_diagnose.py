@@ -299,3 +299,11 @@ def test_a_compiled_graph_leaves_no_note_and_is_whole_with_checkpointing() -> No
     optimizer.zero_grad()
     assert lorakit.diagnose(model, reset=True).silent == ("skipped",)
     assert lorakit.diagnose(model).used == 0
+
+
+def test_factors_that_were_written_on_are_no_training() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lorakit.attach(model, ["0", "1"], rank=2)
+    nn.init.normal_(model[0].lora_B)
+    assert lorakit.diagnose(model).silent == ()
+    lorakit.merge(model)

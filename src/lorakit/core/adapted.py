@@ -177,8 +177,15 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     @property
     def was_reached(self) -> bool:
-        """Whether a gradient or a step of an optimizer reached the factors since `forget`."""
+        """Whether a gradient, a step of an optimizer or another write reached the factors since `forget`."""
         return bool(self._forgotten) and self._factor_state() != self._forgotten
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient did, and is still there."""
+        return bool(self._forgotten) and any(
+            now[1] not in (None, before[1]) for now, before in zip(self._factor_state(), self._forgotten, strict=True)
+        )
 
     def _factor_state(self) -> tuple[Any, ...]:
         factors = (self.lora_A, self.lora_B)

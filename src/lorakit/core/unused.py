@@ -79,7 +79,7 @@ def is_used(layer: AdaptedLayer) -> bool:
 
 def unused(model: nn.Module, layers: dict[str, AdaptedLayer]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The silent and the idle ones. None before a gradient was recorded: a model may be loaded, used, saved again."""
-    if not any(layer.was_recorded or layer.was_reached for layer in layers.values()):
+    if not any(layer.was_recorded or layer.has_gradient for layer in layers.values()):
         return (), ()
     used = [name for name, layer in layers.items() if is_used(layer)]
     kin = {_entry(model, name) for name in used}
