@@ -167,7 +167,7 @@ class CompareConfig:
     train_split: str | None = setting(None, help="a hub data set's split to train on", group=_DATA)
     valid_split: str | None = setting(None, help="and to choose the learning rate on", group=_DATA)
     test_split: str | None = setting(None, help="and to report", group=_DATA)
-    task: Literal["auto", "causal-lm", "classification"] = setting(
+    task: Literal["auto", "causal-lm", "classification", "regression"] = setting(
         "auto", help="what to train; auto: told by the data", group=_DATA
     )
     system: str | None = setting(None, help="system message put before conversations that have none", group=_DATA)
