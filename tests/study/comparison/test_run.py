@@ -332,10 +332,13 @@ def test_a_method_whose_rows_do_not_fit_into_the_model_is_left_out(
     )  # fmt: skip
     # Rows end where the model's positions do, whatever longer ones the settings allow.
     cut = comparison(tiny_encoder, data, tmp_path / "cut", **settings, max_seq_length=65)
-    assert [row.method for row in cut.rows] == ["head", "prefix-layer length=4"]
-    assert cut.left_out[0][2].startswith(
-        "the longest row of long has 64 tokens, and the prefix 5, but the model has 64"
+    assert [row.method for row in cut.rows] == ["head"]
+    message = (
+        "no method can be applied. long: prefix-layer length=4: the longest row of long has 64 tokens, and the prefix "
+        "4, but the model has 64 positions; lower max_seq_length to 60."
     )
+    with pytest.raises(ValueError, match=message):
+        comparison(tiny_encoder, data, tmp_path / "none", **{**settings, "methods": methods[1:]}, max_seq_length=65)
 
 
 def test_a_run_that_diverges_has_no_scores_and_the_next_method_does_not_see_it(
