@@ -56,7 +56,7 @@ def test_model_and_adapter_that_do_not_go_together(run: Path, tiny_lm: Path, tmp
     one = str(run / "checkpoint-10")
     with pytest.raises(ValueError, match="is an adapter's folder itself. Give one adapter and its base"):
         base_and_adapter(one, str(run / "checkpoint-4"))
-    with pytest.raises(FileNotFoundError, match="nowhere: no such adapter folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         base_and_adapter(str(tiny_lm), str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"tiny-lm\d* is no adapter folder: it has no adapter_config\.json"):
         base_and_adapter(str(tiny_lm), str(tiny_lm))

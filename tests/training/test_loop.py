@@ -410,6 +410,7 @@ def test_a_folder_that_changed_meanwhile(config: TrainConfig, monkeypatch) -> No
 
 def as_released(out: Path) -> None:
     """What 0.1.0 left: the same files, without notes and records."""
+    (out / "style.json").unlink()
     shutil.rmtree(out / ".lorakit")
     for path in out.glob("checkpoint-*/run.json"):
         path.unlink()
