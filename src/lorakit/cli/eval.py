@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> None:
     from ..training.style import Style, longest_text
     from ..training.task import task_of
 
-    base, adapter = base_and_adapter(args.model, args.adapter)
-    task = task_of(base, adapter)
     if args.json:
         check_file(Path(args.json), "--json")
+    base, adapter = base_and_adapter(args.model, args.adapter)
+    task = task_of(base, adapter)
     data = read(args.data, fields=fields_of(args), holdout=0.0, model=task)
     if data.task != task.kind:
         raise ValueError(f"{args.data} holds {data.shape} rows, and {args.model} is {task}: give it text and label.")
