@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _KEY = "_lorakit_record"
 _LARGEST = 1 << 16  # elements of a buffer that may be statistics; masks and tables are larger
@@ -41,6 +42,8 @@ class Record:
 
 def is_statistic(buffer: Tensor) -> bool:
     """Whether a buffer of this kind may be a running mean, a variance, a count."""
+    if is_lazy(buffer):  # it has no values yet
+        return False
     return not buffer.is_meta and buffer.numel() <= _LARGEST and buffer.dtype != torch.bool
 
 
