@@ -103,7 +103,7 @@ def main_of_kills(work: Path, which: str, most: int) -> None:
         code, _ = run(work, "new.jsonl", *resume)
         assert code == 0, (moment, resume, (work / "log").read_text()[-600:])
         assert {name: (out / name).read_bytes() for name in kept} == straight, moment
-        assert os.listdir(out / ".lorakit") == ["train.json"], moment
+        assert os.listdir(out / ".lorakit") == ["train.json"], (moment, os.listdir(out / ".lorakit"))
     print(f"{len(moments)} of {changes}")
 
 

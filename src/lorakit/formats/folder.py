@@ -221,6 +221,8 @@ class OutputFolder:
     def _recover(self) -> None:
         for name in ("part", "saving", "gone"):
             shutil.rmtree(self.hidden / name, ignore_errors=True)
+        for half in self.hidden.glob(".*.tmp"):  # of a note that was being written: the lock is held, nobody writes now
+            half.unlink(missing_ok=True)
         new, note = self.new, self.new.note if self.new.path.is_dir() else None
         if note is None:
             shutil.rmtree(new.path, ignore_errors=True)  # the rest of one whose place is taken already
