@@ -307,3 +307,12 @@ def test_factors_that_were_written_on_are_no_training() -> None:
     nn.init.normal_(model[0].lora_B)
     assert lorakit.diagnose(model).silent == ()
     lorakit.merge(model)
+
+
+def test_factors_that_something_froze_are_named() -> None:
+    """transformers' `resize_token_embeddings` freezes the whole module like its weight."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lorakit.attach(model, ["0", "1"], rank=2)
+    model[1].requires_grad_(False)
+    model(torch.randn(2, 4)).sum().backward()
+    assert lorakit.diagnose(model).without_gradient == ("1.lora_A", "1.lora_B")

@@ -112,3 +112,22 @@ def test_a_resized_head_is_a_new_module_and_is_named() -> None:
     lorakit.attach(model, "lm_head", rank=2)
     model(TOKENS)
     lorakit.extract(model)
+
+
+@pytest.mark.parametrize("rows", [16, 24])
+def test_what_is_saved_between_a_resize_and_unmerging_changes_nothing(rows: int) -> None:
+    """A weight of 20 rows, merged, resized, looked at, unmerged: old rows keep bits and update."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 4))
+    lorakit.attach(model, "0", rank=2)
+    layer = model[0]
+    nn.init.normal_(layer.lora_A)
+    base, A = layer.weight.detach().clone(), layer.lora_A.detach().clone()
+    lorakit.merge(model)
+    resized = torch.zeros(rows, 4)
+    kept = min(rows, 20)
+    resized[:kept] = layer.weight.detach()[:kept]
+    layer.weight = nn.Parameter(resized, requires_grad=False)
+    assert lorakit.extract(model).updates["0"].A.shape == (2, rows)
+    lorakit.unmerge(model)
+    assert torch.equal(layer.weight[:kept], base[:kept]) and torch.equal(layer.lora_A[:, :kept], A[:, :kept])

@@ -3,6 +3,7 @@
 import copy
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -309,3 +310,17 @@ def test_modules_taken_out_moved_or_detached_are_not_replaced() -> None:
     assert set(lorakit.extract(nn.ModuleDict({"wrapped": model})).updates) == {"wrapped.0", "wrapped.2"}
     model[0] = lorakit.Linear(4, 4, r=2)  # adapted too
     lorakit.merge(model)
+
+
+@pytest.mark.parametrize("also_train", [(), ("1",)])
+def test_nothing_is_loaded_inside_disabled(also_train: tuple[str, ...], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    lorakit.attach(model, "0", rank=2, also_train=also_train)
+    with torch.no_grad():
+        model[1].bias += 1 if also_train else 0
+    lorakit.save(model, tmp_path)
+    x = torch.randn(3, 4)
+    expected = model(x)
+    with lorakit.disabled(model), pytest.raises(ValueError, match="inside lorakit.disabled"):
+        lorakit.load(model, tmp_path)
+    torch.testing.assert_close(model(x), expected)

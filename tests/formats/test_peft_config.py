@@ -72,7 +72,7 @@ def test_a_field_that_makes_another_function_is_refused_by_name(field: str, tmp_
     with pytest.raises(ValueError, match=rf"adapter_config.json: {field}="):
         lorakit.load(model, path)
     assert str(model) == before
-    for nothing in (None, False, [], {}, ""):
+    for nothing in (None, False, [], "", *([] if field.endswith("_config") else [{}])):
         lorakit.load(small(), folder(tmp_path, **{field: nothing}))
 
 
@@ -161,3 +161,13 @@ def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     path = folder(tmp_path) / CONFIG
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     lorakit.load(small(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["kasa_config", "monteclora_config", "arrow_config", "megatron_config", "next_config"])
+def test_an_empty_configuration_switches_on_and_is_refused(name: str, tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], name: {}}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=rf"adapter_config.json: {name}=\{{\}}"):
+        read_config(tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps({**config, name: None}))
+    assert read_config(tmp_path).r == 4

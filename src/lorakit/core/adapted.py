@@ -390,6 +390,10 @@ class AdaptedLayer(LoRALayer, nn.Module):
         rows = min(len(base), len(written)) if written.shape[1:] == base.shape[1:] else 0
         if rows:
             self._put_weight(base)
+            if not self.fits():  # the update has followed the resized weight already
+                resized = torch.zeros_like(written)
+                resized[:rows] = base[:rows]
+                self._put_weight(nn.Parameter(resized, requires_grad=False))
             same[:rows] = self.adapted_weight()[:rows] == written[:rows]
             self._put_weight(written)
         self.refit()

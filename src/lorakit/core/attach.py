@@ -174,6 +174,8 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
     Returns the names of the parameters trained beside the factors.
     """
     whole = tuple(whole)
+    if any(undo.swapped for module in model.modules() if (undo := note(module))):
+        raise ValueError("the model is inside lorakit.disabled, where it is the base model. Leave that first.")
     for name in whole:
         undo_of(model.get_submodule(name)).whole = True
         for module, local, tied in untie(model, name):

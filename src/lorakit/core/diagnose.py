@@ -87,11 +87,9 @@ def diagnose(model: nn.Module, *, reset: bool = False) -> Diagnosis:
 
 
 def _without_gradient(model: nn.Module) -> tuple[str, ...]:
-    """Trainable factors without a gradient, where others have one."""
+    """Factors without a gradient, where others have one: also those that something froze after `attach`."""
     factors = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2].startswith("lora_") and parameter.requires_grad
+        name: parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2].startswith("lora_")
     }
     missing = tuple(name for name, parameter in factors.items() if parameter.grad is None)
     return missing if len(missing) < len(factors) else ()

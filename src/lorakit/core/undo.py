@@ -143,6 +143,7 @@ def unchanged_on_error(model: nn.Module, written: Iterable[Tensor] = ()) -> Iter
     written: tensors whose values are written on inside.
     """
     modules = [(module, type(module), _copied(module)) for module in model.modules()]
+    notes = [(undo, _copy_of(undo)) for module in model.modules() if (undo := note(module))]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     values = [(tensor, tensor.detach().clone()) for tensor in written]
     try:
@@ -152,6 +153,8 @@ def unchanged_on_error(model: nn.Module, written: Iterable[Tensor] = ()) -> Iter
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(attributes)
+        for undo, before in notes:  # the same objects: an open `disabled` knows them
+            undo.__dict__.update(before.__dict__)
         for parameter, flag in flags:
             parameter.requires_grad = flag
         with torch.no_grad():
@@ -165,9 +168,8 @@ def _copied(module: nn.Module) -> dict[str, Any]:
     attributes = dict(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         attributes[name] = attributes[name].copy()
-    undo = note(module)
-    if undo is not None:
-        attributes[_NOTE] = replace(
-            undo, requires_grad=dict(undo.requires_grad), trained=dict(undo.trained), tied=dict(undo.tied)
-        )
     return attributes
+
+
+def _copy_of(undo: Undo) -> Undo:
+    return replace(undo, requires_grad=dict(undo.requires_grad), trained=dict(undo.trained), tied=dict(undo.tied))

@@ -139,7 +139,7 @@ def read_config(folder: str | Path) -> PeftConfig:
     _check_type(values)
     for name, value in values.fields.items():
         rule = FIELDS.get(name)
-        if _says_nothing(value) or (rule is not None and (rule.verdict != "refused" or value in rule.neutral)):
+        if _says_nothing(name, value) or (rule is not None and (rule.verdict != "refused" or value in rule.neutral)):
             continue
         shown = _short(value)
         if rule is None:
@@ -301,8 +301,10 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def _says_nothing(value: Any) -> bool:
-    return value is None or value is False or value in ("", [], {})
+def _says_nothing(name: str, value: Any) -> bool:
+    if value == {}:
+        return not name.endswith("_config")  # which PEFT makes a configuration of, with its defaults
+    return value is None or value is False or value in ("", [])
 
 
 def _short(value: Any) -> str:
