@@ -3,8 +3,8 @@
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,25 +112,24 @@ def test_a_folder_is_locked_while_it_is_written(tmp_path: Path) -> None:
         pass
 
 
-def _hold_for_ever(path: Path, said: object) -> None:
-    with OutputFolder(path, CAKE).held():
-        said.set()  # type: ignore[attr-defined]
-        import time
-
-        time.sleep(100)
+HOLDING = """
+import sys, time
+from lorakit.formats.folder import Kind, OutputFolder
+with OutputFolder(sys.argv[1], Kind("bake", keystone="key", names=r"crumbs")).held():
+    print("held", flush=True)
+    time.sleep(100)
+"""
 
 
 def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    held = context.Event()
-    process = context.Process(target=_hold_for_ever, args=(tmp_path / "out", held))
-    process.start()
-    assert held.wait(60)
+    command = [sys.executable, "-c", HOLDING, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
     folder = OutputFolder(tmp_path / "out", CAKE)
     with pytest.raises(FileExistsError, match=f"process {process.pid} of lorakit"):
         folder.refuse_unusable()
     process.kill()
-    process.join()
+    process.communicate()
     folder.refuse_unusable()
     with folder.held():
         pass
