@@ -316,3 +316,32 @@ def test_factors_that_something_froze_are_named() -> None:
     model[1].requires_grad_(False)
     model(torch.randn(2, 4)).sum().backward()
     assert lorakit.diagnose(model).without_gradient == ("1.lora_A", "1.lora_B")
+
+
+class Doubled(nn.Linear):
+    """A class of its own, so the update stands beside its forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * nn.functional.linear(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_a_layer_of_another_class_is_read_as_the_sum_too(calls: bool) -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Doubled(4, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.layer(x) if calls else 0) + x @ self.layer.weight.T
+
+    torch.manual_seed(0)
+    model, x = Reader().double(), torch.randn(3, 4, dtype=torch.float64)
+    W = model.layer.weight.detach().clone()
+    lorakit.attach(model, "layer", rank=2)
+    nn.init.normal_(model.layer.lora_B)
+    layer = model.layer
+    delta = layer.scaling * layer.lora_B @ layer.lora_A
+    called = 2 * x @ W.T + x @ delta.T if calls else 0
+    torch.testing.assert_close(model(x), called + x @ (W + delta).T)
+    assert torch.equal(layer.weight, W)

@@ -100,6 +100,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
     scaling: float
     rslora: bool = False
     read_as_sum: bool = False  # whether a model that reads `weight` gets W + ΔW: `attach` sets it
+    inside: bool = False  # while a forward pass that is not lorakit's computes with the weight itself
     was_called: bool = False  # since `attach`, or since `forget`: the forward pass of the layer,
     was_read: bool = False  # the weight, by a model that computes with it,
     was_recorded: bool = False  # and either of them where gradients are recorded
@@ -130,7 +131,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
     @property
     def weight(self) -> Tensor:
         """The stored weight; for a model that computes with it instead of calling the layer, W + ΔW."""
-        if self.read_as_sum and self.active and model_is_running():
+        if self.read_as_sum and not self.inside and self.active and model_is_running():
             return self.read()
         return self.own_weight
 

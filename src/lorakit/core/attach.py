@@ -148,7 +148,8 @@ def adopt(target: Target, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
     change_class(module, cls)
     assert isinstance(module, AdaptedLayer)
     LoRALayer.__init__(module, 0, 0.0, dropout, merge_weights=False)
-    module.read_as_sum = not isinstance(module, Beside)  # whose base reads the weight itself
+    # A weight that is computed has no place where the sum could be.
+    module.read_as_sum = not isinstance(module, Beside) or "weight" in module._parameters
     if isinstance(module, Embedding):
         module.read_whole = target.read_whole
     if dropout > 0:

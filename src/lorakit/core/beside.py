@@ -32,12 +32,21 @@ class Beside(AdaptedLayer):
     """What comes before a kind's class: its forward pass, and when it can be merged."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = super(LoRALayer, self).forward(x, *args, **kwargs)  # of the class behind
+        y = self._base(x, *args, **kwargs)
         if not self.active:
             return self.guard(y)
         self.mark()
         dropout = self.acting_dropout
         return y + self._update(x if dropout is None else dropout(x)).to(y.dtype)
+
+    def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the class behind computes, with its own weight."""
+        object.__setattr__(self, "inside", True)
+        try:
+            y: Tensor = super(LoRALayer, self).forward(x, *args, **kwargs)
+        finally:
+            object.__setattr__(self, "inside", False)
+        return y
 
     def _update(self, x: Tensor) -> Tensor:
         """s · up(down(x))"""
@@ -78,7 +87,7 @@ class Beside(AdaptedLayer):
                 outputs = []
                 for own in (first, second, first + second, torch.zeros_like(weight)):
                     self._parameters["weight"] = nn.Parameter(own, requires_grad=False)
-                    outputs.append(super(LoRALayer, self).forward(x))
+                    outputs.append(self._base(x))
                 wanted = self._plain(x, first)
         except Exception as error:  # whatever a class of another's raises
             return f"{kind} could not be tried: {type(error).__name__}: {error}"
