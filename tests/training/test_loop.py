@@ -96,6 +96,20 @@ def test_resume_auto_starts_anew_goes_on_and_ends(config: TrainConfig, capsys: p
     assert tree(config.output_dir) == first
 
 
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(config: TrainConfig) -> None:
+    """What is to become longer has nothing to go on from; its adapter stays."""
+    train(config)
+    for path in Path(config.output_dir).glob("checkpoint-*"):
+        shutil.rmtree(path)
+    first = tree(config.output_dir)
+    longer = dataclasses.replace(config, resume="auto", epochs=2 * config.epochs)
+    with pytest.raises(FileNotFoundError, match=r"holds a finished run, and no whole checkpoint .*--overwrite"):
+        train(longer)
+    assert tree(config.output_dir) == first
+    train(dataclasses.replace(config, resume="auto"))  # nothing remains to be done
+    assert tree(config.output_dir) == first
+
+
 @pytest.mark.parametrize("lost", ["adapter", "adapter and last checkpoint", "a file of the last checkpoint"])
 def test_a_resumed_run_is_the_uninterrupted_one(lost: str, config: TrainConfig, capsys) -> None:
     train(config)

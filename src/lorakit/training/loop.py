@@ -54,6 +54,11 @@ def train(config: TrainConfig) -> Path:
     record = record_of(prepared)
     if is_main() and start.record is not None:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
+        if start.finished and start.checkpoint is None and start.record.get("steps") != record["steps"]:
+            raise FileNotFoundError(
+                f"--resume auto: {config.output_dir} holds a finished run, and no whole checkpoint to go on from to "
+                f"{record['steps']} steps. --overwrite starts a new run in its place."
+            )
     start = of_main(start)
     if start.finished and start.record is not None and start.record.get("steps") == record["steps"]:
         out = start.folder(OutputFolder(config.output_dir, TRAINING))
