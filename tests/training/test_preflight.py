@@ -1,5 +1,6 @@
 """What is known before a run is asked before it: nothing is loaded and no folder made for what cannot end well."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from lorakit.cli.main import main
 from lorakit.training import memory, preflight
 from lorakit.training.memory import memory_of
-from lorakit.training.preflight import check_file, check_output
+from lorakit.training.preflight import check_file, check_output, check_result
+from lorakit.training.report import Comparison
 
 
 @pytest.fixture
@@ -138,3 +140,26 @@ def test_commands_check_where_they_write_before_they_load(tmp_path: Path, data: 
         assert main(words) == 1
         err = capsys.readouterr().err
         assert f"{words[-2]} {inside}: " in err and "'m'" not in err, words
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"precious", b"[]", b"{}", b'{"peft_type": "LORA", "r": 4}', b'{"text": "a"}\n', b"\xff\x00", None],
+    ids=repr,
+)
+def test_eval_replaces_nothing_but_an_earlier_result(content: bytes | None, tmp_path: Path, data: Path, capsys) -> None:
+    """An adapter's configuration, the data itself, anything: only what `eval --json` wrote is written over."""
+    target = data if content is None else tmp_path / "target.json"
+    if content is not None:
+        target.write_bytes(content)
+    before = target.read_bytes()
+    assert main(["eval", "--model", "m", "--data", str(data), "--json", str(target)]) == 1
+    assert f"--json {target} " in capsys.readouterr().err
+    assert target.read_bytes() == before
+
+
+def test_an_earlier_result_may_be_replaced(tmp_path: Path) -> None:
+    result = Comparison(1, "test", {"exact match": (0.0, 1.0)}, ())
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(dataclasses.asdict(result)))
+    check_result(path, "--json")

@@ -41,14 +41,14 @@ def run(args: argparse.Namespace) -> None:
     from ..training.data import read
     from ..training.evaluate import compare
     from ..training.models import load_with_adapter
-    from ..training.preflight import check_file
+    from ..training.preflight import check_result
     from ..training.prepare import fields_of
     from ..training.report import comparison
     from ..training.style import Style, longest_text
     from ..training.task import task_of
 
     if args.json:
-        check_file(Path(args.json), "--json")
+        check_result(Path(args.json), "--json")
     base, adapter = base_and_adapter(args.model, args.adapter)
     task = task_of(base, adapter)
     data = read(args.data, fields=fields_of(args), holdout=0.0, model=task)

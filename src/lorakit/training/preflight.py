@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.reading import json_of
 from ..core.words import suggestion
 from . import report
 from .memory import memory_of
@@ -34,6 +36,24 @@ def check_file(path: Path, flag: str) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}.")
     check_output(path.parent, flag)
+
+
+def check_result(path: Path, flag: str) -> None:
+    """The same for the result of an evaluation, which replaces an earlier one and nothing else.
+
+    Raises FileExistsError for another file: it may be the data, or an adapter's.
+    """
+    check_file(path, flag)
+    if os.path.lexists(path) and not _is_result(path):
+        raise FileExistsError(f"{flag} {path} is there already, and is no earlier result. Name another file.")
+
+
+def _is_result(path: Path) -> bool:
+    required = {own.name for own in dataclasses.fields(report.Comparison) if own.default is dataclasses.MISSING}
+    try:
+        return json_of(path, dict).keys() >= required
+    except (OSError, ValueError):
+        return False
 
 
 def check_reporters(names: Sequence[str]) -> None:
