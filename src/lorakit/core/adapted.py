@@ -53,9 +53,8 @@ def _joined(first: Any, second: Any, name: str) -> Any:
         return _new_joined, (first, second, name), self.__dict__
 
     members = {"__module__": first.__module__, "__doc__": second.__doc__, "__reduce_ex__": reduce}
-    if isinstance(
-        getattr(second, "weight", None), property
-    ):  # which computes it (a parametrisation), so it comes first
+    # A property computes the weight (a parametrisation), so it comes before the first class's.
+    if isinstance(getattr(second, "weight", None), property):
         members["weight"] = second.weight
     return type(name, (first, second), members)
 

@@ -28,17 +28,21 @@ _WORDS = {dict: "an object {…}", list: "a list […]", str: "text", bool: "tru
 
 def text_of(path: Path) -> str:
     """The text of a file in UTF-8, with or without a byte-order mark."""
-    data = bytes_of(path)
-    for mark, name in _OTHER_ENCODINGS.items():
+    return decoded(bytes_of(path), str(path))
+
+
+def decoded(data: bytes, name: str) -> str:
+    """The same for bytes that are there already. name: of their file, for errors."""
+    for mark, encoding in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
-            raise ValueError(f"{path}:1: the file is {name}; save it as UTF-8.")
+            raise ValueError(f"{name}:1: the file is {encoding}; save it as UTF-8.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # The position counts from behind the mark.
         start = error.start + (len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0)
         line = data[:start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 (byte {start}); save the file as UTF-8.") from None
+        raise ValueError(f"{name}:{line}: not UTF-8 (byte {start}); save the file as UTF-8.") from None
 
 
 def bytes_of(path: Path) -> bytes:

@@ -9,12 +9,12 @@ An existing local path always wins over a hub id, and only a name that could be 
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core.reading import missing
 from .conversations import BadRow
 from .folders import no_split, passed_over, split_files
 from .holdout import hold_out, note_repeats
@@ -128,11 +128,7 @@ def _read_splits(data: str, hub: Hub, findings: Findings) -> dict[str, list[Row]
             splits["train"], splits["test"] = splits["test"] or splits["valid"], []
         return splits
     if _is_path(data):
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        raise FileNotFoundError(
-            f"{data}: no such file or folder." + (f" Did you mean {path.parent / near[0]}?" if near else "")
-        )
+        raise FileNotFoundError(missing(path))
     return read_hub(data, hub)
 
 

@@ -101,7 +101,6 @@ def _compare_texts(
 
 
 def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int) -> Comparison:
-    max_length = longest_row(max_length, loaded.model, loaded.tokenizer)
     with disabled(loaded.model):
         base = predict(loaded, data, examples, max_length, "base model")
     adapted = predict(loaded, data, examples, max_length, "adapter") if adapted_layers(loaded.model) else base

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.reading import bytes_of
+from ..core.reading import bytes_of, decoded
 from . import tables
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -140,10 +140,9 @@ def _bytes_of(path: Path) -> bytes:
 def _text_of(path: Path) -> str:
     data = _bytes_of(path)
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError([f"{path.name}:{line}: not UTF-8 (byte {error.start}); save the file as UTF-8."]) from None
+        return decoded(data, path.name)
+    except ValueError as error:
+        raise DataError([str(error)]) from None
 
 
 def _read_txt(name: str, text: str, findings: Findings) -> Iterator[Row]:

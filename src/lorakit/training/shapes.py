@@ -13,12 +13,12 @@ Shapes, in this order (messages_field and the like map other keys to these):
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.words import suggestion
 from .conversations import BadRow, Conversation, as_json, conversation, is_empty, is_missing, tools_of
 from .rows import Row, kind
 
@@ -96,8 +96,7 @@ def _renamed(values: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any
         keys = [part.strip() for part in key.split(",")] if role == "text" else [key]
         for name, key in zip(("text", "text_pair") if role == "text" else (role,), keys, strict=False):
             if key not in values:
-                near = difflib.get_close_matches(key, list(values), n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = suggestion(key, values)
                 raise BadRow(f"no key {key!r} (--{role}-field {fields[role]}); found {sorted(values)}.{hint}")
             renamed.pop(key, None)
             renamed[name] = values[key]

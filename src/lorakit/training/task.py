@@ -6,7 +6,6 @@ adapter the model's config.json decides. The rows that are scored never do: they
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..core.reading import json_of
 from ..core.words import suggestion
 from ..formats import peft
 from .adapter_folder import adapter_config, beside
+from .labels import number_of
 from .locating import locate, reading
 from .quiet import quietly
 from .rows import DataError
@@ -88,7 +88,7 @@ class Task:
 
     def _own(self, label: str | float | None) -> str | float | None:
         """The label in the model's words; None for one that it does not know."""
-        number = _number(label)
+        number = number_of(label)
         if not self.labels:
             return number
         text = str(label)
@@ -96,7 +96,7 @@ class Task:
             return text
         if text.lower() in ("true", "false"):  # JSON writes true, and a table True or TRUE
             return next((own for own in self.labels if own.lower() == text.lower()), None)
-        return None if number is None else next((own for own in self.labels if _number(own) == number), None)
+        return None if number is None else next((own for own in self.labels if number_of(own) == number), None)
 
     def _named_by(self, rows: Iterable[Example], notes: list[str]) -> Task:
         labels = {str(row.label) for row in rows}
@@ -236,10 +236,3 @@ def _config(base: str) -> Any:
 def _listed(names: tuple[str, ...]) -> str:
     more = f", … {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more
-
-
-def _number(label: str | float | None) -> float | None:
-    number = None
-    with contextlib.suppress(ValueError, OverflowError):
-        number = None if label is None else float(label)
-    return number if number is not None and abs(number) < float("inf") else None
