@@ -135,3 +135,16 @@ def test_a_child_called_module_is_no_wrapper() -> None:
     model = nn.ModuleDict({"module": nn.Linear(4, 4)})
     assert names.unwrapped(model) is model
     assert [name for name, _ in names.named_modules(model)] == ["", "module"]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_a_wrapped_model_is_diagnosed_and_detach_leaves_no_trace(wrap) -> None:
+    inner = plain()
+    inner.append(nn.BatchNorm1d(4, affine=False))
+    model = wrap(inner)
+    lorakit.attach(model, TARGETS, rank=2)
+    norm = names.unwrapped(model)[-1]
+    norm.running_mean += 1
+    assert [name.rpartition(".")[2] for name in lorakit.diagnose(model).moved] == ["running_mean"]
+    lorakit.detach(model)
+    assert [key for module in model.modules() for key in module.__dict__ if "lorakit" in key] == []

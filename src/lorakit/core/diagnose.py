@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .adapted import AdaptedLayer
 from .attach import adapted_layers, trained_whole
+from .names import unwrapped
 from .parameters import AdaptedParameter
 from .record import Record, is_statistic
 from .undo import replaced
@@ -96,7 +97,7 @@ def _without_gradient(model: nn.Module) -> tuple[str, ...]:
 
 
 def _moved(model: nn.Module, before: dict[str, Tensor]) -> tuple[str, ...]:
-    now = dict(model.named_buffers())
+    now = dict(unwrapped(model).named_buffers())
     return tuple(
         name
         for name, value in before.items()

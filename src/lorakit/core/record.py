@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .names import unwrapped
+
 _KEY = "_lorakit_record"
 _LARGEST = 1 << 16  # elements of a buffer that may be statistics; masks and tables are larger
 
@@ -23,11 +25,12 @@ class Record:
 
     @staticmethod
     def of(model: nn.Module) -> Record | None:
-        return model.__dict__.get(_KEY)
+        return unwrapped(model).__dict__.get(_KEY)
 
     @staticmethod
     def note(model: nn.Module) -> None:
         """Add to the record of `model` the statistics that are not in it."""
+        model = unwrapped(model)
         record = Record.of(model)
         if record is None:
             record = model.__dict__[_KEY] = Record()
@@ -37,7 +40,7 @@ class Record:
 
     @staticmethod
     def drop(model: nn.Module) -> None:
-        model.__dict__.pop(_KEY, None)
+        unwrapped(model).__dict__.pop(_KEY, None)
 
 
 def is_statistic(buffer: Tensor) -> bool:
