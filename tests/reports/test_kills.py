@@ -17,7 +17,7 @@ def test_kill_9_while_files_are_written(which: str, tiny_lm: Path, tmp_path: Pat
     for name, answer in (("old", "on"), ("new", "off")):
         rows = [{"prompt": f"turn {i}", "completion": f"{answer} {i % 3}"} for i in range(8)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, str(Path(__file__).with_name("kills.py")), str(tmp_path), which, "4"]
+    command = [sys.executable, str(Path(__file__).with_name("kills.py")), str(tmp_path), which, "6"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("6 of ")
