@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lorakit.cli.main import VERBS, _parser, main
+from lorakit.core.paths import expanded
 from lorakit.study.comparison.config import CompareConfig
 from lorakit.training.config import TrainConfig
 from lorakit.training.settings import UsageError
@@ -25,7 +26,7 @@ def numeric(verb: str) -> list[str]:
     return [
         action.option_strings[0]
         for action in _parser(verb)._actions
-        if action.option_strings and (action.metavar in ("N", "X") or action.type is not None)
+        if action.option_strings and (action.metavar in ("N", "X") or action.type not in (None, expanded))
     ]
 
 

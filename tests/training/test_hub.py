@@ -29,6 +29,25 @@ GLUE = {
 TEXT = {"text": "sentence"}
 
 
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names that the hub was asked for in this process; it has the data sets of every owner but `nobody`."""
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    names = []
+
+    def dataset_info(api: Any, name: str, **_: Any) -> None:
+        names.append(name)
+        if name.startswith("nobody") or name == "d.j":
+            response = httpx2.Response(404, request=httpx2.Request("GET", "https://huggingface.co"))
+            raise RepositoryNotFoundError("404 Client Error.\nmany lines", response=response)
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    return names
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """What load_dataset was called with; it answers with GLUE's tables."""
@@ -160,7 +179,7 @@ class HubStandIn(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path, _, _ = unquote(self.path).partition("?")
         commit = "a" * 40  # the revision is resolved once, and may then be called by its commit
-        if path == f"/api/datasets/owner/name/revision/{CONVERTED}":
+        if path in ("/api/datasets/owner/name", f"/api/datasets/owner/name/revision/{CONVERTED}"):
             self.answer(json.dumps({"id": "owner/name", "sha": commit}).encode())
         elif path in (f"/api/datasets/owner/name/tree/{revision}" for revision in (CONVERTED, commit)):
             folders = {str(folder) for file in self.files for folder in Path(file).parents} - {"."}
@@ -233,3 +252,79 @@ def test_records_become_lines_and_references_right_answers(copies: Path) -> None
     assert pairs(read("o/webnlg", fields=fields, holdout=0, hub=Hub("en", CONVERTED))) == [
         ("Aarhus : leader : Jacob | Aarhus : area : 91", "Jacob leads.")
     ]
+
+
+# --- names that are no data set --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sets" / "reviews").mkdir(parents=True)
+    (tmp_path / "sets" / "reviews" / "train.jsonl").touch()
+    (tmp_path / "d.jsonl").touch()
+    (tmp_path / "reviews").mkdir()
+    (tmp_path / "reviews" / "train.csv").touch()
+    (tmp_path / "notes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("d.json", "no data set at d.json: no such file or folder. Did you mean 'd.jsonl'?"),
+        ("./nothing", "no data set at nothing: no such file or folder"),
+        ("~/surely/not/here", "surely/not/here: no such file or folder"),
+        ("sets/review", "no data set at sets/review: no such file or folder. Did you mean 'reviews'?"),
+        ("set/reviews", "no data set at set/reviews. Did you mean 'sets/reviews'?"),
+        ("a/b/c", "no data set at a/b/c: no such file or folder"),
+        ("review", "no data set at review. Did you mean 'reviews'? For the hub's data set of that name: https://huggingface.co/datasets/review"),
+        ("two words", "no such file or folder"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_path_never_asks_the_hub(name: str, message: str, here: None, known: list[str], asked) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        read(name)
+    assert message in str(error.value)
+    assert (known, asked) == ([], [])
+
+
+def test_what_the_hub_lacks_is_said_without_fetching(here: None, known: list[str], asked: list[Any]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^no file or folder 'd.j' here, and the hub has no such data set\. Did you mean 'd.jsonl'"):  # fmt: skip  # noqa: E501
+        read("d.j")
+    with pytest.raises(FileNotFoundError, match="^no file or folder 'nobody/nothing' here, and the hub has no such"):
+        read("nobody/nothing")
+    assert (known, asked) == (["d.j", "nobody/nothing"], [])
+
+
+@pytest.mark.parametrize("folder", ["nobody___glue", "datasets--nobody--glue"])
+def test_an_earlier_copy_is_read_without_asking(
+    folder: str, here: None, tmp_path: Path, known: list[str], asked: list[Any]
+) -> None:
+    (tmp_path / "cache" / folder).mkdir(parents=True)
+    with pytest.raises(DataError, match="the label '-1' does not occur in train"):
+        read("nobody/glue", fields=TEXT)
+    assert known == [] and len(asked) == 1
+
+
+def test_an_address_is_the_hubs_whatever_lies_here(here: None, known: list[str], asked: list[Any]) -> None:
+    with pytest.raises(DataError, match="does not occur in train"):
+        read("https://huggingface.co/datasets/reviews", fields=TEXT)
+    assert known == ["reviews"] and asked[0][0] == ("reviews", None)
+    with pytest.raises(DataError, match="does not occur in train"):
+        read("https://huggingface.co/datasets/owner/name/tree/main", fields=TEXT)
+    assert known[1:] == ["owner/name"]
+
+
+def test_without_a_network_the_error_comes_soon(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    program = "from lorakit.training.data import read; import time; began = time.perf_counter()\n"
+    program += "try: read('owner/nothing')\n"
+    program += "except FileNotFoundError as error: print(error, time.perf_counter() - began < 20)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**environment, "PYTHONPATH": SOURCE}, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("no file or folder 'owner/nothing' here, and the hub is not reached (")
+    assert done.stdout.endswith("True\n")

@@ -123,6 +123,10 @@ def test_where_nothing_can_be_written_is_told_with_its_flag(tmp_path: Path, monk
         check_file(tmp_path / "none" / "a.json", "--json")
     with pytest.raises(IsADirectoryError, match=r"^--json .* is a folder; name a file in it\.$"):
         check_file(tmp_path, "--json")
+    (tmp_path / "link").symlink_to("gone")
+    for path in (tmp_path / "link", tmp_path / "link" / "inside"):
+        with pytest.raises(FileNotFoundError, match=r"^--output-dir .*: the link .*link leads to gone, which is not"):
+            check_output(path)
     monkeypatch.setattr(preflight.os, "access", lambda path, mode: False)  # root may write everywhere
     with pytest.raises(PermissionError, match=r"^--output-dir .*new: .* may not be written to\.$"):
         check_output(tmp_path / "new")

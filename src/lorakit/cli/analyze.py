@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import argparse
 
+from ..core.paths import expanded
+
 HELP = "measure what an adapter did to the weights, and how alike two adapters are"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", help="an adapter's folder (PEFT's format)")
-    parser.add_argument("other", nargs="?", help="a second one, of any rank or seed, to compare the directions with")
+    parser.add_argument("adapter", type=expanded, help="an adapter's folder (PEFT's format)")
+    parser.add_argument(
+        "other",
+        nargs="?",
+        type=expanded,
+        help="a second one, of any rank or seed, to compare the directions with",
+    )
     parser.add_argument(
         "--model",
         "--model-name-or-path",
+        type=expanded,
         help="the base model: folder, .gguf or hub id (default: the one the adapter names, if it is on this machine)",
     )
     parser.add_argument(
         "--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"], help="to hold the model in"
     )
-    parser.add_argument("--output-dir", "-o", help="folder for analysis.json and analysis.html")
+    parser.add_argument("--output-dir", "-o", type=expanded, help="folder for analysis.json and analysis.html")
     parser.add_argument("--modules", action="store_true", help="a line for every module")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of the tables")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..core.paths import expanded
+
 HELP = "compare LoRA with full fine-tuning, adapters, prefixes and others on your data"
 
 
@@ -11,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..study.comparison.config import CompareConfig
     from ..training.settings import add_arguments
 
-    parser.add_argument("file", nargs="?", help="YAML file with settings, as --config")
+    parser.add_argument("file", nargs="?", type=expanded, help="YAML file with settings, as --config")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of the tables")
     add_arguments(CompareConfig, parser)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..core.paths import expanded
 from ..training.settings import number
 from .generate import add_model_arguments, add_style_arguments
 
@@ -13,7 +14,9 @@ HELP = "score a model or an adapter on a data file"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_style_arguments(parser)
-    parser.add_argument("--data", "--dataset-name", required=True, help="file, folder (its test split) or hub id")
+    parser.add_argument(
+        "--data", "--dataset-name", required=True, type=expanded, help="file, folder (its test split) or hub id"
+    )
     parser.add_argument("--max-samples", type=number(int, at_least=1), help="score only the first rows")
     parser.add_argument(
         "--max-seq-length",
@@ -26,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="longest answer (default: 16 over the longest expected one)",
     )
     parser.add_argument("--show", type=number(int, at_least=0), default=3, help="answers to print side by side")
-    parser.add_argument("--json", metavar="FILE", help="write the metrics and every answer to a file")
+    parser.add_argument("--json", metavar="FILE", type=expanded, help="write the metrics and every answer to a file")
     for role in ("prompt", "completion", "text", "label", "messages"):
         parser.add_argument(f"--{role}-field", help=f"the file's key that holds the {role}")
 

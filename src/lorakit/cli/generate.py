@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from ..core.paths import expanded
 from ..training.settings import UsageError, number
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto: bfl
         "--model",
         "--model-name-or-path",
         required=True,
+        type=expanded,
         help="an adapter's folder, or a base model (folder, .gguf, hub id)",
     )
-    parser.add_argument("--adapter", help="an adapter's folder to put into --model")
+    parser.add_argument("--adapter", type=expanded, help="an adapter's folder to put into --model")
     parser.add_argument(
         "--dtype",
         default="auto",

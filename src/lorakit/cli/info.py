@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from ..core.paths import expanded
+
 HELP = "show what an adapter holds"
 EXTRA = ""  # needs no more than the library
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("adapter", help="an adapter's folder (PEFT's format)")
+    parser.add_argument("adapter", type=expanded, help="an adapter's folder (PEFT's format)")
     parser.add_argument("--modules", action="store_true", help="list every module")
 
 
@@ -46,7 +48,7 @@ def _use(folder: str, base: str | None) -> str:
 
     from ..training.task import task_of
 
-    here = base if base and Path(base).expanduser().exists() else None
+    here = base if base and Path(expanded(base)).exists() else None
     try:
         return str(task_of(here, folder))
     except (ImportError, OSError, ValueError) as problem:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..core.paths import expanded
+
 HELP = "write a commented configuration file"
 EXTRA = ""  # needs no more than the library
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", nargs="?", help="where to write it; - prints it (default: lora.yaml, or compare.yaml)")
+    parser.add_argument(
+        "file", nargs="?", type=expanded, help="where to write it; - prints it (default: lora.yaml, or compare.yaml)"
+    )
     parser.add_argument("--compare", action="store_true", help="settings of lorakit compare instead of lorakit train")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
 

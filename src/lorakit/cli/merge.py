@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..core.paths import expanded
 from ..training.settings import number
 from .generate import add_model_arguments
 
@@ -13,7 +14,11 @@ HELP = "fold an adapter into its base model and write a plain transformers folde
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser, dtype="auto: the base model's own")
     parser.add_argument(
-        "--output-dir", "-o", required=True, help="folder to write: new, empty, or with --overwrite a merged model's"
+        "--output-dir",
+        "-o",
+        required=True,
+        type=expanded,
+        help="folder to write: new, empty, or with --overwrite a merged model's",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the merged model in --output-dir")
     parser.add_argument(

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..core.paths import expanded
 from ..core.reading import json_of, missing
 from ..formats import peft
 from .locating import locate
@@ -63,14 +64,14 @@ def beside(adapter: str | Path | None, name: str) -> Path | None:
     """The file of this name that belongs to an adapter: in its folder or, for a checkpoint, in its run's folder."""
     if adapter is None:
         return None
-    folder = Path(adapter).expanduser()
+    folder = Path(expanded(adapter))
     parents = [folder.resolve().parent] if folder.resolve().name.startswith("checkpoint-") else []
     return next((path for own in (folder, *parents) if (path := own / name).is_file()), None)
 
 
 def _refuse_no_model(name: str) -> None:
     """Raise FileNotFoundError for a name that leads to no model; of an interrupted run's folder say what to do."""
-    path = Path(name).expanduser()
+    path = Path(expanded(name))
     if path.is_dir() and not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
         reason = f"{name} is no model folder: it has no config.json and no .gguf file."
         if (path / "tokenizer_config.json").is_file():  # else `locate` says more
@@ -81,7 +82,7 @@ def _refuse_no_model(name: str) -> None:
 
 
 def _no_adapter(folder: str) -> str:
-    path = Path(folder).expanduser()
+    path = Path(expanded(folder))
     if not path.is_dir():
         return f"--adapter {missing(path)}"
     return _unfinished(path) or f"{folder} is no adapter folder: it has no {peft.CONFIG}."

@@ -22,15 +22,21 @@ class TrainConfig:
         group=_DATA,
         example="path/to/model",
         aliases=("model-name-or-path",),
+        path=True,
     )
     data: str = setting(
         help="jsonl, json, csv, parquet or txt file; a folder with train|valid|test files; or a hub id",
         group=_DATA,
         example="data.jsonl",
         aliases=("dataset-name",),
+        path=True,
     )
     output_dir: str = setting(
-        help="folder for the adapter and everything about it", group=_OUTPUT, example="out", aliases=("o",)
+        help="folder for the adapter and everything about it",
+        group=_OUTPUT,
+        example="out",
+        aliases=("o",),
+        path=True,
     )
     task: Literal["auto", "causal-lm", "classification", "regression"] = setting(
         "auto", help="what to train; auto: told by the data", group=_DATA
@@ -116,7 +122,7 @@ class TrainConfig:
         None, help="tensorboard, wandb, … as transformers names them", group=_OUTPUT
     )
     resume: str | None = setting(
-        None, help="a checkpoint to go on from, or auto for the newest whole one, if any", group=_OUTPUT
+        None, help="a checkpoint to go on from, or auto for the newest whole one, if any", group=_OUTPUT, path=True
     )
     overwrite: bool = setting(False, help="replace the run in --output-dir, once the new one is whole", group=_OUTPUT)
     dry_run: bool = setting(False, help="check and plan, then stop", group=_OUTPUT)

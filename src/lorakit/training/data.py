@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.reading import missing
+from ..core.paths import expanded
+from .at_hub import Kind, id_at_hub
 from .conversations import BadRow
 from .folders import no_split, passed_over, split_files
 from .holdout import hold_out, note_repeats
-from .hub import Hub, read_hub
+from .hub import Hub, is_cached, read_hub
 from .labels import with_labels
 from .rows import DataError, Findings, Row, read_file, suffixes
 from .shapes import Example as Example
@@ -114,7 +115,7 @@ def _examples(
 
 def _read_splits(data: str, hub: Hub, findings: Findings) -> dict[str, list[Row]]:
     """Raw rows by split."""
-    path = Path(data).expanduser()
+    path = Path(expanded(data))
     if path.is_file():
         return {"train": read_file(path, findings), "valid": [], "test": []}
     if path.is_dir():
@@ -127,12 +128,22 @@ def _read_splits(data: str, hub: Hub, findings: Findings) -> dict[str, list[Row]
         if not found["train"]:  # a folder to evaluate on
             splits["train"], splits["test"] = splits["test"] or splits["valid"], []
         return splits
-    if _is_path(data):
-        raise FileNotFoundError(missing(path))
-    return read_hub(data, hub)
+    return read_hub(id_at_hub(expanded(data), _DATA_SET), hub)
 
 
-def _is_path(data: str) -> bool:
-    if data.startswith((".", "~", "/")) or data.count("/") > 1 or "\\" in data:
-        return True
-    return suffixes(Path(data))[0] is not None
+def _is_data(path: Path) -> bool:
+    try:
+        return any(split_files(path).values()) if path.is_dir() else suffixes(path)[0] is not None
+    except (OSError, ValueError):  # a folder that may not be looked into, or that holds a split twice
+        return path.is_dir()
+
+
+_DATA_SET = Kind(
+    word="data set",
+    place="file or folder",
+    address="datasets/",
+    is_one=_is_data,
+    is_file=lambda path: suffixes(path)[0] is not None,
+    is_cached=is_cached,
+    ask=lambda hub, name, seconds: hub.dataset_info(name, timeout=seconds),
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .folders import SPLIT_NAMES
 from .rows import Row, of_columns
@@ -40,6 +41,15 @@ def read_hub(name: str, hub: Hub) -> dict[str, list[Row]]:
     for split, own in chosen.items():
         splits[split] = [Row(f"{name}/{own} row {i + 1}", of_columns(row)) for i, row in enumerate(loaded[own])]
     return splits
+
+
+def is_cached(name: str) -> bool:
+    """Whether an earlier copy of a data set lies here, as `datasets` made it or as the hub's client fetched it."""
+    from datasets.config import HF_DATASETS_CACHE
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    made, fetched = name.replace("/", "___"), f"datasets--{name.replace('/', '--')}"
+    return (Path(HF_DATASETS_CACHE) / made).is_dir() or (Path(HF_HUB_CACHE) / fetched).is_dir()
 
 
 def _chosen_splits(name: str, hub: Hub, there: Collection[str]) -> dict[str, str]:

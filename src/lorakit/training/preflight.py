@@ -22,6 +22,9 @@ def check_output(path: Path, flag: str = "--output-dir") -> None:
     """Raise OSError if no folder can be made or written at `path`."""
     if path.is_file():
         raise FileExistsError(f"{flag} {path} is a file.")
+    for own in (path, *path.parents):
+        if own.is_symlink() and not own.exists():
+            raise FileNotFoundError(f"{flag} {path}: the link {own} leads to {own.readlink()}, which is not there.")
     there = next(own for own in (path, *path.absolute().parents) if own.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"{flag} {path}: {there} is a file, not a folder.")

@@ -17,6 +17,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from ..core.paths import expanded
 from ..core.words import suggestion
 from .values import converted, describe
 from .yaml_files import Yaml, line_of, plain, root_of
@@ -44,12 +45,14 @@ def setting(
     factory: Callable[[], Any] | None = None,
     parse: Parse | None = None,
     file_only: bool = False,
+    path: bool = False,
     **limits: Any,
 ) -> Any:
     """A field. Limits of a number: above, at_least, below, at_most. aliases: other names that people type from habit.
 
     The limits hold for flags, files and Python alike, and no number may be infinite or nan. factory: makes the default.
     parse: reads a value that has parts of its own, from a flag or a file. file_only: the setting has no flag.
+    path: ~ in it is the home folder.
     """
     metadata = {
         "help": help,
@@ -59,6 +62,7 @@ def setting(
         "limits": limits,
         "parse": parse,
         "file_only": file_only,
+        "path": path,
     }
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
@@ -69,7 +73,7 @@ def setting(
 
 def add_arguments(config: type, parser: argparse.ArgumentParser) -> None:
     """A flag for each setting of the dataclass, in groups, and -c/--config."""
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file with settings; flags beat it")
+    parser.add_argument("-c", "--config", metavar="FILE", type=expanded, help="YAML file with settings; flags beat it")
     groups: dict[str, Any] = {}
     for name, own in _settings(config).items():
         if own.meta["file_only"]:
@@ -107,6 +111,8 @@ def check(config: Any) -> None:
     for name, own in _settings(type(config)).items():
         if own.meta["parse"] is None:
             value = converted(getattr(config, name), own.type, own.meta["limits"], name, problems)
+            if own.meta["path"] and value is not None:
+                value = expanded(value)
             object.__setattr__(config, name, value)
     if problems:
         raise UsageError("\n".join(problems))

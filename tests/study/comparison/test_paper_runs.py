@@ -183,6 +183,7 @@ def _hub(copies: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
         datasets, "load_dataset", lambda name, *a, **s: (real if name == "parquet" else glue)(name, *a, **s)
     )
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(copies / "cache"))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)  # it has them all
     monkeypatch.setattr(hub, "_CONVERTED_FOLDER", f"{copies}/{{name}}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from ...core.adapter import Adapter
+from ...core.paths import expanded
 from ...formats import peft, read_for
 from ...formats.folder import Kind
 from ...training.models import load_with_adapter
@@ -71,7 +72,7 @@ def local_base(name: str | None) -> str | None:
     """
     if not name:
         return None
-    if Path(name).expanduser().exists():
+    if Path(expanded(name)).exists():
         return name
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

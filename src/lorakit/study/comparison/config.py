@@ -124,12 +124,14 @@ class CompareConfig:
         group=_MODEL,
         example="path/to/model",
         aliases=("model-name-or-path",),
+        path=True,
     )
     output_dir: str = setting(
         help="folder for the runs, the tables and the page; finished runs in it are not made again",
         group=_MODEL,
         example="out",
         aliases=("o",),
+        path=True,
     )
     tasks: dict[str, dict[str, Any]] = setting(
         help="several tasks: names, each with the settings that differ",
@@ -161,6 +163,7 @@ class CompareConfig:
         help="jsonl, json, csv, parquet or txt file; a folder with train|valid|test files; or a hub id",
         group=_DATA,
         aliases=("dataset-name",),
+        path=True,
     )
     subset: str | None = setting(None, help="configuration of a hub data set", group=_DATA)
     revision: str | None = setting(None, help="revision of a hub data set", group=_DATA)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...core.attach import adapted_layers, merge
+from ...core.paths import expanded
 from ...training.data import Data, Example, read
 from ...training.evaluate import predict
 from ...training.folders import no_split, split_files
@@ -108,7 +109,7 @@ def task_of(task: TaskConfig, model: str) -> Sequences | Answers:
     """Read and check the data of a task. Loads the model's tokenizer, no weights. Raises what `read` raises."""
     settings = task.data
     assert settings.data is not None
-    folder = Path(settings.data).expanduser()
+    folder = Path(expanded(settings.data))
     if folder.is_dir() and not split_files(folder)["train"]:
         # `read` takes such a folder as one to evaluate on, and calls its test rows train.
         raise no_split(folder, "train")

@@ -1,0 +1,14 @@
+"""Paths as people write them. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def expanded(path: str | Path) -> str:
+    """`path` with ~ as the home folder. A shell does this only for words that begin with it and stand in no quotes.
+
+    Text, since a Path would drop what tells a path from a hub id: the dot of ./name, the slash of name/.
+    """
+    return os.path.expanduser(path)

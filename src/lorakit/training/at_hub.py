@@ -1,0 +1,112 @@
+"""Names for which nothing lies here: whether the hub has a model or a data set of that name.
+
+The hub is asked once and waited for a few seconds. The libraries that fetch ask for each file in turn, and again for
+each that fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.reading import missing
+from ..core.words import suggestion
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_HUB = "https://huggingface.co/"
+_SECONDS = 10  # to wait for the hub's answer
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What may be meant by a name, here or at the hub."""
+
+    word: str  # in errors
+    place: str  # what holds one here
+    address: str  # of the hub's, between its host and the id
+    is_one: Callable[[Path], bool]  # of a path that exists
+    is_file: Callable[[Path], bool]  # of a name: whether only a file is called so
+    is_cached: Callable[[str], bool]  # of an id: whether an earlier copy lies here
+    ask: Callable[[HfApi, str, float], object]  # the hub, for an id, within seconds
+
+
+def id_at_hub(name: str, kind: Kind) -> str:
+    """The id that the hub has `name` under. There is nothing at the path `name`.
+
+    Raises FileNotFoundError for what can be no id, with what was perhaps meant; for what the hub lacks; and if it does
+    not answer.
+    """
+    if name.startswith(_HUB):  # as a browser shows it: surely the hub's, whatever lies here
+        name = "/".join(name.removeprefix(_HUB + kind.address).split("/")[:2])
+        _ask(name, kind, "")
+        return name
+    path = Path(name)
+    if _is_path(name, path, kind):
+        raise FileNotFoundError(f"no {kind.word} at {missing(path)}")
+    if not kind.is_cached(name):
+        if near := _near(path, kind):
+            raise FileNotFoundError(
+                f"no {kind.word} at {name}.{near} For the hub's {kind.word} of that name: {_HUB}{kind.address}{name}"
+            )
+        _ask(name, kind, suggestion(path.name, [entry.name for entry in _entries(path.parent)]))
+    return name
+
+
+def _is_path(name: str, path: Path, kind: Kind) -> bool:
+    """Whether a name that does not exist can be no hub id, or is plainly not meant as one."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # named in no __all__
+
+    if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or "\\" in name:
+        return True
+    if kind.is_file(path) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
+        return True
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return False
+
+
+def _near(path: Path, kind: Kind) -> str:
+    """Did you mean …?, where one of nearly that name lies here."""
+    parents = [path.parent]
+    if not path.parent.is_dir():
+        parents = [own for own in _entries(Path()) if own.is_dir() and suggestion(path.parent.name, [own.name])]
+    found = [str(entry) for parent in parents for entry in _entries(parent) if kind.is_one(entry)]
+    return suggestion(str(path), found, cutoff=0.8)
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
+
+
+def _ask(name: str, kind: Kind, hint: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    nothing = f"no {kind.place} {name!r} here"
+    try:
+        kind.ask(HfApi(), name, _SECONDS)
+    except GatedRepoError:
+        raise FileNotFoundError(
+            f"{name}: the hub asks for a login and for consent to its terms: {_HUB}{kind.address}{name}"
+        ) from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{nothing}, and the hub has no such {kind.word}.{hint}") from None
+    except HfHubHTTPError as error:
+        raise FileNotFoundError(f"{nothing}, and the hub answers: {_first_line(error)}{hint}") from None
+    except Exception as error:  # each HTTP library has its own for a network that is not there
+        why = _first_line(error) or type(error).__name__
+        raise FileNotFoundError(f"{nothing}, and the hub is not reached ({why}).{hint}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:200]
