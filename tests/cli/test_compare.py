@@ -1,6 +1,7 @@
 """`lorakit compare` as a person runs it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from lorakit.cli.main import main
 from lorakit.study.comparison import run as module
+from lorakit.training import preflight
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -63,6 +65,30 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(
     ):
         assert line in ran.out.splitlines()
     assert [path.name for path in tmp_path.iterdir()] == [data.name]
+
+
+def test_a_method_that_memory_does_not_hold_is_told_before_anything_is_made(
+    tiny_encoder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=2)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    least = 4 * weights + buffers  # float32: itself, its gradient and AdamW's two moments
+    monkeypatch.setattr(module, "fit", never)
+    command = words(tiny_encoder, data, tmp_path / "out", "--methods", "bitfit,full")
+    monkeypatch.setattr(preflight, "memory_of", lambda device: least - 1)
+    for more in ([], ["--json"], ["--dry-run"]):
+        ran = Ran(capsys, *command, *more)
+        assert ran.code == 1 and ran.err.count("\n") == 1
+        assert re.match(
+            r"error: full on \w+ needs at least .* of memory, and this machine has .*--ignore-memory", ran.err
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [data.name]
+    assert Ran(capsys, *command, "--dry-run", "--ignore-memory").code == 0
+    monkeypatch.setattr(preflight, "memory_of", lambda device: least)
+    assert Ran(capsys, *command, "--dry-run").code == 0
 
 
 def test_a_whole_comparison_and_the_same_again(
@@ -173,7 +199,10 @@ def test_failures_are_one_line_and_exit_1(
     out = tmp_path / "out"
     for command, message in [
         (words(tiny_encoder, data, taken), f"error: --output-dir {taken} is a file."),
-        (words(tiny_encoder, tmp_path / "lihgts.jsonl", out), f"error: {tmp_path}/lihgts.jsonl: no such file or fol"),
+        (
+            words(tiny_encoder, tmp_path / "lihgts.jsonl", out),
+            f"error: no data set at {tmp_path}/lihgts.jsonl: no such",
+        ),
         (words(tmp_path / "no-model", data, out), f"error: no model at {tmp_path}/no-model: no such file or folder."),
         (words(tiny_encoder, bad, out), "error: bad.jsonl:2: "),
         (words(tiny_encoder, data, out, "--metrics", "blue"), "error: unknown metric 'blue'. Did you mean 'bleu'?"),

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from ..formats.folder import OutputFolder
     from ..study.comparison import table
     from ..study.comparison.files import COMPARISON, record_of, refuse_other, write
-    from ..study.comparison.plan import plan_block, plans_of
+    from ..study.comparison.plan import plan_block, plans_of, refuse_too_large
     from ..study.comparison.run import compare
     from ..training.loop import quiet_libraries
     from ..training.preflight import check_output
@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
     refuse_other(out, record)
     if not args.json or config.dry_run:
         print(plan_block(config, plans), flush=True)
+    if not config.so_far:
+        refuse_too_large(config, plans)
     if config.dry_run:
         return
     with out.held():

@@ -80,19 +80,24 @@ def check_reporters(names: Sequence[str]) -> None:
 def refuse_too_large(prepared: Prepared) -> None:
     """Raise ValueError if the plan exceeds all the memory that the machine has, unless the run is to ignore it."""
     config, peak = prepared.config, prepared.plan.peak_bytes
-    device = best_device()
-    there = memory_of(device)
-    # The processes on a machine share its memory; each has a GPU of its own.
-    needed = (
-        0 if peak is None else peak * (1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    )
-    if config.ignore_memory or not there or needed <= there:
+    if config.ignore_memory or peak is None:
         return
+    # The processes on a machine share its memory; each has a GPU of its own.
+    sharing = 1 if best_device().type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     ways = [f"--batch-size below {config.batch_size}"] if config.batch_size > 1 else []
     ways += [f"--max-seq-length below {config.max_seq_length}", f"--rank below {config.rank}"]
     ways += [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
-    ways += ["a smaller model"]
-    raise ValueError(
-        f"the plan needs about {report.size(needed)} of memory, and this machine has {report.size(there)}. "
-        f"Less is needed with {', '.join(ways[:-1])} or {ways[-1]}; --ignore-memory begins all the same."
-    )
+    refuse_more_than_there_is(peak * sharing, "the plan needs about", [*ways, "a smaller model"])
+
+
+def refuse_more_than_there_is(needed: int, what: str, ways: Sequence[str]) -> None:
+    """Raise ValueError if so many bytes are more than all the memory that the machine has.
+
+    what: the error's beginning. ways: two or more of needing less.
+    """
+    there = memory_of(best_device())
+    if there and needed > there:
+        raise ValueError(
+            f"{what} {report.size(needed)} of memory, and this machine has {report.size(there)}. "
+            f"Less is needed with {', '.join(ways[:-1])} or {ways[-1]}; --ignore-memory begins all the same."
+        )

@@ -157,6 +157,7 @@ class CompareConfig:
     )
     so_far: bool = setting(False, help="tables of the runs that are finished, without making others", group=_SEARCH)
     dry_run: bool = setting(False, help="say what would be run, then stop", group=_SEARCH)
+    ignore_memory: bool = setting(False, help="begin though a method needs more memory than there is", group=_SEARCH)
 
     data: str | None = setting(
         None,

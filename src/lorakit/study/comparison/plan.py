@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...training.preflight import refuse_more_than_there_is
 from ...training.report import heading
 from ..methods.baselines import Applied, Method, PrefixEmbedding, PrefixLayer
 from ..methods.naming import name_of
@@ -24,6 +27,39 @@ class Plan:
     task: Task
     methods: Sequence[MethodConfig]
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        """Of each method by its name. No weight is loaded."""
+        found = {}
+        for method in self.methods:
+            with FakeTensorMode():
+                model = self.task.blueprint()
+                try:
+                    applied = apply(method.method, model, self.task)
+                except ValueError as error:
+                    found[name_of(method.method)] = Cost(left_out=str(error))
+                    continue
+                held = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
+                trained = sum(parameter.nbytes for parameter in applied.parameters())
+                # A gradient and AdamW's two moments.
+                cost = Cost(applied.parameter_count, applied.head_count, least_bytes=held + 3 * trained)
+                found[name_of(method.method)] = cost
+        return found
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method trains on a task and what memory it cannot do without, or why it is left out."""
+
+    parameters: int = 0
+    head: int = 0
+    least_bytes: int = 0  # weights, gradients and the optimizer's moments; what the rows take comes on top
+    left_out: str = ""
+
+    def __str__(self) -> str:
+        head = f" and {self.head:,} of the head" if self.head else ""
+        return f"left out: {self.left_out}" if self.left_out else f"{self.parameters:>12,} parameters{head}"
 
 
 def plans_of(config: CompareConfig) -> list[Plan]:
@@ -62,37 +98,31 @@ def most_runs_of(plans: Sequence[Plan], seeds: int, trials: int) -> int:
     return sum(most_runs(method, seeds, trials) for plan in plans for method in plan.methods)
 
 
+def refuse_too_large(config: CompareConfig, plans: Sequence[Plan]) -> None:
+    """Raise ValueError for a method that the machine's memory does not hold, unless that is to be ignored."""
+    if config.ignore_memory:
+        return
+    for plan in plans:
+        for name, cost in plan.costs.items():
+            what = f"{name} on {plan.task.name} needs at least"
+            refuse_more_than_there_is(cost.least_bytes, what, ["other --methods", "a smaller model"])
+
+
 def plan_block(config: CompareConfig, plans: Sequence[Plan]) -> str:
     """What will be run, before it is: rows and steps of each task, methods with their trained parameters."""
     lines = [heading("model").lstrip("\n"), config.model]
     for plan in plans:
-        task, counted = plan.task, _counted(plan)
+        task, costs = plan.task, plan.costs
         rows = ", ".join(f"{name} {count:,}" for name, count in task.rows.items())
         steps = sorted({steps_of(task, method.training) for method in plan.methods})
         lines.append(heading(f"task {task.name}"))
         lines.append(f"{task.source}: {task.kind}; rows: {rows}; {' or '.join(map(str, steps))} steps a run")
         lines.append(f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows")
-        width = max(map(len, counted))
-        lines += [f"  {name:<{width}}  {said}" for name, said in counted.items()]
+        width = max(map(len, costs))
+        lines += [f"  {name:<{width}}  {cost}" for name, cost in costs.items()]
     most = most_runs_of(plans, config.seeds, config.trials)
     given = all(method.training.learning_rate is not None for plan in plans for method in plan.methods)
     rates = "learning rates given" if given else f"at most {config.trials} learning rates for a method on a task"
     lines.append(heading("runs"))
     lines.append(f"at most {most}: {config.seeds} seeds, {rates}")
     return "\n".join(lines)
-
-
-def _counted(plan: Plan) -> dict[str, str]:
-    """For each method how many parameters it trains, or why it cannot be applied; no weight is loaded for it."""
-    said = {}
-    for method in plan.methods:
-        with FakeTensorMode():
-            model = plan.task.blueprint()
-            try:
-                applied = apply(method.method, model, plan.task)
-            except ValueError as error:
-                said[name_of(method.method)] = f"left out: {error}"
-                continue
-            head = f" and {applied.head_count:,} of the head" if applied.head_count else ""
-            said[name_of(method.method)] = f"{applied.parameter_count:>12,} parameters{head}"
-    return said
