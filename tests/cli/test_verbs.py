@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -119,10 +120,23 @@ def test_chat_answers_each_line_until_the_end(adapter: Path, capsys: pytest.Capt
     assert answers[0] != answers[4]  # the base model says something else
 
 
+def test_a_model_without_an_adapter_is_shown_alone(tiny_lm: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    rows(tmp_path / "train.jsonl", 6), rows(tmp_path / "test.jsonl", 4)
+    assert main(["eval", "--model", str(tiny_lm), "--data", str(tmp_path), "--dtype", "float32"]) == 0
+    printed = capsys.readouterr().out
+    assert f"── 4 rows of {tmp_path} (test) ──" in printed
+    assert "→" not in printed and "adapter" not in printed and printed.count("    answer    ") == 3
+    assert len(re.findall(r"(?m)^exact match +\S+%$", printed)) == 1
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/base\n/quit\n"))
+    assert main(["chat", "--model", str(tiny_lm), "--dtype", "float32"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("(/clear starts anew, /quit or Ctrl-D ends)") == 2 and "/base" not in printed
+
+
 def test_eval_compares_base_and_adapter(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, file = rows(tmp_path / "d.jsonl", 6), tmp_path / "scores.json"
     assert main(["eval", "--model", str(adapter), "--data", str(data), "--json", str(file), "--dtype", "float32"]) == 0
-    assert "6 held-out rows (train): base → adapter" in capsys.readouterr().out
+    assert f"6 rows of {data}: base → adapter" in capsys.readouterr().out
     scores = json.loads(file.read_text())
     before, after = scores["metrics"]["exact match"]
     assert before == 0

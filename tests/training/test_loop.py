@@ -20,6 +20,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.divergence import Diverged
 from lorakit.training.interrupt import Interrupted
 from lorakit.training.loop import train
+from lorakit.training.prepare import prepare
 from lorakit.training.settings import UsageError
 from lorakit.training.trainers import CausalTrainer, Progress
 
@@ -312,6 +313,22 @@ def test_a_run_that_came_to_nothing_makes_way_for_the_corrected_one(rate: float,
     assert settings(out)["learning_rate"] == 5e-3
 
 
+def test_a_run_that_diverged_behind_a_checkpoint_says_what_is_kept(config: TrainConfig, monkeypatch) -> None:
+    loss_of, calls = CausalTrainer.loss_of, []
+
+    def spoilt(self: Any, *args: Any, **rest: Any) -> Any:
+        calls.append(self.state.global_step)
+        return loss_of(self, *args, **rest) * (torch.nan if self.state.global_step >= 2 else 1.0)
+
+    monkeypatch.setattr(CausalTrainer, "loss_of", spoilt)
+    with pytest.raises(Diverged, match=r"is nan at step 3.*out keeps its checkpoints; --overwrite trains anew in its"):
+        train(dataclasses.replace(config, save_steps=1))
+    assert 2 in calls and (Path(config.output_dir) / "checkpoint-2").is_dir()
+    monkeypatch.undo()
+    train(dataclasses.replace(config, overwrite=True))
+    assert settings(Path(config.output_dir))["overwrite"] is False
+
+
 def test_a_row_that_makes_the_loss_no_number_is_named_with_its_line(config: TrainConfig, monkeypatch) -> None:
     loss_of = CausalTrainer.loss_of
     from lorakit.training.models import load_tokenizer
@@ -326,6 +343,22 @@ def test_a_row_that_makes_the_loss_no_number_is_named_with_its_line(config: Trai
     monkeypatch.setattr(CausalTrainer, "loss_of", spoilt)
     with pytest.raises(Diverged, match=r"These rows make it so: d.jsonl:(5|11)[.,]"):
         train(dataclasses.replace(config, batch_size=16))
+
+
+@pytest.mark.parametrize("model", ["tiny_lm", "tiny_encoder"])
+def test_a_row_that_was_cut_to_the_models_positions_is_named_too(
+    model: str, config: TrainConfig, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(model)
+    labelled = model == "tiny_encoder"
+    long = [{"text": f"turn {i} " * 900, **({"label": str(i % 2)} if labelled else {})} for i in range(3)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    changed = {"model": str(folder), "data": str(tmp_path / "long.jsonl"), "max_seq_length": 10_000}
+    prepared = prepare(dataclasses.replace(config, **changed, targets=("all-linear",), too_long="truncate"))
+    assert {len(row["input_ids"]) for row in prepared.train} == {prepared.limit} != {10_000}
+    for number, row in enumerate(prepared.train):
+        found = loop._where(prepared, {"input_ids": torch.tensor([row["input_ids"]])})
+        assert found == f"long.jsonl:{number + 1}"
 
 
 @pytest.mark.parametrize("name", ["no_such_tracker", "comet_ml", "wandb"])

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 HELP = "talk with a model or an adapter in the terminal"
 
-_COMMANDS = "/clear starts anew, /base switches the adapter off and on, /quit or Ctrl-D ends"
+_COMMANDS = "/clear starts anew, {}/quit or Ctrl-D ends"
+_OF_AN_ADAPTER = "/base switches the adapter off and on, "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
         print(
             f"(the model {why} without a chat template: each line is continued as it stands, without those before it)"
         )
-    print(f"({_COMMANDS})")
+    commands = f"({_COMMANDS.format(_OF_AN_ADAPTER if adapter else '')})"
+    print(commands)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     messages: list[dict[str, str]] = []
@@ -68,12 +70,12 @@ def run(args: argparse.Namespace) -> None:
         if said == "/clear":
             messages = []
             continue
-        if said == "/base":
+        if said == "/base" and adapter:
             base_only = not base_only
             print("(the base model answers)" if base_only else "(the adapter answers)")
             continue
         if said.startswith("/"):
-            print(f"({_COMMANDS})")
+            print(commands)
             continue
         if not said:
             continue

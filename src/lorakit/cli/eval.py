@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     )
     for note in data.notes:
         print(f"note: {note}")
-    print(comparison(result, shown=args.show))
+    rows = f"rows of {args.data}" + (f" ({split})" if len([own for own in splits.values() if own]) > 1 else "")
+    print(comparison(result, shown=args.show, rows=rows, adapted=adapter is not None))
     if args.json:
         with replacing(Path(args.json)) as path:
             path.write_text(

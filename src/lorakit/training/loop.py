@@ -90,8 +90,12 @@ def train(config: TrainConfig) -> Path:
             result = _run(prepared, loaded, folder, start, record)
         except KeyboardInterrupt as error:
             raise _interrupted(out, folder, error) from None
-        except BaseException:
+        except BaseException as error:
             _leave_nothing_unless_trained(out, folder)
+            if isinstance(error, Diverged) and checkpoints(folder.path):
+                raise Diverged(
+                    f"{error} {folder} keeps its checkpoints; --overwrite trains anew in its place."
+                ) from None
             raise
         if is_main() and start.beside:
             out.put_new_in_place()
@@ -273,8 +277,8 @@ def _where(prepared: Prepared, row: dict[str, Any]) -> str:
             tokens = encode(example, prepared.tokenizer, system=prepared.style.system, chat=prepared.style.chat)
             found = tokens.input_ids
         else:
-            found = encode_text(example, prepared.tokenizer, prepared.config.max_seq_length)["input_ids"]
-        cut = found[: prepared.config.max_seq_length]
+            found = encode_text(example, prepared.tokenizer, prepared.limit)["input_ids"]
+        cut = found[: prepared.limit]
         if ids[: len(cut)] == cut and set(ids[len(cut) :]) <= {prepared.tokenizer.pad_token_id}:
             return example.where
     return "one that begins " + repr(prepared.tokenizer.decode(ids[:12]))

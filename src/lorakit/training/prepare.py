@@ -41,6 +41,7 @@ class Prepared:
     style: Style
     train: list[dict[str, Any]]  # input_ids and labels (or label) of each row
     valid: list[dict[str, Any]]
+    limit: int  # longest row, in tokens: of the settings, or of the model's positions
     notes: tuple[str, ...]
     attached: Report
     plan: Plan
@@ -83,7 +84,7 @@ def prepare(config: TrainConfig) -> Prepared:
         # The init decides no shape but doubles the work here (it may decompose each weight).
         attached = attach_as(dataclasses.replace(config, init="kaiming"), model, new_head=data.task != "causal-lm")
         plan = _plan(config, data, train, model, rate, _faked(batch, fake))
-    return Prepared(config, data, tokenizer, style, train, valid, tuple(notes), attached, plan)
+    return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan)
 
 
 def start_block(prepared: Prepared) -> str:

@@ -64,17 +64,21 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def comparison(result: Comparison, shown: int = 3) -> str:
-    """The metrics before and after, and a few answers side by side."""
-    lines = [heading(f"{result.rows} held-out rows ({result.split}): base → adapter")]
-    lines += [
-        f"{name:<16} {metric_value(name, before):>9} → {metric_value(name, after)}"
-        for name, (before, after) in result.metrics.items()
-    ]
+def comparison(result: Comparison, shown: int = 3, *, rows: str = "", adapted: bool = True) -> str:
+    """The metrics before and after, and a few answers side by side; of a model without an adapter, its own alone.
+
+    rows: what was scored, where it was not held out.
+    """
+    scored = f"{result.rows} {rows or f'held-out rows ({result.split})'}"
+    lines = [heading(f"{scored}: base → adapter" if adapted else scored)]
+    for name, (before, after) in result.metrics.items():
+        gained = f" → {metric_value(name, after)}" if adapted else ""
+        lines.append(f"{name:<16} {metric_value(name, before):>9}{gained}")
     lines += [f"note: {note}" for note in result.notes]
     for sample in _telling(result.samples)[:shown]:
         lines += ["", f"  {_line(sample.prompt)}"]
-        lines += [f"    base      {_line(sample.base)}", f"    adapter   {_line(sample.adapter)}"]
+        lines += [f"    base      {_line(sample.base)}"] if adapted else []
+        lines += [f"    {'adapter' if adapted else 'answer':<9} {_line(sample.adapter)}"]
         lines += [f"    expected  {_line(sample.expected)}"]
     return "\n".join(lines)
 
