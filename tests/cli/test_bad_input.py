@@ -159,8 +159,15 @@ def test_analyze_says_what_does_not_fit(tiny_lm: Path, tmp_path: Path, capsys: p
     code, err = run(capsys, "analyze", one, two, "--model", tiny_lm)
     assert (code, err.splitlines()[0]) == (1, "error: the two adapters do not cover the same modules:")
     assert "  model.layers.0.self_attn.k_proj: in the first adapter only" in err and "q_proj" not in err
-    code, err = run(capsys, "analyze", tmp_path / "none")
-    assert (code, "is no adapter folder: it has no adapter_config.json" in err) == (1, True)
+    missing = f"error: no adapter at {tmp_path}/none: no such file or folder."
+    whole = f"error: {tiny_lm} is no adapter folder: it has no adapter_config.json. It holds a whole model."
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    begun = f"error: {tmp_path}/run holds a training run that ended before its first checkpoint, and no adapter."
+    for words in (["analyze"], ["info"], ["analyze", one]):
+        for folder, message in ((tmp_path / "none", missing), (tiny_lm, whole), (tmp_path / "run", begun)):
+            code, err = run(capsys, *words, folder)
+            assert (code, err.startswith(message)) == (1, True), err
     code, err = run(capsys, "analyze", one, "--model", tmp_path / "no" / "model")
     assert (code, "no model at" in err) == (1, True)
     (tmp_path / "file").touch()

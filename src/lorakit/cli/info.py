@@ -20,9 +20,9 @@ def run(args: argparse.Namespace) -> None:
 
     from ..core.report import numberless
     from ..formats import peft
-    from ..training.adapter_folder import adapter_config
+    from ..training.adapter_folder import check_adapter
 
-    adapter_config(args.adapter)  # says more of a folder that is none
+    check_adapter(args.adapter)  # says more of a folder that is none
     adapter = peft.read(args.adapter)
     updates = adapter.updates
     count = sum(tensor.numel() for update in updates.values() for tensor in update.tensors().values())

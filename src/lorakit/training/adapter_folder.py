@@ -26,8 +26,7 @@ def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
     Raises FileNotFoundError for what is not there, ValueError where the two do not go together.
     """
     if adapter is not None:
-        if not is_adapter(adapter):
-            raise FileNotFoundError(_no_adapter(adapter))
+        check_adapter(adapter)
         if is_adapter(name):
             raise ValueError(
                 f"{name} is an adapter's folder itself. Give one adapter and its base: --model BASE --adapter {adapter}"
@@ -55,9 +54,20 @@ def base_of(adapter: str) -> str:
 
 def adapter_config(adapter: str) -> dict[str, Any]:
     """PEFT's configuration of an adapter's folder."""
-    if not is_adapter(adapter):
-        raise FileNotFoundError(_no_adapter(adapter))
+    check_adapter(adapter)
     return json_of(Path(adapter) / peft.CONFIG, dict)
+
+
+def check_adapter(folder: str) -> None:
+    """Raise FileNotFoundError for what is no adapter's folder, with what it is instead."""
+    path = Path(expanded(folder))
+    if is_adapter(path):
+        return
+    if not path.is_dir():
+        raise FileNotFoundError(f"no adapter at {missing(path)}")
+    model = " It holds a whole model." if (path / "config.json").is_file() else ""
+    reason = f"{folder} is no adapter folder: it has no {peft.CONFIG}.{model}"
+    raise FileNotFoundError(_unfinished(path) or reason)
 
 
 def beside(adapter: str | Path | None, name: str) -> Path | None:
@@ -79,13 +89,6 @@ def _refuse_no_model(name: str) -> None:
         if unfinished := _unfinished(path):
             raise FileNotFoundError(unfinished)
     locate(name)
-
-
-def _no_adapter(folder: str) -> str:
-    path = Path(expanded(folder))
-    if not path.is_dir():
-        return f"--adapter {missing(path)}"
-    return _unfinished(path) or f"{folder} is no adapter folder: it has no {peft.CONFIG}."
 
 
 def _unfinished(folder: Path) -> str | None:

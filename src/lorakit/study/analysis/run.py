@@ -12,6 +12,7 @@ from ...core.adapter import Adapter
 from ...core.paths import expanded
 from ...formats import peft, read_for
 from ...formats.folder import Kind
+from ...training.adapter_folder import check_adapter
 from ...training.models import load_with_adapter
 from .measures import analyze, compare, factors_of, matched
 from .report import Study
@@ -36,6 +37,8 @@ def study_of(adapter: str, other: str | None = None, model: str | None = None, *
     model: the base; without it, the one that the adapter names, if that is on this machine. Nothing is fetched unless
     `model` is a hub id. Raises FileNotFoundError, or ValueError for adapters that do not fit the base or one another.
     """
+    for folder in filter(None, (adapter, other)):
+        check_adapter(folder)
     first = peft.read(adapter)
     second = None if other is None else peft.read(other)
     factors_of(first)  # what cannot be analyzed is refused before a model is loaded
