@@ -29,18 +29,22 @@ class Architecture:
 
         torch.manual_seed(0)
         config = getattr(transformers, self.config)(**self.settings)
-        model: nn.Module = getattr(transformers, self.cls)(config).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if parameter.dim() > 1 and "norm" not in name.lower():
-                    parameter.normal_(std=0.15)  # so that every layer can be seen in the output
-                elif "expert" in name and name.endswith("bias"):
-                    parameter.zero_()
-        return model
+        return spread(getattr(transformers, self.cls)(config).eval())
 
     def run(self, model: nn.Module) -> Tensor:
         found: Tensor = getattr(model(**self.inputs()), self.output)
         return found
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """The model with weights so large that every layer can be seen in its output."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "norm" not in name.lower():
+                parameter.normal_(std=0.15)
+            elif "expert" in name and name.endswith("bias"):
+                parameter.zero_()
+    return model
 
 
 def _decoder(**more: Any) -> dict[str, Any]:

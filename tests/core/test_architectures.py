@@ -1,6 +1,7 @@
 """Every architecture: equal at first, trained everywhere, merged, saved and loaded, and read by PEFT."""
 
 import functools
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 import lorakit
 from architectures import ARCHITECTURES, Architecture
+from elsewhere import ELSEWHERE, Elsewhere
 from lorakit.core.attach import adapted_layers
 
-KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "FalconLinear")
+KINDS = ("Linear", "Conv1D", "Embedding", "Conv1d", "Conv2d", "FalconLinear", "Conv2dSame")
 HELD = ("shared", "model.shared")  # tables that the model calls under other names
 
 
@@ -22,9 +24,12 @@ def every_layer(module: nn.Module, name: str) -> bool:
 
 
 TARGETS = {"all-linear": "all-linear", "everything": every_layer}
+MODELS: dict[str, Architecture | Elsewhere] = {**ARCHITECTURES, **ELSEWHERE}
+if sys.version_info < (3, 11):  # the extra "dev" has no diffusers for it
+    MODELS = {name: model for name, model in MODELS.items() if not name.startswith("diffusers")}
 CASES = [
     (name, targets)
-    for name in ARCHITECTURES
+    for name in MODELS
     for targets in TARGETS
     if (name, targets) != ("resnet", "all-linear")  # it has no linear layer but the head
 ]
@@ -32,6 +37,7 @@ CASES = [
 NO_GRADIENT = {
     "sam": ("prompt_encoder.mask_embed.", "prompt_encoder.point_embed.", "mask_decoder.iou_prediction_head."),
     "detr": ("bbox_predictor.",),
+    "sentence-transformers": ("0.model.pooler.",),  # it takes the mean of the words
 }
 # Where PEFT does not give the same, and why.
 _MAMBA = "PEFT refuses the modules of Mamba's mixer"
@@ -48,20 +54,20 @@ NOT_IN_PEFT = {
 @functools.cache
 def plain(name: str) -> tuple[nn.Module, Tensor]:
     """A model that no test changes, and its output."""
-    model = ARCHITECTURES[name].make()
+    model = MODELS[name].make()
     with torch.no_grad():
-        return model, ARCHITECTURES[name].run(model)
+        return model, MODELS[name].run(model)
 
 
 def fresh(name: str) -> nn.Module:
     """Another one of the same weights."""
-    return ARCHITECTURES[name].make()
+    return MODELS[name].make()
 
 
 @pytest.mark.filterwarnings("ignore:.*(mamba|causal_conv1d|deprecated)")
 @pytest.mark.parametrize(("name", "targets"), CASES)
 def test_it_is_adapted_merged_saved_and_read(name: str, targets: str, tmp_path: Path) -> None:
-    architecture: Architecture = ARCHITECTURES[name]
+    architecture = MODELS[name]
     _, before = plain(name)
     model = fresh(name)
     lorakit.attach(model, TARGETS[targets], rank=2, alpha=4)
