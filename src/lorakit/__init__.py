@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
+    from .core.adapted import AdaptedLayer as AdaptedLayer
     from .core.adapted import LoRALayer as LoRALayer
     from .core.adapter import Adapter as Adapter
     from .core.adapter import Update as Update
@@ -24,10 +25,12 @@ if _TYPE_CHECKING:
     from .core.attach import disabled as disabled
     from .core.attach import merge as merge
     from .core.attach import unmerge as unmerge
+    from .core.beside import Beside as Beside
     from .core.combine import combine as combine
     from .core.diagnose import diagnose as diagnose
     from .core.exchange import extract as extract
     from .core.exchange import insert as insert
+    from .core.kinds import adapts as adapts
     from .core.layers import Conv1d as Conv1d
     from .core.layers import Conv2d as Conv2d
     from .core.layers import Conv3d as Conv3d
@@ -43,12 +46,14 @@ if _TYPE_CHECKING:
     from .formats import save as save
 
 _HOME = {
-    "core.adapted": ("LoRALayer",),
+    "core.adapted": ("AdaptedLayer", "LoRALayer"),
     "core.adapter": ("Adapter", "Update"),
     "core.attach": ("attach", "detach", "disabled", "merge", "unmerge"),
+    "core.beside": ("Beside",),
     "core.combine": ("combine",),
     "core.diagnose": ("diagnose",),
     "core.exchange": ("extract", "insert"),
+    "core.kinds": ("adapts",),
     "core.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "MergedLinear"),
     "core.loralib": ("install_as_loralib",),
     "core.report": ("Report",),

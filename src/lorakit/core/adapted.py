@@ -1,13 +1,18 @@
 """What every adapted layer has: the settings, the update's parameters, exact merging, a state dict free of the mode.
 
-A layer kind (`layers.py`) supplies
+A layer kind (`layers.py`) is a subclass that says everything about itself; nobody else asks which kind a layer is.
 
+    forward           y = base(x) + s · up(down(drop(x))), by `factors()`, `scaling` and `acting_dropout`; it calls
+                      `mark()`, and `guard(y)` where the update is not `active`
     factor_shapes     the shapes of A and B
-    factors           the A and B of the equation
+    plain_layout      how they are laid out (`layouts.py`)
     matrix            the weight seen as the matrix (out, in) that B A is added to, and `from_matrix` back
-    forward           through `functional.py`
+    refusal_of        why a plain layer cannot become one
+    shapes_on         the factors' shapes for a plain layer, by `factor_shapes` unless the plain one lacks its sizes
+    adopted           what is left to set after a plain layer got this class
 
-and `AdaptedLayer` does the rest.
+and `AdaptedLayer` does the rest. A weight of another name than "weight" needs `own_weight`, `_put_weight` and
+`_weight_key` as well. `kinds.adapts` says which modules it is for.
 
 Merging  W ← g ⊙ (W + s·B A)  puts a new Parameter in the place of `weight` and keeps the old one aside; unmerging puts
 the old one back. So the base weight is restored bit for bit in every dtype, however often, and a weight that is tied
@@ -20,16 +25,18 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .adapter import Update
 from .factored import Factored
 from .fingerprint import fingerprint
 from .functional import Dropout, add_product, dense_update, dora_gain, precise, row_norm
 from .gradients import reshaped
 from .init import Init, factors_of_weight, random_factors
+from .layouts import Layout, Matrix
 from .running import model_is_running
 
 MERGED = "_lorakit_merged"  # an attribute of the Parameters that `merge` makes
@@ -53,6 +60,7 @@ def _joined(first: Any, second: Any, name: str) -> Any:
         return _new_joined, (first, second, name), self.__dict__
 
     members = {"__module__": first.__module__, "__doc__": second.__doc__, "__reduce_ex__": reduce}
+    members["plain_class"] = second
     # A property computes the weight (a parametrisation), so it comes before the first class's.
     if isinstance(getattr(second, "weight", None), property):
         members["weight"] = second.weight
@@ -98,6 +106,10 @@ class AdaptedLayer(LoRALayer, nn.Module):
     lora_B0: Tensor
     scaling: float
     rslora: bool = False
+    plain_layout: ClassVar[Layout] = Matrix()  # of an update on a plain layer, where nothing else is said
+    plain_class: ClassVar[Any] = None  # what a joined class has behind it
+    takes_weight: ClassVar[bool] = True  # whether DoRA and the inits that look at the weight find it
+    read_whole: bool = False  # the model computes with the whole weight and looks nothing up in it
     read_as_sum: bool = False  # whether a model that reads `weight` gets W + ΔW: `attach` sets it
     inside: bool = False  # while a forward pass that is not lorakit's computes with the weight itself
     was_called: bool = False  # since `attach`, or since `forget`: the forward pass of the layer,
@@ -192,6 +204,29 @@ class AdaptedLayer(LoRALayer, nn.Module):
         return tuple((f._version, None if f.grad is None else (id(f.grad), f.grad._version)) for f in factors)
 
     # --- what a kind supplies -------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of this layer's factors."""
+        return self.plain_layout
+
+    @classmethod
+    def class_for(cls, layout: Layout) -> type[AdaptedLayer] | None:
+        """The class for a plain layer of this kind that is to hold an update of this layout. None where it cannot."""
+        return cls if type(layout) is type(cls.plain_layout) else None
+
+    @classmethod
+    def refusal_of(cls, module: nn.Module) -> str | None:
+        """Why this plain layer cannot be adapted, or None where it can."""
+        return weight_refusal(module._parameters.get("weight"))
+
+    @classmethod
+    def shapes_on(cls, module: Any, rank: int, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B on a plain layer, which has the sizes that `factor_shapes` reads."""
+        return cls.factor_shapes(module, rank)
+
+    def adopted(self, plain: type[nn.Module], layout: Layout) -> None:
+        """Set what the layer needs besides its parameters, once it is no longer of the class `plain`."""
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of lora_A and lora_B."""
@@ -322,6 +357,42 @@ class AdaptedLayer(LoRALayer, nn.Module):
         merged = torch.empty_like(self.own_weight, memory_format=torch.contiguous_format)
         add_product(self.as_product(merged), self.as_product(self.own_weight), *self._factor_matrices(), self.scaling)
         return merged
+
+    # --- as plain data --------------------------------------------------------------------------------------------
+
+    def to_update(self) -> Update:
+        """A copy of the update, on the CPU, in the dtype that it is trained in."""
+        self.refit()
+        A: Tensor = self.lora_A
+        B: Tensor = self.lora_B
+        rank, magnitude = self.r, self._parameters.get("lora_magnitude")
+        if "lora_A0" in self._buffers:
+            # "pissa" and "olora" count double: [A; A₀], [B, −B₀]. Alpha stays, so B makes up for the smaller scale.
+            A, B = self.factors()
+            rank, B = 2 * rank, B * (math.sqrt(2) if self.rslora else 2)
+        return Update(
+            layout=self.layout,
+            A=copied(A),
+            B=copied(B),
+            rank=rank,
+            alpha=self.lora_alpha,
+            rslora=self.rslora,
+            magnitude=None if magnitude is None else copied(magnitude),
+            fan_in_fan_out=getattr(self, "fan_in_fan_out", False),
+            parameter=getattr(self, "parameter", ""),
+        )
+
+    def take_update(self, update: Update, dtype: torch.dtype) -> None:
+        """Hold this update, whose layout and shapes fit, as parameters of this dtype."""
+        was_merged = self.merged
+        self.unmerge()
+        for name in ("lora_A0", "lora_B0"):
+            self._buffers.pop(name, None)
+        self.set_scale(update.rank, update.alpha, update.rslora)
+        for name, tensor in update.tensors().items():
+            setattr(self, name, nn.Parameter(tensor.to(self.like.device, dtype, copy=True)))
+        if was_merged:
+            self.merge()
 
     # --- merging --------------------------------------------------------------------------------------------------
 
@@ -534,6 +605,20 @@ class unmerged:
     def __exit__(self, *error: object) -> None:
         if self.was_merged:
             self.layer.merge()
+
+
+def weight_refusal(weight: Any) -> str | None:
+    """Why a stored weight cannot be the W of the equation, or None where it can."""
+    if weight is None:
+        return "its weight is computed from other parameters (weight_norm, parametrisation)"
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"its weight is stored as {weight.dtype}; load the model dequantised"
+    return None
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy on the CPU. A tensor without data has nothing to copy; formats refuse it by name."""
+    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
 
 
 class _MergedGuard(torch.autograd.Function):

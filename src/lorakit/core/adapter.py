@@ -15,65 +15,53 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .functional import Blocks, block_diagonal
-
-Kind = Literal["linear", "merged_linear", "embedding", "conv", "conv_loralib", "experts"]
+from .layouts import Layout
 
 
 @dataclass(frozen=True)
 class Update:
-    """ΔW of one module, as its two factors. Shapes by kind (r is `rank`):
+    """ΔW of one module, as its two factors. Their shapes are those of `layout` (see `layouts.py`)."""
 
-    linear          A (r, in)                 B (out, r)
-    merged_linear   A (Σ rᵢ, in)              B (Σ sizeᵢ, max r)        sums over the `blocks` with a rank; r = max rᵢ
-    embedding       A (r, vocabulary)         B (dim, r)
-    conv            A (r, in/groups, *k)      B (out, r, 1, …)
-    conv_loralib    A (r·k_last, in·k_last)   B (out/groups·∏k[:-1], r·k_last)
-    experts         A (experts, r, in)        B (experts, out, r)
-    """
-
-    kind: Kind
+    layout: Layout
     A: Tensor
     B: Tensor
     rank: int
     alpha: float
     rslora: bool = False
     magnitude: Tensor | None = None  # DoRA's m (out,)
-    fan_in_fan_out: bool = False  # linear: the module stores its weight as (in, out)
-    blocks: Blocks = ()  # merged_linear: (size, rank) of each block of the output
-    groups: int = 1  # conv
+    fan_in_fan_out: bool = False  # the module stores its weight as (in, out)
     parameter: str = ""  # of a parameter that is read: its own name, the last part of the update's ("weight": no part)
+
+    @property
+    def kind(self) -> str:
+        """The name of the layout."""
+        return self.layout.name
 
     @property
     def scale(self) -> float:
         """s of the equation: α/r, or α/√r with rsLoRA."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def with_rank(self, rank: int, **changes: Any) -> Update:
-        """The update with other factors, of another rank, and the same scale."""
+    def with_factors(self, layout: Layout, A: Tensor, B: Tensor, **changes: Any) -> Update:
+        """The update with other factors, whose rank they tell, and the same scale."""
+        if A is self.A and B is self.B and layout == self.layout:
+            return dataclasses.replace(self, **changes)
+        rank = layout.rank_of(A, B)
         alpha = self.scale * (math.sqrt(rank) if self.rslora else rank)
-        return dataclasses.replace(self, rank=rank, alpha=alpha, **changes)
+        return dataclasses.replace(self, layout=layout, A=A, B=B, rank=rank, alpha=alpha, **changes)
 
-    def without_blocks(self) -> Update:
-        """A merged_linear update as the linear one of the same ΔW, with a block-diagonal B; any other as it is."""
-        if self.kind != "merged_linear":
-            return self
-        B = block_diagonal(self.B, self.blocks)
-        return self.with_rank(B.shape[1], kind="linear", B=B, blocks=())
+    def simplest(self) -> Update:
+        """The update of the same ΔW that can be added to others: blocks become one block-diagonal B."""
+        return self.with_factors(*self.layout.simplest(self.A, self.B))
+
+    def pair(self) -> Update:
+        """The same ΔW as A and B of two thin layers in a row. Raises ValueError where there is no such pair."""
+        return self.with_factors(*self.layout.pair(self.A, self.B))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by the name a layer gives them."""
         named = {"lora_A": self.A, "lora_B": self.B, "lora_magnitude": self.magnitude}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a layer lays out its factors, for files that hold tensors and nothing else (loralib's)."""
-
-    kind: Kind
-    blocks: Blocks = ()
-    kernel_last: int = 1  # conv_loralib: A has r·kernel_last rows
 
 
 @dataclass(frozen=True)

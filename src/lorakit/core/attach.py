@@ -19,18 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from . import layouts
 from .adapted import AdaptedLayer, LoRALayer
-from .beside import Beside
 from .functional import Blocks
 from .init import INITS, RANDOM_INITS, Init
-from .layers import Embedding, Linear, MergedLinear, blocks_of
+from .kinds import class_of, layer_class
+from .layers import blocks_of, plain_matrix
+from .layouts import Layout
 from .masks import QuickDropout
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .record import Record
 from .report import Report, Row
 from .statistics import freeze_statistics, persistent_buffers, thaw_statistics
-from .targets import Filter, Selection, Target, closest, is_transposed, layer_class, matching, pattern_values, select
+from .targets import Filter, Selection, Target, closest, matching, pattern_values, select
 from .tied import held_refusal, held_tables, untie
 from .trainable import Bias, bias_names
 from .undo import change_class, note, own_tensor, refuse_replaced, remember, restore, unchanged_on_error, undo_of
@@ -99,7 +101,7 @@ def attach(
     for name, target in selection.targets.items():
         if target.parameter:
             _check_parameter(name, target, dropout, dora, init)
-        elif (dora or init not in RANDOM_INITS) and issubclass(layer_class(target.module) or Linear, Beside):
+        elif (dora or init not in RANDOM_INITS) and not (layer_class(target.module) or AdaptedLayer).takes_weight:
             raise ValueError(
                 f"{name!r} is a {type(target.module).__name__}, which computes output or weight in its own way: "
                 "dora and the inits that take factors from the weight need the weight itself. Use dora=False and "
@@ -124,7 +126,7 @@ def attach(
     with unchanged_on_error(model):
         for name, target in selection.targets.items():
             own_rank, own_alpha = settings[name]
-            layer = adopt(target, dropout, blocks.get(name, ()))
+            layer = adopt(target, dropout, layouts.Blocks(blocks[name]) if name in blocks else None)
             layer.create_update(
                 own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(layer.like)
             )
@@ -133,32 +135,29 @@ def attach(
         return _report(model, selection, trained)
 
 
-def adopt(target: Target, dropout: float, blocks: Blocks = ()) -> AdaptedLayer:
+def adopt(target: Target, dropout: float, layout: Layout | None = None) -> AdaptedLayer:
     """Change the class of a plain layer, or of the module that owns a parameter, to its adapted one.
 
-    Returns the adapted layer, which has no update yet. blocks: (size, rank) of each block of a fused output.
+    Returns the adapted layer, which has no update yet. layout: of the update that it is to hold; None: the kind's own.
     """
     module = target.module
     if target.parameter:
         change_class(module, type(module))  # `adapt_parameter` makes a class of it and of what is adapted
         return adapt_parameter(module, target.parameter)
-    cls = MergedLinear if blocks else layer_class(module)
-    assert cls is not None, "select() lets only adaptable modules through"
-    transposed = is_transposed(module)
-    change_class(module, cls)
+    plain, kind = type(module), layer_class(module)
+    assert kind is not None, "select() lets only adaptable modules through"
+    layout = layout or kind.plain_layout
+    cls = kind.class_for(layout)
+    assert cls is not None, "the caller has asked"
+    change_class(module, class_of(cls, plain))
     assert isinstance(module, AdaptedLayer)
     LoRALayer.__init__(module, 0, 0.0, dropout, merge_weights=False)
     # A weight that is computed has no place where the sum could be.
-    module.read_as_sum = not isinstance(module, Beside) or "weight" in module._parameters
-    if isinstance(module, Embedding):
-        module.read_whole = target.read_whole
+    module.read_as_sum = "weight" in module._parameters
+    module.read_whole = target.read_whole
     if dropout > 0:
         module.lora_dropout = QuickDropout(dropout).train(module.training)
-    if isinstance(module, MergedLinear):
-        module.set_blocks(blocks)
-    if transposed:
-        module.fan_in_fan_out = True  # type: ignore[assignment]
-        module.in_features, module.out_features = module.weight.shape  # type: ignore[assignment]
+    module.adopted(plain, layout)
     return module
 
 
@@ -348,11 +347,11 @@ def _check_parameter(name: str, target: Target, dropout: float, dora: bool, init
 def _blocks(name: str, target: Target, rank: int | Sequence[int], sizes: Sequence[int] | None) -> Blocks:
     """(size, rank) of each block of a fused linear layer's output."""
     module = target.module
-    if target.parameter or layer_class(module) is not Linear:
+    if target.class_for(layouts.Blocks()) is None:
         kind = "parameter" if target.parameter else type(module).__name__
         raise ValueError(f"{name!r} is a {kind}: only the output of a linear layer comes in blocks.")
     try:
-        blocks = blocks_of(target.weight.shape[1 if is_transposed(module) else 0], rank, splits=sizes)
+        blocks = blocks_of(len(plain_matrix(module)), rank, splits=sizes)
     except ValueError as error:
         raise ValueError(f"{name!r}: {error}") from None
     if not any(own for _, own in blocks):

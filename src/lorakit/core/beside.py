@@ -21,15 +21,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapted import AdaptedLayer, LoRALayer
-from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Linear
+from .adapted import AdaptedLayer, weight_refusal
+from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Linear, linear_size
+from .layouts import Layout
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _SIZES = (1e-2, 1.0, 1e2)  # a clamp or a rounding shows at one of them
 
 
-class Beside(AdaptedLayer):
+class AddsBeside(AdaptedLayer):
     """What comes before a kind's class: its forward pass, and when it can be merged."""
+
+    takes_weight = False
+
+    @classmethod
+    def refusal_of(cls, module: nn.Module) -> str | None:
+        return weight_refusal(stored_weight(module)) or trial(module)
+
+    @classmethod
+    def shapes_on(cls, module: Any, rank: int, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return cls.factor_shapes(module, rank)  # a computed weight is not looked at
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self._base(x, *args, **kwargs)
@@ -43,7 +54,7 @@ class Beside(AdaptedLayer):
         """What the class behind computes, with its own weight."""
         object.__setattr__(self, "inside", True)
         try:
-            y: Tensor = super(LoRALayer, self).forward(x, *args, **kwargs)
+            y: Tensor = self.plain_class.forward(self, x, *args, **kwargs)
         finally:
             object.__setattr__(self, "inside", False)
         return y
@@ -107,8 +118,16 @@ class Beside(AdaptedLayer):
             yield x
 
 
-class BesideLinear(Beside, Linear):  # type: ignore[misc]  # which passes on what else the base takes
-    """`Linear` beside any class that takes x (…, in) to (…, out)."""
+class Beside(AddsBeside, Linear):  # type: ignore[misc]  # which passes on what else the base takes
+    """`Linear` beside any module that takes x (…, in) to (…, out) and is linear in x, however it stores its weight.
+
+    The module says its size by `in_features` and `out_features`, or by a weight (out, in).
+    """
+
+    @classmethod
+    def shapes_on(cls, module: Any, rank: int, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        outputs, inputs = linear_size(module)  # a computed weight is not looked at
+        return (rank, inputs), (outputs, rank)
 
     def _update(self, x: Tensor) -> Tensor:
         A, B = self.factors()
@@ -118,12 +137,12 @@ class BesideLinear(Beside, Linear):  # type: ignore[misc]  # which passes on wha
         return F.linear(x, weight, self.bias)
 
 
-class _BesideConv(Beside, ConvLoRA):
+class _BesideConv(AddsBeside, ConvLoRA):
     """ConvLoRA beside any class that convolves: the update goes the base's own way, by its padding and strides."""
 
     def _update(self, x: Tensor) -> Tensor:
         update = (self.scaling * self._dense()).view(module_kernel(self)).to(x.dtype)
-        return convolved(self, type(self).__bases__[1], x, update)
+        return convolved(self, self.plain_class, x, update)
 
 
 class BesideConv1d(_BesideConv, Conv1d):  # type: ignore[misc]
@@ -136,14 +155,6 @@ class BesideConv2d(_BesideConv, Conv2d):  # type: ignore[misc]
 
 class BesideConv3d(_BesideConv, Conv3d):  # type: ignore[misc]
     pass
-
-
-BESIDE: dict[type[nn.Module], type[Beside]] = {
-    nn.Linear: BesideLinear,
-    nn.Conv1d: BesideConv1d,
-    nn.Conv2d: BesideConv2d,
-    nn.Conv3d: BesideConv3d,
-}
 
 
 def stored_weight(module: nn.Module) -> Tensor:
@@ -180,7 +191,7 @@ def trial(module: nn.Module) -> str | None:
             for size in _SIZES:
                 a, b = size * x, size * torch.randn_like(x)
                 ab, one, other, none = (_called(module, forward, own) for own in (a + b, a, b, 0 * x))
-                if isinstance(module, nn.Linear) and ab.shape != (*x.shape[:-1], module.out_features):
+                if x.dim() == 2 and ab.shape != (len(x), linear_size(module)[0]):
                     return f"{kind} is a subclass with an output of shape {tuple(ab.shape)} for {tuple(x.shape)}"
                 if not _same(ab - one, other - none):
                     return f"{kind} is a subclass that may read its weight in a way of its own: it is not linear in x"
@@ -221,7 +232,7 @@ def tried(module: nn.Module) -> Iterator[Tensor]:
         torch.manual_seed(0)
         for own, *_ in inner:
             own.__dict__["training"] = False
-        shape = [2, module.in_features] if isinstance(module, nn.Linear) else _image(module)
+        shape = _image(module) if hasattr(module, "kernel_size") else [2, linear_size(module)[1]]
         try:
             yield torch.randn(shape, dtype=stored.dtype, device=stored.device)
         finally:

@@ -36,20 +36,13 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 
 def _sum(name: str, parts: list[tuple[Update, float]]) -> Update:
-    plain = [(update.without_blocks(), weight) for update, weight in parts]
+    plain = [(update.simplest(), weight) for update, weight in parts]
     first = plain[0][0]
     for update, _ in plain:
         if update.magnitude is not None:
             raise ValueError(f"{name} is a DoRA update: its magnitudes are no sum. Merge the model instead.")
-        if (update.kind, update.groups) != (first.kind, first.groups):
+        if update.layout != first.layout:
             raise ValueError(f"{name}: a {update.kind} update cannot be added to a {first.kind} one.")
-    stacked = 1 if first.kind == "experts" else 0  # the dimension of A that the rank runs along; B's is the next
+    A, B = first.layout.stacked([(update.A, weight * update.scale * update.B) for update, weight in plain])
     rank = sum(update.rank for update, _ in plain)
-    return dataclasses.replace(
-        first,
-        A=torch.cat([update.A for update, _ in plain], stacked),
-        B=torch.cat([weight * update.scale * update.B for update, weight in plain], stacked + 1),
-        rank=rank,
-        alpha=float(rank),
-        rslora=False,
-    )
+    return dataclasses.replace(first, A=A, B=B, rank=rank, alpha=float(rank), rslora=False)

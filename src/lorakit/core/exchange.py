@@ -7,20 +7,20 @@ nothing is the worst outcome (problem 3).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLayer
-from .adapter import Adapter, Kind, Layout, Update
+from .adapted import AdaptedLayer, copied
+from .adapter import Adapter, Update
 from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, note_adapted, trained_whole
-from .layers import ConvLoRA, Embedding, Linear, MergedLinear, block_shapes
+from .kinds import layer_class
+from .layouts import Layout
 from .names import named_modules, unwrapped
-from .parameters import AdaptedParameter, parameter_factor_shapes
+from .parameters import AdaptedParameter
 from .report import numberless
-from .targets import Target, candidates, closest, is_transposed, layer_class, matching, refusal
+from .targets import Target, candidates, closest, matching, refusal
 from .task import task_type
 from .trainable import bias_names, tensors_by_name
 from .undo import refuse_replaced, unchanged_on_error
@@ -44,8 +44,8 @@ def extract(model: nn.Module, *, force: bool = False) -> Adapter:
     adapted_bias = bias_names(model, "lora_only")
     config = getattr(model, "config", None)
     return Adapter(
-        updates={name: _update_of(layers[name]) for name in _in_the_models_order(model, layers)},
-        trained={name: _copy(tensor) for name, tensor in parameters.items()},
+        updates={name: layers[name].to_update() for name in _in_the_models_order(model, layers)},
+        trained={name: copied(tensor) for name, tensor in parameters.items()},
         also_train=whole,
         bias="none" if not frozen_bias else "lora_only" if frozen_bias <= adapted_bias else "all",
         dropout=max((_dropout_of(layer) for layer in layers.values()), default=0.0),
@@ -97,19 +97,15 @@ def _listed(problems: Iterable[str]) -> list[str]:
 
 
 def layouts(model: nn.Module) -> dict[str, Layout]:
-    """How each layer of `model` that is, or could be, adapted lays out its factors: what a loralib file leaves out."""
+    """The layout of the factors of each layer that is, or could be, adapted: what a loralib file leaves out."""
     found: dict[str, Layout] = {}
     for name, module in named_modules(model):
         if isinstance(module, AdaptedParameter):
             continue  # loralib has none
         if isinstance(module, AdaptedLayer) and module.has_update:
-            found[name] = Layout(
-                kind=_kind_of(module),
-                blocks=module.blocks if isinstance(module, MergedLinear) else (),
-                kernel_last=module.kernel_size[-1] if isinstance(module, ConvLoRA) else 1,
-            )
-        elif name and issubclass(layer_class(module) or nn.Module, Linear | Embedding):
-            found[name] = Layout(kind="embedding" if isinstance(module, nn.Embedding) else "linear")
+            found[name] = module.layout
+        elif name and (kind := layer_class(module)) is not None and kind.plain_layout.of_loralib:
+            found[name] = kind.plain_layout
     return found
 
 
@@ -119,56 +115,12 @@ def _in_the_models_order(model: nn.Module, names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
-def _update_of(layer: AdaptedLayer) -> Update:
-    layer.refit()
-    A, B = layer.factors() if not isinstance(layer, MergedLinear) else (layer.lora_A, layer.lora_B)
-    if "lora_A0" in layer._buffers:
-        # "pissa" and "olora" count double: [A; A₀], [B, −B₀]. Alpha stays, so B makes up for the smaller scale.
-        rank = 2 * layer.r
-        B = B * (math.sqrt(2) if layer.rslora else 2)
-    else:
-        rank = layer.r
-    magnitude = layer._parameters.get("lora_magnitude")
-    return Update(
-        kind=_kind_of(layer),
-        A=_copy(A),
-        B=_copy(B),
-        rank=rank,
-        alpha=layer.lora_alpha,
-        rslora=layer.rslora,
-        magnitude=None if magnitude is None else _copy(magnitude),
-        fan_in_fan_out=isinstance(layer, Linear) and layer.fan_in_fan_out,
-        blocks=layer.blocks if isinstance(layer, MergedLinear) else (),
-        groups=layer.groups if isinstance(layer, ConvLoRA) else 1,
-        parameter=layer.parameter if isinstance(layer, AdaptedParameter) else "",
-    )
-
-
-def _kind_of(layer: AdaptedLayer) -> Kind:
-    if isinstance(layer, ConvLoRA):
-        return "conv" if layer.is_factored else "conv_loralib"
-    if isinstance(layer, Embedding):
-        return "embedding"
-    if layer.lora_A.dim() == 3:
-        return "experts"
-    return "merged_linear" if isinstance(layer, MergedLinear) else "linear"
-
-
 def _insert_update(layer: AdaptedLayer | None, target: Target, update: Update, dropout: float) -> None:
     if layer is not None:
-        dtype = layer.lora_A.dtype
+        layer.take_update(update, layer.lora_A.dtype)
     else:
-        layer = adopt(target, dropout, update.blocks)
-        dtype = factor_dtype(layer.like)
-    was_merged = layer.merged
-    layer.unmerge()
-    for name in ("lora_A0", "lora_B0"):
-        layer._buffers.pop(name, None)
-    layer.set_scale(update.rank, update.alpha, update.rslora)
-    for name, tensor in update.tensors().items():
-        setattr(layer, name, nn.Parameter(tensor.to(layer.like.device, dtype, copy=True)))
-    if was_merged:
-        layer.merge()
+        layer = adopt(target, dropout, update.layout)
+        layer.take_update(update, factor_dtype(layer.like))
 
 
 def _misfits(
@@ -235,7 +187,7 @@ def _torn(model: nn.Module, trained: Mapping[str, Tensor], whole: Sequence[str])
 
 def _misfit(layer: AdaptedLayer | None, target: Target | None, update: Update) -> str | None:
     if layer is not None:
-        present = _update_of(layer)
+        present = layer.to_update()
         if present.kind != update.kind:
             return f"holds a {update.kind} update, the model has a {present.kind} one"
         expected = {key: tuple(tensor.shape) for key, tensor in present.tensors().items()}
@@ -246,39 +198,13 @@ def _misfit(layer: AdaptedLayer | None, target: Target | None, update: Update) -
     reason = refusal(target)
     if reason:
         return reason
-    if update.kind not in _plain_kinds(target):
+    if target.class_for(update.layout) is None:
         return f"holds a {update.kind} update, the model has {target.parameter or type(target.module).__name__}"
     shapes = tuple(update.A.shape), tuple(update.B.shape)
-    wanted = _plain_shapes(target, update)
+    wanted = target.shapes(update.rank, update.layout)
     if shapes != wanted:
         return f"A and B are {shapes[0]} and {shapes[1]}, the layer needs {wanted[0]} and {wanted[1]}"
     return None
-
-
-def _plain_kinds(target: Target) -> tuple[Kind, ...]:
-    """The kinds of update for what is not adapted yet."""
-    if target.parameter:
-        return ("experts",) if target.weight.dim() == 3 else ("linear",)
-    cls = layer_class(target.module)
-    assert cls is not None, "refused before"
-    if issubclass(cls, Linear):
-        return ("linear", "merged_linear") if cls is Linear else ("linear",)
-    return ("embedding",) if cls is Embedding else ("conv",)
-
-
-def _plain_shapes(target: Target, update: Update) -> tuple[tuple[int, ...], ...]:
-    """The factors' shapes for what is not adapted yet."""
-    module, weight, rank = target.module, target.weight, update.rank
-    if target.parameter:
-        return parameter_factor_shapes(module, weight, rank)
-    cls = layer_class(module)
-    assert cls is not None, "refused before"
-    if cls is not Linear:
-        return cls.factor_shapes(module, rank)  # type: ignore[arg-type]  # reads the sizes that torch's class has too
-    outputs, inputs = weight.shape[::-1] if is_transposed(module) else weight.shape
-    if update.blocks and sum(size for size, _ in update.blocks) == outputs:
-        return block_shapes(update.blocks, inputs)
-    return (rank, inputs), (outputs, rank)
 
 
 def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
@@ -306,8 +232,3 @@ def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
 
 def _dropout_of(layer: AdaptedLayer) -> float:
     return layer.lora_dropout.p if isinstance(layer.lora_dropout, nn.Dropout) else 0.0
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    # A tensor without data has nothing to copy; formats refuse it by name.
-    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)

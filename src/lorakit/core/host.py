@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer
+from .kinds import layer_class
+from .layers import Linear, is_transposed, plain_matrix
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import parameter_factor_shapes
-from .targets import is_transposed, layer_class, matrices
+from .targets import matrices
 
 
 class Host:
@@ -56,7 +58,7 @@ class Host:
         """Whether the layer of this name is stored as (in, out), the stack of this name as (experts, in, out)."""
         if name in self.modules:
             module = self.modules[name]
-            return is_transposed(module) or bool(getattr(module, "fan_in_fan_out", False))
+            return is_transposed(type(module)) or bool(getattr(module, "fan_in_fan_out", False))
         return bool(getattr(self.modules[name.rpartition(".")[0]], "is_transposed", False))
 
     def weight(self, name: str) -> Tensor | None:
@@ -64,7 +66,7 @@ class Host:
         module = self.modules.get(name)
         if isinstance(module, AdaptedLayer):
             weight = module.weight if module._base_weight is None else module._base_weight
-            return module.matrix(weight) if isinstance(module, nn.Linear) else None
-        if module is None or not (isinstance(module, nn.Linear) or is_transposed(module)) or not layer_class(module):
+            return module.matrix(weight) if isinstance(module, Linear) else None
+        if module is None or not issubclass(layer_class(module) or nn.Module, Linear):
             return None
-        return module.weight.T if is_transposed(module) else module.weight  # type: ignore[return-value]
+        return plain_matrix(module)

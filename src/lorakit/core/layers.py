@@ -18,12 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import layouts
 from .adapted import AdaptedLayer, LoRALayer, joined
 from .functional import Blocks, block_diagonal, forms, lora_conv, lora_embedding, lora_linear
 from .gradients import Geometry
 from .init import Init, random_factors
+from .layouts import Layout
 
 _NONE_ENABLED: Sequence[bool] = (False,)  # loralib's default
+
+
+# Named, not imported: transformers' linear layer with a transposed weight (GPT-2).
+TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
+
+
+def is_transposed(cls: type) -> bool:
+    """Whether `cls` is transformers' Conv1D, a linear layer that stores its weight as (in, out)."""
+    return f"{cls.__module__}.{cls.__qualname__}" == TRANSFORMERS_CONV1D
 
 
 class Linear(AdaptedLayer, nn.Linear):
@@ -66,8 +77,26 @@ class Linear(AdaptedLayer, nn.Linear):
         if self.has_update:
             self.draw(self.lora_A, self.lora_B, "kaiming")
 
+    @classmethod
+    def class_for(cls, layout: Layout) -> type[AdaptedLayer] | None:
+        return MergedLinear if cls is Linear and isinstance(layout, layouts.Blocks) else super().class_for(layout)
+
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (rank, self.in_features), (self.out_features, rank)
+
+    @classmethod
+    def shapes_on(cls, module: Any, rank: int, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        outputs, inputs = plain_matrix(module).shape
+        if isinstance(layout, layouts.Blocks) and sum(size for size, _ in layout.sizes) == outputs:
+            return block_shapes(layout.sizes, inputs)
+        return (rank, inputs), (outputs, rank)
+
+    def adopted(self, plain: type[nn.Module], layout: Layout) -> None:
+        self.fan_in_fan_out = is_transposed(plain)
+        if self.fan_in_fan_out:
+            self.in_features, self.out_features = self.own_weight.shape
+        elif not hasattr(self, "in_features"):
+            self.out_features, self.in_features = linear_size(self)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.fan_in_fan_out else weight
@@ -92,6 +121,25 @@ class Linear(AdaptedLayer, nn.Linear):
         self.out_features = outputs
         names = ("lora_B", "lora_B0", "lora_magnitude")
         return {name: (0, outputs) for name in names if name in self._parameters or name in self._buffers}
+
+
+def plain_matrix(module: Any) -> Tensor:
+    """The weight (out, in) of a linear layer that is not adapted."""
+    weight: Tensor = module.weight
+    return weight.T if is_transposed(type(module)) else weight
+
+
+def linear_size(module: Any) -> tuple[int, int]:
+    """(out, in) of a linear layer. Raises ValueError where neither its attributes nor its weight tell."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.out_features, module.in_features
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        raise ValueError(
+            f"the size of {type(module).__name__} is not known: it has neither in_features and out_features nor a "
+            "weight (out, in)."
+        )
+    return weight.shape[0], weight.shape[1]
 
 
 class MergedLinear(Linear):
@@ -130,6 +178,15 @@ class MergedLinear(Linear):
         super().__init__(
             in_features, out_features, rank, lora_alpha, lora_dropout, fan_in_fan_out, merge_weights, **kwargs
         )
+
+    @property
+    def layout(self) -> Layout:
+        return layouts.Blocks(self.blocks)
+
+    def adopted(self, plain: type[nn.Module], layout: Layout) -> None:
+        super().adopted(plain, layout)
+        assert isinstance(layout, layouts.Blocks)
+        self.set_blocks(layout.sizes)
 
     def set_blocks(self, blocks: Blocks, enable_lora: Sequence[bool] | None = None) -> None:
         """Before there are factors. enable_lora: the flags as they were given."""
@@ -209,7 +266,7 @@ class Embedding(AdaptedLayer, nn.Embedding):
     lookup, which has no meaning for a sum of a frozen weight and an update.
     """
 
-    read_whole: bool = False  # the model reads the table and looks nothing up in it
+    plain_layout = layouts.Table()
 
     def __init__(
         self,
@@ -238,6 +295,12 @@ class Embedding(AdaptedLayer, nn.Embedding):
         super().reset_parameters()
         if self.has_update:
             self.draw(self.lora_A, self.lora_B, "kaiming")
+
+    @classmethod
+    def refusal_of(cls, module: Any) -> str | None:
+        if module.max_norm is not None:
+            return f"max_norm={module.max_norm} renormalises the frozen weight in place at each lookup"
+        return super().refusal_of(module)
 
     def draw(self, A: Tensor, B: Tensor, init: Init) -> None:
         random_factors(A, B, init, embedding=not self.read_whole)
@@ -309,6 +372,8 @@ class ConvLoRA(AdaptedLayer):
                                     With groups, every group shares A.
     """
 
+    plain_layout = layouts.Kernel()
+
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
@@ -359,6 +424,10 @@ class ConvLoRA(AdaptedLayer):
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         ones = (1,) * len(self.kernel_size)
         return (rank, self.in_channels // self.groups, *self.kernel_size), (self.out_channels, rank, *ones)
+
+    @property
+    def layout(self) -> Layout:
+        return layouts.Kernel(self.groups) if self.is_factored else layouts.LoralibKernel(self.kernel_size[-1])
 
     @property
     def is_factored(self) -> bool:

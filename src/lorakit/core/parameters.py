@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import layouts
 from .adapted import AdaptedLayer, LoRALayer, unmerged
 from .factored import Factored
 from .functional import precise
 from .init import Init
+from .layouts import Layout
 from .running import model_is_running
 
 _PREFIX = "lora_"
@@ -38,6 +40,10 @@ class AdaptedParameter(AdaptedLayer):
 
     owner: nn.Module
     parameter: str
+
+    @property
+    def layout(self) -> Layout:
+        return parameter_layout(self.weight)
 
     def __init__(self, owner: nn.Module, parameter: str) -> None:
         nn.Module.__init__(self)
@@ -139,6 +145,11 @@ def adapt_parameter(owner: nn.Module, parameter: str) -> AdaptedParameter:
 def adapted_parameters(module: nn.Module) -> dict[str, AdaptedParameter]:
     """The adapted ones among the module's own parameters."""
     return {child.parameter: child for child in module._modules.values() if isinstance(child, AdaptedParameter)}
+
+
+def parameter_layout(weight: Tensor) -> Layout:
+    """The layout of an update of such a parameter."""
+    return layouts.Stack() if weight.dim() == 3 else layouts.Matrix()
 
 
 def parameter_factor_shapes(owner: nn.Module, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -25,11 +25,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .adapted import AdaptedLayer, joined
-from .beside import BESIDE, Beside, stored_weight, trial
-from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear
+from .adapted import AdaptedLayer, weight_refusal
+from .kinds import layer_class
+from .layers import Linear
+from .layouts import Layout
 from .names import named_modules
-from .parameters import adapted_parameters
+from .parameters import AdaptedParameter, adapted_parameters, parameter_factor_shapes, parameter_layout
 from .tables import tables_read_whole
 from .tied import held_refusal, held_tables
 
@@ -37,15 +38,6 @@ ALL_LINEAR = "all-linear"
 Filter = Callable[[nn.Module, str], bool]
 Value = TypeVar("Value")
 
-_LAYER_OF: dict[type[nn.Module], type[AdaptedLayer]] = {
-    nn.Linear: Linear,
-    nn.Embedding: Embedding,
-    nn.Conv1d: Conv1d,
-    nn.Conv2d: Conv2d,
-    nn.Conv3d: Conv3d,
-}
-# Named, not imported: transformers' linear layer with a transposed weight (GPT-2).
-_TRANSFORMERS_CONV1D = ("transformers.pytorch_utils", "Conv1D")
 _ADAPTABLE = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 # They hand the weights of their linear children to a function, in their fast paths or always.
 _READING_PARENTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -64,6 +56,21 @@ class Target:
     def weight(self) -> Any:
         return self.module._parameters.get(self.parameter or "weight")
 
+    def class_for(self, layout: Layout) -> type[AdaptedLayer] | None:
+        """The adapted class that holds an update of this layout. None where there is none."""
+        if self.parameter:
+            return AdaptedParameter if layout == parameter_layout(self.weight) else None
+        kind = layer_class(self.module)
+        return None if kind is None else kind.class_for(layout)
+
+    def shapes(self, rank: int, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B of such an update."""
+        if self.parameter:
+            return parameter_factor_shapes(self.module, self.weight, rank)
+        kind = layer_class(self.module)
+        assert kind is not None, "class_for said so"
+        return kind.shapes_on(self.module, rank, layout)
+
 
 @dataclass
 class Selection:
@@ -71,29 +78,6 @@ class Selection:
 
     targets: dict[str, Target] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D, a linear layer that stores its weight as (in, out)."""
-    return (type(module).__module__, type(module).__qualname__) == _TRANSFORMERS_CONV1D
-
-
-def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
-    """The adapted class for a module, or None. For one that computes its output or its weight in a way of its own, the
-    class that adds beside it.
-    """
-    if is_transposed(module):
-        return Linear
-    cls: Any = type(module)
-    if cls in _LAYER_OF and (cls not in BESIDE or "weight" in module._parameters):
-        return _LAYER_OF[cls]
-    if isinstance(module, AdaptedLayer | LazyModuleMixin):
-        return None
-    for base, beside in BESIDE.items():
-        if isinstance(module, base):
-            own: type[AdaptedLayer] = joined(beside, cls, cls.__name__)
-            return own
-    return None
 
 
 def candidates(model: nn.Module) -> dict[str, Target]:
@@ -204,7 +188,7 @@ def refusal(target: Target) -> str | None:
         return "it is adapted already; call lorakit.detach(model) first"
     if isinstance(module, nn.RNNBase):
         return f"{kind} hands over its weights from a list of its own, so an adapter would do nothing"
-    return _weight_refusal(target.weight) if target.parameter else _layer_refusal(module)
+    return weight_refusal(target.weight) if target.parameter else _layer_refusal(module)
 
 
 def _layer_refusal(module: nn.Module) -> str | None:
@@ -223,19 +207,7 @@ def _layer_refusal(module: nn.Module) -> str | None:
         return f"{kind} is no linear, embedding or convolution layer{hint}"
     if "forward" in module.__dict__:
         return "its forward is replaced on the instance (a device_map hook?), so changing its class would do nothing"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return f"max_norm={module.max_norm} renormalises the frozen weight in place at each lookup"
-    if not issubclass(cls, Beside):
-        return _weight_refusal(module._parameters.get("weight"))
-    return _weight_refusal(stored_weight(module)) or trial(module)
-
-
-def _weight_refusal(weight: Any) -> str | None:
-    if weight is None:
-        return "its weight is computed from other parameters (weight_norm, parametrisation)"
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        return f"its weight is stored as {weight.dtype}; load the model dequantised"
-    return None
+    return cls.refusal_of(module)
 
 
 def _by_filter(model: nn.Module, named: dict[str, Target], wanted: Filter) -> Selection:
@@ -295,7 +267,9 @@ def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection
             selection.skipped[name] = refusal(target) or ""
         if isinstance(module, nn.RNNCellBase) and target.parameter:
             selection.skipped[name] = f"{type(module).__name__} is no linear layer; name it to adapt it"
-        linear = isinstance(module, nn.Linear | nn.MultiheadAttention) or is_transposed(module)
+        linear = isinstance(module, nn.Linear | nn.MultiheadAttention) or issubclass(
+            layer_class(module) or nn.Module, Linear
+        )
         if not linear or (isinstance(module, nn.MultiheadAttention) and not target.parameter):
             continue
         if _is_head(model, name, module):

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..core import names
-from ..core.adapter import Adapter, Layout, Update
+from ..core.adapter import Adapter, Update
+from ..core.layouts import Kernel, Layout, Matrix
 from ..core.trainable import Bias
 from .files import check_tensors, read_pickled, replacing
 from .foreign import format_of
@@ -34,12 +35,12 @@ def write(adapter: Adapter, path: str | Path) -> None:
         )
     tensors: dict[str, Tensor] = {}
     for name, update in adapter.updates.items():
-        if update.kind == "conv" or update.magnitude is not None or update.parameter:
+        if not update.layout.of_loralib or update.magnitude is not None or update.parameter:
             what = (
                 "a parameter"
                 if update.parameter
                 else "a factored convolution"
-                if update.kind == "conv"
+                if isinstance(update.layout, Kernel)
                 else "a DoRA layer"
             )
             raise ValueError(f"{name} is {what}, which loralib does not have. Save into a folder (PEFT's format).")
@@ -69,12 +70,12 @@ def read(path: str | Path, alpha: float | None, layouts: Mapping[str, Layout]) -
         if f"{name}.lora_B" not in tensors:
             raise ValueError(f"{path}: {name}.lora_A has no {name}.lora_B beside it.")
         A, B = tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B")
-        layout = layouts.get(name, Layout("linear"))
-        if A.dim() != 2 or B.dim() != 2 or A.shape[0] < layout.kernel_last:
+        layout = layouts.get(name, Matrix())
+        if A.dim() != 2 or B.dim() != 2 or layout.rank_of(A, B) < 1:
             raise ValueError(
                 f"{path}: {name}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} are no pair of factors."
             )
-        updates[name] = _update(A, B, alpha, layout)
+        updates[name] = Update(layout, A, B, layout.rank_of(A, B), alpha)
     homeless = sorted(key for key in tensors if not updates or _of_an_adapted_layer(key, updates))
     if homeless or not updates:
         listed = "\n".join(f"  {key}" for key in homeless[:20]) or "  (none)"
@@ -89,11 +90,6 @@ def read(path: str | Path, alpha: float | None, layouts: Mapping[str, Layout]) -
     own = all(key.removesuffix(".bias") in updates for key in frozen)
     bias: Bias = "none" if not frozen else "lora_only" if own else "all"
     return Adapter(updates, trained=tensors, also_train=tuple(sorted(whole)), bias=bias)
-
-
-def _update(A: Tensor, B: Tensor, alpha: float, layout: Layout) -> Update:
-    rank = {"merged_linear": B.shape[1], "conv_loralib": A.shape[0] // layout.kernel_last}.get(layout.kind, A.shape[0])
-    return Update(layout.kind, A, B, rank, alpha, blocks=layout.blocks)
 
 
 def _of_an_adapted_layer(key: str, updates: Mapping[str, Update]) -> bool:

@@ -28,13 +28,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import Adapter, Kind, Update
+from ..core.adapter import Adapter, Update
 from ..core.host import Host
 from ..core.init import factors_of_weight
+from ..core.layouts import Kernel, Layout, Matrix, Stack, Table
 from .files import check_tensors, read_pickled, read_safetensors, replacing
 from .peft_config import CONFIG as CONFIG
 from .peft_config import PeftConfig, first_match, read_config
-from .peft_experts import Layout, flattened, stacked
+from .peft_experts import StackLayout, flattened, stacked
 from .peft_keys import PREFIX, Sorted, saved_whole, sort
 from .peft_names import Names, Place, places, target_names, wrapped
 from .tensors import write_tensors
@@ -96,29 +97,14 @@ def read(folder: str | Path, host: Host | None = None) -> Adapter:
 
 
 def _as_peft(name: str, update: Update) -> Update:
-    """`update` as a kind that PEFT has."""
-    if update.kind == "conv_loralib":
-        raise ValueError(
-            f"{name}: a convolution made by loralib's constructor has another rank than PEFT's (r times the kernel "
-            "size) and cannot be written exactly. Save it as a .pt file, or use attach() on a plain convolution."
-        )
-    update = update.without_blocks()
-    if update.kind == "conv" and update.groups > 1:
-        A = _repeat_along_diagonal(update.A, update.groups)
-        return update.with_rank(A.shape[0], A=A)
-    if update.kind == "experts":
+    """`update` as the layers that PEFT has."""
+    if isinstance(update.layout, Stack):
         A, B = flattened(update.A, update.B)
         return dataclasses.replace(update, A=A, B=B)
-    return update
-
-
-def _repeat_along_diagonal(A: Tensor, groups: int) -> Tensor:
-    """A (r, in/groups, *k), which all groups share, as (groups·r, in, *k): a copy for each group's channels."""
-    rank, channels, *kernel = A.shape
-    full = A.new_zeros(groups, rank, groups, channels, *kernel)
-    for group in range(groups):
-        full[group, :, group] = A
-    return full.view(groups * rank, groups * channels, *kernel)
+    try:
+        return update.pair()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _tensors(
@@ -128,16 +114,13 @@ def _tensors(
     for name, update in updates.items():
         a, b = (
             ("lora_embedding_A", "lora_embedding_B")
-            if update.kind == "embedding"
+            if isinstance(update.layout, Table)
             else ("lora_A.weight", "lora_B.weight")
         )
-        B = update.B
-        if update.kind == "conv" and update.groups > 1:
-            B = B.view(B.shape[0], -1, *B.shape[2:])
         path = f"{PREFIX}{where[name].path}"
-        tensors[f"{path}.{a}"], tensors[f"{path}.{b}"] = update.A, B
+        tensors[f"{path}.{a}"], tensors[f"{path}.{b}"] = update.A, update.B
         if update.magnitude is not None:
-            shape = (1, -1, *(1,) * (update.A.dim() - 2)) if update.kind == "conv" else (-1,)
+            shape = (1, -1, *(1,) * (update.A.dim() - 2)) if isinstance(update.layout, Kernel) else (-1,)
             tensors[f"{path}.lora_magnitude_vector"] = update.magnitude.view(shape)
     for name, value in adapter.trained.items():
         module, _, local = name.rpartition(".")
@@ -227,19 +210,21 @@ def _updates(found: Sorted, config: PeftConfig, host: Host | None) -> dict[str, 
     updates: dict[str, Update] = {}
     for path, parts in found.factors.items():
         name, key = names.name_and_key(path)
-        kind: Kind = "embedding" if path in found.embeddings else "linear" if parts["A"].dim() == 2 else "conv"
-        updates[name] = _update(name, kind, parts, config.rank_of(key), config.alpha_of(key), config)
-    stacks = {name: update for name, update in updates.items() if update.kind == "experts"}
-    layout = Layout(config, host, [(name, update.A, update.B) for name, update in stacks.items()])
+        layout = Table() if path in found.embeddings else Matrix() if parts["A"].dim() == 2 else Kernel()
+        updates[name] = _update(name, layout, parts, config.rank_of(key), config.alpha_of(key), config)
+    stacks = {name: update for name, update in updates.items() if isinstance(update.layout, Stack)}
+    turned = StackLayout(config, host, [(name, update.A, update.B) for name, update in stacks.items()])
     for name, update in stacks.items():
-        A, B = layout.upright(name, update.A, update.B)
+        A, B = turned.upright(name, update.A, update.B)
         updates[name] = dataclasses.replace(update, A=A, B=B)
     if config.residual:
         updates = {name: _at_the_base(name, update, config, host) for name, update in updates.items()}
     return updates
 
 
-def _update(name: str, kind: Kind, parts: Mapping[str, Tensor], rank: int, alpha: float, config: PeftConfig) -> Update:
+def _update(
+    name: str, layout: Layout, parts: Mapping[str, Tensor], rank: int, alpha: float, config: PeftConfig
+) -> Update:
     A, B, magnitude = parts["A"], parts["B"], parts.get("magnitude")
     if A.dim() != B.dim() or A.dim() < 2:
         raise ValueError(f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no pair of factors.")
@@ -247,17 +232,17 @@ def _update(name: str, kind: Kind, parts: Mapping[str, Tensor], rank: int, alpha
         has = "has a magnitude" if magnitude is not None else "has no magnitude"
         raise ValueError(f"{name} {has}, and {CONFIG} says use_dora={config.use_dora}.")
     experts = A.shape[0] // rank
-    stack = config.target_parameters and kind == "linear" and experts > 1 and A.shape[0] == B.shape[1]
+    stack = config.target_parameters and isinstance(layout, Matrix) and experts > 1 and A.shape[0] == B.shape[1]
     if stack and A.shape[0] == experts * rank:
-        kind, (A, B) = "experts", stacked(A, B, experts, rank)
+        layout, (A, B) = Stack(), stacked(A, B, experts, rank)
     elif A.shape[0] != rank:
         raise ValueError(f"{name}: A has rank {A.shape[0]}, {config.path} says {rank}.")
-    elif kind == "conv" and rank % B.shape[1] == 0 and B.shape[1] < rank:
-        return _as_grouped(name, Update(kind, A, B, rank, alpha, config.use_rslora, magnitude), rank // B.shape[1])
+    elif isinstance(layout, Kernel) and rank % B.shape[1] == 0 and B.shape[1] < rank:
+        return _as_grouped(name, Update(layout, A, B, rank, alpha, config.use_rslora, magnitude), rank // B.shape[1])
     elif B.shape[1] != rank:
         raise ValueError(f"{name}: A has rank {rank}, B {B.shape[1]}.")
     magnitude = None if magnitude is None else magnitude.flatten()
-    return Update(kind, A, B, rank, alpha, config.use_rslora, magnitude, config.fan_in_fan_out)
+    return Update(layout, A, B, rank, alpha, config.use_rslora, magnitude, config.fan_in_fan_out)
 
 
 def _as_grouped(name: str, update: Update, groups: int) -> Update:
@@ -287,7 +272,7 @@ def _as_grouped(name: str, update: Update, groups: int) -> Update:
     used = [group for group in range(groups) if B[group].ne(0).any()]
     if all(torch.equal(own[group], own[used[0]]) for group in used):
         shared = own[used[0]] if used else own[0]
-        return update.with_rank(own_rank, A=shared.clone(), groups=groups, magnitude=magnitude)
+        return update.with_factors(Kernel(groups), shared.clone(), update.B, magnitude=magnitude)
     if magnitude is not None and outputs != groups:
         raise ValueError(
             f"{name}: PEFT's DoRA of a convolution with {groups} groups and {outputs} outputs divides by the norm of "
@@ -302,7 +287,7 @@ def _as_grouped(name: str, update: Update, groups: int) -> Update:
         update,
         A=own.flatten(0, 1),
         B=wide.reshape(outputs, total, *ones),
-        groups=groups,
+        layout=Kernel(groups),
         magnitude=magnitude,
     )
 
@@ -317,7 +302,7 @@ def _at_the_base(name: str, update: Update, config: PeftConfig, host: Host | Non
     if host is None:
         raise ValueError(f"{config.path}: {what} counts from a part of the base weights: read it for a model.")
     weight = host.weight(name)
-    if weight is None or update.kind != "linear":
+    if weight is None or not isinstance(update.layout, Matrix):
         raise ValueError(f"{config.path}: {what}: {name} is no linear layer of {type(host.model).__name__}.")
     if weight.shape != (update.B.shape[0], update.A.shape[1]):
         return update  # does not fit, which is said where it is put in
@@ -328,4 +313,4 @@ def _at_the_base(name: str, update: Update, config: PeftConfig, host: Host | Non
     else:
         A, B = factors_of_weight(weight, update.rank, update.scale, config.residual, exact=True)
     A, B = torch.cat((update.A, A.to(update.A.dtype))), torch.cat((update.B, -B.to(update.B.dtype)), 1)
-    return update.with_rank(2 * update.rank, A=A, B=B)
+    return update.with_factors(update.layout, A, B)

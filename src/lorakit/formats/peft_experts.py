@@ -30,7 +30,7 @@ def flattened(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
 
 
-class Layout:
+class StackLayout:
     """Which of the two layouts the stacks of one file have."""
 
     def __init__(self, config: PeftConfig, host: Host | None, stacks: Iterable[tuple[str, Tensor, Tensor]]) -> None:

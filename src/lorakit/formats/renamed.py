@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..core.adapter import Adapter, Update
 from ..core.host import Host
+from ..core.layouts import Matrix, Stack
 
 _WEIGHT = ".weight"
 
@@ -127,7 +128,7 @@ def _fused(target: str, sources: Sequence[_Source], rule: Any, host: Host) -> di
 
 
 def _chunked(target: str, update: Update, patterns: Sequence[str]) -> dict[str, Update]:
-    if update.kind != "linear" or update.B.shape[0] % len(patterns):
+    if not isinstance(update.layout, Matrix) or update.B.shape[0] % len(patterns):
         raise ValueError(
             f"{target}: a {update.kind} update of {update.B.shape[0]} rows is not of {len(patterns)} layers."
         )
@@ -146,7 +147,7 @@ def _concatenated(target: str, sources: Sequence[_Source], patterns: Sequence[st
     outputs, inputs = weight.shape
     A, B = _blocks({source.pattern: source for source in sources}, patterns, outputs, inputs)
     first = sources[0].update
-    return Update("linear", A, B, A.shape[0], first.scale * A.shape[0])
+    return Update(Matrix(), A, B, A.shape[0], first.scale * A.shape[0])
 
 
 def _merged(target: str, sources: Sequence[_Source], patterns: Sequence[str], host: Host) -> Update:
@@ -170,7 +171,7 @@ def _merged(target: str, sources: Sequence[_Source], patterns: Sequence[str], ho
     A, B = like.new_zeros(experts, rank, inputs), like.new_zeros(experts, outputs, rank)
     for expert, (own_A, own_B) in pairs.items():
         A[expert, : len(own_A)], B[expert, :, : len(own_A)] = own_A, own_B
-    return Update("experts", A, B, rank, scale * rank, parameter=target.rpartition(".")[2])
+    return Update(Stack(), A, B, rank, scale * rank, parameter=target.rpartition(".")[2])
 
 
 def _blocks(
@@ -189,7 +190,11 @@ def _blocks(
         source = sources.get(pattern)
         if source is not None:
             update = source.update
-            if update.kind != "linear" or update.A.shape[1] != inputs or row + update.B.shape[0] > outputs:
+            if (
+                not isinstance(update.layout, Matrix)
+                or update.A.shape[1] != inputs
+                or row + update.B.shape[0] > outputs
+            ):
                 raise ValueError(
                     f"{source.name}: A {tuple(update.A.shape)} and B {tuple(update.B.shape)} are no part of an "
                     f"update of {outputs} × {inputs}."

@@ -252,12 +252,8 @@ def factors_of(adapter: Adapter) -> dict[str, Factors]:
     """
     found: dict[str, Factors] = {}
     for name, update in adapter.updates.items():
-        plain = update.without_blocks()
-        if plain.kind == "experts":
-            pairs = zip(plain.A, plain.B, strict=True)
-            found |= {f"{name}[{i}]": Factors(A, B, plain.scale, name, i) for i, (A, B) in enumerate(pairs)}
-        else:
-            found[name] = Factors(plain.A.flatten(1), plain.B.flatten(1), plain.scale, name)
+        for number, (end, (A, B)) in enumerate(update.layout.matrices(update.A, update.B).items()):
+            found[name + end] = Factors(A, B, update.scale, name, number if end else None)
     if not found:
         raise ValueError("the adapter has no LoRA update to analyze, only tensors trained whole.")
     broken = [name for name, f in found.items() if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all())]

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ...core.targets import closest, is_transposed, matching
+from ...core.layers import is_transposed
+from ...core.targets import closest, matching
 
 
 @dataclass(frozen=True)
@@ -178,13 +179,13 @@ def _attentions(module: nn.Module) -> list[nn.Module]:
 
 
 def _linears(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear) or is_transposed(m)]
+    return [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear) or is_transposed(type(m))]
 
 
 def _outputs(module: nn.Module) -> int:
     if isinstance(module, nn.MultiheadAttention):
         return int(module.embed_dim)
-    return int(module.get_parameter("weight").shape[1 if is_transposed(module) else 0])
+    return int(module.get_parameter("weight").shape[1 if is_transposed(type(module)) else 0])
 
 
 def _is_norm(module: nn.Module) -> bool:

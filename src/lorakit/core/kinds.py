@@ -1,0 +1,67 @@
+"""Which adapted class a module gets: the one place that knows the kinds, and where a program adds its own.
+
+    lorakit.adapts(MyLinear, lorakit.Linear)        MyLinear computes x Wᵀ + b from its .weight and .bias
+    lorakit.adapts(MyQuantised, lorakit.Beside)     any module whose output is linear in x
+    lorakit.adapts(Theirs, MyKind)                  MyKind is a subclass of lorakit.AdaptedLayer (see `adapted.py`)
+
+A module of a registered class gets the adapted class. A module of a subclass may compute in a way of its own, and so
+may one that stores no weight: they get the kind that adds beside whatever they compute, where there is one.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from .adapted import AdaptedLayer, joined
+from .beside import AddsBeside, Beside, BesideConv1d, BesideConv2d, BesideConv3d
+from .layers import TRANSFORMERS_CONV1D, Conv1d, Conv2d, Conv3d, Embedding, Linear
+
+_kinds: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
+    nn.Linear: Linear,
+    TRANSFORMERS_CONV1D: Linear,
+    nn.Embedding: Embedding,
+    nn.Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+}
+_beside: dict[type[nn.Module], type[AdaptedLayer]] = {
+    nn.Linear: Beside,
+    nn.Conv1d: BesideConv1d,
+    nn.Conv2d: BesideConv2d,
+    nn.Conv3d: BesideConv3d,
+}
+
+
+def adapts(plain: type[nn.Module] | str, kind: type[AdaptedLayer]) -> None:
+    """From now on, `attach` and `load` adapt modules of the class `plain` as `kind`.
+
+    plain: the class, or "package.module.Class" where it is not to be imported. A subclass of it is not meant.
+
+    Raises TypeError for what is no such class. A class that is registered again gets the new kind.
+    """
+    if not isinstance(plain, str) and not (isinstance(plain, type) and issubclass(plain, nn.Module)):
+        raise TypeError(f"adapts({plain!r}, …): expected a subclass of torch.nn.Module, or its name.")
+    if not (isinstance(kind, type) and issubclass(kind, AdaptedLayer)):
+        raise TypeError(f"adapts(…, {kind!r}): expected a subclass of lorakit.AdaptedLayer, such as lorakit.Linear.")
+    _kinds[plain] = kind
+
+
+def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
+    """The kind for a module, or None."""
+    cls = type(module)
+    kind = _kinds.get(cls) or _kinds.get(f"{cls.__module__}.{cls.__qualname__}")
+    if kind is not None and (cls not in _beside or "weight" in module._parameters):
+        return kind
+    if isinstance(module, AdaptedLayer | LazyModuleMixin):
+        return None
+    return next((beside for base, beside in _beside.items() if isinstance(module, base)), None)
+
+
+def class_of(kind: type[AdaptedLayer], plain: type[nn.Module]) -> type[AdaptedLayer]:
+    """The class for a module of the class `plain` that becomes one of this kind: it is still a `plain`."""
+    beside = issubclass(kind, AddsBeside)
+    if issubclass(kind, plain) and not beside:
+        return kind
+    own: type[AdaptedLayer] = joined(kind, plain, plain.__name__ if beside else "")
+    return own

@@ -1,0 +1,144 @@
+"""The layouts of an update: the shapes of its two factors, and what they multiply to.
+
+    Matrix          A (r, in)                 B (out, r)                 ΔW = B A
+    Blocks          A (Σ rᵢ, in)              B (Σ sizeᵢ, max r)         block i: B[rows i, :rᵢ] A[rows i]
+    Table           A (r, vocabulary)         B (dim, r)                 ΔW = (B A)ᵀ, whose rows are looked up
+    Kernel          A (r, in/groups, *k)      B (out, r, 1, …)           ΔW = B A viewed as a kernel
+    LoralibKernel   A (r·k_last, in·k_last)   B (out/groups·∏k[:-1], r·k_last)
+    Stack           A (experts, r, in)        B (experts, out, r)        a matrix for each expert
+
+A layout is plain data. It says everything about the factors that does not need a layer: which dimension the rank runs
+along, which matrices are inside, and the same update as one pair of thin layers, as most files hold it. A layer kind
+names its layout (`AdaptedLayer.layout`). A kind whose factors are laid out in another way subclasses `Layout`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .functional import Blocks as BlockSizes
+from .functional import block_diagonal
+
+Factors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of A and B. This class is that of any pair whose A has the rank first and whose B has it second."""
+
+    name: ClassVar[str] = "matrix"
+    rank_dim: ClassVar[int] = 0  # the dimension of A that the rank runs along; B has it in the next one
+    of_loralib: ClassVar[bool] = False  # whether loralib has a layer with these factors
+
+    def rank_of(self, A: Tensor, B: Tensor) -> int:
+        """r, told by the factors alone."""
+        return A.shape[self.rank_dim]
+
+    def simplest(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
+        """The same ΔW in a layout that can be added to others: A and B are stacked along the rank."""
+        return self, A, B
+
+    def pair(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
+        """The same ΔW as A (R, …) and B (…, R, …) of two thin layers, one after the other.
+
+        Raises ValueError where no such pair has the same ΔW.
+        """
+        return self.simplest(A, B)
+
+    def stacked(self, parts: Sequence[Factors]) -> Factors:
+        """A = [A₁; A₂; …] and B = [B₁, B₂, …] of updates in this layout, which must be a simplest one: their sum."""
+        return torch.cat([A for A, _ in parts], self.rank_dim), torch.cat([B for _, B in parts], self.rank_dim + 1)
+
+    def matrices(self, A: Tensor, B: Tensor) -> dict[str, Factors]:
+        """A (r, in) and B (out, r) of each matrix in the update, by what its name has at the end."""
+        _, A, B = self.simplest(A, B)
+        return {"": (A.flatten(1), B.flatten(1))}
+
+
+@dataclass(frozen=True)
+class Matrix(Layout):
+    """Of a linear layer."""
+
+    name = "linear"
+    of_loralib = True
+
+
+@dataclass(frozen=True)
+class Blocks(Layout):
+    """Of a linear layer whose output comes in blocks (q, k and v), each with a rank of its own or none."""
+
+    name = "merged_linear"
+    of_loralib = True
+
+    sizes: BlockSizes = ()  # (size, rank) of each block of the output
+
+    def rank_of(self, A: Tensor, B: Tensor) -> int:
+        return B.shape[1]
+
+    def simplest(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
+        return Matrix(), A, block_diagonal(B, self.sizes)
+
+
+@dataclass(frozen=True)
+class Table(Layout):
+    """Of an embedding."""
+
+    name = "embedding"
+    of_loralib = True
+
+
+@dataclass(frozen=True)
+class Kernel(Layout):
+    """Of a convolution to r channels and a 1 × 1 convolution after it. All groups share A."""
+
+    name = "conv"
+
+    groups: int = 1
+
+    def pair(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
+        """With groups, A (groups·r, in, *k) holds a copy of A for the channels of each group, along the diagonal."""
+        if self.groups == 1:
+            return self, A, B
+        rank, channels, *kernel = A.shape
+        full = A.new_zeros(self.groups, rank, self.groups, channels, *kernel)
+        for group in range(self.groups):
+            full[group, :, group] = A
+        return self, full.view(self.groups * rank, self.groups * channels, *kernel), B
+
+
+@dataclass(frozen=True)
+class LoralibKernel(Layout):
+    """Of a convolution that loralib's constructors made: B A is viewed as the kernel, whose rank it is not."""
+
+    name = "conv_loralib"
+    of_loralib = True
+
+    kernel_last: int = 1
+
+    def rank_of(self, A: Tensor, B: Tensor) -> int:
+        return A.shape[0] // self.kernel_last
+
+    def pair(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
+        raise ValueError(
+            "a convolution made by loralib's constructor has another rank than PEFT's (r times the kernel size) and "
+            "cannot be written exactly. Save it as a .pt file, or use attach() on a plain convolution."
+        )
+
+
+@dataclass(frozen=True)
+class Stack(Layout):
+    """Of a stack of experts' matrices."""
+
+    name = "experts"
+    rank_dim = 1
+
+    def pair(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
+        raise ValueError(f"an update of {len(A)} experts' matrices is no pair of layers.")
+
+    def matrices(self, A: Tensor, B: Tensor) -> dict[str, Factors]:
+        return {f"[{expert}]": own for expert, own in enumerate(zip(A, B, strict=True))}
