@@ -18,18 +18,18 @@ from typing import Any as _Any
 if _TYPE_CHECKING:
     from .core.adapted import AdaptedLayer as AdaptedLayer
     from .core.adapted import LoRALayer as LoRALayer
-    from .core.adapter import Adapter as Adapter
     from .core.adapter import Update as Update
+    from .core.attach import adapted_layers as adapted_layers
     from .core.attach import attach as attach
     from .core.attach import detach as detach
-    from .core.attach import disabled as disabled
-    from .core.attach import merge as merge
-    from .core.attach import unmerge as unmerge
     from .core.beside import Beside as Beside
     from .core.combine import combine as combine
     from .core.diagnose import diagnose as diagnose
     from .core.exchange import extract as extract
     from .core.exchange import insert as insert
+    from .core.format import Format as Format
+    from .core.format import add_format as add_format
+    from .core.init import add_init as add_init
     from .core.kinds import adapts as adapts
     from .core.layers import Conv1d as Conv1d
     from .core.layers import Conv2d as Conv2d
@@ -39,26 +39,39 @@ if _TYPE_CHECKING:
     from .core.layers import Linear as Linear
     from .core.layers import MergedLinear as MergedLinear
     from .core.loralib import install_as_loralib as install_as_loralib
+    from .core.optimizing import parameter_groups as parameter_groups
+    from .core.optimizing import parameters as parameters
     from .core.report import Report as Report
+    from .core.settings import LoRASettings as LoRASettings
+    from .core.switching import bake as bake
+    from .core.switching import disabled as disabled
+    from .core.switching import merge as merge
+    from .core.switching import unmerge as unmerge
     from .core.trainable import lora_state_dict as lora_state_dict
     from .core.trainable import mark_only_lora_as_trainable as mark_only_lora_as_trainable
+    from .formats import Adapter as Adapter
     from .formats import load as load
     from .formats import save as save
 
 _HOME = {
     "core.adapted": ("AdaptedLayer", "LoRALayer"),
-    "core.adapter": ("Adapter", "Update"),
-    "core.attach": ("attach", "detach", "disabled", "merge", "unmerge"),
+    "core.adapter": ("Update",),
+    "core.attach": ("adapted_layers", "attach", "detach"),
     "core.beside": ("Beside",),
     "core.combine": ("combine",),
     "core.diagnose": ("diagnose",),
     "core.exchange": ("extract", "insert"),
+    "core.format": ("Format", "add_format"),
+    "core.init": ("add_init",),
     "core.kinds": ("adapts",),
     "core.layers": ("Conv1d", "Conv2d", "Conv3d", "ConvLoRA", "Embedding", "Linear", "MergedLinear"),
     "core.loralib": ("install_as_loralib",),
+    "core.optimizing": ("parameter_groups", "parameters"),
     "core.report": ("Report",),
+    "core.settings": ("LoRASettings",),
+    "core.switching": ("bake", "disabled", "merge", "unmerge"),
     "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
-    "formats": ("load", "save"),
+    "formats": ("Adapter", "load", "save"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

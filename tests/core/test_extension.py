@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import lorakit
-from lorakit.core import kinds
+from lorakit.core import format as formats
+from lorakit.core import init, kinds, layouts
 
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
@@ -19,10 +20,13 @@ X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.fl
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
     """What is added here is not there for other tests."""
-    before = dict(kinds._kinds)
+    assert lorakit.Adapter  # its formats are there from then on
+    registries: list[dict[Any, Any]] = [kinds._kinds, init._inits, formats._formats]
+    before = [dict(registry) for registry in registries]
     yield
-    kinds._kinds.clear()
-    kinds._kinds.update(before)
+    for registry, own in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(own)
 
 
 # --- a layer kind ----------------------------------------------------------------------------------------------------
@@ -201,3 +205,139 @@ def test_a_layer_that_is_not_linear_is_refused_beside() -> None:
     lorakit.adapts(Squared, lorakit.Beside)
     with pytest.raises(ValueError, match="it is not linear in x"):
         lorakit.attach(model(Squared), "0", rank=2)
+
+
+# --- an init ---------------------------------------------------------------------------------------------------------
+
+
+def orthogonal(A: Tensor, B: Tensor, lookup: bool) -> None:
+    nn.init.orthogonal_(B if lookup else A)
+    nn.init.zeros_(A if lookup else B)
+
+
+def first_rows(matrix: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """s·B₀A₀ is the first rows of W and zero elsewhere."""
+    B = torch.zeros(len(matrix), rank, dtype=matrix.dtype)
+    B[:rank] = torch.eye(rank, dtype=matrix.dtype) / scale
+    return matrix[:rank], B
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Embedding(7, 4), nn.Conv2d(3, 4, 3)])
+def test_an_init_that_draws_is_added_by_one_call(layer: nn.Module) -> None:
+    lorakit.add_init("orthogonal", draw=orthogonal)
+    adapted = nn.Sequential(layer)
+    lorakit.attach(adapted, "0", rank=2, init="orthogonal")
+    A, B = adapted[0].lora_A.flatten(1), adapted[0].lora_B.flatten(1)
+    drawn, zero = (B.T, A) if isinstance(layer, nn.Embedding) else (A, B)
+    torch.testing.assert_close(drawn @ drawn.T, torch.eye(2))
+    assert not zero.any()
+    lorakit.detach(adapted)
+
+
+def test_an_init_that_looks_at_the_weight_is_added_by_one_call(tmp_path: Path) -> None:
+    lorakit.add_init("first-rows", take=first_rows)
+    torch.manual_seed(0)
+    adapted = nn.Sequential(nn.Linear(6, 5).double())
+    before = adapted(X).detach()
+    lorakit.attach(adapted, "0", rank=2, alpha=6, init="first-rows")
+    torch.testing.assert_close(
+        3 * adapted[0].lora_B @ adapted[0].lora_A, adapted[0].weight * (torch.arange(5) < 2)[:, None]
+    )
+    torch.testing.assert_close(adapted(X), before)
+    with torch.no_grad():
+        adapted[0].lora_B.zero_()
+    expected = before - X @ (adapted[0].weight * (torch.arange(5) < 2)[:, None]).T
+    torch.testing.assert_close(adapted(X), expected)  # what was taken out is missing now
+    lorakit.save(adapted, tmp_path)
+    again = nn.Sequential(nn.Linear(6, 5).double())
+    again.load_state_dict({"0.weight": adapted[0].weight, "0.bias": adapted[0].bias})
+    lorakit.load(again, tmp_path)
+    torch.testing.assert_close(again(X), expected)
+    with pytest.raises(ValueError, match="'0' has a weight of rank 5 at most: init='first-rows' cannot take rank=6"):
+        lorakit.attach(nn.Sequential(nn.Linear(6, 5)), "0", rank=6, init="first-rows")
+
+
+def test_an_init_is_one_of_two_kinds() -> None:
+    for given in ({}, {"draw": orthogonal, "take": first_rows}):
+        with pytest.raises(ValueError, match=r"^add_init\('x'\): give draw or take, one of them\.$"):
+            lorakit.add_init("x", **given)
+    with pytest.raises(ValueError, match="init='x': expected one of 'kaiming', 'gaussian', 'pissa', 'olora'"):
+        lorakit.attach(nn.Sequential(nn.Linear(6, 5)), "0", init="x")
+
+
+# --- a file format ---------------------------------------------------------------------------------------------------
+
+
+class Npz:
+    """Factors as NumPy arrays, with their scale; nothing else."""
+
+    name = "npz"
+    limits = "It holds linear layers alone."
+
+    def recognises(self, path: Path) -> bool:
+        return path.suffix == ".npz"
+
+    def read(self, path: Path, host: Any = None, alpha: float | None = None) -> lorakit.Adapter:
+        import numpy
+
+        with numpy.load(path) as arrays:
+            tensors = {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        names = [key.removesuffix(".A") for key in tensors if key.endswith(".A")]
+        updates = {
+            name: lorakit.Update(
+                layouts.Matrix(),
+                tensors[f"{name}.A"],
+                tensors[f"{name}.B"],
+                rank=len(tensors[f"{name}.A"]),
+                alpha=float(tensors[f"{name}.scale"]) * len(tensors[f"{name}.A"]),
+            )
+            for name in names
+        }
+        return lorakit.Adapter(updates, targets=tuple(names))
+
+    def write(self, adapter: lorakit.Adapter, path: Path) -> None:
+        import numpy
+
+        arrays = {}
+        for name, update in adapter.updates.items():
+            update = update.pair()
+            if not isinstance(update.layout, layouts.Matrix):
+                raise ValueError(f"{name}: {update.kind} updates are not held by {self.name}.")
+            arrays |= {f"{name}.A": update.A.numpy(), f"{name}.B": update.B.numpy(), f"{name}.scale": update.scale}
+        numpy.savez(path, **arrays)
+
+
+def test_a_format_is_added_by_one_call(tmp_path: Path) -> None:
+    lorakit.add_format(Npz())
+    torch.manual_seed(0)
+    adapted = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)).double()
+    lorakit.attach(adapted, ["0", "1"], rank=2, alpha=3, rank_pattern={"1": [1, 3]})
+    with torch.no_grad():
+        for parameter in lorakit.parameters(adapted):
+            parameter.normal_()
+    expected = adapted(X).detach()
+    lorakit.save(adapted, tmp_path / "own.npz")
+    lorakit.save(adapted, tmp_path / "folder.of.peft")
+    adapter = lorakit.Adapter.load(tmp_path / "folder.of.peft")  # without a model, and written elsewhere
+    adapter.save(tmp_path / "other", format="npz")
+    assert not (tmp_path / "other").exists() and (tmp_path / "other.npz").is_file()  # NumPy adds the suffix
+    for path, format in (
+        (tmp_path / "own.npz", None),
+        (tmp_path / "other.npz", "npz"),
+        (tmp_path / "folder.of.peft", None),
+    ):
+        again = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 6)).double()
+        again.load_state_dict({name: value for name, value in adapted.state_dict().items() if "lora" not in name})
+        lorakit.load(again, path, format=format)
+        torch.testing.assert_close(again(X), expected)
+    lorakit.detach(adapted)
+    lorakit.attach(adapted, "0", rank=2)
+    embedding = nn.Sequential(nn.Embedding(4, 4))
+    lorakit.attach(embedding, "0", rank=2)
+    with pytest.raises(ValueError, match=r"^0: embedding updates are not held by npz\.$"):
+        lorakit.save(embedding, tmp_path / "no.npz", force=True)
+
+
+def test_a_format_that_there_is_not_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^format='pef': expected one of 'peft', 'loralib'.*Did you mean 'peft'\?$"):
+        lorakit.Adapter.load("x", format="pef")

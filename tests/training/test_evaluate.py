@@ -38,7 +38,7 @@ def perplexity(model: Any, tokenizer: Any, texts: list[str], most: int) -> float
 
 @pytest.mark.parametrize("most", [64, 6])
 def test_plain_text_is_scored_by_its_perplexity(most: int, language: Loaded) -> None:
-    from lorakit.core.attach import disabled
+    from lorakit.core.switching import disabled
 
     texts = ["turn the light on", "and off", "system user assistant turn the light on and off"]
     examples = [Example(f"d:{i}", text=text) for i, text in enumerate(texts)]

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from ..core.attach import disabled
+    from ..core.switching import disabled
     from ..training.adapter_folder import base_and_adapter
     from ..training.generation import room, stream
     from ..training.models import load_with_adapter

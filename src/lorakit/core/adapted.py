@@ -35,7 +35,7 @@ from .factored import Factored
 from .fingerprint import fingerprint
 from .functional import Dropout, add_product, dense_update, dora_gain, precise, row_norm
 from .gradients import reshaped
-from .init import Init, factors_of_weight, random_factors
+from .init import Init, init_of
 from .layouts import Layout, Matrix
 from .running import model_is_running
 
@@ -246,11 +246,13 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def draw(self, A: Tensor, B: Tensor, init: Init) -> None:
         """Fill new factors in place such that ΔW = 0."""
-        random_factors(A, B, init)
+        assert init.draw is not None
+        init.draw(A, B, False)
 
     def take(self, rank: int, init: Init) -> tuple[Tensor, Tensor]:
         """Factors as matrices that are a part of the weight."""
-        return factors_of_weight(self.matrix(self.own_weight), rank, self.scaling, init)
+        assert init.take is not None
+        return init.take(self.matrix(self.own_weight), rank, self.scaling)
 
     @property
     def like(self) -> Tensor:
@@ -290,20 +292,21 @@ class AdaptedLayer(LoRALayer, nn.Module):
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
 
     def create_update(
-        self, rank: int, alpha: float, *, rslora: bool, dora: bool, init: Init, dtype: torch.dtype
+        self, rank: int, alpha: float, *, rslora: bool, dora: bool, init: str, dtype: torch.dtype
     ) -> None:
         """Give the layer its trainable factors, on the weight's device, such that ΔW = 0."""
         self.set_scale(rank, alpha, rslora)
         A_shape, B_shape = self.factor_shapes(rank)
         A = torch.empty(A_shape, dtype=dtype, device=self.like.device)
         B = torch.empty(B_shape, dtype=dtype, device=self.like.device)
-        if init in ("pissa", "olora"):
-            A0, B0 = self.take(rank, init)
+        begin = init_of(init)
+        if begin.take is not None:
+            A0, B0 = self.take(rank, begin)
             A, B = A0.view(A_shape).to(dtype), B0.view(B_shape).to(dtype)
             self.register_buffer("lora_A0", A.clone())
             self.register_buffer("lora_B0", B.clone())
         else:
-            self.draw(A, B, init)
+            self.draw(A, B, begin)
         self.lora_A, self.lora_B = nn.Parameter(A), nn.Parameter(B)
         if dora:
             norm = torch.linalg.vector_norm(
@@ -413,6 +416,14 @@ class AdaptedLayer(LoRALayer, nn.Module):
             self.__dict__ |= {"_base_weight": base, "_merged_weight": merged, "_merged_mark": fingerprint(merged)}
             self._put_weight(merged)
         self.merged = True
+
+    def bake(self) -> None:
+        """Merge, and let go of the weight as it was: `unmerge` changes nothing afterwards."""
+        if self.disabled_by:
+            raise ValueError("the model is inside lorakit.disabled, where it is the base model. Leave that first.")
+        self.merge()
+        for name in ("_base_weight", "_merged_weight", "_merged_mark"):
+            self.__dict__.pop(name, None)
 
     def unmerge(self) -> None:
         """The weight as it was before `merge`, the same object, bit for bit."""

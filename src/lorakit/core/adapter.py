@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from .format import format_of
 from .layouts import Layout
 
 
@@ -76,3 +78,19 @@ class Adapter:
     targets: tuple[str, ...] = ()  # the shortest names that select exactly `updates` in the model
     base_model: str | None = None
     task_type: str | None = None  # PEFT's: CAUSAL_LM, SEQ_CLS, …
+
+    @classmethod
+    def load(cls, path: str | Path, *, format: str | None = None, alpha: float | None = None) -> Adapter:
+        """The adapter at a path, without a model. format: its name; by default told by the path.
+
+        alpha: needed for a format that does not hold it (loralib's). Raises OSError, or ValueError for what cannot be
+        read, and for a file that says too little without the model it is for (`lorakit.load(model, path)`).
+        """
+        return format_of(path, format).read(Path(path), None, alpha)
+
+    def save(self, path: str | Path, *, format: str | None = None) -> None:
+        """Write the adapter. format: its name; by default told by the path.
+
+        Raises ValueError for what the format cannot hold.
+        """
+        format_of(path, format).write(self, Path(path))

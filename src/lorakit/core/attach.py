@@ -11,126 +11,75 @@ pickling.
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from . import layouts
 from .adapted import AdaptedLayer, LoRALayer
-from .functional import Blocks
-from .init import INITS, RANDOM_INITS, Init
 from .kinds import class_of, layer_class
-from .layers import blocks_of, plain_matrix
 from .layouts import Layout
 from .masks import QuickDropout
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .record import Record
 from .report import Report, Row
+from .settings import Filter, LoRASettings
+from .shares import shares_of
 from .statistics import freeze_statistics, persistent_buffers, thaw_statistics
-from .targets import Filter, Selection, Target, closest, matching, pattern_values, select
+from .targets import Selection, Target, closest, matching, select
 from .tied import held_refusal, held_tables, untie
 from .trainable import Bias, bias_names
-from .undo import change_class, note, own_tensor, refuse_replaced, remember, restore, unchanged_on_error, undo_of
-from .unused import refuse_silent
-
-# Threads that enter and leave `disabled` take turns: a model is switched once, by the first of them and by the last.
-_switching = threading.RLock()
+from .undo import change_class, note, own_tensor, remember, restore, unchanged_on_error, undo_of
 
 
 def attach(
     model: nn.Module,
-    targets: str | Iterable[str] | Filter = "all-linear",
+    targets: str | Iterable[str] | Filter | LoRASettings = "all-linear",
     *,
-    rank: int = 16,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    rslora: bool = False,
-    dora: bool = False,
-    init: Init = "kaiming",
-    rank_pattern: Mapping[str, int | Sequence[int]] | None = None,
-    alpha_pattern: Mapping[str, float] | None = None,
-    splits: Mapping[str, Sequence[int]] | None = None,
-    bias: Bias = "none",
-    also_train: Iterable[str] = (),
-    dtype: torch.dtype | None = None,
     freeze: bool = True,
+    **settings: Any,
 ) -> Report:
     """Adapt `model` in place: y = W x + b becomes y = W x + b + (alpha/rank) · B A x in every target layer.
 
-    targets: "all-linear" (every linear layer but the head), a name's end ("q_proj"), a glob over whole names
-        ("*.q_proj"), a list of these, or a function (module, name) → bool. The name of a parameter that no layer
-        calls adapts it too ("experts.gate_up_proj"); that of an nn.MultiheadAttention, all its projections.
-    rank, alpha: r and α; alpha=None means 2·rank. rank_pattern, alpha_pattern: other values for matching modules;
-        a module with a rank of its own and no alpha of its own takes 2·rank when alpha is None.
-        A sequence of ranks adapts the blocks of a fused output, 0 leaving one out: {"c_attn": [8, 0, 8]} is q and v of
-        GPT-2, as in the paper. The blocks are equal unless `splits` gives their sizes: {"qkv_proj": [512, 128, 128]}.
-    dropout: probability, on the update's input; of an embedding, whose input is a token, of whole tokens.
-    rslora: scale α/√r. dora: learn the rows' magnitudes too.
-    init: how A and B begin, see `init.py`; the model's output is unchanged at first, up to rounding with pissa, olora
-        and dora.
-    bias: train no biases, those of the adapted layers, or all. also_train: modules to train whole, named like
-        targets (a new classifier head).
-    dtype: of the factors; by default the weight's, or float32 beside float16 and bfloat16 weights.
+        attach(model)                                                every linear layer but the head, rank 16
+        attach(model, ["q_proj", "v_proj"], rank=8, alpha=16)        the layers with names that end so
+        attach(model, "*.layers.[0-9].*", exclude="*.mlp.*")         a glob over whole names, some left out
+        attach(model, "c_attn", rank_pattern={"c_attn": [8, 0, 8]})  q and v of a fused projection
+        attach(model, LoRASettings(rank=4, dora=True))               settings that were made before
+
+    targets, settings: as in `LoRASettings`, which says what each means.
     freeze: freeze every parameter that the adapter does not train, and the running statistics of norms with it.
 
     Returns a Report; print it. Raises ValueError, before anything is changed, when a pattern matches nothing or a
     target cannot be adapted. Neither the mode (train/eval) nor any existing tensor is changed.
     """
+    if isinstance(targets, LoRASettings):
+        wanted = dataclasses.replace(targets, **settings)
+    else:
+        wanted = LoRASettings.named(targets, settings)
     model = unwrapped(model)
-    _check(rank, alpha, dropout, init)
-    selection = select(model, targets)
-    names = list(selection.targets)
-    ranks = pattern_values(rank_pattern or {}, names, "rank_pattern")
-    alphas = pattern_values(alpha_pattern or {}, names, "alpha_pattern")
-    sizes = pattern_values(splits or {}, names, "splits")
-    blocks = {
-        name: _blocks(name, selection.targets[name], ranks.get(name, rank), sizes.get(name))
-        for name in names
-        if name in sizes or isinstance(ranks.get(name), Sequence)
-    }
-    if blocks and (dora or init not in RANDOM_INITS):
-        raise ValueError(
-            f"{next(iter(blocks))!r} is adapted in blocks, where dora and the init {init!r} have no meaning: they take "
-            f"the whole weight. Use dora=False and one of the inits {', '.join(map(repr, RANDOM_INITS))}."
-        )
-    for name, target in selection.targets.items():
-        if target.parameter:
-            _check_parameter(name, target, dropout, dora, init)
-        elif (dora or init not in RANDOM_INITS) and not (layer_class(target.module) or AdaptedLayer).takes_weight:
-            raise ValueError(
-                f"{name!r} is a {type(target.module).__name__}, which computes output or weight in its own way: "
-                "dora and the inits that take factors from the weight need the weight itself. Use dora=False and "
-                f"one of the inits {', '.join(map(repr, RANDOM_INITS))}, or leave it out of the targets."
-            )
-    settings: dict[str, tuple[int, float]] = {}
-    for name in names:
-        own_rank = max(own for _, own in blocks[name]) if name in blocks else ranks.get(name, rank)
-        assert isinstance(own_rank, int)
-        own_alpha = alphas.get(name, 2 * own_rank if alpha is None else alpha)
-        _check(own_rank, own_alpha, dropout, init)
-        if init not in RANDOM_INITS:
-            limit = min(selection.targets[name].weight.flatten(1).shape)
-            if own_rank > limit:
-                raise ValueError(
-                    f"{name!r} has a weight of rank {limit} at most: init={init!r} cannot take rank={own_rank}."
-                )
-        settings[name] = own_rank, own_alpha
-    whole = _modules_trained_whole(model, also_train, selection)
-    bias_names(model, bias)  # refuses an unknown word before anything changes
+    selection = select(model, wanted.targets, wanted.exclude)
+    shares = shares_of(wanted, selection)
+    whole = _modules_trained_whole(model, wanted.also_train, selection)
+    bias_names(model, wanted.bias)  # refuses an unknown word before anything changes
 
     with unchanged_on_error(model):
         for name, target in selection.targets.items():
-            own_rank, own_alpha = settings[name]
-            layer = adopt(target, dropout, layouts.Blocks(blocks[name]) if name in blocks else None)
+            share = shares[name]
+            layer = adopt(target, wanted.dropout, share.layout)
             layer.create_update(
-                own_rank, own_alpha, rslora=rslora, dora=dora, init=init, dtype=dtype or factor_dtype(layer.like)
+                share.rank,
+                share.alpha,
+                rslora=wanted.rslora,
+                dora=wanted.dora,
+                init=wanted.init,
+                dtype=wanted.dtype or factor_dtype(layer.like),
             )
-        trained = choose_trainable(model, whole, bias, freeze=freeze)
+        trained = choose_trainable(model, whole, wanted.bias, freeze=freeze)
         note_adapted(model)
         return _report(model, selection, trained)
 
@@ -268,97 +217,6 @@ def detach(model: nn.Module) -> None:
     Record.drop(model)
 
 
-def merge(model: nn.Module, *, force: bool = False) -> None:
-    """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit.
-
-    Raises ValueError where training passed over an adapted layer, or another module took the place of one (see
-    `diagnose`), unless `force` is given; and for a layer that does not use its weight as it is.
-    """
-    layers = _layers_or_error(model)
-    if not force:
-        refuse_replaced(model)
-        refuse_silent(model, layers, "Leave them out of the targets, or merge with force=True.")
-    for name, layer in layers.items():
-        if reason := layer.merge_refusal():
-            raise ValueError(f"{name!r} cannot be merged: {reason}. Leave the model unmerged.")
-    for layer in layers.values():
-        layer.merge()
-
-
-def unmerge(model: nn.Module) -> None:
-    """Take `merge` back: the weights are the same objects with the same bits as before."""
-    for layer in _layers_or_error(model).values():
-        layer.unmerge()
-
-
-@contextlib.contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, `model` is the base model: no update, and the values that heads and biases had before training.
-
-    It may be entered again inside, for a part of the model too, from threads and from generators: as long as anyone is
-    inside, the model is the base model for everyone. What `merge`, `eval()` or `train()` ask of the layers inside
-    happens when the last one leaves.
-    """
-    with _switching:
-        layers = list(adapted_layers(model).values())
-        notes = [(module, undo) for module in model.modules() if (undo := note(module))]
-        for layer in layers:
-            layer.disable()
-        for module, undo in notes:
-            undo.swapped += 1
-            if undo.swapped == 1:
-                undo.swap(module)
-    try:
-        yield model
-    finally:
-        with _switching:
-            for module, undo in notes:
-                undo.swapped -= 1
-                if undo.swapped == 0 and note(module) is undo:  # not detached meanwhile
-                    undo.swap(module)
-            for layer in layers:
-                if isinstance(layer, AdaptedLayer) and layer.has_update:
-                    layer.enable()
-
-
-def _check(rank: int, alpha: float | None, dropout: float, init: str) -> None:
-    if rank < 1:
-        raise ValueError(f"rank={rank}: a rank is at least 1.")
-    if alpha is not None and alpha <= 0:
-        raise ValueError(f"alpha={alpha}: expected a positive number, or None for 2·rank.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout}: a probability in [0, 1) is expected.")
-    if init not in INITS:
-        raise ValueError(f"init={init!r}: expected one of {', '.join(map(repr, INITS))}.")
-
-
-def _check_parameter(name: str, target: Target, dropout: float, dora: bool, init: Init) -> None:
-    """Refuse what has no meaning for a parameter that is read."""
-    what = f"{name!r} is a weight that {type(target.module).__name__} or its parent reads"
-    if dropout > 0:
-        raise ValueError(f"{what}, so its update has no input to drop: use dropout=0, or leave it out of the targets.")
-    if target.weight.dim() == 3 and (dora or init not in RANDOM_INITS):
-        raise ValueError(
-            f"{what}, with a matrix for each expert: use dora=False and one of the inits "
-            f"{', '.join(map(repr, RANDOM_INITS))}."
-        )
-
-
-def _blocks(name: str, target: Target, rank: int | Sequence[int], sizes: Sequence[int] | None) -> Blocks:
-    """(size, rank) of each block of a fused linear layer's output."""
-    module = target.module
-    if target.class_for(layouts.Blocks()) is None:
-        kind = "parameter" if target.parameter else type(module).__name__
-        raise ValueError(f"{name!r} is a {kind}: only the output of a linear layer comes in blocks.")
-    try:
-        blocks = blocks_of(len(plain_matrix(module)), rank, splits=sizes)
-    except ValueError as error:
-        raise ValueError(f"{name!r}: {error}") from None
-    if not any(own for _, own in blocks):
-        raise ValueError(f"{name!r}: every block has rank 0; leave the module out of the targets.")
-    return blocks
-
-
 def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selection: Selection) -> list[str]:
     patterns = [also_train] if isinstance(also_train, str) else list(also_train)
     names = list(dict.fromkeys(name for name, _ in named_modules(model) if name))
@@ -378,13 +236,6 @@ def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selectio
                 )
         chosen += hits
     return chosen
-
-
-def _layers_or_error(model: nn.Module) -> dict[str, AdaptedLayer]:
-    layers = adapted_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no adapted layer: call lorakit.attach or lorakit.load first.")
-    return layers
 
 
 def _report(model: nn.Module, selection: Selection, trained: tuple[str, ...]) -> Report:

@@ -15,10 +15,7 @@ from torch import Tensor, nn
 from .adapted import AdaptedLayer, copied
 from .adapter import Adapter, Update
 from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, note_adapted, trained_whole
-from .kinds import layer_class
-from .layouts import Layout
 from .names import named_modules, unwrapped
-from .parameters import AdaptedParameter
 from .report import numberless
 from .targets import Target, candidates, closest, matching, refusal
 from .task import task_type
@@ -56,11 +53,12 @@ def extract(model: nn.Module, *, force: bool = False) -> Adapter:
 
 
 @torch.no_grad()
-def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
+def insert(model: nn.Module, adapter: Adapter, *, dtype: torch.dtype | None = None, force: bool = False) -> None:
     """Put `adapter` into `model`: plain layers are adapted, layers with an update of the same shapes are filled.
 
-    Like `attach`, it freezes everything else and changes neither mode nor base weights. With force, what does not fit
-    is left out instead of refused. Raises ValueError listing every misfit, before anything is changed.
+    Like `attach`, it freezes everything else and changes neither mode nor base weights. dtype: of the factors; by
+    default that of the factors that are there, or of new ones as `attach` chooses it. With force, what does not fit is
+    left out instead of refused. Raises ValueError listing every misfit, before anything is changed.
     """
     model = unwrapped(model)
     layers, targets = adapted_layers(model), candidates(model)
@@ -78,7 +76,7 @@ def insert(model: nn.Module, adapter: Adapter, *, force: bool = False) -> None:
     with unchanged_on_error(model, [before[name] for name in trained]):
         for name, update in adapter.updates.items():
             if name not in problems:
-                _insert_update(layers.get(name), targets[name], update, adapter.dropout)
+                _insert_update(layers.get(name), targets[name], update, adapter.dropout, dtype)
         choose_trainable(model, whole, adapter.bias, freeze=True)
         keep_values(model, trained)
         own = tensors_by_name(model)  # a tied module that is trained whole has another one now
@@ -96,31 +94,20 @@ def _listed(problems: Iterable[str]) -> list[str]:
     return lines[:20] + ([f"  … and {len(lines) - 20} more"] if len(lines) > 20 else [])
 
 
-def layouts(model: nn.Module) -> dict[str, Layout]:
-    """The layout of the factors of each layer that is, or could be, adapted: what a loralib file leaves out."""
-    found: dict[str, Layout] = {}
-    for name, module in named_modules(model):
-        if isinstance(module, AdaptedParameter):
-            continue  # loralib has none
-        if isinstance(module, AdaptedLayer) and module.has_update:
-            found[name] = module.layout
-        elif name and (kind := layer_class(module)) is not None and kind.plain_layout.of_loralib:
-            found[name] = kind.plain_layout
-    return found
-
-
 def _in_the_models_order(model: nn.Module, names: Iterable[str]) -> list[str]:
     """Parameters in the order in which their module has them, and not in which they were adapted."""
     order = {name: place for place, name in enumerate(candidates(model))}
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
 
-def _insert_update(layer: AdaptedLayer | None, target: Target, update: Update, dropout: float) -> None:
+def _insert_update(
+    layer: AdaptedLayer | None, target: Target, update: Update, dropout: float, dtype: torch.dtype | None
+) -> None:
     if layer is not None:
-        layer.take_update(update, layer.lora_A.dtype)
+        layer.take_update(update, dtype or layer.lora_A.dtype)
     else:
         layer = adopt(target, dropout, update.layout)
-        layer.take_update(update, factor_dtype(layer.like))
+        layer.take_update(update, dtype or factor_dtype(layer.like))
 
 
 def _misfits(

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from .adapted import AdaptedLayer
 from .kinds import layer_class
 from .layers import Linear, is_transposed, plain_matrix
+from .layouts import Layout
 from .names import named_modules, named_parameters, unwrapped
-from .parameters import parameter_factor_shapes
+from .parameters import AdaptedParameter, parameter_factor_shapes
 from .targets import matrices
 
 
@@ -39,6 +40,19 @@ class Host:
     def matrices(self) -> Mapping[str, tuple[str, ...]]:
         """The matrices that each module owns and that are no layer's, in the module's order."""
         return {name: own for name, module in self.modules.items() if (own := matrices(module))}
+
+    @functools.cached_property
+    def layouts(self) -> Mapping[str, Layout]:
+        """The layout of the factors of each layer that is, or could be, adapted and that loralib has."""
+        found: dict[str, Layout] = {}
+        for name, module in named_modules(self.model):
+            if isinstance(module, AdaptedParameter):
+                continue  # loralib has none
+            if isinstance(module, AdaptedLayer) and module.has_update:
+                found[name] = module.layout
+            elif name and (kind := layer_class(module)) is not None and kind.plain_layout.of_loralib:
+                found[name] = kind.plain_layout
+        return found
 
     def stack(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """The shapes of A (experts, 1, in) and B (experts, out, 1) for the stack of matrices of this name.

@@ -1,4 +1,4 @@
-"""How the factors A and B begin. Each starts the model where it was: ΔW is zero, with the last two up to rounding.
+"""How the factors A and B begin. Each init starts the model where it was: ΔW is zero, with the last two up to rounding.
 
     kaiming    A ~ U(±1/√in), B = 0                 Hu et al. 2021, as loralib and PEFT draw it
     gaussian   A ~ N(0, 1/r²), B = 0                the paper's own words; PEFT's "gaussian"
@@ -8,53 +8,94 @@
 The last two move a part of W into the factors. Their papers subtract that part from the stored weight; lorakit keeps
 the weight untouched and subtracts it in the update instead, ΔW = s·(B A − B₀ A₀), which is the same function without
 a second, rounded copy of the base model. A₀ and B₀ are kept beside A and B (see `AdaptedLayer.factors`).
+
+`add_init` adds one under a name of its own.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .functional import precise
 
-Init = Literal["kaiming", "gaussian", "pissa", "olora"]
-INITS: tuple[str, ...] = get_args(Init)
-RANDOM_INITS = ("kaiming", "gaussian")  # those that do not look at the weight
+Draw = Callable[[Tensor, Tensor, bool], None]
+Take = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
 
 
-def random_factors(A: Tensor, B: Tensor, init: Init, *, embedding: bool = False) -> None:
-    """Fill A (r, in, …) and B (out, r, …) in place so that B A = 0.
+@dataclass(frozen=True)
+class Init:
+    """One of the two ways to begin.
 
-    An embedding reads columns of A by token, so there A is the zero one (as in loralib): a token that never occurs
-    then keeps its row exactly.
+    draw(A, B, lookup)            fills A (r, in, …) and B (out, r, …) in place so that B A = 0. lookup: the layer
+                                  reads columns of A by token, as an embedding does.
+    take(matrix, rank, scale)     A₀ (rank, in) and B₀ (out, rank), a part of the weight's matrix (out, in).
     """
-    drawn, zero = (B, A) if embedding else (A, B)
-    rank = A.shape[0]
-    if init == "gaussian":
-        nn.init.normal_(drawn, std=1 / rank)
-    elif embedding:
-        nn.init.normal_(drawn)
+
+    draw: Draw | None = None
+    take: Take | None = None
+
+
+def add_init(name: str, *, draw: Draw | None = None, take: Take | None = None) -> None:
+    """Make `attach(model, init=name)` begin in this way, see `Init`.
+
+    Raises ValueError unless one of draw and take is given.
+    """
+    if (draw is None) == (take is None):
+        raise ValueError(f"add_init({name!r}): give draw or take, one of them.")
+    _inits[name] = Init(draw, take)
+
+
+def init_of(name: str) -> Init:
+    """The init of this name. Raises ValueError for a name that there is not."""
+    if name not in _inits:
+        raise ValueError(f"init={name!r}: expected one of {', '.join(map(repr, _inits))}.")
+    return _inits[name]
+
+
+def looks_at_weight(name: str) -> bool:
+    """Whether the init takes the factors from the weight."""
+    return init_of(name).take is not None
+
+
+def random_inits() -> str:
+    """The names of those that do not, for an error."""
+    return ", ".join(repr(name) for name, init in _inits.items() if init.draw is not None)
+
+
+# --- drawn at random -------------------------------------------------------------------------------------------------
+
+
+def kaiming(A: Tensor, B: Tensor, lookup: bool) -> None:
+    """An embedding's A is the zero one (as in loralib): a token that never occurs then keeps its row exactly."""
+    if lookup:
+        nn.init.normal_(B)
+        nn.init.zeros_(A)
     else:
-        nn.init.kaiming_uniform_(drawn, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        nn.init.zeros_(B)
+
+
+def gaussian(A: Tensor, B: Tensor, lookup: bool) -> None:
+    drawn, zero = (B, A) if lookup else (A, B)
+    nn.init.normal_(drawn, std=1 / A.shape[0])
     nn.init.zeros_(zero)
 
 
-@torch.no_grad()
-def factors_of_weight(
-    matrix: Tensor, rank: int, scale: float, init: Init, *, exact: bool = False
-) -> tuple[Tensor, Tensor]:
-    """A₀ (rank, in), B₀ (out, rank) taken from the weight itself, for "pissa" and "olora".
+# --- taken from the weight -------------------------------------------------------------------------------------------
 
-    matrix (out, in), any strides. Computed in float32 at least. pissa: s·B₀A₀ is W's best approximation of that rank;
-    exact: by the whole SVD, which takes longer and draws no random numbers.
+
+@torch.no_grad()
+def pissa(matrix: Tensor, rank: int, scale: float, *, exact: bool = False) -> tuple[Tensor, Tensor]:
+    """A₀ (rank, in) and B₀ (out, rank) such that s·B₀A₀ is the best approximation of W (out, in) of that rank.
+
+    Computed in float32 at least. exact: by the whole SVD, which takes longer and draws no random numbers.
     """
     matrix = precise(matrix)
-    if init == "olora":
-        Q, R = torch.linalg.qr(matrix)
-        return R[:rank].contiguous(), Q[:, :rank].contiguous()
     if exact:
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         root = (S[:rank] / scale).sqrt()
@@ -64,3 +105,18 @@ def factors_of_weight(
     U, S, V = torch.svd_lowrank(matrix, q=directions, niter=16)
     root = (S[:rank] / scale).sqrt()
     return (V[:, :rank] * root).T.contiguous(), U[:, :rank] * root
+
+
+@torch.no_grad()
+def olora(matrix: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """A₀ = the first rows of R and B₀ = the first columns of Q, W = Q R, in float32 at least."""
+    Q, R = torch.linalg.qr(precise(matrix))
+    return R[:rank].contiguous(), Q[:, :rank].contiguous()
+
+
+_inits: dict[str, Init] = {
+    "kaiming": Init(draw=kaiming),
+    "gaussian": Init(draw=gaussian),
+    "pissa": Init(take=pissa),
+    "olora": Init(take=olora),
+}

@@ -22,7 +22,7 @@ from . import layouts
 from .adapted import AdaptedLayer, LoRALayer, joined
 from .functional import Blocks, block_diagonal, forms, lora_conv, lora_embedding, lora_linear
 from .gradients import Geometry
-from .init import Init, random_factors
+from .init import Init, init_of
 from .layouts import Layout
 
 _NONE_ENABLED: Sequence[bool] = (False,)  # loralib's default
@@ -75,7 +75,7 @@ class Linear(AdaptedLayer, nn.Linear):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.has_update:
-            self.draw(self.lora_A, self.lora_B, "kaiming")
+            self.draw(self.lora_A, self.lora_B, init_of("kaiming"))
 
     @classmethod
     def class_for(cls, layout: Layout) -> type[AdaptedLayer] | None:
@@ -294,7 +294,7 @@ class Embedding(AdaptedLayer, nn.Embedding):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if self.has_update:
-            self.draw(self.lora_A, self.lora_B, "kaiming")
+            self.draw(self.lora_A, self.lora_B, init_of("kaiming"))
 
     @classmethod
     def refusal_of(cls, module: Any) -> str | None:
@@ -303,7 +303,8 @@ class Embedding(AdaptedLayer, nn.Embedding):
         return super().refusal_of(module)
 
     def draw(self, A: Tensor, B: Tensor, init: Init) -> None:
-        random_factors(A, B, init, embedding=not self.read_whole)
+        assert init.draw is not None
+        init.draw(A, B, not self.read_whole)
         if self.padding_idx is not None:
             A.data[:, self.padding_idx] = 0
 
@@ -414,7 +415,7 @@ class ConvLoRA(AdaptedLayer):
     def reset_parameters(self) -> None:
         super().reset_parameters()  # type: ignore[misc]  # of the convolution class beside this one
         if self.has_update:
-            self.draw(self.lora_A, self.lora_B, "kaiming")
+            self.draw(self.lora_A, self.lora_B, init_of("kaiming"))
 
     @property
     def conv(self) -> nn.Module:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -31,11 +31,11 @@ from .layers import Linear
 from .layouts import Layout
 from .names import named_modules
 from .parameters import AdaptedParameter, adapted_parameters, parameter_factor_shapes, parameter_layout
+from .settings import Filter
 from .tables import tables_read_whole
 from .tied import held_refusal, held_tables
 
 ALL_LINEAR = "all-linear"
-Filter = Callable[[nn.Module, str], bool]
 Value = TypeVar("Value")
 
 _ADAPTABLE = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
@@ -118,16 +118,41 @@ def matrices(module: nn.Module) -> tuple[str, ...]:
     )
 
 
-def select(model: nn.Module, targets: str | Iterable[str] | Filter) -> Selection:
-    """What `targets` names in `model`.
+def select(model: nn.Module, targets: str | Iterable[str] | Filter, exclude: str | Iterable[str] = ()) -> Selection:
+    """What `targets` names in `model`, without what `exclude` names.
 
-    Raises ValueError when a target matches nothing, or matches something that cannot be adapted.
+    Raises ValueError when a target or an exclusion matches nothing, when a target matches something that cannot be
+    adapted, and when nothing is left.
     """
     _refuse_peft(model)
     named = candidates(model)
+    left_out = _left_out(model, named, [exclude] if isinstance(exclude, str) else list(exclude))
+    kept = {name: own for name, own in named.items() if name not in left_out}
+    patterns = () if callable(targets) else [targets] if isinstance(targets, str) else list(targets)
+    for pattern in patterns:
+        if matching(pattern, named) and not matching(pattern, kept):
+            raise ValueError(f"exclude={exclude!r} leaves nothing of the target {pattern!r}.")
+    return _selected(model, kept, targets if callable(targets) else patterns)
+
+
+def _left_out(model: nn.Module, named: Mapping[str, Target], patterns: Sequence[str]) -> set[str]:
+    """The names that the patterns exclude, and all that is inside these modules."""
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = matching(pattern, named)
+        inside = [name for name in named if any(name.startswith(f"{hit}.") for hit in hits)]
+        if not hits:
+            raise ValueError(
+                f"exclude={pattern!r} matches no module of {type(model).__name__}. {closest(pattern, named)}".rstrip()
+            )
+        found |= {*hits, *inside}
+    return found
+
+
+def _selected(model: nn.Module, named: dict[str, Target], targets: Sequence[str] | Filter) -> Selection:
     if callable(targets):
         return _by_filter(model, named, targets)
-    patterns = [targets] if isinstance(targets, str) else list(targets)
+    patterns = list(targets)
     if not patterns:
         raise ValueError("targets is empty: name at least one module, or use 'all-linear'.")
     selection = Selection()
@@ -213,7 +238,7 @@ def _layer_refusal(module: nn.Module) -> str | None:
 def _by_filter(model: nn.Module, named: dict[str, Target], wanted: Filter) -> Selection:
     selection = Selection()
     for name, module in named_modules(model):
-        if name and wanted(module, name):
+        if name in named and wanted(module, name):
             _take(named, name, selection)
     if not selection.targets:
         raise ValueError(f"targets={wanted!r} selects no module of {type(model).__name__}.")
@@ -247,8 +272,9 @@ def _by_pattern(
 def _take(named: dict[str, Target], name: str, selection: Selection) -> None:
     target = named[name]
     if isinstance(target.module, nn.MultiheadAttention) and not target.parameter:
-        for inner in (*matrices(target.module), "out_proj"):
-            _take(named, f"{name}.{inner}", selection)
+        for inner in (f"{name}.{own}" for own in (*matrices(target.module), "out_proj")):
+            if inner in named:  # else it is excluded
+                _take(named, inner, selection)
         return
     reason = refusal(target)
     if reason:

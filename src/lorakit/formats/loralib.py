@@ -19,10 +19,24 @@ from torch import Tensor
 
 from ..core import names
 from ..core.adapter import Adapter, Update
-from ..core.layouts import Kernel, Layout, Matrix
+from ..core.host import Host
+from ..core.layouts import Kernel, Matrix
 from ..core.trainable import Bias
 from .files import check_tensors, read_pickled, replacing
 from .foreign import format_of
+from .peft import FILES as PEFTS
+
+name = "loralib"
+limits = (
+    "It holds neither alpha, which is asked for in reading, nor the kinds of the layers, which the model tells. It has "
+    "no DoRA, no factored convolution and no parameter that is read; all layers have one alpha."
+)
+_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+
+
+def recognises(path: Path) -> bool:
+    """A file that is called like one of torch.save, and is none of PEFT's folder."""
+    return path.suffix in _SUFFIXES and path.name not in PEFTS and not path.is_dir()
 
 
 def write(adapter: Adapter, path: str | Path) -> None:
@@ -34,7 +48,7 @@ def write(adapter: Adapter, path: str | Path) -> None:
             "Save into a folder (PEFT's format)."
         )
     tensors: dict[str, Tensor] = {}
-    for name, update in adapter.updates.items():
+    for module, update in adapter.updates.items():
         if not update.layout.of_loralib or update.magnitude is not None or update.parameter:
             what = (
                 "a parameter"
@@ -43,10 +57,10 @@ def write(adapter: Adapter, path: str | Path) -> None:
                 if isinstance(update.layout, Kernel)
                 else "a DoRA layer"
             )
-            raise ValueError(f"{name} is {what}, which loralib does not have. Save into a folder (PEFT's format).")
+            raise ValueError(f"{module} is {what}, which loralib does not have. Save into a folder (PEFT's format).")
         # loralib's scale is α/r. A scale of rsLoRA is that one with another B.
         B = update.B * math.sqrt(update.rank) if update.rslora else update.B
-        tensors |= {f"{name}.lora_A": update.A, f"{name}.lora_B": B}
+        tensors |= {f"{module}.lora_A": update.A, f"{module}.lora_B": B}
     tensors |= adapter.trained
     check_tensors(tensors, f"{path} is not saved: ")
     path = Path(path)
@@ -55,8 +69,12 @@ def write(adapter: Adapter, path: str | Path) -> None:
         torch.save(tensors, temporary)
 
 
-def read(path: str | Path, alpha: float | None, layouts: Mapping[str, Layout]) -> Adapter:
-    """The adapter in a loralib file. alpha: `lora_alpha` of the layers it was made with, which the file lacks."""
+def read(path: str | Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
+    """The adapter in a loralib file. alpha: `lora_alpha` of the layers it was made with, which the file lacks.
+
+    host: the model that tells how its layers lay out their factors; without one, all are taken for linear layers.
+    """
+    layouts = {} if host is None else host.layouts
     if alpha is None:
         raise ValueError(
             f"{path} is a loralib file, which does not hold lora_alpha. Give the value used in training: alpha=16, say."
@@ -66,16 +84,16 @@ def read(path: str | Path, alpha: float | None, layouts: Mapping[str, Layout]) -
     tensors = _by_plain_names(read_pickled(Path(path)), path, layouts)
     check_tensors(tensors, f"{path}: ")
     updates: dict[str, Update] = {}
-    for name in sorted({key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")}):
-        if f"{name}.lora_B" not in tensors:
-            raise ValueError(f"{path}: {name}.lora_A has no {name}.lora_B beside it.")
-        A, B = tensors.pop(f"{name}.lora_A"), tensors.pop(f"{name}.lora_B")
-        layout = layouts.get(name, Matrix())
+    for module in sorted({key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")}):
+        if f"{module}.lora_B" not in tensors:
+            raise ValueError(f"{path}: {module}.lora_A has no {module}.lora_B beside it.")
+        A, B = tensors.pop(f"{module}.lora_A"), tensors.pop(f"{module}.lora_B")
+        layout = layouts.get(module, Matrix())
         if A.dim() != 2 or B.dim() != 2 or layout.rank_of(A, B) < 1:
             raise ValueError(
-                f"{path}: {name}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} are no pair of factors."
+                f"{path}: {module}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} are no pair of factors."
             )
-        updates[name] = Update(layout, A, B, layout.rank_of(A, B), alpha)
+        updates[module] = Update(layout, A, B, layout.rank_of(A, B), alpha)
     homeless = sorted(key for key in tensors if not updates or _of_an_adapted_layer(key, updates))
     if homeless or not updates:
         listed = "\n".join(f"  {key}" for key in homeless[:20]) or "  (none)"

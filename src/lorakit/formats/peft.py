@@ -30,18 +30,30 @@ from torch import Tensor
 
 from ..core.adapter import Adapter, Update
 from ..core.host import Host
-from ..core.init import factors_of_weight
+from ..core.init import olora, pissa
 from ..core.layouts import Kernel, Layout, Matrix, Stack, Table
 from .files import check_tensors, read_pickled, read_safetensors, replacing
+from .foreign import refuse
 from .peft_config import CONFIG as CONFIG
 from .peft_config import PeftConfig, first_match, read_config
 from .peft_experts import StackLayout, flattened, stacked
 from .peft_keys import PREFIX, Sorted, saved_whole, sort
 from .peft_names import Names, Place, places, target_names, wrapped
+from .renamed import translated
 from .tensors import write_tensors
 
 TENSORS, LEGACY_TENSORS = "adapter_model.safetensors", "adapter_model.bin"
 FILES = (CONFIG, TENSORS, LEGACY_TENSORS)
+name = "peft"
+limits = (
+    "It holds no loralib convolution (another rank), no DoRA on some modules only, and no update of an attention's "
+    "out_proj without its in_proj; these two have one rank and alpha. PEFT itself passes over what it cannot place."
+)
+
+
+def recognises(path: Path) -> bool:
+    """Whatever no other format takes for its own: `read` says what is wrong with it."""
+    return True
 
 
 def write(adapter: Adapter, folder: str | Path) -> None:
@@ -62,13 +74,20 @@ def write(adapter: Adapter, folder: str | Path) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def read(folder: str | Path, host: Host | None = None) -> Adapter:
-    """The adapter in `folder`. Raises FileNotFoundError, or ValueError naming the file and what is wrong with it.
+def read(path: str | Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
+    """The adapter in a folder, or the one that a file of it belongs to; for a model, by the names that it has.
+
+    Raises FileNotFoundError, or ValueError naming the file and what is wrong with it. alpha: the configuration has it.
 
     host: the model that it is read for. Without one, an attention is named instead of its parameter, experts'
     parameters come in the order of the configuration, and what counts from a part of the base weight is refused.
     """
-    folder = Path(folder)
+    path = Path(path)
+    if host is not None and not path.exists():
+        raise FileNotFoundError(f"{path}: no such adapter folder.")
+    folder = path.parent if path.name in FILES else path
+    if folder.is_file():
+        refuse(folder)
     config = read_config(folder)
     path, tensors = _read_tensors(folder)
     found = sort(tensors, config, str(path), None if host is None else host.modules)
@@ -79,7 +98,7 @@ def read(folder: str | Path, host: Host | None = None) -> Adapter:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     targets = config.target_modules
-    return Adapter(
+    adapter = Adapter(
         updates=updates,
         trained=found.trained,
         also_train=saved_whole(config, found.trained),
@@ -91,6 +110,7 @@ def read(folder: str | Path, host: Host | None = None) -> Adapter:
         base_model=config.base_model,
         task_type=config.task_type,
     )
+    return adapter if host is None else translated(adapter, host)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
@@ -309,8 +329,10 @@ def _at_the_base(name: str, update: Update, config: PeftConfig, host: Host | Non
     weight = weight.detach().cpu()
     if config.residual == "olora" and host.stored_transposed(name):
         # PEFT takes the factors of the matrix as it is stored, and they are those of the transposed one.
-        B, A = (part.T for part in factors_of_weight(weight.T, update.rank, update.scale, "olora", exact=True))
+        B, A = (part.T for part in olora(weight.T, update.rank, update.scale))
+    elif config.residual == "olora":
+        A, B = olora(weight, update.rank, update.scale)
     else:
-        A, B = factors_of_weight(weight, update.rank, update.scale, config.residual, exact=True)
+        A, B = pissa(weight, update.rank, update.scale, exact=True)
     A, B = torch.cat((update.A, A.to(update.A.dtype))), torch.cat((update.B, -B.to(update.B.dtype)), 1)
     return update.with_factors(update.layout, A, B)

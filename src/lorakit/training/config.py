@@ -76,6 +76,12 @@ class TrainConfig:
         group=_ADAPTER,
         aliases=("target-modules",),
     )
+    exclude: tuple[str, ...] = setting(
+        (),
+        help="modules to leave out of the targets: ends of names, globs",
+        group=_ADAPTER,
+        aliases=("exclude-modules",),
+    )
     rslora: bool = setting(False, help="scale alpha/sqrt(r)", group=_ADAPTER)
     dora: bool = setting(False, help="learn the magnitude of each output row too", group=_ADAPTER)
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = setting(

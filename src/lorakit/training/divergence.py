@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import adapted_layers, disabled
+from ..core.attach import adapted_layers
 from ..core.functional import precise
+from ..core.switching import disabled
 
 Batch = dict[str, Any]
 LossOf = Callable[[Batch], Tensor]  # the mean loss of a batch

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from ..core.attach import adapted_layers, disabled
+from ..core.attach import adapted_layers
+from ..core.switching import disabled
 from .data import Data, Example
 from .generation import answers
 from .metrics import accuracy, exact_match, pearson

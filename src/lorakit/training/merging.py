@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.attach import adapted_layers, detach, merge
+from ..core.attach import adapted_layers, detach
+from ..core.switching import merge
 from ..formats.folder import Kind, OutputFolder
 from .adapter_folder import base_and_adapter
 from .generation import end_tokens

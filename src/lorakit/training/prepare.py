@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core.attach import attach
 from ..core.report import Report
+from ..core.settings import LoRASettings
 from . import report
 from .config import TrainConfig, warnings_for
 from .data import Data, Example, read
@@ -123,18 +124,9 @@ def _memory(plan: Plan) -> str:
 
 def attach_as(config: TrainConfig, model: nn.Module, *, new_head: bool) -> Report:
     """`attach` with a run's settings. new_head: train what lies beside the base model (a classifier's head) whole."""
-    return attach(
-        model,
-        list(config.targets),
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        rslora=config.rslora,
-        dora=config.dora,
-        init=config.init,
-        bias=config.bias,
-        also_train=[*config.also_train, *(_head_modules(model) if new_head else [])],
-    )
+    whole = [*config.also_train, *(_head_modules(model) if new_head else [])]
+    # The configuration's dtype is that of the base weights.
+    return attach(model, dataclasses.replace(LoRASettings.of(config), dtype=None, also_train=whole))
 
 
 def weights_dtype(config: TrainConfig, data: Data) -> str:

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ...core.attach import adapted_layers, merge
+from ...core.attach import adapted_layers
 from ...core.paths import expanded
+from ...core.switching import merge
 from ...training.data import Data, Example, read
 from ...training.evaluate import predict
 from ...training.folders import no_split, split_files

@@ -33,9 +33,9 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import safetensors
 import safetensors.torch
@@ -43,8 +43,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...core.attach import adapted_layers, attach, detach, unmerge
-from ...core.init import Init
+from ...core.attach import adapted_layers, attach, detach
+from ...core.settings import LoRASettings
+from ...core.switching import unmerge
 from ...core.trainable import bias_names, lora_names
 from ...formats.files import replacing
 from .inserted import Bottleneck, Span, Vectors, given_to
@@ -378,27 +379,18 @@ class LoRA(Method):
     dropout: float = field(default=0.0, metadata={"limits": {"at_least": 0, "below": 1}})
     rslora: bool = False
     dora: bool = False
-    init: Init = "kaiming"
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
 
     def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
-        targets: list[str] | str | tuple[str, ...] = self.targets
-        ranks = {}
+        settings = LoRASettings.of(self)
         if self.targets == "query-value":
             found = [query_and_value(block) for block in blocks_of(model)]
-            targets = [name for names, _ in found for name in names]
-            ranks = {name: (self.rank, 0, self.rank) for names, fused in found if fused for name in names}
-        attach(
-            model,
-            targets,
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            rslora=self.rslora,
-            dora=self.dora,
-            init=self.init,
-            rank_pattern=ranks,
-            also_train=head,
-        )
+            settings = replace(
+                settings,
+                targets=[name for names, _ in found for name in names],
+                rank_pattern={name: (self.rank, 0, self.rank) for names, fused in found if fused for name in names},
+            )
+        attach(model, replace(settings, also_train=head))
         return lora_names(model)
 
 

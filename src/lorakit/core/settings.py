@@ -1,0 +1,89 @@
+"""LoRA's settings as one value, which checks itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .init import init_of
+from .trainable import Bias
+from .words import suggestion
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class LoRASettings:
+    """How `attach` adapts a model: y = W x + b becomes y = W x + b + (alpha/rank) · B A x in every target layer.
+
+    targets: "all-linear" (every linear layer but the head), a name's end ("q_proj"), a glob over whole names
+        ("*.q_proj"), a list of these, or a function (module, name) → bool. The name of a parameter that no layer
+        calls adapts it too ("experts.gate_up_proj"); that of an nn.MultiheadAttention, all its projections.
+    exclude: ends of names and globs of what is left out of them ("*.layers.0.*").
+    rank, alpha: r and α; alpha=None means 2·rank. rank_pattern, alpha_pattern: other values for matching modules;
+        a module with a rank of its own and no alpha of its own takes 2·rank when alpha is None.
+        A sequence of ranks adapts the blocks of a fused output, 0 leaving one out: {"c_attn": [8, 0, 8]} is q and v of
+        GPT-2, as in the paper. The blocks are equal unless `splits` gives their sizes: {"qkv_proj": [512, 128, 128]}.
+    dropout: probability, on the update's input; of an embedding, whose input is a token, of whole tokens.
+    rslora: scale α/√r. dora: learn the rows' magnitudes too.
+    init: how A and B begin, see `init.py`; the model's output is unchanged at first, up to rounding with pissa, olora
+        and dora.
+    bias: train no biases, those of the adapted layers, or all. also_train: modules to train whole, named like
+        targets (a new classifier head).
+    dtype: of the factors; by default the weight's, or float32 beside float16 and bfloat16 weights.
+
+    Raises ValueError for a value that cannot be meant.
+    """
+
+    targets: str | Iterable[str] | Filter = "all-linear"
+    exclude: str | Sequence[str] = ()
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    init: str = "kaiming"
+    rank_pattern: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    splits: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    bias: Bias = "none"
+    also_train: str | Iterable[str] = ()
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern", "splits"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, {})
+        check_scale(self.rank, self.alpha)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: a probability in [0, 1) is expected.")
+        init_of(self.init)
+
+    @classmethod
+    def of(cls, config: Any) -> LoRASettings:
+        """The settings that an object has as attributes of the same names; the others keep their defaults."""
+        return cls(
+            **{own.name: getattr(config, own.name) for own in dataclasses.fields(cls) if hasattr(config, own.name)}
+        )
+
+    @classmethod
+    def named(cls, targets: Any, settings: Mapping[str, Any]) -> LoRASettings:
+        """The settings given by name. Raises TypeError for a name that there is not, with the one perhaps meant."""
+        known = [own.name for own in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise TypeError(f"there is no setting {name!r}.{suggestion(name, known)}")
+        return cls(targets=targets, **settings)
+
+
+def check_scale(rank: int, alpha: float | None) -> None:
+    """Raise ValueError for an r or α that cannot be meant."""
+    if rank < 1:
+        raise ValueError(f"rank={rank}: a rank is at least 1.")
+    if alpha is not None and alpha <= 0:
+        raise ValueError(f"alpha={alpha}: expected a positive number, or None for 2·rank.")

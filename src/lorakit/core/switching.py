@@ -1,0 +1,94 @@
+"""A model with its adapter folded into the weights, taken out of the computation, or made a part of it for good."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from torch import nn
+
+from .adapted import AdaptedLayer
+from .attach import adapted_layers, detach
+from .undo import note, refuse_replaced
+from .unused import refuse_silent
+
+# Threads that enter and leave `disabled` take turns: a model is switched once, by the first of them and by the last.
+_switching = threading.RLock()
+
+
+def merge(model: nn.Module, *, force: bool = False) -> None:
+    """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit.
+
+    Raises ValueError where training passed over an adapted layer, or another module took the place of one (see
+    `diagnose`), unless `force` is given; and for a layer that does not use its weight as it is.
+    """
+    for layer in _mergeable(model, force).values():
+        layer.merge()
+
+
+def bake(model: nn.Module, *, force: bool = False) -> None:
+    """Make the adapter a part of the model for good: a plain model with W + s·ΔW, and no second copy of any weight.
+
+    As `merge` and `detach` one after the other, with one weight at a time in memory twice. Raises what `merge` raises,
+    before anything is changed. What was trained whole keeps its trained values.
+    """
+    layers = _mergeable(model, force)
+    for layer in layers.values():
+        layer.bake()
+    detach(model)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Take `merge` back: the weights are the same objects with the same bits as before."""
+    for layer in _layers_or_error(model).values():
+        layer.unmerge()
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, `model` is the base model: no update, and the values that heads and biases had before training.
+
+    It may be entered again inside, for a part of the model too, from threads and from generators: as long as anyone is
+    inside, the model is the base model for everyone. What `merge`, `eval()` or `train()` ask of the layers inside
+    happens when the last one leaves.
+    """
+    with _switching:
+        layers = list(adapted_layers(model).values())
+        notes = [(module, undo) for module in model.modules() if (undo := note(module))]
+        for layer in layers:
+            layer.disable()
+        for module, undo in notes:
+            undo.swapped += 1
+            if undo.swapped == 1:
+                undo.swap(module)
+    try:
+        yield model
+    finally:
+        with _switching:
+            for module, undo in notes:
+                undo.swapped -= 1
+                if undo.swapped == 0 and note(module) is undo:  # not detached meanwhile
+                    undo.swap(module)
+            for layer in layers:
+                if isinstance(layer, AdaptedLayer) and layer.has_update:
+                    layer.enable()
+
+
+def _mergeable(model: nn.Module, force: bool) -> dict[str, AdaptedLayer]:
+    """The layers, all of which can be merged. Raises ValueError where one cannot, or should not without force."""
+    layers = _layers_or_error(model)
+    if not force:
+        refuse_replaced(model)
+        refuse_silent(model, layers, "Leave them out of the targets, or merge with force=True.")
+    for name, layer in layers.items():
+        if reason := layer.merge_refusal():
+            raise ValueError(f"{name!r} cannot be merged: {reason}. Leave the model unmerged.")
+    return layers
+
+
+def _layers_or_error(model: nn.Module) -> dict[str, AdaptedLayer]:
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no adapted layer: call lorakit.attach or lorakit.load first.")
+    return layers
