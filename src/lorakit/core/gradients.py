@@ -73,7 +73,7 @@ class LoRALinear(torch.autograd.Function):
             y = y.add_(F.linear(S, B))
         else:
             S = mask.shrink(rows, A.to(x.dtype)).mul_(scale / (1 - mask.p))
-            y = kernels.linear_expand(rows, weight, bias if gain is None else None, S, B)
+            y = _on_top(rows, weight, bias if gain is None else None, S, B)
         if gain is not None:
             u, gain_ = y, gain.to(x.dtype)
             y = u * gain_ if bias is None else torch.addcmul(bias.to(x.dtype), u, gain_)
@@ -131,6 +131,15 @@ def reshaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
         return fresh.view(shape)  # the trace takes the sizes of this call for constants in an operation of no name
     result: Tensor = torch.ops.aten._unsafe_view.default(fresh, shape)
     return result
+
+
+def _on_top(x: Tensor, weight: Tensor, bias: Tensor | None, S: Tensor, B: Tensor) -> Tensor:
+    """x Wᵀ + b + S Bᵀ. The large product is added to the thin one, so that the small summand alone is rounded before
+    the sum.
+    """
+    B = B.to(x.dtype)
+    y = S @ B.T if bias is None else torch.addmm(bias.to(x.dtype), S, B.T)
+    return y.addmm_(x, weight.to(x.dtype).T)
 
 
 def _sum(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
