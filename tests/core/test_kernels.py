@@ -22,8 +22,8 @@ from measure import kept_bytes
 from torch import Tensor
 
 from lorakit.core import kernels
-from lorakit.core.functional import lora_linear
-from lorakit.core.masks import QuickDropout, Seeded, draw_mask
+from lorakit.core.dropout import QuickDropout, Seeded, draw_mask
+from lorakit.core.linear import lora_linear
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -5,7 +5,7 @@ A layer kind (`layers.py`) supplies
     factor_shapes     the shapes of A and B
     factors           the A and B of the equation
     matrix            the weight seen as the matrix (out, in) that B A is added to, and `from_matrix` back
-    forward           through `functional.py`
+    forward           through `linear.py`, `conv.py`, `embedding.py`
 
 and `AdaptedLayer` does the rest.
 
@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .autograd import reshaped
+from .dropout import Dropout
 from .factored import Factored
 from .fingerprint import fingerprint
-from .functional import Dropout, add_product, dense_update, dora_gain, precise, row_norm
-from .gradients import reshaped
 from .init import Init, factors_of_weight, random_factors
+from .matrix import add_product, dense_update, dora_gain, precise, row_norm
 from .running import model_is_running
 
 MERGED = "_lorakit_merged"  # an attribute of the Parameters that `merge` makes

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .functional import Blocks, block_diagonal
+from .matrix import Blocks, block_diagonal
 
 Kind = Literal["linear", "merged_linear", "embedding", "conv", "conv_loralib", "experts"]
 

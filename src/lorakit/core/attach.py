@@ -21,10 +21,10 @@ from torch.nn.parameter import is_lazy
 
 from .adapted import AdaptedLayer, LoRALayer
 from .beside import Beside
-from .functional import Blocks
+from .dropout import QuickDropout
 from .init import INITS, RANDOM_INITS, Init
 from .layers import Embedding, Linear, MergedLinear, blocks_of
-from .masks import QuickDropout
+from .matrix import Blocks
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .record import Record

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import lora_linear, precise
+from .linear import lora_linear
+from .matrix import precise
 
 
 class Factored(Tensor):

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .functional import precise
+from .matrix import precise
 
 Init = Literal["kaiming", "gaussian", "pissa", "olora"]
 INITS: tuple[str, ...] = get_args(Init)

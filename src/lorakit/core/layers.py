@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer, LoRALayer, joined
-from .functional import Blocks, block_diagonal, forms, lora_conv, lora_embedding, lora_linear
-from .gradients import Geometry
+from .conv import Geometry, lora_conv
+from .embedding import lora_embedding
 from .init import Init, random_factors
+from .linear import lora_linear
+from .matrix import Blocks, block_diagonal, forms
 
 _NONE_ENABLED: Sequence[bool] = (False,)  # loralib's default
 

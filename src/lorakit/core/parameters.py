@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .adapted import AdaptedLayer, LoRALayer, unmerged
 from .factored import Factored
-from .functional import precise
 from .init import Init
+from .matrix import precise
 from .running import model_is_running
 
 _PREFIX = "lora_"

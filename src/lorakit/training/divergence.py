@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attach import adapted_layers, disabled
-from ..core.functional import precise
+from ..core.matrix import precise
 
 Batch = dict[str, Any]
 LossOf = Callable[[Batch], Tensor]  # the mean loss of a batch
