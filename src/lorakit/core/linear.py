@@ -3,9 +3,9 @@
     y = x Wᵀ + b + s · x Aᵀ Bᵀ                 LoRA (Hu et al. 2021, eq. 3, written for rows)
     y = g ⊙ (x Wᵀ + s · x Aᵀ Bᵀ) + b           DoRA (Liu et al. 2024, eq. 5), g = m / ‖W + s·B A‖ from `matrix.py`
 
-W is frozen. A projects x down to r numbers, B projects them up to the output; s is α/r, or α/√r (rsLoRA). In training,
-dropout acts on the x that A reads, and on no other. B A is as large as W, so it is not formed: with r far below in and
-out, two thin products are far less work.
+W is frozen. A projects x down to r numbers, B projects them up to the output; s is α/r, or α/√r (rsLoRA,
+Kalajdzievski 2023). In training, dropout acts on the x that A reads, and on no other. B A is as large as W, so x Aᵀ and
+S Bᵀ are multiplied instead: with r far below in and out, two thin products are far less work.
 
     x (4, 128, 576) → X (512, 576)    512 rows, because 4 sequences of 128 tokens are one matrix
     W (1536, 576)                     each of 1536 outputs reads 576 inputs
