@@ -3,6 +3,7 @@ test_gradients.py.
 """
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_the_shapes_that_the_source_shows() -> None:
 @pytest.mark.parametrize("attached", [True, False])
 def test_autocast_does_not_round_an_update_away(attached: bool, groups: int) -> None:
     """It is far beneath bfloat16's steps at the weight: the sum of the two kernels would not show it."""
-    layer = lorakit.Conv2d(4, 4, 1, r=2, groups=groups, bias=False)
+    layer: Any = lorakit.Conv2d(4, 4, 1, r=2, groups=groups, bias=False)
     if attached:
         model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=groups, bias=False))
         lorakit.attach(model, "0", rank=2)
