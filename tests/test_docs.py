@@ -1,7 +1,6 @@
 """The pages in docs/ and the README: their links lead somewhere, their line numbers are right, their code runs."""
 
 import importlib.util
-import inspect
 import re
 import subprocess
 import sys
@@ -9,9 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-import lorakit
-from lorakit.core.attach import adopt
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -113,17 +109,3 @@ def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
         shown[path.name] = set(re.findall(r"<!-- ([\w-]+) -->\n", page)) - {"end"}
     assert shown["performance.md"] == {path.stem for path in (ROOT / "benchmarks/results").glob("*.json")}
     assert shown["results.md"] == {path.parent.name for path in tables.EXPERIMENTS.glob("*/compare.md")}
-
-
-def test_equation_gradient_layer_and_class_swap_are_three_files_from_readme() -> None:
-    """And under 400 lines: the section, linear.py, the layer's class, the function that changes the class."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = re.search(r"^## Read the source\n.*?(?=^## )", text, flags=re.DOTALL | re.MULTILINE)
-    assert section is not None
-    steps = re.findall(r"^\d\. .*?(?=^\d\. |\n\n)", section[0], flags=re.DOTALL | re.MULTILINE)
-    files = {path for step in steps for path in re.findall(r"\]\((src/[^)#]+)", step)}
-    symbols = set(re.findall(r"\[`([\w.]+)`\]", section[0]))
-    assert len(steps) == len(files) == 3 and symbols >= {"plain_linear", "LoRALinear", "Linear", "adopt"}
-    read = [section[0], (ROOT / "src/lorakit/core/linear.py").read_text(encoding="utf-8")]
-    read += [inspect.getsource(lorakit.Linear), inspect.getsource(adopt)]
-    assert sum(len(part.splitlines()) for part in read) < 400
