@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --quick    two rows, written nowhere
 
 time: ratio to the floor, the frozen layer whose input needs a gradient; minima of CUDA events, the variants in turns.
-"lorakit plain" is lorakit with its Triton kernels switched off. kept: bytes kept for the backward pass over those of
-the input. peak: the most memory that a step takes beyond the floor's step, over the bytes of the input. grad, linear:
-which way the two kernels that are used only where they are faster were decided. TFLOP/s are the floor's.
+"lorakit" is lorakit as it comes; "lorakit kernels" is the same with LORAKIT_KERNELS=1. kept: bytes kept for the
+backward pass over those of the input. peak: the most memory that a step takes beyond the floor's step, over the bytes
+of the input. TFLOP/s are the floor's.
 
 Without a GPU every number is "not measured", and says so.
 """
@@ -14,6 +14,7 @@ Without a GPU every number is "not measured", and says so.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -25,8 +26,6 @@ import measure
 import torch
 from torch import Tensor
 
-from lorakit.core import choice, kernels
-
 SHAPES = {
     "q, o": (4096, 4096),
     "k, v": (4096, 1024),
@@ -35,8 +34,8 @@ SHAPES = {
 }
 ROWS = list(product(SHAPES, (4096, 16384), (16, 64), (0.0, 0.05)))
 QUICK = [("k, v", 4096, 16, 0.05), ("q, o", 4096, 16, 0.05)]
-ADAPTED = ["lorakit", "lorakit plain", "PEFT", "loralib"]
-MEASURED = [f"{what} {name}" for what in ("time", "kept", "peak") for name in ADAPTED] + ["grad", "linear", "TFLOP/s"]
+ADAPTED = ["lorakit", "lorakit kernels", "PEFT", "loralib"]
+MEASURED = [f"{what} {name}" for what in ("time", "kept", "peak") for name in ADAPTED] + ["TFLOP/s"]
 NO_GPU = "not measured: no GPU at hand"
 NOT_INSTALLED = "not installed"
 
@@ -62,9 +61,12 @@ class EventClock:
         return float(begin.elapsed_time(end)) / 1000
 
 
-def with_kernels(names: tuple[str, ...], step: Callable[[], Tensor]) -> Tensor:
-    with kernels.only(*names):
+def with_kernels(step: Callable[[], Tensor]) -> Tensor:
+    os.environ["LORAKIT_KERNELS"] = "1"
+    try:
         return step()
+    finally:
+        del os.environ["LORAKIT_KERNELS"]
 
 
 def peak_bytes(step: Callable[[], Any], x: Tensor) -> int:
@@ -78,39 +80,26 @@ def peak_bytes(step: Callable[[], Any], x: Tensor) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def decided(name: str, tokens: int, inputs: int, outputs: int, rank: int) -> str:
-    """What the trials say of a kernel on this shape."""
-    shape = (outputs, rank) if name == "grad" else (inputs, outputs, rank)
-    for key, faster in kernels.trials.faster.items():
-        if key[:3] == (name, torch.bfloat16, tokens) and key[3 : 3 + len(shape)] == shape:
-            return "kernel" if faster else "plain"
-    return "not tried"
-
-
 def measured(name: str, tokens: int, rank: int, dropout: float, clock: EventClock) -> dict[str, Any]:
     inputs, outputs = SHAPES[name]
     layers = layer.variants(inputs, outputs, torch.bfloat16, dropout, rank, "cuda")
     x = torch.randn(1, tokens, inputs, dtype=torch.bfloat16, device="cuda").requires_grad_()
     steps = layer.training_steps(layers, x)
-    layers["lorakit plain"] = layers["lorakit"]
-    steps["lorakit plain"] = partial(with_kernels, (), steps["lorakit"])
-    steps["lorakit"] = partial(with_kernels, choice.NAMES, steps["lorakit"])
-    # The first round, which is not timed, compiles, checks and chooses kernels.
+    layers["lorakit kernels"] = layers["lorakit"]
+    steps["lorakit kernels"] = partial(with_kernels, steps["lorakit"])
+    # The first round, which is not timed, compiles and checks the kernels.
     times = measure.minima(steps, seconds=0.5, clock=clock)
     peaks = {key: peak_bytes(step, x) for key, step in steps.items()}
     size = x.numel() * x.element_size()
-    kept = {}
-    for key, own in layers.items():
-        with kernels.only(*(() if key == "lorakit plain" else choice.NAMES)):
-            kept[key] = measure.kept_bytes(lambda own=own: own(x), own.parameters())
+    forward = {key: partial(own, x) for key, own in layers.items()}
+    forward["lorakit kernels"] = partial(with_kernels, forward["lorakit"])
+    kept = {key: measure.kept_bytes(forward[key], own.parameters()) for key, own in layers.items()}
     numbers: dict[str, Any] = dict.fromkeys(MEASURED, NOT_INSTALLED)
     for key in ADAPTED:
         if key in layers:
             numbers[f"time {key}"] = round(times[key] / times["floor"], 3)
             numbers[f"kept {key}"] = round(kept[key] / size, 3)
             numbers[f"peak {key}"] = round((peaks[key] - peaks["floor"]) / size, 3)
-    for kernel in ("grad", "linear"):
-        numbers[kernel] = decided(kernel, tokens, inputs, outputs, rank)
     return {**numbers, "TFLOP/s": round(4e-12 * tokens * inputs * outputs / times["floor"], 1)}
 
 
@@ -118,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="two rows, written nowhere")
     quick = parser.parse_args().quick
+    os.environ.pop("LORAKIT_KERNELS", None)  # which the caller may have set
     clock = EventClock() if torch.cuda.is_available() else None
     rows = []
     for name, tokens, rank, dropout in QUICK if quick and clock else ROWS:

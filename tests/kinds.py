@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorakit
+from lorakit.core import dropout
 from reference import equation
 
 F64 = torch.float64
@@ -80,3 +81,9 @@ def factors(model: nn.Module) -> list[nn.Parameter]:
 
 def inputs_of(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [*factors(model), *([x] if x.requires_grad else [])]
+
+
+def drawn_mask(p: float, shape: tuple[int, ...], dtype: torch.dtype = F64) -> Tensor:
+    """A mask of zeros and ones as an attached layer draws it."""
+    ones = torch.ones(shape, dtype=dtype)
+    return dropout.draw_mask(ones, dropout.QuickDropout(p), 2).masked(ones.flatten(0, -2)).view(shape)

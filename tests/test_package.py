@@ -1,6 +1,7 @@
 """The package as a whole: its public names, what importing it costs, which way imports run, and the README."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lorakit
+from lorakit.core.attach import adopt
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lorakit"
@@ -107,3 +109,17 @@ def test_readme_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
     assert "trainable params" in capsys.readouterr().out
+
+
+def test_equation_gradient_layer_and_class_swap_are_three_files_from_readme() -> None:
+    """And under 400 lines: the section, linear.py, the layer's class, the function that changes the class."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"^## Read the source\n.*?(?=^## )", text, flags=re.DOTALL | re.MULTILINE)
+    assert section is not None
+    steps = re.findall(r"^\d\. .*?(?=^\d\. |\n\n)", section[0], flags=re.DOTALL | re.MULTILINE)
+    files = {path for step in steps for path in re.findall(r"\]\((src/[^)#]+)", step)}
+    symbols = set(re.findall(r"\[`([\w.]+)`\]", section[0]))
+    assert len(steps) == len(files) == 3 and symbols >= {"plain_linear", "LoRALinear", "Linear", "adopt"}
+    read = [section[0], (ROOT / "src/lorakit/core/linear.py").read_text(encoding="utf-8")]
+    read += [inspect.getsource(lorakit.Linear), inspect.getsource(adopt)]
+    assert sum(len(part.splitlines()) for part in read) < 400

@@ -1,4 +1,4 @@
-"""The Triton kernels against float64 with the mask written out, and the choice between them and plain torch.
+"""The Triton kernels against float64 with the mask written out, and the switch that asks for them.
 
 The mask is derived here once more, from the paper's definition of Philox. Without a GPU the kernels run in Triton's
 interpreter, which has to be asked for before Triton is imported: `test_through_the_interpreter` starts a process that
@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ import torch
 from measure import kept_bytes
 from torch import Tensor
 
-from lorakit.core import choice, kernels
-from lorakit.core.functional import lora_linear
-from lorakit.core.masks import QuickDropout
+from lorakit.core import kernels
+from lorakit.core.dropout import QuickDropout, Seeded, draw_mask
+from lorakit.core.linear import lora_linear
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -137,23 +136,6 @@ class TestKernels:
             close(dB, dY.double().T @ S.double(), dB.dtype)
         assert triton_code.grad_S_B(dY, B, S, 0.7)[1].dtype == torch.float32
 
-    @pytest.mark.parametrize("layout", ["bias", "no bias", "transposed"])
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize(("T", "I", "O", "r"), SHAPES)
-    def test_linear_expand(self, T: int, I: int, O: int, r: int, dtype: torch.dtype, layout: str) -> None:  # noqa: E741
-        from lorakit.core import triton_code
-
-        x, S, B = drawn(T, I, dtype=dtype), drawn(T, r, dtype=dtype), drawn(O, r, dtype=torch.float32)
-        weight = drawn(I, O, dtype=dtype).T if layout == "transposed" else drawn(O, I, dtype=dtype)
-        bias = None if layout == "no bias" else drawn(O, dtype=dtype)
-        expected = x.double() @ weight.double().T + S.double() @ B.to(dtype).double().T
-        expected = expected if bias is None else expected + bias.double()
-        for version in (triton_code.linear_expand, kernels.plain_linear_expand):
-            close(version(x, weight, bias, S, B), expected, dtype)
-
-    def test_more_row_blocks_than_are_grouped(self) -> None:
-        self.test_linear_expand(64 * 9 + 1, 17, 130, 2, torch.float32, "bias")
-
     @pytest.mark.parametrize("columns", [1, 6, 131])
     def test_mask_is_philox_whatever_the_tile(self, columns: int) -> None:
         from lorakit.core import triton_code
@@ -211,8 +193,6 @@ class TestKernels:
         dS, dB = triton_code.grad_S_B(wide, B, S, 0.7)
         close(dS, 0.7 * wide.double() @ B.double(), torch.float32)
         close(dB, wide.double().T @ S.double(), torch.float32)
-        y = triton_code.linear_expand(x, drawn(33, 20, dtype=torch.float32) * 0, None, S, B)
-        close(y, S.double() @ B.double().T, torch.float32)
 
     def test_no_rows(self) -> None:
         from lorakit.core import triton_code
@@ -224,7 +204,6 @@ class TestKernels:
         assert triton_code.add_expand_(x, S, A, 0.3, 1).shape == (0, 5)
         dS, dB = triton_code.grad_S_B(x @ A.T @ B.T, B, S, 1.0)
         assert dS.shape == (0, 2) and torch.equal(dB, torch.zeros(4, 2, device=DEVICE))
-        assert triton_code.linear_expand(x, B @ A, None, S, B).shape == (0, 4)
 
     def test_equal_arguments_give_equal_bits(self) -> None:
         from lorakit.core import triton_code
@@ -234,7 +213,7 @@ class TestKernels:
         assert all(torch.equal(first, second) for first, second in zip(*twice, strict=True))
 
     @pytest.mark.parametrize("with_gain", [False, True])
-    def test_an_attached_layer_in_kernels(self, with_gain: bool) -> None:
+    def test_an_attached_layer_in_kernels(self, with_gain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """All of them together, behind `lora_linear`: values, both derivatives, and eight bytes kept of the mask."""
         T, I, O, r, p = 40, 70, 50, 3, 0.3  # noqa: E741
         x, weight, bias, A, B, gain = (
@@ -251,96 +230,59 @@ class TestKernels:
         M = exact_mask(int(kernels.draw_seed(DEVICE)), p, T, I) / (1 - p)
         exact = x.double() @ weight.double().T + 0.7 * (M * x.double()) @ A.double().T @ B.double().T
         exact = (exact * gain.double() if with_gain else exact) + bias.double()
-        with kernels.only(*choice.NAMES):
-            kept = kept_bytes(layer, (weight, A, B, bias, gain))
-            y = layer()
-            close(y, exact, torch.float32)
-            once = torch.autograd.grad(y.sin().sum(), wanted, create_graph=True)
-            twice = torch.autograd.grad(sum(gradient.square().sum() for gradient in once), wanted)
-            plain = torch.autograd.grad(layer().sin().sum(), wanted)
+        monkeypatch.setenv("LORAKIT_KERNELS", "1")
+        kept = kept_bytes(layer, (weight, A, B, bias, gain))
+        y = layer()
+        close(y, exact, torch.float32)
+        once = torch.autograd.grad(y.sin().sum(), wanted, create_graph=True)
+        twice = torch.autograd.grad(sum((gradient.square().sum() for gradient in once), torch.zeros(())), wanted)
+        plain = torch.autograd.grad(layer().sin().sum(), wanted)
         frame = 2 * 4096  # of `drawn`, around x
         assert kept == 4 * (T * I + frame + T * r + (T * O if with_gain else 0)) + 8
         expected = torch.autograd.grad(exact.sin().sum(), wanted, create_graph=True)
-        expected_twice = torch.autograd.grad(sum(gradient.square().sum() for gradient in expected), wanted)
+        expected_twice = torch.autograd.grad(
+            sum((gradient.square().sum() for gradient in expected), torch.zeros(())), wanted
+        )
         for got, right in zip((*once, *plain, *twice), (*expected, *expected, *expected_twice), strict=True):
             torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
 
-    def test_available(self) -> None:
+    def test_available(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x = torch.randn(3, 8, device=DEVICE)
-        for name in choice.NAMES:
-            with kernels.only(name):
-                assert kernels.available(x, 5, name)
-                assert kernels.available(x.bfloat16(), 64, name)
-                assert not kernels.available(x.double(), 5, name)
-                assert not kernels.available(x, kernels.RANKS + 1, name)
-                assert not any(kernels.available(x, 5, other) for other in choice.NAMES if other != name)
-        with kernels.only():
-            assert not kernels.available(x)
+        monkeypatch.setenv("LORAKIT_KERNELS", "1")
+        assert kernels.available(x, 5)
+        assert kernels.available(x.bfloat16(), 64)
+        assert not kernels.available(x.double(), 5)
+        assert not kernels.available(x, kernels.RANKS + 1)
+        monkeypatch.setenv("LORAKIT_KERNELS", "0")
+        assert not kernels.available(x)
 
-    @pytest.mark.parametrize("faster", ["kernel", "plain"])
-    def test_measured_kernels_are_the_clocks_choice(self, faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """As on a GPU, wherever this runs: the first call of a shape decides, and its neighbours follow."""
-        timed = clock(*((1.0, 2.0) if faster == "kernel" else (2.0, 1.0)))
-        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-        monkeypatch.setattr(kernels, "trials", choice.Trials(timed))
-        with kernels.only("grad", "linear"):
-            for rows in (40, 33, 64):
-                self.check_measured(rows, torch.float32 if faster == "kernel" else torch.bfloat16)
-                monkeypatch.setattr(kernels.trials, "clock", None)  # not asked again for as many rows or about as many
-        shapes = {key[0]: key[1:5] if key[0] == "grad" else key[1:6] for key in kernels.trials.faster}
-        assert shapes == {"grad": (torch.bfloat16, 64, 50, 4), "linear": (torch.bfloat16, 64, 30, 50, 4)}
-        assert set(kernels.trials.faster.values()) == {faster == "kernel"}
-
-    @pytest.mark.parametrize("function", ["grad_S_B", "linear_expand"])
-    def test_a_trial_is_not_deceived_by_a_B_of_zero(self, function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """B starts at zero, and nearly everything agrees with that."""
-        from lorakit.core import triton_code
-
-        zero, thin, wide, weight = (torch.ones(n, m, device=DEVICE) for n, m in [(50, 4), (40, 4), (40, 50), (50, 50)])
-        zero.zero_()
-        arguments = (wide, zero, thin, 0.7) if function == "grad_S_B" else (wide, weight, None, thin, zero)
-        right = getattr(triton_code, function)
-        with kernels.only("grad", "linear"):
-            assert kernels.available(wide, 4, "grad") and kernels.available(wide, 4, "linear")
-            wrong = (
-                (lambda dY, B, S, scale: right(dY, B, S, 2 * scale))
-                if function == "grad_S_B"
-                else (lambda x, weight, bias, S, B: right(x, weight, bias, 2 * S, B))
-            )
-            monkeypatch.setattr(triton_code, function, wrong)
-            monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-            monkeypatch.setattr(kernels, "trials", choice.Trials(clock(0.0, 1.0)))
-            with pytest.warns(UserWarning, match="differs from plain torch's"):
-                getattr(kernels, function)(*arguments)
-        assert list(kernels.trials.faster.values()) == [False]
-
-    @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has a clock")
-    def test_without_a_clock_measured_kernels_wait_to_be_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_runs_in_a_kernel_that_was_not_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The mask is kept in bits, not as a seed, and dB is made in dY's dtype, where the kernel makes float32."""
         monkeypatch.delenv("LORAKIT_KERNELS", raising=False)
-        self.check_measured(40, torch.bfloat16)
-        with kernels.only("linear"):
-            self.check_measured(40, torch.bfloat16)
-        with kernels.only("grad", "linear"):
-            self.check_measured(40, torch.float32)
+        dY, B, S = (drawn(*shape, dtype=torch.bfloat16) for shape in [(40, 50), (50, 4), (40, 4)])
+        assert not kernels.available(dY, 4)
+        assert kernels.grad_S_B(dY, B, S, 0.7)[1].dtype == torch.bfloat16
+        assert not isinstance(draw_mask(dY, QuickDropout(0.3), 4), Seeded)
+        monkeypatch.setenv("LORAKIT_KERNELS", "1")
+        assert kernels.grad_S_B(dY, B, S, 0.7)[1].dtype == torch.float32
+        assert isinstance(draw_mask(dY, QuickDropout(0.3), 4), Seeded)
 
-    def check_measured(self, rows: int, dB_dtype: torch.dtype) -> None:
-        dY, B, S = (drawn(*shape, dtype=torch.bfloat16) for shape in [(rows, 50), (50, 4), (rows, 4)])
-        x, weight = drawn(rows, 30, dtype=torch.bfloat16), drawn(50, 30, dtype=torch.bfloat16)
-        dS, dB = kernels.grad_S_B(dY, B, S, 0.7)
-        assert dB.dtype == dB_dtype
-        close(dB, dY.double().T @ S.double(), dB_dtype)
-        close(dS, 0.7 * dY.double() @ B.double(), torch.bfloat16)
-        y = kernels.linear_expand(x, weight, None, S, B)
-        close(y, x.double() @ weight.double().T + S.double() @ B.double().T, torch.bfloat16)
+    def test_grad_S_B_is_plain_where_one_pass_moves_more_bytes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LORAKIT_KERNELS", "1")
+        for rank, dtype in ((16, torch.float32), (17, torch.bfloat16)):
+            dY, B, S = (drawn(*shape, dtype=torch.bfloat16) for shape in [(40, 50), (50, rank), (40, rank)])
+            dS, dB = kernels.grad_S_B(dY, B, S, 0.7)
+            assert dB.dtype == dtype
+            close(dB, dY.double().T @ S.double(), dtype)
+            close(dS, 0.7 * dY.double() @ B.double(), torch.bfloat16)
 
     @pytest.mark.parametrize("fault", ["wrong", "raising"])
-    @pytest.mark.parametrize("function", ["shrink", "grad_A", "add_expand_", "grad_S_B", "linear_expand"])
+    @pytest.mark.parametrize("function", ["shrink", "grad_A", "add_expand_", "grad_S_B"])
     def test_a_kernel_that_fails_its_check_is_left_out(
         self, function: str, fault: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from lorakit.core import triton_code
 
-        name = {"grad_S_B": "grad", "linear_expand": "linear"}.get(function, "dropout")
         right = getattr(triton_code, function)
 
         def wrong(*arguments: Any) -> Any:
@@ -353,11 +295,20 @@ class TestKernels:
         monkeypatch.setattr(triton_code, function, wrong)
         monkeypatch.setattr(kernels, "_sound", {})
         x = torch.randn(3, 8, device=DEVICE)
-        message = "RuntimeError: no such instruction" if fault == "raising" else "differs from plain torch's"
-        with kernels.only(name):
-            with pytest.warns(UserWarning, match=f"kernel '{name}' is not used for torch.float32: .*{message}"):
-                assert not kernels.available(x, 5, name)
-            assert not kernels.available(x, 5, name)
+        monkeypatch.setenv("LORAKIT_KERNELS", "1")
+        message = f"{function} raised RuntimeError: no such instruction"
+        message = message if fault == "raising" else f"the result of {function} differs from plain torch's"
+        with pytest.warns(UserWarning, match=f"kernels are not used for torch.float32: {message}"):
+            assert not kernels.available(x, 5)
+        assert not kernels.available(x, 5)
+
+    def test_nothing_is_checked_while_a_graph_is_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LORAKIT_KERNELS", "1")
+        monkeypatch.setattr(kernels, "_sound", {})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert not kernels.available(torch.randn(3, 8, device=DEVICE), 5)
+        assert kernels._sound == {}
 
 
 @needs_triton
@@ -374,8 +325,9 @@ def test_kernels_compile_into_96_KiB_of_shared_memory(capability: int, monkeypat
     compiled = []
 
     def launch(kernel: Any, grid: Any, *arguments: Any, **given: Any) -> None:
-        signature, attributes = {}, {}
-        options = {name: given.pop(name) for name in ("num_warps", "num_stages") if name in given}
+        signature: dict[str, str] = {}
+        attributes: dict[tuple[int], list[list[Any]]] = {}
+        options: dict[str, Any] = {name: given.pop(name) for name in ("num_warps", "num_stages") if name in given}
         constants = given
         for index, (name, argument) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
             if argument is None:
@@ -395,146 +347,39 @@ def test_kernels_compile_into_96_KiB_of_shared_memory(capability: int, monkeypat
     monkeypatch.setattr(triton_code, "_launch", launch)
     with torch.device("meta"):
         x, A, S = torch.empty(16384, 4096).bfloat16(), torch.empty(64, 4096), torch.empty(16384, 64).bfloat16()
-        dY, B, weight = (
-            torch.empty(16384, 14336).bfloat16(),
-            torch.empty(14336, 64),
-            torch.empty(14336, 4096).bfloat16(),
-        )
+        dY, B = torch.empty(16384, 14336).bfloat16(), torch.empty(14336, 64)
         seed = torch.empty((), dtype=torch.int64)
         triton_code.mask(seed, 0.05, 16384, 4096, x.device)
         triton_code.shrink(x, A, 2.0, 0.05, seed)
         triton_code.grad_A(S, x, 0.05, seed)
         triton_code.add_expand_(x, S, A, 0.05, seed)
         triton_code.grad_S_B(dY, B, S, 2.0)
-        # Strides of a contiguous weight: the launcher would see the one as a constant.
-        triton_code.linear_expand(x, weight, None, S, B)
-    names = ["_mask", "_shrink", "_grad_A", "_add_expand", "_grad_S_B", "_linear_expand"]
+    names = ["_mask", "_shrink", "_grad_A", "_add_expand", "_grad_S_B"]
     assert [name for name, _ in compiled] == names
     assert all(shared <= triton_code.SHARED for _, shared in compiled), compiled
 
 
-def clock(kernel: float, plain: float) -> Callable[[Callable[[], object]], float]:
-    """A clock that shows these two times in turn: `Trials` times the kernel first."""
-    times = [kernel, plain]
-
-    def seconds(run: Callable[[], object]) -> float:
-        run()
-        times.append(times.pop(0))
-        return times[-1]
-
-    return seconds
+def test_agreement_is_up_to_rounding_and_never_with_what_is_not_a_number() -> None:
+    right = (torch.tensor([1.0, 2.0]),)
+    assert kernels.agree((torch.tensor([1.001, 2.001]),), right, torch.float32)
+    assert not kernels.agree((torch.tensor([1.0, 2.1]),), right, torch.float32)
+    assert not kernels.agree((torch.tensor([1.0, torch.nan]),), right, torch.float32)
+    assert kernels.agree((torch.tensor([1.0, 2.05]),), right, torch.bfloat16)
 
 
-KEY = ("grad", torch.float32, 64)
-RIGHT = (torch.tensor([1.0, 2.0]),)
-
-
-class Ways:
-    """A kernel and its plain version as `Trials.run` wants them, counting their calls."""
-
-    def __init__(self, kernel: Callable[[], Any]) -> None:
-        self.calls = {"kernel": 0, "plain": 0}
-        self.made = kernel
-
-    def kernel(self, *_: Any) -> Any:
-        self.calls["kernel"] += 1
-        return self.made()
-
-    def plain(self, *_: Any) -> Any:
-        self.calls["plain"] += 1
-        return RIGHT
-
-    def run(self, trials: choice.Trials, key: tuple[Any, ...] = KEY) -> str:
-        """Which of the two a run that is not the first comes down to."""
-        trials.run(key, self.kernel, self.plain, (), tuple)
-        before = dict(self.calls)
-        trials.run(key, self.kernel, self.plain, (), tuple)
-        (used,) = [way for way in self.calls if self.calls[way] > before[way]]
-        return used
-
-
-@pytest.mark.parametrize(("kernel", "plain", "used"), [(1.0, 2.0, "kernel"), (2.0, 1.0, "plain"), (1.0, 1.0, "plain")])
-def test_the_faster_way_is_taken_and_remembered_for_its_shape(kernel: float, plain: float, used: str) -> None:
-    trials, ways = choice.Trials(clock(kernel, plain)), Ways(lambda: RIGHT)
-    assert ways.run(trials) == used
-    assert trials.faster == {KEY: used == "kernel"}
-    trials.clock = clock(plain, kernel)
-    assert ways.run(trials) == used
-    if kernel != plain:
-        assert ways.run(trials, (*KEY, "another")) != used
-
-
-def test_a_wrong_kernel_is_not_taken_however_fast() -> None:
-    with pytest.warns(UserWarning, match=r"kernel 'grad' is not used for torch.float32: its result differs"):
-        assert Ways(lambda: (torch.tensor([1.0, 2.1]),)).run(choice.Trials(clock(0.0, 1.0))) == "plain"
-
-
-def test_a_kernel_that_is_not_a_number_is_not_taken() -> None:
-    with pytest.warns(UserWarning, match="its result differs"):
-        assert Ways(lambda: (torch.tensor([1.0, torch.nan]),)).run(choice.Trials(clock(0.0, 1.0))) == "plain"
-
-
-def test_a_raising_kernel_is_not_taken() -> None:
-    def kernel() -> Any:
-        raise RuntimeError("out of resource: shared memory")
-
-    with pytest.warns(UserWarning, match=r"RuntimeError: out of resource: shared memory.*set LORAKIT_KERNELS to 0"):
-        assert Ways(kernel).run(choice.Trials(clock(0.0, 1.0))) == "plain"
-
-
-def test_nothing_is_tried_under_graph_capture_but_what_is_known_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials, ways = choice.Trials(clock(1.0, 2.0)), Ways(lambda: RIGHT)
-    monkeypatch.setattr(choice, "is_capturing", lambda: True)
-    assert ways.run(trials) == "plain" and trials.faster == {}
-    monkeypatch.setattr(choice, "is_capturing", lambda: False)
-    assert ways.run(trials) == "kernel"
-    monkeypatch.setattr(choice, "is_capturing", lambda: True)
-    assert ways.run(trials) == "kernel"
-
-
-def test_deterministic_algorithms_take_the_plain_way() -> None:
-    trials, ways = choice.Trials(clock(1.0, 2.0)), Ways(lambda: RIGHT)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert ways.run(trials) == "plain" and trials.faster == {}
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert ways.run(trials) == "kernel"
-
-
-def test_overflow_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials, ways = choice.Trials(clock(1.0, 2.0)), Ways(lambda: RIGHT)
-    monkeypatch.setitem(globals(), "RIGHT", (torch.tensor([1.0, torch.inf]),))
-    assert ways.run(trials) == "plain" and trials.faster == {}
-
-
-def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORAKIT_KERNELS", raising=False)
-    assert choice.switched_on() == choice.NAMES
-    for value, names in [
-        ("1", choice.NAMES),
-        ("0", ()),
-        ("grad", ("grad",)),
-        ("linear, dropout", ("linear", "dropout")),
-    ]:
+    assert not kernels.switched_on()
+    for value, on in [("1", True), (" 1 ", True), ("0", False), ("", False)]:
         monkeypatch.setenv("LORAKIT_KERNELS", value)
-        assert choice.switched_on() == names
-    with kernels.only("grad"), kernels.only("linear"):
-        assert choice.switched_on() == ("linear",)
-        assert choice.asked_for("linear") and not choice.asked_for("grad")
-    assert choice.switched_on() == ("linear", "dropout") and not choice.asked_for("linear")
-    with (
-        pytest.raises(ValueError, match="only.. names 'gard', expected some of: dropout, grad, linear"),
-        kernels.only("gard"),
-    ):
-        pass
-    monkeypatch.setenv("LORAKIT_KERNELS", "gard")
-    with pytest.raises(ValueError, match="LORAKIT_KERNELS names 'gard'"):
-        choice.switched_on()
+        assert kernels.switched_on() is on
+    monkeypatch.setenv("LORAKIT_KERNELS", "yes")
+    with pytest.raises(ValueError, match="LORAKIT_KERNELS='yes': expected 1 .* or 0"):
+        kernels.switched_on()
 
 
 def test_a_broken_triton_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "lorakit.core.triton_code", None)
     monkeypatch.delattr("lorakit.core.triton_code", raising=False)
     kernels._imported.cache_clear()
@@ -553,9 +398,6 @@ def test_on_a_cpu_everything_is_plain_and_quiet() -> None:
             assert not kernels.available(dY)
             assert kernels.grad_S_B(dY, B, S, 0.7)[1].dtype == dtype
             assert torch.equal(kernels.grad_S_B(dY, B, S, 0.7)[0], (dY @ B.to(dtype)) * 0.7)
-            weight = torch.randn(5, 5).to(dtype)
-            y = kernels.linear_expand(dY, weight, None, S, B)
-            torch.testing.assert_close(y, dY @ weight.T + S @ B.to(dtype).T, rtol=0.02, atol=0.1)
 
 
 def test_importing_the_kernels_imports_no_triton() -> None:
@@ -563,4 +405,4 @@ def test_importing_the_kernels_imports_no_triton() -> None:
         "import sys, torch; loaded = set(sys.modules); import lorakit.core.kernels; print(set(sys.modules) - loaded)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "lorakit.core.choice" in done.stdout and "'triton" not in done.stdout
+    assert "lorakit.core.kernels" in done.stdout and "'triton" not in done.stdout

@@ -31,12 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Update
+from .autograd import reshaped
+from .dropout import Dropout
 from .factored import Factored
 from .fingerprint import fingerprint
-from .functional import Dropout, add_product, dense_update, dora_gain, precise, row_norm
-from .gradients import reshaped
 from .init import Init, init_of
 from .layouts import Layout, Matrix
+from .matrix import add_product, dense_update, dora_gain, precise, row_norm
 from .running import model_is_running
 
 MERGED = "_lorakit_merged"  # an attribute of the Parameters that `merge` makes

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .adapted import AdaptedLayer, LoRALayer
+from .dropout import QuickDropout
 from .kinds import class_of, layer_class
 from .layouts import Layout
-from .masks import QuickDropout
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .record import Record

@@ -8,6 +8,9 @@ they multiply it there are two thin products beside that of W:
 
     x (W + L R)ᵀ = x Wᵀ + (x Rᵀ) Lᵀ        F.linear, matmul, bmm, grouped_mm
 
+For attention of width 64 and r = 4: W (192, 64), with 192 rows because q, k and v have 64 each; L (192, 4); R (4, 64).
+x (2, 9, 64) is 18 rows, because 2 sequences of 9 tokens are one matrix, and x Rᵀ (18, 4) has 4 numbers for each.
+
 Rows, single experts and transposes of it are `Factored` too. Every other function gets the matrix formed, which is
 slower and as right.
 """
@@ -22,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import lora_linear, precise
+from .linear import lora_linear
+from .matrix import precise
 
 
 class Factored(Tensor):

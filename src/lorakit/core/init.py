@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .functional import precise
+from .matrix import precise
 
 Draw = Callable[[Tensor, Tensor, bool], None]
 Take = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]

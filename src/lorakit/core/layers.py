@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from . import layouts
 from .adapted import AdaptedLayer, LoRALayer, joined
-from .functional import Blocks, block_diagonal, forms, lora_conv, lora_embedding, lora_linear
-from .gradients import Geometry
+from .conv import Geometry, lora_conv
+from .embedding import lora_embedding
 from .init import Init, init_of
 from .layouts import Layout
+from .linear import lora_linear
+from .matrix import Blocks, block_diagonal, forms
 
 _NONE_ENABLED: Sequence[bool] = (False,)  # loralib's default
 

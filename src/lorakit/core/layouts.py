@@ -21,8 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .functional import Blocks as BlockSizes
-from .functional import block_diagonal
+from .matrix import Blocks as BlockSizes
+from .matrix import block_diagonal
 
 Factors = tuple[Tensor, Tensor]
 

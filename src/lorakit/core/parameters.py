@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from . import layouts
 from .adapted import AdaptedLayer, LoRALayer, unmerged
 from .factored import Factored
-from .functional import precise
 from .init import Init
 from .layouts import Layout
+from .matrix import precise
 from .running import model_is_running
 
 _PREFIX = "lora_"

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from . import layouts
 from .adapted import AdaptedLayer
-from .functional import Blocks
 from .init import looks_at_weight, random_inits
 from .kinds import layer_class
 from .layers import blocks_of, plain_matrix
 from .layouts import Layout
+from .matrix import Blocks
 from .settings import LoRASettings, check_scale
 from .targets import Selection, Target, pattern_values
 

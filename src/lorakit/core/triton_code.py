@@ -1,18 +1,17 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator"
-"""The products of `_LoRALinear` (functional.py) in Triton, so that each large tensor is read once.
+"""The thin products of `LoRALinear` (linear.py) in Triton, so that each large tensor is read once.
 
-    X (T, I)   W (O, I)   A (r, I)   B (O, r)   S (T, r)   dY (T, O)   dS (T, r)   M (T, I) zeros and ones
+    X (T, I)   A (r, I)   B (O, r)   S (T, r)   dY (T, O)   dS (T, r)   M (T, I) zeros and ones
 
     shrink         S   = s/(1−p) · (M ⊙ X) Aᵀ       M is made in registers: no mask and no dropped copy of X in memory
     grad_A         dA  = dSᵀ (M ⊙ X)
     add_expand_    dX += M ⊙ (dS A)                 dX is read and written once
     grad_S_B       dS  = s · dY B,  dB = dYᵀ S      one pass over dY
-    linear_expand  Y   = X Wᵀ + b + S Bᵀ            one product, the thin one its last step
 
 M is a function of (seed, t, i) and of nothing else: element i of row t is kept where word i mod 4 of Philox-4x32-7, at
 key `seed` and counter t·⌈I/4⌉ + ⌊i/4⌋, is at least p·2³² (Salmon et al. 2011; seven rounds is the fewest that pass
-BigCrush, and at ten the random numbers cost more than reading X does). So the backward pass, with other tiles, makes
-the same mask again, and keeping it costs the eight bytes of the seed.
+BigCrush). So the backward pass, with other tiles, makes the same mask again, and keeping it costs the eight bytes of
+the seed.
 
 Sums are in float32, products of float32 in full precision ("ieee", no TF32); A, B and S are cast to the dtype of X or
 dY in registers. Nothing is added atomically and no tile is tuned by time: equal arguments give equal bits. Large
@@ -145,34 +144,6 @@ def _grad_S_B(
     _store(dS_parts + part.to(tl.int64) * rows * rank, total * scale, row, ranks, rows, rank)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _linear_expand(
-    x, weight, bias, S, B, y, rows, inputs, outputs, rank, stride_out, stride_in,
-    BIAS: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr, BI: tl.constexpr, BR: tl.constexpr,
-    GROUP: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    # GROUP row blocks share each block of W while it is in the L2 cache, instead of a whole row of blocks in turn.
-    program, row_blocks, wide = tl.program_id(0), tl.cdiv(rows, BT), GROUP * tl.cdiv(outputs, BO)
-    first = program // wide * GROUP
-    height = tl.minimum(row_blocks - first, GROUP)
-    row = (first + program % wide % height) * BT + tl.arange(0, BT)
-    column = program % wide // height * BO + tl.arange(0, BO)
-    total = tl.zeros((BT, BO), tl.float32)
-    for start in range(0, inputs, BI):
-        inner = start + tl.arange(0, BI)
-        inside = (inner[:, None] < inputs) & (column[None, :] < outputs)
-        offsets = column.to(tl.int64)[None, :] * stride_out + inner.to(tl.int64)[:, None] * stride_in
-        base = tl.load(weight + offsets, mask=inside, other=0.0)
-        total = _dot(_load(x, row, inner, rows, inputs), base, total, DOT)
-    for start in tl.range(0, rank, BR, num_stages=1):
-        ranks = start + tl.arange(0, BR)
-        factor = tl.trans(_load(B, column, ranks, outputs, rank))
-        total = _dot(_load(S, row, ranks, rows, rank), factor, total, DOT)
-    if BIAS:
-        total += tl.load(bias + column, mask=column < outputs, other=0.0).to(tl.float32)[None, :]
-    _store(y, total, row, column, rows, outputs)
-
-
 def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run `kernel` on the device of `first`, which need not be the current one."""
     with torch.cuda.device_of(first):
@@ -281,8 +252,7 @@ def grad_S_B(dY: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Te
     #   16384   4096            64      4      20 MiB     128 MiB
     #   16384  14336            64      4      60 MiB     448 MiB
     #
-    # At r = 64 it is four times that, and reading dY twice costs no more: there the trial decides for plain products,
-    # unless the L2 cache (50 MB on an H100) holds the parts.
+    # At r = 32 it is twice that, and reading dY twice costs no more: `kernels.grad_S_B` takes plain products there.
     size = dY.element_size()
     BT = min(256, (16384 if size == 2 else 4096) // R, max(16, triton.next_power_of_2(rows)))
     # Beside S, two stages of dY and B and one tile of dB.
@@ -296,19 +266,6 @@ def grad_S_B(dY: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Te
     constants = dict(BT=BT, BO=BO, R=R, DOT=_dot_dtype(dY))
     _launch(_grad_S_B, (blocks, count), *arguments, **constants, num_warps=8, num_stages=2)
     return dS_parts.sum(0).to(dY.dtype), dB_parts.sum(0)
-
-
-def linear_expand(x: Tensor, weight: Tensor, bias: Tensor | None, S: Tensor, B: Tensor) -> Tensor:
-    x, S, B = x.contiguous(), S.contiguous(), B.contiguous()
-    (rows, inputs), outputs, rank = x.shape, weight.shape[0], B.shape[1]
-    y = x.new_empty(rows, outputs)
-    # Three stages of two 128 × 64 tiles of two bytes are 96 KiB. Products of float32 do without tensor cores.
-    BT, BO, BI, BR = (128, 128, 64, min(padded(rank), 64)) if x.element_size() == 2 else (64, 64, 16, 16)
-    arguments = (x, weight, bias, S, B, y, rows, inputs, outputs, rank, weight.stride(0), weight.stride(1))
-    constants = dict(BIAS=bias is not None, BT=BT, BO=BO, BI=BI, BR=BR, GROUP=8, DOT=_dot_dtype(x))
-    grid = (triton.cdiv(rows, BT) * triton.cdiv(outputs, BO),)
-    _launch(_linear_expand, grid, *arguments, **constants, num_warps=8, num_stages=3)
-    return y
 
 
 def _chunk(length: int, tile: int, parts: int) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attach import adapted_layers
-from ..core.functional import precise
+from ..core.matrix import precise
 from ..core.switching import disabled
 
 Batch = dict[str, Any]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core.attach import adapted_layers
-from ..core.functional import precise
+from ..core.matrix import precise
 from .report import Comparison, metric_value
 
 # The colours of a page, light or dark; a drawing that is a file of its own takes them too.

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from ...core.adapted import AdaptedLayer, unmerged
 from ...core.adapter import Adapter, Update
 from ...core.attach import adapted_layers
-from ...core.functional import precise
+from ...core.matrix import precise
 
 TOP, THRESHOLD = 10, 0.5  # of `intruder_cosines`: the directions looked at, and the cosine below which one is new
 _LISTED = 20  # names in an error

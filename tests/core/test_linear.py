@@ -1,6 +1,10 @@
-"""The hand-written gradient of `lora_linear`, against numerical differentiation and against torch's own."""
+"""`lora_linear`: the plain equation, and the gradient written out, against the weight W + s·B A in float64, numerical
+differentiation and torch's own gradient.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lorakit
-from lorakit.core import masks
-from lorakit.core.functional import lora_linear
+from kinds import drawn_mask
+from lorakit.core.dropout import QuickDropout
+from lorakit.core.linear import lora_linear, plain_linear
 
 
 def inputs(*shape: int, transposed: bool = False, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -138,7 +143,7 @@ def test_torch_func() -> None:
     for i, row in enumerate(x):
         for (name, gradient), expected in zip(per_sample.items(), gradients(net, net(row).sin().sum()), strict=True):
             torch.testing.assert_close(gradient[i], expected, msg=name)
-    _, forward = torch.func.jvp(lambda row: net(row), (x[0],), (x[1],))
+    _, forward = torch.func.jvp(lambda row: net(row), (x[0],), (x[1],))  # type: ignore[misc]
     torch.testing.assert_close(forward, torch.autograd.functional.jvp(net, x[0], x[1])[1])
 
 
@@ -153,7 +158,7 @@ class OnlyLinear(Tensor):
     """A weight that knows F.linear and nothing else, as quantised weights do."""
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is not F.linear:
             raise NotImplementedError(function)
         with torch._C.DisableTorchFunctionSubclass():
@@ -166,6 +171,40 @@ def test_weight_of_another_class_is_multiplied_by_its_own_linear() -> None:
     wanted = [x, A, B]
     mine = torch.autograd.grad(lora_linear(x, wrapped, bias, A, B, 0.7).sin().sum(), wanted)
     torch.testing.assert_close(mine, torch.autograd.grad(equation(x, weight, bias, A, B).sin().sum(), wanted))
+
+
+@pytest.mark.parametrize("with_gain", [False, True], ids=["LoRA", "DoRA"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("by", [lora_linear, plain_linear])
+def test_both_ways_are_the_equation(by: Callable[..., Tensor], with_bias: bool, with_gain: bool) -> None:
+    """The same arguments give the weight g ⊙ (W + s·B A), its bias, and its gradients; dropout acts on A's input."""
+    x, weight, bias, A, B = inputs(2, 3)
+    gain = torch.randn(4, dtype=torch.float64)
+    dense = (weight + 0.7 * B @ A) * (gain[:, None] if with_gain else 1)
+    exact = x @ dense.T + (bias if with_bias else 0)
+    arguments = (x, weight, bias if with_bias else None, A, B, 0.7)
+    y = by(*arguments, None, gain if with_gain else None)
+    torch.testing.assert_close(y, exact)
+    wanted = [x, weight, A, B]
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(exact.sin().sum(), wanted)
+    )
+    torch.manual_seed(5)
+    y = by(*arguments, nn.Dropout(0.4), gain if with_gain else None)
+    torch.manual_seed(5)
+    update = 0.7 * F.dropout(x, 0.4) @ A.T @ B.T
+    exact = (x @ weight.T + update) * (gain if with_gain else 1) + (bias if with_bias else 0)
+    torch.testing.assert_close(y, exact)
+
+
+def test_the_shapes_that_the_source_shows() -> None:
+    """Those of the worked example in linear.py, and its two numbers of operations."""
+    x, weight, A, B = (torch.zeros(size) for size in ((4, 128, 576), (1536, 576), (16, 576), (1536, 16)))
+    for by in (lora_linear, plain_linear):
+        assert by(x, weight, None, A, B, 2.0, None, None).shape == (4, 128, 1536)
+    dense = 2 * 512 * 576 * 1536
+    thin = operations(lambda: lora_linear(x, weight, None, A, B, 2.0)) - dense
+    assert (round(dense / 1e6), round(thin / 1e6)) == (906, 35)
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
@@ -213,8 +252,8 @@ def test_dropout_under_gradient_checkpointing(reentrant: bool) -> None:
     torch.manual_seed(5)
     layer = nn.Dropout(0.4)
 
-    def call(*given: Tensor) -> Tensor:
-        return lora_linear(*given, 0.7, layer)
+    def call(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return lora_linear(x, weight, bias, A, B, 0.7, layer)
 
     y = checkpoint(call, *tensors, use_reentrant=reentrant)
     torch.rand(7)  # whatever is drawn between the two passes
@@ -224,86 +263,7 @@ def test_dropout_under_gradient_checkpointing(reentrant: bool) -> None:
     torch.testing.assert_close(got, list(expected))
 
 
-def test_dropout_keeps_the_input_once_and_few_bits_for_each_element() -> None:
-    """A bit for each element, or a byte for each dropped one (and a few to spare), beside x and S."""
-    x = torch.randn(2, 50, 64, dtype=torch.bfloat16, requires_grad=True)
-    weight, A, B = torch.randn(32, 64).bfloat16(), torch.randn(4, 64), torch.randn(32, 4)
-    constants = (weight, A.requires_grad_(), B.requires_grad_())
-    bare = x.numel() * 2 + 2 * 50 * 4 * 2
-
-    def kept(dropout: nn.Dropout) -> int:
-        return kept_bytes(lambda: lora_linear(x, weight, None, A, B, 2.0, dropout), constants) - bare
-
-    assert kept(nn.Dropout(0.1)) == kept(masks.QuickDropout(0.2)) == x.numel() // 8
-    dropped = 0.1 * x.numel()
-    assert dropped <= kept(masks.QuickDropout(0.1)) <= dropped + 6 * dropped**0.5 + 7
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (7,), (8,), (3, 5), (2, 64), (0,)])
-def test_a_mask_packed_and_unpacked_is_itself(shape: tuple[int, ...]) -> None:
-    mask = torch.rand(shape) < 0.5
-    bits = masks.pack(mask)
-    assert bits.dtype == torch.uint8 and len(bits) == -(-mask.numel() // 8)
-    assert torch.equal(masks.unpack(bits, mask.shape), mask)
-
-
-def drawn(p: float, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
-    """A mask of zeros and ones as an attached layer draws it."""
-    ones = torch.ones(shape, dtype=dtype)
-    return masks.draw_mask(ones, masks.QuickDropout(p), 2).masked(ones.flatten(0, -2)).view(shape)
-
-
-@pytest.mark.parametrize("p", [0.002, 0.05, 0.125, 0.5, 0.9])
-def test_quick_masks_drop_each_element_as_often_as_the_next(p: float) -> None:
-    """Also the first and the last one, and each independently of its neighbours and of the next mask's."""
-    torch.manual_seed(0)
-    rounds, size = 4000, max(40, round(64 / p)) if p <= 0.125 else 40
-    flat = torch.stack([drawn(p, (1, size)).flatten() for _ in range(rounds)])
-    assert flat.unique().tolist() == [0, 1]
-    spread = (p * (1 - p) / rounds) ** 0.5
-    far = (flat.mean(0) - (1 - p)).abs() > 4 * spread
-    assert far.sum() <= 5 + size * 3e-4 * 3  # of a binomial's mean, four deviations; skew makes more of small p
-    assert abs(flat.mean() - (1 - p)) < 4 * spread / size**0.5
-    centred = flat - (1 - p)
-    for distance in (1, 2, 8, size - 1):
-        products = centred[:, distance:] * centred[:, :-distance]
-        assert abs(products.mean()) < 5 * p * (1 - p) / products.numel() ** 0.5
-
-
-def test_a_mask_by_gaps_is_the_same_after_packing_in_every_width() -> None:
-    for p, dtype in ((0.1, torch.uint8), (0.01, torch.int16), (0.0002, torch.int32)):
-        x = torch.randn(8, round(20 / p))
-        mask = masks.Gaps.draw(x.numel(), p)
-        assert mask.packed is not None and mask.packed.dtype == dtype
-        ones = mask.masked(torch.ones_like(x))
-        assert 0 < (ones == 0).sum() < x.numel()
-        assert torch.equal(masks.Gaps(mask.packed).masked(x), x * ones)
-        assert torch.equal(masks.Gaps(mask.packed).mask_(x.clone()), x * ones)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.3], ids=["by gaps", "by bits"])
-def test_an_attached_layer_drops_by_quick_masks_and_its_gradients_are_those_of_the_same_mask(p: float) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 4)).double()
-    lorakit.attach(model, rank=2, alpha=2, dropout=p)
-    layer = model[0]
-    nn.init.normal_(layer.lora_B)
-    x = torch.randn(3, 10, 32, dtype=torch.float64, requires_grad=True)
-    wanted = [x, layer.lora_A, layer.lora_B]
-    torch.manual_seed(5)
-    mask = drawn(p, x.shape) / (1 - p)
-    assert 0 < (mask == 0).sum() < mask.numel()
-    expected = F.linear(x, layer.weight, layer.bias) + (mask * x) @ layer.lora_A.T @ layer.lora_B.T
-    torch.manual_seed(5)
-    y = model(x)
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(y.sin().sum(), wanted), torch.autograd.grad(expected.sin().sum(), wanted)
-    )
-    assert torch.equal(model.eval()(x), model(x))
-
-
-def seeded(function):  # type: ignore[no-untyped-def]
+def seeded(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` with the same random numbers at every call."""
 
     def call(*tensors: Tensor) -> Tensor:
@@ -313,7 +273,7 @@ def seeded(function):  # type: ignore[no-untyped-def]
     return call
 
 
-@pytest.mark.parametrize("dropout", [None, masks.QuickDropout(0.1)], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("dropout", [None, QuickDropout(0.1)], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_gain_value_and_gradients(with_bias: bool, dropout: nn.Dropout | None) -> None:
     """DoRA's y = g ⊙ (x Wᵀ + s · (M ⊙ x) Aᵀ Bᵀ) + b, against the equation and numerical differentiation."""
@@ -329,7 +289,7 @@ def test_gain_value_and_gradients(with_bias: bool, dropout: nn.Dropout | None) -
 
     @seeded
     def written_out(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor, gain: Tensor) -> Tensor:
-        kept = drawn(0.1, x.shape) / 0.9 if dropout else 1
+        kept = drawn_mask(0.1, x.shape) / 0.9 if dropout else 1
         return (x @ weight.T + 0.7 * (kept * x) @ A.T @ B.T) * gain + (bias if with_bias else 0 * bias)
 
     wanted = tensors if with_bias else tensors[:2] + tensors[3:]
@@ -351,8 +311,9 @@ def test_second_derivative_of_the_gain_alone() -> None:
     """Beside a frozen B: S is not kept, and has to be made again."""
     tensors = inputs(3)
     gain = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    frozen = [tensor.detach() for tensor in tensors[1:]]
-    assert torch.autograd.gradgradcheck(lambda x, gain: lora_linear(x, *frozen, 0.7, None, gain), [tensors[0], gain])
+    weight, bias, A, B = (tensor.detach() for tensor in tensors[1:])
+    call = lambda x, gain: lora_linear(x, weight, bias, A, B, 0.7, None, gain)  # noqa: E731
+    assert torch.autograd.gradgradcheck(call, [tensors[0], gain])
 
 
 def test_gain_keeps_the_input_and_one_output() -> None:
@@ -423,3 +384,13 @@ def test_without_gradients(dtype: torch.dtype, rows: int) -> None:
             y = lora_linear(x.float(), weight.float(), bias.float(), A.float(), B.float(), 0.7)
         assert y.dtype == torch.bfloat16
         torch.testing.assert_close(y.double(), exact, rtol=0, atol=0.02 * exact.abs().max().item())
+
+
+def test_shared_inputs_are_kept_once() -> None:
+    """q, k and v, and gate and up, read one tensor: a block keeps it once, with dropout as without."""
+    layers = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("q", "k", "v")})
+    lorakit.attach(layers, list(layers), rank=2, dropout=0.05)
+    x = torch.randn(4, 50, 64, requires_grad=True)
+    kept = kept_bytes(lambda: [layer(x) for layer in layers.values()], layers.parameters())
+    size = x.numel() * 4
+    assert size < kept < size + 3 * (200 * 2 * 4 + 0.05 * 1.3 * x.numel())

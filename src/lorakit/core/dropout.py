@@ -1,28 +1,37 @@
-"""Dropout's mask M over the input of an update: drawn cheaply, kept in few bytes, applied where it is needed.
+"""Dropout on the input of an update: its mask M drawn cheaply, kept in few bytes, applied where it is needed.
 
-    M = 0 with probability p, else 1; the factor 1/(1 − p) goes into the scale.
+    x′ = M ⊙ x / (1 − p)       dx = M ⊙ dx′ / (1 − p)       M = 0 with probability p, else 1
+
+(Srivastava et al. 2014; on the x that A reads, as in Hu et al.'s loralib.) x (T, in) are rows, M has their shape. The
+factor 1/(1 − p) goes into the update's scale, so a mask only makes zeros.
 
 Kept whole, M would cost the backward pass as much memory as x, and drawn one number an element, a CPU spends more time
 on it than on the products of a small layer. So there are three forms, each a small tensor between the passes:
 
-    Bits    any p: one bit an element.
-    Gaps    p up to 1/8, on a CPU: how far it is from each dropped element to the next, one byte each. The distances
-            are geometric numbers, so p·n random numbers draw a mask of n, and dropping writes p·n zeros.
+    Bits      any p: one bit an element.
+    Gaps      p up to 1/8, on a CPU: how far it is from each dropped element to the next, one byte each. The gaps are
+              geometric numbers, so p·n random numbers draw a mask of n, and dropping writes p·n zeros.
+    Seeded    on a GPU, where its kernels are switched on: the seed alone. `kernels.py` makes the mask in registers.
 
-    Seeded  on a GPU: the seed alone. The kernels of `kernels.py` make the mask in registers, in both passes.
+For x (512, 576), which are 4 sequences of 128 tokens, and p = 0.05: M has 512 · 576 = 294,912 elements, of which about
+14,746 are zero. x in float32 takes 1,179,648 bytes, Bits 36,864, Gaps 15,481 (a few to spare), Seeded 8.
 
-`Mask` itself drops nothing.
+`Mask` itself drops nothing. `draw_mask` chooses the form. Left out: dropout modules of other classes, of which only the
+forward pass is known. The plain equations call any module as it is, torch's too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
+
+Dropout = Callable[[Tensor], Tensor]  # x → x′, zeros and the factor 1/(1 − p) in one, as nn.Dropout does it
 
 # Eight bytes of 0 or 1 times _GATHER have the eight bits in the highest byte; a byte times _SPREAD, and _PICK, has
 # bit i alone in byte i.
@@ -38,6 +47,16 @@ _LEAST_FOR_GAPS = 64
 
 class QuickDropout(nn.Dropout):
     """`nn.Dropout` that does not promise torch's masks: what `attach` uses."""
+
+
+def can_draw(dropout: Dropout | None) -> bool:
+    """Whether `draw_mask` can draw this dropout's mask: of another class, only its forward pass is known."""
+    return dropout is None or (
+        isinstance(dropout, nn.Dropout)
+        and type(dropout) in (nn.Dropout, QuickDropout)
+        and dropout.training
+        and dropout.p < 1
+    )
 
 
 class Mask:
@@ -67,6 +86,26 @@ class Mask:
         return dS.T @ self.masked(x)
 
 
+def draw_mask(x: Tensor, dropout: nn.Dropout, rank: int) -> Mask:
+    """A mask over x (…, in), seen as rows, each element dropped with probability p.
+
+    Of `nn.Dropout` itself it is the mask that `F.dropout` would draw now. A `QuickDropout` draws fewer numbers: in GPU
+    kernels where those run for this rank, and on a CPU, where torch draws one number for each element.
+    """
+    p = dropout.p
+    if type(dropout) is QuickDropout and kernels.available(x, rank):
+        return Seeded.draw(x.device, p)
+    if x.device.type != "cpu":
+        dense = torch.native_dropout(x, p, True)[1].to(x.dtype)
+    elif type(dropout) is nn.Dropout:
+        dense = torch.empty_like(x).bernoulli_(1 - p)
+    elif p <= _MOST_FOR_GAPS and p * x.numel() >= _LEAST_FOR_GAPS:
+        return Gaps.draw(x.numel(), p)
+    else:
+        dense = (_random(x.numel(), torch.int16).view(x.shape) >= round(p * 65536) - 32768).to(x.dtype)
+    return Bits.of(dense.reshape(-1, x.shape[-1]), p)
+
+
 class Bits(Mask):
     """Any mask, a bit for each element."""
 
@@ -94,9 +133,7 @@ class Bits(Mask):
 
 
 class Gaps(Mask):
-    """The distances from each dropped element to the next, the first from before the beginning. A distance of 0 says
-    nothing new: the last ones are, so that the count need not be known.
-    """
+    """Gaps between dropped elements, the first counted from position −1; zeros pad the end."""
 
     _positions: Tensor | None = None
 
@@ -104,8 +141,8 @@ class Gaps(Mask):
     def draw(cls, size: int, p: float) -> Gaps:
         """Of a mask with `size` elements.
 
-        A distance is 1 + ⌊ln u / ln(1 − p)⌋, u uniform in [0, 1]. In 100,000 less than one is too large for its bytes,
-        and is cut.
+        A gap is 1 + ⌊ln u / ln(1 − p)⌋, u uniform in [0, 1]. Fewer than one in 100,000 is too large for its bytes, and
+        is cut.
         """
         log_keep = math.log1p(-p)
         dtypes = (torch.uint8, torch.int16, torch.int32)
@@ -132,9 +169,9 @@ class Gaps(Mask):
 
 
 class Seeded(Mask):
-    """A seed, of which the kernels make the mask whenever they need it.
+    """A seed, from which the kernels make the mask whenever they need it.
 
-    They have no derivative: a second one is taken of plain products with the mask written out.
+    The kernels have no derivative: a second one is taken of plain products with the mask written out.
     """
 
     @classmethod
@@ -165,26 +202,6 @@ class Seeded(Mask):
     def _like(self, x: Tensor) -> Tensor:
         assert self.packed is not None
         return kernels.mask(self.packed, self.p, x.shape[0], x.shape[1], x.device).to(x.dtype)
-
-
-def draw_mask(x: Tensor, dropout: nn.Dropout, rank: int) -> Mask:
-    """A mask over x (…, in), seen as rows, each element dropped with probability p.
-
-    Of `nn.Dropout` itself it is the mask that `F.dropout` would draw now. A `QuickDropout` draws fewer numbers: in GPU
-    kernels where those run for this rank, and on a CPU, where torch draws one number for each element.
-    """
-    p = dropout.p
-    if type(dropout) is QuickDropout and kernels.available(x, rank):
-        return Seeded.draw(x.device, p)
-    if x.device.type != "cpu":
-        dense = torch.native_dropout(x, p, True)[1].to(x.dtype)
-    elif type(dropout) is nn.Dropout:
-        dense = torch.empty_like(x).bernoulli_(1 - p)
-    elif p <= _MOST_FOR_GAPS and p * x.numel() >= _LEAST_FOR_GAPS:
-        return Gaps.draw(x.numel(), p)
-    else:
-        dense = (_random(x.numel(), torch.int16).view(x.shape) >= round(p * 65536) - 32768).to(x.dtype)
-    return Bits.of(dense.reshape(-1, x.shape[-1]), p)
 
 
 def _random(count: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,70 @@
+"""What torch asks of a gradient that is written by hand.
+
+A hand-written gradient (`torch.autograd.Function`) computes what it was written for and knows nothing else. Around it
+torch has habits that its own operations follow by themselves, and that are kept here once for all products:
+
+    autocast               picks the dtype of products, also inside a backward pass    cast, without_autocast
+    compile, torch.func    rewrite the computation, and know torch's operations only   by_hand, is_transformed
+    weights of a class     (quantised, sharded) know how they are multiplied           by_hand
+    writing in place       on what a layer returned, `y += residual`                   reshaped
+
+Left out: the equations (`linear.py`, `conv.py`, `embedding.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .dropout import Dropout, can_draw
+
+# Classes of weights that are multiplied as their numbers say. Fake ones are planned with: see training/memory.py.
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
+
+
+def by_hand(weight: Tensor, dropout: Dropout | None) -> bool:
+    """Whether a gradient written by hand may be used with this weight and dropout, here and now."""
+    return can_draw(dropout) and type(weight) in _PLAIN and not is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether something rewrites the computation: torch.compile, which fuses the plain equation better than any
+    hand-written gradient, or a torch.func transform (vmap, jvp), which knows the plain operations only.
+    """
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def cast(x: Tensor) -> Tensor:
+    """`x` as autocast would cast it, once: left to itself autocast casts, and keeps, a copy for each product."""
+    return x.to(product_dtype(x))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of products with x: its own, or autocast's."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which products keep the dtypes they are given, also when backward() is called inside autocast."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def reshaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor that nobody else holds, in another shape, and no view of it.
+
+    What a layer returns may be written on (`relu_`, `y += residual`). Autograd forbids that for a view that was made
+    inside a Function or under `no_grad`. torch's own F.linear gives its rows their shape in this way too.
+    """
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return fresh.view(shape)  # the trace takes the sizes of this call for constants in an operation of no name
+    result: Tensor = torch.ops.aten._unsafe_view.default(fresh, shape)
+    return result
