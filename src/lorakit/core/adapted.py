@@ -1,6 +1,6 @@
 """What every adapted layer has: the settings, the update's parameters, exact merging, a state dict free of the mode.
 
-A layer kind (`layers.py`) is a subclass that says everything about itself; nobody else asks which kind a layer is.
+A layer kind (`layers/`) is a subclass that says everything about itself; nobody else asks which kind a layer is.
 
     forward           y = base(x) + s · up(down(drop(x))), by `factors()`, `scaling` and `acting_dropout`; it calls
                       `mark()`, and `guard(y)` where the update is not `active`
@@ -23,7 +23,6 @@ weight is kept as in loralib: unmerging subtracts the update from it.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, ClassVar
 
@@ -46,31 +45,6 @@ MERGED = "_lorakit_merged"  # an attribute of the Parameters that `merge` makes
 def no_dropout(x: Tensor) -> Tensor:
     """The dropout of probability zero: a function of this module, so that layers pickle."""
     return x
-
-
-def joined(first: Any, second: Any, name: str = "") -> Any:
-    """The class `first` with `second` behind it, made once, called as `first` is or by name. It is found nowhere under
-    that name, so it pickles by its parts.
-    """
-    return _joined(first, second, name or first.__name__)
-
-
-@functools.cache
-def _joined(first: Any, second: Any, name: str) -> Any:
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _new_joined, (first, second, name), self.__dict__
-
-    members = {"__module__": first.__module__, "__doc__": second.__doc__, "__reduce_ex__": reduce}
-    members["plain_class"] = second
-    # A property computes the weight (a parametrisation), so it comes before the first class's.
-    if isinstance(getattr(second, "weight", None), property):
-        members["weight"] = second.weight
-    return type(name, (first, second), members)
-
-
-def _new_joined(first: Any, second: Any, name: str) -> Any:
-    cls = _joined(first, second, name)
-    return cls.__new__(cls)
 
 
 class LoRALayer:

@@ -13,8 +13,9 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from .adapted import AdaptedLayer, joined
+from .adapted import AdaptedLayer
 from .beside import AddsBeside, Beside, BesideConv1d, BesideConv2d, BesideConv3d
+from .joined import joined
 from .layers import TRANSFORMERS_CONV1D, Conv1d, Conv2d, Conv3d, Embedding, Linear
 
 _kinds: dict[type[nn.Module] | str, type[AdaptedLayer]] = {

@@ -77,6 +77,11 @@ class Blocks(Layout):
 
     sizes: BlockSizes = ()  # (size, rank) of each block of the output
 
+    def shapes(self, inputs: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of A and B."""
+        ranks = [rank for _, rank in self.sizes]
+        return (sum(ranks), inputs), (sum(size for size, rank in self.sizes if rank), max(ranks))
+
     def rank_of(self, A: Tensor, B: Tensor) -> int:
         return B.shape[1]
 
