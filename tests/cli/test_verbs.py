@@ -189,6 +189,8 @@ def test_info_and_check_need_no_weights(
     printed = capsys.readouterr().out
     assert "14 × linear  rank 16, alpha 32, scale 2" in printed
     assert "model.layers.*.mlp.up_proj" in printed
+    # A (16, 32) and B (64, 16) in each of two layers.
+    assert ["model.layers.*.mlp.up_proj", "×2", "16", "3,072"] in [line.split() for line in printed.splitlines()]
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in tiny_lm.iterdir():

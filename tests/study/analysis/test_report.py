@@ -11,11 +11,11 @@ import torch
 
 import lorakit
 import models
+from lorakit.core.numbers import number
 from lorakit.study.analysis import page
 from lorakit.study.analysis.measures import analyze, compare
 from lorakit.study.analysis.report import Study, as_json, grouped, text
 from lorakit.study.analysis.run import local_base, study_of
-from lorakit.study.rounding import number
 from models import train_a_little
 
 

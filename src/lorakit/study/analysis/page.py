@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ...core.numbers import number
 from ...training.page import document
-from ..rounding import number
 from .measures import Analysis, Similarity
 from .report import (
     SIMILARITY_COLUMNS,

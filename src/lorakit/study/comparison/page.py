@@ -5,17 +5,16 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable
 
+from ...core.numbers import learning_rate, number
+from ...core.table import Table
 from ...training.page import document
-from ..rounding import number
 from . import plots
 from .results import Comparison, TaskFacts
 from .table import (
     UNFINISHED,
-    Table,
     about,
     facts,
     notes,
-    rate,
     rows_of,
     summary,
     summary_notes,
@@ -60,7 +59,7 @@ def _table(content: Table) -> str:
     rows = []
     for index, row in enumerate(content.rows):
         cells = "".join(
-            f'<td class="n{" best" if (index, column) in content.best else ""}">{html.escape(cell)}</td>'
+            f'<td class="n{" best" if (index, column) in content.marked else ""}">{html.escape(cell)}</td>'
             for column, cell in enumerate(row[1:], 1)
         )
         rows.append(f"<tr><td>{html.escape(row[0])}</td>{cells}</tr>")
@@ -83,7 +82,7 @@ def _search(comparison: Comparison, task: TaskFacts) -> str:
     chosen = {
         (index, rates.index(row.learning_rate) + 1) for index, row in enumerate(rows) if row.learning_rate in row.tried
     }
-    content = Table(("method", *map(rate, rates)), tuple(lines), frozenset(chosen))
+    content = Table(("method", *map(learning_rate, rates)), tuple(lines), marked=frozenset(chosen))
     return (
         f"<details><summary>the search of the learning rate: {html.escape(task.chosen_by)} on the validation rows"
         f"</summary>{_table(content)}</details>"

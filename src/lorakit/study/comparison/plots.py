@@ -16,8 +16,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ...core.numbers import number, short_count
 from ...training.page import COLOURS
-from ..rounding import number
 from .results import Comparison, TaskFacts
 from .table import higher_is_better, rows_of
 
@@ -224,7 +224,7 @@ class _Axes:
                 if self.low <= exponent + math.log10(digit) <= self.high:
                     x = self.x(digit * 10**exponent)
                     if digit == 1:
-                        parts.append(_tick(x, _short(10**exponent)))
+                        parts.append(_tick(x, short_count(10**exponent)))
                     else:
                         axis += f"M{x:.1f} {_BOTTOM}v3"
             exponent += 1
@@ -259,14 +259,6 @@ def _steps(low: float, high: float) -> tuple[float, int, int, int]:
         (factor * 10.0**power for factor in (1, 2, 5) if factor * 10.0**power <= (high - low) / 4),
     )
     return step, math.ceil(low / step), math.floor(high / step), max(-power, 0)
-
-
-def _short(count: int) -> str:
-    """1000 as 1k."""
-    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= unit:
-            return f"{count // unit}{name}"
-    return str(count)
 
 
 def _parts(method: str) -> tuple[str, str, str]:
