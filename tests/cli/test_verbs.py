@@ -58,7 +58,8 @@ def test_train_writes_the_folder_and_learns(adapter: Path, tiny_lm: Path) -> Non
     card = (adapter / "README.md").read_text()
     assert card.startswith("---\nbase_model: ") and "exact match" in card
     page = (adapter / "report.html").read_text()
-    assert page.startswith("<!doctype html>") and "<polyline" in page and "http" not in page
+    assert page.startswith("<!doctype html>") and "http" not in page
+    assert page.count('<g class="training">') == page.count('<g class="held-out">') == 1
 
 
 def test_peft_and_lorakit_agree_on_what_was_trained(adapter: Path, tiny_lm: Path) -> None:

@@ -34,6 +34,7 @@ def test_a_column_without_a_cell_is_not_shown_and_a_table_may_have_no_head() -> 
     assert Table(("a", "", "b"), (("1", "", "2"),)).lines() == ["a  b", "1  2"]
     assert Table((), (("good", " 91.0%"), ("bad", "  9.0%"))).lines() == ["good   91.0%", "bad     9.0%"]
     assert Table((), ()).lines() == []
+    assert Table(("a", "", "b"), (("1", "", "2"),)).markdown() == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
 
 
 def test_what_is_too_wide_goes_on_below_beside_the_names() -> None:

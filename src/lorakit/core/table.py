@@ -12,7 +12,7 @@ from __future__ import annotations
 import html
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,19 @@ from typing import Any
 class Table:
     """Text in cells. The columns in `left` begin under each other, all others (numbers) end under each other.
 
-    A column whose cells are all empty is not shown. A table may have no head.
+    A column without a single text is not shown. A table may have no head.
     """
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     left: frozenset[int] = frozenset({0})
     marked: frozenset[tuple[int, int]] = frozenset()  # row and column of each cell that stands out
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The columns that hold anything, in their order."""
+        cells = (self.head, *self.rows) if self.head else self.rows
+        return tuple(index for index, column in enumerate(zip(*cells, strict=True)) if any(column))
 
     def lines(self, width: int | None = None, first: int | None = None) -> list[str]:
         """The lines of the table as text, marked cells with a star in front.
@@ -46,7 +52,7 @@ class Table:
         widths = [max(len(line) for name in names for line in name)]
         widths += [max(len(row[column]) for row in cells) for column in range(1, len(cells[0]))]
         lines: list[str] = []
-        for block in _blocks(widths, width):
+        for block in _blocks([column for column in self.shown if column], widths, width):
             lines += [""] if lines else []
             for name, row in zip(names, cells, strict=True):
                 beside = "".join("  " + self._aligned(row[column], column, widths[column]) for column in block)
@@ -55,16 +61,15 @@ class Table:
 
     def markdown(self) -> str:
         """The table as GitHub's Markdown, marked cells in bold. Without a head, the head's cells are empty."""
-        columns = range(len(self.head or self.rows[0]))
-        head = [escaped(cell) for cell in self.head] or ["" for _ in columns]
+        head = [escaped(self.head[column]) if self.head else "" for column in self.shown]
         rows = [
             [
-                f"**{escaped(cell)}**" if (index, column) in self.marked else escaped(cell)
-                for column, cell in enumerate(row)
+                f"**{escaped(row[column])}**" if (index, column) in self.marked else escaped(row[column])
+                for column in self.shown
             ]
             for index, row in enumerate(self.rows)
         ]
-        rule = ["---" if column in self.left else "---:" for column in columns]
+        rule = ["---" if column in self.left else "---:" for column in self.shown]
         return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
 
     def _aligned(self, cell: str, column: int, width: int) -> str:
@@ -81,12 +86,10 @@ def escaped(value: Any) -> str:
     return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
-def _blocks(widths: list[int], width: int | None) -> Iterable[list[int]]:
-    """Which columns stand beside each other after the first one. Empty columns are left out."""
+def _blocks(columns: Iterable[int], widths: Sequence[int], width: int | None) -> list[list[int]]:
+    """Which columns stand beside each other after the first one."""
     blocks: list[list[int]] = [[]]
-    for column in range(1, len(widths)):
-        if not widths[column]:
-            continue
+    for column in columns:
         beside = widths[0] + sum(2 + widths[other] for other in (*blocks[-1], column))
         if width is not None and blocks[-1] and beside > width:
             blocks.append([])
