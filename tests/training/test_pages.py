@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib
 import pytest
@@ -20,8 +21,10 @@ from lorakit.study.analysis import page as analysis_page
 from lorakit.study.analysis.measures import analyze, compare
 from lorakit.study.analysis.report import Study
 from lorakit.study.comparison import page as comparison_page
+from lorakit.study.comparison.plots import Point, scatter
 from lorakit.training import page as run_page
 from lorakit.training.report import Comparison, Sample
+from lorakit.training.svg import standalone
 
 EVIL = "<script>x</script>{{ 7*7 }}{% if %}&lt;'"  # short enough for a label
 
@@ -157,6 +160,18 @@ def test_a_page_is_the_same_in_every_process_whatever_matplotlibrc_says(tmp_path
         pages.append(done.stdout)
     assert pages[0] == pages[1]
     assert pages[0].decode() == comparison_page.render(comparisons.COMPARISON)
+
+
+@pytest.mark.parametrize("word", ["准确率", "نص", "a\x00b\x1b[31m", "$x_1$", "\\frac", "😀", "#ffffff", "%"])
+def test_any_name_can_be_drawn(word: str) -> None:
+    shown = re.sub("[\x00\x1b]", "\ufffd", word)
+    for name in ("comparison", "analysis"):
+        words = Read(PAGES[name](word)).words
+        assert sum(words.count(one) for one in {word, shown}) > 3
+    points = [Point(word, word, "", 10, 1.0, None, word)]
+    drawing = ElementTree.fromstring(standalone(scatter(points, word, [word])))
+    texts = [element.text for element in drawing.iter() if element.tag.endswith(("}text", "}title"))]
+    assert texts.count(shown) == 3  # the metric, the label, what is shown when pointed at
 
 
 def test_the_loss_is_drawn_where_its_axes_say() -> None:

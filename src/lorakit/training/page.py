@@ -85,6 +85,7 @@ def curves(history: Sequence[dict[str, float]]) -> Markup:
     axes.set_xlim(0, max(step for step, _ in points))
     axes.set_ylim(bottom=min(0, *(loss for _, loss in points)))
     axes.set_xlabel("step")
+    axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="upper right", ncols=2)
     return svg(figure, "Loss over steps")

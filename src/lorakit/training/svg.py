@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from xml.etree import ElementTree
 
@@ -40,8 +41,6 @@ _STYLE = {
     "axes.facecolor": "none",
     "axes.edgecolor": LIGHT["soft"],
     "axes.labelcolor": LIGHT["soft"],
-    "axes.grid": True,
-    "axes.grid.axis": "y",
     "axes.axisbelow": True,
     "axes.spines.left": False,
     "axes.spines.right": False,
@@ -80,25 +79,35 @@ def svg(figure: Figure, label: str, kind: str = "plot", titles: Sequence[str] = 
     the class "mark", a tick "xtick" or "ytick". titles: shown when the marks are pointed at, in their order.
     """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
-    root = ElementTree.fromstring(buffer.getvalue())
+    with warnings.catch_warnings():
+        # Where matplotlib's own font lacks a letter, the reader's has it.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
+        figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
+    root = ElementTree.fromstring(_printable(buffer.getvalue()))
     _tidy(root)
     for mark, title in zip((one for one in root.iter() if one.get("class") == "mark"), titles, strict=bool(titles)):
         mark.insert(0, ElementTree.Element("title"))
-        mark[0].text = title
+        mark[0].text = _printable(title)
     _, _, width, height = root.attrib["viewBox"].split()
     root.attrib.clear()
     root.attrib |= {"class": kind, "viewBox": f"0 0 {width} {height}", "width": width, "height": height}
-    root.attrib |= {"role": "img", "aria-label": label, "stroke-linejoin": "round"}
+    root.attrib |= {"role": "img", "aria-label": _printable(label), "stroke-linejoin": "round"}
     return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def standalone(drawing: str) -> str:
     """The drawing as a file of its own, with its colours, light and dark."""
-    opening, rest = drawing.removeprefix("<svg ").split(">", 1)
-    background = '<rect width="100%" height="100%" fill="var(--page)"/>'
-    style = f"<style>{rules()}{RULES}</style>{background}"
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {opening}>{style}{rest}\n'
+    root = ElementTree.fromstring(drawing)
+    root.set("xmlns", "http://www.w3.org/2000/svg")
+    style = ElementTree.Element("style")
+    style.text = f"{rules()}{RULES}"
+    root[:0] = [style, ElementTree.Element("rect", width="100%", height="100%", fill="var(--page)")]
+    return ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _printable(text: str) -> str:
+    """The text with a sign in the place of each character that XML does not allow."""
+    return re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
 
 
 def _tidy(root: ElementTree.Element) -> None:

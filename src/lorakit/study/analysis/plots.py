@@ -8,6 +8,8 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
 from ...training.colours import LIGHT
 from ...training.svg import new_figure, styled, svg
@@ -22,10 +24,8 @@ def bars(values: Sequence[float], label: str, ceiling: float, width: int = 150, 
     figure = new_figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, max(len(values), 1)), ylim=(0, ceiling))
     axes.stairs(values, fill=True, facecolor=LIGHT["blue"], linewidth=0, gid=".bars")
-    axes.grid(False)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines["bottom"].set_color(LIGHT["line"])
+    axes.set_axis_off()
+    figure.add_artist(Line2D((0, width), (0, 0), color=LIGHT["line"], transform=None))
     return svg(figure, label, kind="small")
 
 
@@ -34,7 +34,9 @@ def heat_map(phi: Sequence[Sequence[float]], label: str) -> Markup:
     """φ(i, j), i downwards, j to the right, from 0 (the page's colour) to 1 (full colour)."""
     rows, columns = len(phi), len(phi[0]) if phi else 0
     if not rows or not columns:
-        return Markup('<p class="soft">ΔW = 0</p>')
+        figure = new_figure(64, _MARGIN)
+        figure.text(0, 6, "ΔW = 0", transform=None, color=LIGHT["soft"])
+        return svg(figure, label, kind="small")
     cell = max(2.0, min(10.0, 160 / max(rows, columns)))  # pixels
     width, height = columns * cell, rows * cell
     figure = new_figure(width + _MARGIN, height + _MARGIN)
@@ -62,7 +64,5 @@ def _coloured(figure: Figure, cells: Sequence[Sequence[float]], box: tuple[float
     across, up = 72 * figure.get_size_inches()
     axes = figure.add_axes((box[0] / across, box[1] / up, box[2] / across, box[3] / up))
     axes.imshow([[to_rgba(_MAP, cell) for cell in row] for row in cells], interpolation="none", aspect="auto")
-    axes.grid(False)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.spines[:].set(visible=True, color=LIGHT["line"])
+    axes.set_axis_off()
+    figure.add_artist(Rectangle(box[:2], *box[2:], fill=False, edgecolor=LIGHT["line"], linewidth=1, transform=None))

@@ -211,6 +211,7 @@ def _upwards(points: Sequence[Point], axes: Axes) -> None:
     ends = [point.value + sign * (point.half or 0.0) for point in points for sign in (-1, 1)]
     margin = 0.07 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1.0
     axes.set_ylim(min(ends) - margin, max(ends) + margin)
+    axes.grid(axis="y")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], min_n_ticks=4))
     axes.ticklabel_format(axis="y", style="plain", useOffset=False)
 
