@@ -3,8 +3,10 @@
 import ast
 import inspect
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,21 @@ def test_the_public_names_are_these_and_all_resolve() -> None:
         for alias in node.names
     }
     assert typed == PUBLIC  # what type checkers see
+
+
+def test_a_wheel_holds_all_files_of_the_package(tmp_path: Path) -> None:
+    """The templates too: what is no Python file is put into a wheel only where pyproject.toml names it."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(SOURCE, tmp_path / "src" / "lorakit", ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*pip, "--no-build-isolation", "--wheel-dir", tmp_path, tmp_path], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("lorakit/")}
+    files = {path.relative_to(tmp_path / "src").as_posix() for path in (tmp_path / "src").rglob("*") if path.is_file()}
+    assert "lorakit/templates/base.html.j2" in packed
+    assert packed == {name for name in files if name.startswith("lorakit/")}
 
 
 def test_every_public_name_has_a_docstring() -> None:

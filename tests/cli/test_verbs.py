@@ -58,7 +58,8 @@ def test_train_writes_the_folder_and_learns(adapter: Path, tiny_lm: Path) -> Non
     card = (adapter / "README.md").read_text()
     assert card.startswith("---\nbase_model: ") and "exact match" in card
     page = (adapter / "report.html").read_text()
-    assert page.startswith("<!doctype html>") and "<polyline" in page and "http" not in page
+    assert page.startswith("<!doctype html>") and "http" not in page
+    assert page.count('<g class="training">') == page.count('<g class="held-out">') == 1
 
 
 def test_peft_and_lorakit_agree_on_what_was_trained(adapter: Path, tiny_lm: Path) -> None:
@@ -189,6 +190,8 @@ def test_info_and_check_need_no_weights(
     printed = capsys.readouterr().out
     assert "14 × linear  rank 16, alpha 32, scale 2" in printed
     assert "model.layers.*.mlp.up_proj" in printed
+    # A (16, 32) and B (64, 16) in each of two layers.
+    assert ["model.layers.*.mlp.up_proj", "×2", "16", "3,072"] in [line.split() for line in printed.splitlines()]
     bare = tmp_path / "bare"
     bare.mkdir()
     for file in tiny_lm.iterdir():

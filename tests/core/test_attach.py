@@ -381,3 +381,4 @@ def test_a_name_that_is_spelt_rightly_is_not_suggested() -> None:
     names = ["layers.0.q_proj", "layers.0.k_proj"]
     assert closest("q_proj", names) == closest("layers.0.q_proj", names) == closest("*.q_proj", names) == ""
     assert "Did you mean 'q_proj'?" in closest("q_prj", names)
+    assert "Did you mean '*.q_proj'?" in closest("*.Q_Proj", names)  # capital letters do not count

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lorakit.core.numbers import size
 from lorakit.training import page, report
 
 
@@ -92,4 +93,4 @@ def test_the_page_shows_what_went_wrong_before_what_went_right() -> None:
     [(0, "0 kB"), (147_456, "147 kB"), (1_000_000, "1.0 MB"), (9_437_184, "9.4 MB"), (1_420_000_000, "1.42 GB")],
 )
 def test_sizes_are_shown_in_the_unit_that_fits(count: int, shown: str) -> None:
-    assert report.size(count) == shown
+    assert size(count) == shown

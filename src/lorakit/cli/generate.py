@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _verdict(loaded: Loaded, task: Task, text: str, pair: str | None, folder: str) -> str:
     """The number that a regression predicts, or a line for each class: its name and its probability."""
+    from ..core.table import Table
     from ..training.data import Example
     from ..training.evaluate import outputs
     from ..training.style import longest_text
@@ -118,8 +119,8 @@ def _verdict(loaded: Loaded, task: Task, text: str, pair: str | None, folder: st
     if not task.labels:
         return f"{float(found[0]):.4g}"
     ranked = sorted(zip(found.softmax(-1).tolist(), task.labels, strict=True), key=lambda one: -one[0])
-    width = max(len(label) for _, label in ranked[:_CLASSES_SHOWN])
-    lines = [f"{label:<{width}}  {probability:6.1%}" for probability, label in ranked[:_CLASSES_SHOWN]]
+    shown = ((label, f"{probability:6.1%}") for probability, label in ranked[:_CLASSES_SHOWN])
+    lines = Table((), tuple(shown)).lines()
     if len(ranked) > _CLASSES_SHOWN:
         rest = sum(probability for probability, _ in ranked[_CLASSES_SHOWN:])
         lines.append(f"({len(ranked) - _CLASSES_SHOWN} more classes: {rest:.1%})")

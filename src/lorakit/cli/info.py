@@ -19,6 +19,7 @@ def run(args: argparse.Namespace) -> None:
     from collections import Counter
 
     from ..core.report import numberless
+    from ..core.table import Table
     from ..formats import peft
     from ..training.adapter_folder import check_adapter
 
@@ -37,9 +38,17 @@ def run(args: argparse.Namespace) -> None:
     for (kind, rank, alpha, scale, dora), modules in settings.items():
         print(f"{modules:>4} × {kind:<7} rank {rank}, alpha {alpha}, scale {scale}{', DoRA' if dora else ''}")
     print(f"parameters    {count:,} in factors, {whole:,} trained whole; dtype {_dtypes(adapter)}")
-    names = list(updates) if args.modules else list(dict.fromkeys(numberless(name) for name in updates))
-    for name in [*names, *adapter.trained]:
-        print(f"  {name}")
+    groups: dict[tuple[str, int], list[int]] = {}
+    for name, update in updates.items():
+        own = sum(tensor.numel() for tensor in update.tensors().values())
+        groups.setdefault((name if args.modules else numberless(name), update.rank), []).append(own)
+    rows = [
+        (name, f"×{len(own)}" if len(own) > 1 else "", str(rank), f"{sum(own):,}")
+        for (name, rank), own in groups.items()
+    ]
+    rows += [(name, "", "whole", f"{tensor.numel():,}") for name, tensor in adapter.trained.items()]
+    for line in Table(("module", "", "rank", "parameters"), tuple(rows)).lines():
+        print(f"  {line}")
 
 
 def _use(folder: str, base: str | None) -> str:

@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from .table import Table
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,11 +34,12 @@ class Report:
         groups: dict[tuple[str, str, tuple[int, int], int], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((numberless(row.name), row.kind, row.shape, row.rank), []).append(row)
-        cells: list[tuple[str, ...]] = [("module", "", "kind", "in → out", "rank", "parameters")]
+        cells = []
         for (pattern, kind, (inputs, outputs), rank), rows in groups.items():
             count = sum(row.parameters for row in rows)
             cells.append((pattern, f"×{len(rows)}", kind, f"{inputs} → {outputs}", str(rank), f"{count:,}"))
-        lines = _table(cells)
+        head = ("module", "", "kind", "in → out", "rank", "parameters")
+        lines = Table(head, tuple(cells), left=frozenset({0, 2})).lines()
         counts = Counter(numberless(name) for name in self.trained)
         lines += [f"trained whole: {name}  ×{count}" for name, count in counts.items()]
         lines += [f"passed over: {name}: {reason}" for name, reason in self.skipped.items()]
@@ -48,15 +51,3 @@ class Report:
 def numberless(name: str) -> str:
     """The name with the index of each numbered layer replaced by a star."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", f".{name}")[1:]
-
-
-def _table(cells: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    left_aligned = {0, 2}
-    return [
-        "  ".join(
-            cell.ljust(width) if column in left_aligned else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]

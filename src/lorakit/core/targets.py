@@ -13,7 +13,6 @@ their names alone, any other matrix or stack of matrices ("experts.gate_up_proj"
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +33,7 @@ from .parameters import AdaptedParameter, adapted_parameters, parameter_factor_s
 from .settings import Filter
 from .tables import tables_read_whole
 from .tied import held_refusal, held_tables
+from .words import did_you_mean, nearest
 
 ALL_LINEAR = "all-linear"
 Value = TypeVar("Value")
@@ -179,13 +179,12 @@ def closest(pattern: str, names: Iterable[str]) -> str:
     depth = wanted.count(".") + 1
     for name in names:
         by_suffix.setdefault(".".join(name.split(".")[-depth:]), []).append(name)
-    near = difflib.get_close_matches(wanted, by_suffix, n=1, cutoff=0.5)
-    if not near or near[0] == wanted:  # spelt rightly: what is wrong is something else
+    near = nearest(wanted, by_suffix, cutoff=0.5)
+    if not near or wanted in by_suffix:  # spelt rightly: what is wrong is something else
         return ""
-    first, *more = by_suffix[near[0]]
+    first, *more = by_suffix[near]
     others = f" and {len(more)} like it" if more else ""
-    suggestion = pattern.replace(wanted, near[0]) if wanted else near[0]
-    return f"Closest: {first!r}{others}. Did you mean {suggestion!r}?"
+    return f"Closest: {first!r}{others}.{did_you_mean(pattern.replace(wanted, near) if wanted else near)}"
 
 
 def pattern_values(patterns: Mapping[str, Value], names: Sequence[str], what: str) -> dict[str, Value]:

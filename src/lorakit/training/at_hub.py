@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.reading import missing
-from ..core.words import suggestion
+from ..core.words import nearest, suggestion
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -76,7 +76,7 @@ def _near(path: Path, kind: Kind) -> str:
     """Did you mean …?, where one of nearly that name lies here."""
     parents = [path.parent]
     if not path.parent.is_dir():
-        parents = [own for own in _entries(Path()) if own.is_dir() and suggestion(path.parent.name, [own.name])]
+        parents = [own for own in _entries(Path()) if own.is_dir() and nearest(path.parent.name, [own.name])]
     found = [str(entry) for parent in parents for entry in _entries(parent) if kind.is_one(entry)]
     return suggestion(str(path), found, cutoff=0.8)
 

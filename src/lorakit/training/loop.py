@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.numbers import duration, size
 from ..formats import peft, save
 from ..formats.folder import OutputFolder
 from . import page, report
@@ -333,11 +334,11 @@ def _write_reports(
 
 def _end_block(prepared: Prepared, out: OutputFolder, progress: Progress, result: report.Comparison | None) -> str:
     planned = prepared.plan.peak_bytes
-    peak = f"peak memory {report.size(progress.peak_bytes)}"
-    peak += " (not planned)" if planned is None else f" (planned {report.size(planned)})"
+    peak = f"peak memory {size(progress.peak_bytes)}"
+    peak += " (not planned)" if planned is None else f" (planned {size(planned)})"
     if progress.loading_bytes > progress.peak_bytes:
-        peak += f"; {report.size(progress.loading_bytes)} while the model was loaded"
-    lines = [report.heading("done"), f"trained in {report.duration(progress.seconds)}; {peak}"]
+        peak += f"; {size(progress.loading_bytes)} while the model was loaded"
+    lines = [report.heading("done"), f"trained in {duration(progress.seconds)}; {peak}"]
     if result is not None and result.rows:
         lines.append(report.comparison(result))
     files = ", ".join(name for name in out.own if (out.path / name).is_file())

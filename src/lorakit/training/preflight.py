@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.numbers import size
 from ..core.reading import json_of
 from ..core.words import suggestion
 from . import report
@@ -98,6 +99,6 @@ def refuse_more_than_there_is(needed: int, what: str, ways: Sequence[str]) -> No
     there = memory_of(best_device())
     if there and needed > there:
         raise ValueError(
-            f"{what} {report.size(needed)} of memory, and this machine has {report.size(there)}. "
+            f"{what} {size(needed)} of memory, and this machine has {size(there)}. "
             f"Less is needed with {', '.join(ways[:-1])} or {ways[-1]}; --ignore-memory begins all the same."
         )

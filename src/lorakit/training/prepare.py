@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core.attach import attach
+from ..core.numbers import duration, size
 from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
@@ -106,7 +107,7 @@ def start_block(prepared: Prepared) -> str:
         report.heading("plan"),
         f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
         f"learning rate {config.learning_rate:g}, {config.scheduler}; seed {config.seed}",
-        f"{_memory(plan)} {report.duration(plan.seconds)} of training",
+        f"{_memory(plan)} {duration(plan.seconds)} of training",
     ]
     return "\n".join(lines)
 
@@ -119,7 +120,7 @@ def _memory(plan: Plan) -> str:
     if plan.peak_bytes is None:
         return f"memory not planned ({plan.unplanned}); about"
     each = " in each process" if processes() > 1 else ""
-    return f"about {report.size(plan.peak_bytes)} of memory{each} at the peak of training and"
+    return f"about {size(plan.peak_bytes)} of memory{each} at the peak of training and"
 
 
 def attach_as(config: TrainConfig, model: nn.Module, *, new_head: bool) -> Report:

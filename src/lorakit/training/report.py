@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..core.numbers import duration
+from ..core.table import Table
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -49,19 +52,6 @@ def marked(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
             inside = bears_loss
         text += piece
     return text + (closing if inside else "")
-
-
-def size(count: float) -> str:
-    """Bytes as a person reads them."""
-    if count >= 1e6:
-        return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-    return f"{count / 1e3:.0f} kB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 180:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def comparison(result: Comparison, shown: int = 3, *, rows: str = "", adapted: bool = True) -> str:
@@ -161,21 +151,21 @@ def model_card(
     ]
     if result is not None:
         body += ["## Results", "", f"On {result.rows} held-out rows ({result.split}):", ""]
-        body += ["| metric | base | adapter |", "|---|---|---|"]
-        body += [
-            f"| {n} | {metric_value(n, before)} | {metric_value(n, after)} |"
-            for n, (before, after) in result.metrics.items()
-        ]
+        body += [metrics_table(result).markdown(), ""]
         if result.samples:
-            body += ["", "| asked | base | adapter | expected |", "|---|---|---|---|"]
-        body += [
-            "| " + " | ".join(_cell(text) for text in (s.prompt, s.base, s.adapter, s.expected)) + " |"
-            for s in _telling(result.samples)[:5]
-        ]
-        body += [""]
-    body += ["## Settings", "", "| setting | value |", "|---|---|"]
-    body += [f"| {name} | {public(value) if isinstance(value, str) else value} |" for name, value in settings.items()]
+            body += [_samples_table(_telling(result.samples)[:5]).markdown(), ""]
+    values = ((name, str(public(value) if isinstance(value, str) else value)) for name, value in settings.items())
+    body += ["## Settings", "", Table(("setting", "value"), tuple(values), left=frozenset({0, 1})).markdown()]
     return "\n".join([*front, *body]) + "\n"
+
+
+def metrics_table(result: Comparison) -> Table:
+    """Each metric of the base model and of the adapted one."""
+    rows = (
+        (name, metric_value(name, before), metric_value(name, after))
+        for name, (before, after) in result.metrics.items()
+    )
+    return Table(("metric", "base", "adapter"), tuple(rows))
 
 
 def public(text: str) -> str:
@@ -199,5 +189,7 @@ def _line(text: str, width: int = 110) -> str:
     return flat if len(flat) <= width else flat[: width - 1] + "…"
 
 
-def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|").replace("<", "&lt;")
+def _samples_table(samples: Sequence[Sample]) -> Table:
+    rows = ((one.prompt, one.base, one.adapter, one.expected) for one in samples)
+    cells = tuple(tuple(map(_line, row)) for row in rows)
+    return Table(("asked", "base", "adapter", "expected"), cells, left=frozenset(range(4)))

@@ -1,21 +1,26 @@
 """The tables, the JSON and the page of `lorakit analyze`, and which base weights it takes."""
 
+import base64
 import dataclasses
+import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import lorakit
 import models
-from lorakit.study.analysis import page
+from lorakit.core.numbers import number
+from lorakit.study.analysis import page, plots
 from lorakit.study.analysis.measures import analyze, compare
 from lorakit.study.analysis.report import Study, as_json, grouped, text
 from lorakit.study.analysis.run import local_base, study_of
-from lorakit.study.rounding import number
 from models import train_a_little
 
 
@@ -165,20 +170,27 @@ def test_layers_are_drawn_in_the_order_of_their_numbers(study: Study) -> None:
 
 def test_a_heat_map_has_each_number_in_its_place() -> None:
     phi = [[1.0, 0.5, 0.5], [0.0, 0.26, 1.0]]
-    drawing = page.heat_map(phi, "φ")
-    cells = [[0.0] * 3 for _ in phi]
-    for pieces, opacity in re.findall(r'<path d="([^"]*)" fill-opacity="([\d.]+)"', drawing):
-        for column, row, width, back in re.findall(r"M(\d+) (\d+)h(\d+)v1h(-\d+)z", pieces):
-            assert int(back) == -int(width)
-            for offset in range(int(width)):
-                cells[int(row)][int(column) + offset] += float(opacity)
-    assert cells == [[1.0, 0.5, 0.5], [0.0, 0.25, 1.0]]
-    assert "ΔW = 0" in page.heat_map([], "φ")
+    svg = ElementTree.fromstring(plots.heat_map(phi, "φ"))
+    image = next(svg.iter("image"))
+    encoded = image.attrib["href"].removeprefix("data:image/png;base64,")
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
+    assert pixels.shape == (2, 3, 4)
+    # Its opacity, in 255 steps; the first row lies on top.
+    assert pixels[:, :, 3] / 255 == pytest.approx(np.array(phi), abs=0.5 / 255)
+    assert {tuple(colour) for row in pixels for colour in row[:, :3].tolist()} == {(0x3B, 0x82, 0xF6)}
+    # Ten pixels a cell, 24 to the left of them and below.
+    assert image.attrib["transform"] == "matrix(10 0 0 10 24 0)"
+    assert svg.attrib["viewBox"] == "0 0 54 44"
+    places = {(text.text, text.attrib["x"]) for text in svg.iter("text")}
+    assert places == {("1", "20"), ("2", "20"), ("1", "24"), ("3", "54")}
+    assert "ΔW = 0" in plots.heat_map([], "φ")
 
 
 def test_bars_are_as_high_as_their_share() -> None:
-    drawing = page.bars([4.0, 1.0], "σ", ceiling=4.0, width=100, height=80)
-    assert re.findall(r'y="([\d.]+)" height="([\d.]+)"', drawing) == [("0.0", "80.0"), ("60.0", "20.0")]
+    svg = ElementTree.fromstring(plots.bars([4.0, 1.0], "σ", ceiling=4.0, width=100, height=80))
+    bars = next(group for group in svg.iter("g") if group.get("class") == "bars")
+    corners = re.findall(r"[ML] (\S+) (\S+)", next(bars.iter("path")).attrib["d"])
+    assert [(float(x), float(y)) for x, y in corners][:6] == [(0, 80), (0, 0), (50, 0), (50, 60), (100, 60), (100, 80)]
 
 
 def test_the_base_is_taken_from_this_machine_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The drawing: its points are where its own ticks say, and its labels do not lie on each other."""
+"""The plot: its points are where its own ticks say, and its labels do not lie on each other."""
 
 import math
 import random
@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 import pytest
 
 from comparisons import COMPARISON, E2E, ROWS, SST, row
-from lorakit.study.comparison.plots import Point, families, points_of, scatter, standalone
+from lorakit.study.comparison.plots import Point, families, points_of, scatter
 from lorakit.study.comparison.results import Interval
+from lorakit.training.svg import standalone
 
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
 UNITS = {"k": 1e3, "M": 1e6, "B": 1e9}
@@ -26,16 +27,40 @@ def having(svg: ElementTree.Element, kind: str) -> list[ElementTree.Element]:
 
 
 def ticks(svg: ElementTree.Element, axis: str) -> dict[float, float]:
-    """What stands at an axis → where."""
-    return {
-        float((tick.text or "").rstrip("kMB")) * UNITS.get((tick.text or "")[-1], 1): float(tick.attrib[axis])
-        for tick in having(svg, axis)
-    }
+    """What stands at an axis → where. A tick on the x axis is a small mark, one on the y axis a line of the grid."""
+    found = {}
+    for tick in having(svg, f"{axis}tick"):
+        text = "".join(text.text or "" for text in tick.iter("text"))
+        if text:
+            number = float(text.rstrip("kMB")) * UNITS.get(text[-1], 1)
+            place = next(tick.iter("use")).attrib["x"] if axis == "x" else path(next(tick.iter("path")))[0][1]
+            found[number] = float(place)
+    return found
+
+
+def path(element: ElementTree.Element) -> list[tuple[float, float]]:
+    """The points of a line."""
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", element.attrib["d"])]
 
 
 def marks(svg: ElementTree.Element) -> list[tuple[float, float]]:
-    places = [re.fullmatch(r"translate\((\S+) (\S+)\)", mark.attrib["transform"]) for mark in having(svg, "mark")]
-    return [(float(place[1]), float(place[2])) for place in places if place]
+    uses = [next(mark.iter("use")) for mark in having(svg, "mark")]
+    return [(float(use.attrib["x"]), float(use.attrib["y"])) for use in uses]
+
+
+def looks(svg: ElementTree.Element) -> list[tuple[str, str, str]]:
+    """Of each mark: its shape, its fill, its edge."""
+    shapes = {shape.attrib["id"]: shape.attrib["d"] for shape in svg.iter("path") if "id" in shape.attrib}
+    found = []
+    for mark in having(svg, "mark"):
+        use = next(mark.iter("use"))
+        style = dict(part.split(": ") for part in use.attrib["style"].split("; "))
+        found.append((shapes[use.attrib["href"][1:]], style["fill"], style["stroke"]))
+    return found
+
+
+def labels(svg: ElementTree.Element) -> list[ElementTree.Element]:
+    return [next(label.iter("text")) for label in having(svg, "label")]
 
 
 def line_through(ticks: dict[float, float]) -> tuple[float, float]:
@@ -50,9 +75,11 @@ def line_through(ticks: dict[float, float]) -> tuple[float, float]:
 def label_boxes(svg: ElementTree.Element) -> list[Rectangle]:
     """What the labels cover at 12 px, a letter 6.2 px wide on average and 9 px high above the line, 3 px below."""
     boxes = []
-    for label in having(svg, "label"):
+    for label in labels(svg):
         width = 6.2 * len(label.text or "")
-        left = float(label.attrib["x"]) - {"start": 0.0, "middle": width / 2, "end": width}[label.attrib["text-anchor"]]
+        anchor = re.search(r"text-anchor: (\w+)", label.attrib["style"])
+        shift = {"start": 0.0, "middle": width / 2, "end": width}[anchor[1] if anchor else "start"]
+        left = float(label.attrib["x"]) - shift
         line = float(label.attrib["y"])
         boxes.append((left, line - 9, left + width, line + 3))
     return boxes
@@ -85,9 +112,9 @@ def test_points_lie_where_the_ticks_say(task) -> None:
     assert marks(svg) == [(pytest.approx(x, abs=0.3), pytest.approx(y, abs=0.3)) for x, y in wanted]
     if zero is not None:
         assert zero < min(across.values()) and zero < min(x for x, _ in marks(svg)[1:])
-    intervals = [re.findall(r"M\S+ (\S+)h8m-4 0V(\S+?)m", bar.attrib["d"]) for bar in having(svg, "interval")]
+    intervals = [[y for _, y in path(next(bar.iter("path")))] for bar in having(svg, "interval")]
     halves = [one.scores[task.metrics[0]] for one in sorted(rows, key=lambda one: one.parameters)]
-    for ((high, low),), interval in zip(intervals, halves, strict=True):
+    for (low, high), interval in zip(intervals, halves, strict=True):
         assert float(high) == pytest.approx(rise * (interval.mean + (interval.half or 0)) + base, abs=0.3)
         assert float(low) == pytest.approx(rise * (interval.mean - (interval.half or 0)) + base, abs=0.3)
 
@@ -112,8 +139,9 @@ def test_a_method_without_parameters_stands_at_zero_left_of_the_break() -> None:
 )
 def test_ticks_are_powers_of_ten(counts: tuple[int, int], shown: list[str]) -> None:
     points = [Point("a", "a", "", count, 1.0, None, "a") for count in counts]
-    assert set(shown) <= {tick.text for tick in having(drawn(points), "x")}
-    assert all(62 <= x <= 744 for x, _ in marks(drawn(points)))
+    svg = drawn(points)
+    assert set(shown) <= {text.text for tick in having(svg, "xtick") for text in tick.iter("text")}
+    assert all(62 <= x <= 744 for x, _ in marks(svg))
 
 
 def test_methods_that_differ_in_their_size_alone_are_joined_and_labelled_once_in_full() -> None:
@@ -131,36 +159,29 @@ def test_methods_that_differ_in_their_size_alone_are_joined_and_labelled_once_in
     comparison = replace(COMPARISON, rows=rows)
     points = points_of(comparison, E2E)
     svg = drawn(points)
-    assert [label.text for label in having(svg, "label")] == [
+    assert [label.text for label in labels(svg)] == [
         *("lora rank=2", "rank=4", "dora rank=4", "adapter-h bottleneck=8", "rank=8"),
         "rank=9",
     ]
     places = marks(svg)
-    lines = [
-        [tuple(map(float, spot.split(","))) for spot in line.attrib["points"].split()] for line in svg.iter("polyline")
-    ]
-    assert lines == [[places[0], places[1], places[4]], [places[2], places[5]]]
-    assert ["stroke-dasharray" in line.attrib for line in svg.iter("polyline")] == [False, True]
-    shapes = [(mark.attrib["d"], mark.attrib["fill"]) for mark in having(svg, "mark")]
-    assert len({shape for shape, _ in shapes}) == 2
-    assert [fill == "currentColor" for _, fill in shapes] == [True, True, False, True, True, False]
+    lines = [next(line.iter("path")) for line in having(svg, "line")]
+    assert [path(line) for line in lines] == [[places[0], places[1], places[4]], [places[2], places[5]]]
+    assert ["stroke-dasharray" in line.attrib["style"] for line in lines] == [False, True]
+    assert len({shape for shape, _, _ in looks(svg)}) == 2
+    assert [fill == edge for _, fill, edge in looks(svg)] == [True, True, False, True, True, False]
+    assert {fill for _, fill, edge in looks(svg) if fill != edge} == {"var(--page)"}
     assert families(comparison) == ["lora", "adapter-h"]
 
 
 def test_a_family_has_the_same_colour_and_marker_in_every_task() -> None:
-    looks: list[dict[str, tuple[str, str]]] = []
+    found: list[dict[str, tuple[str, str, str]]] = []
     for task in (SST, E2E):
         svg = ElementTree.fromstring(scatter(points_of(COMPARISON, task), "m", families(COMPARISON)))
-        groups = [group for group in svg.iter("g")]
-        looks.append(
-            {
-                (group[0].text or "").partition(":")[0]: (group.attrib["style"], group[-1].attrib["d"])
-                for group in groups
-            }
-        )
-    assert set(looks[0]) == {"head", "lora rank=2", "bitfit", "lora rank=8", "full"}
-    assert all(looks[1][name] == looks[0][name] for name in looks[1])
-    assert len(set(looks[0].values())) == 4  # both LoRAs are one family
+        names = [(mark[0].text or "").partition(":")[0] for mark in having(svg, "mark")]
+        found.append(dict(zip(names, looks(svg), strict=True)))
+    assert set(found[0]) == {"head", "lora rank=2", "bitfit", "lora rank=8", "full"}
+    assert all(found[1][name] == found[0][name] for name in found[1])
+    assert len(set(found[0].values())) == 4  # both LoRAs are one family
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -197,7 +218,7 @@ def test_words_are_escaped_and_a_long_label_is_cut() -> None:
     rows = (row("e2e", name, 10, {"ter": (1.0, None)}),)
     points = points_of(replace(COMPARISON, rows=rows), E2E)
     svg = drawn(points, "a <&> metric")
-    assert [label.text for label in having(svg, "label")] == [name[:39] + "…"]
+    assert [label.text for label in labels(svg)] == [name[:39] + "…"]
     assert svg.attrib["aria-label"] == "a <&> metric against trainable parameters"
     assert [title.text for title in svg.iter("title")] == [f"{name}: 1.000, 10 parameters"]
     assert not having(svg, "interval")
@@ -206,7 +227,6 @@ def test_words_are_escaped_and_a_long_label_is_cut() -> None:
 def test_what_is_no_number_is_not_drawn() -> None:
     broken = replace(ROWS[6], scores={"ter": Interval(math.inf, None, (math.inf,))})
     assert points_of(replace(COMPARISON, rows=(broken,)), E2E) == []
-    assert scatter([], "ter", []) == "<p>No method has a score to draw.</p>"
 
 
 def test_the_direction_is_said_where_lower_is_better() -> None:
@@ -222,7 +242,7 @@ def test_a_file_of_its_own_has_its_size_and_its_colours() -> None:
     style, background = svg[0], svg[1]
     assert style.tag.endswith("style") and background.attrib["fill"] == "var(--page)"
     used = set(re.findall(r"var\((--[a-z0-9]+)\)", ElementTree.tostring(svg, encoding="unicode")))
-    assert {"--soft", "--line", "--page", "--f0"} <= used
+    assert {"--soft", "--line", "--page", "--blue"} <= used
     for name in used:
         # Once for a light page, once for a dark one.
         assert len(re.findall(rf"{name}: #[0-9a-f]+", style.text or "")) == 2, name

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from comparisons import COMPARISON, E2E, ROWS, SST, row
+from lorakit.core.numbers import learning_rate
 from lorakit.study.comparison.results import Comparison, Interval
-from lorakit.study.comparison.table import as_json, markdown, rate, score, summary, table, text
+from lorakit.study.comparison.table import as_json, markdown, score, summary, table, text
 
 SST_CELLS = [
     ["method", "trainable", "accuracy", "rate", "train time", "peak memory", "file", "latency"],
@@ -66,7 +67,7 @@ def test_the_mean_over_tasks_is_that_of_methods_which_have_all() -> None:
     assert content.head == ("method", "sst<&>2, accuracy", "e2e, bleu", "mean")
     # (90.21 + 66.52) / 2, (88.64 + 60.12) / 2, (89.90 + 67.74) / 2, (91.04 + 68.04) / 2
     assert [row[-1] for row in content.rows] == ["78.4", "74.4", "–", "78.8", "79.5", "–"]
-    assert content.best == {(4, 1), (4, 2), (4, 3)}
+    assert content.marked == {(4, 1), (4, 2), (4, 3)}
 
 
 def test_one_task_has_no_table_of_all() -> None:
@@ -212,7 +213,7 @@ def test_a_column_has_as_many_decimals_as_fit(scores: list[tuple[float, float | 
 def test_equal_means_are_both_the_best_and_a_metric_of_the_users_own_is_better_when_higher() -> None:
     rows = tuple(row("e2e", f"m{value}", 1, {"own": (value, None)}) for value in (1.0, 3.0, 2.0))
     task = replace(E2E, metrics=("own",))
-    assert table(replace(COMPARISON, rows=(*rows, rows[1])), task).best == {(1, 2), (3, 2)}
+    assert table(replace(COMPARISON, rows=(*rows, rows[1])), task).marked == {(1, 2), (3, 2)}
 
 
 def test_nothing_finished_yet_is_a_table_all_the_same() -> None:
@@ -222,5 +223,11 @@ def test_nothing_finished_yet_is_a_table_all_the_same() -> None:
 
 
 def test_rates_and_scores_alone() -> None:
-    assert [rate(value) for value in (2e-4, 1.5e-5, 1e-3, 0.1 + 0.2, 1.0)] == ["2e-4", "1.5e-5", "1e-3", "3e-1", "1e0"]
+    assert [learning_rate(value) for value in (2e-4, 1.5e-5, 1e-3, 0.1 + 0.2, 1.0)] == [
+        "2e-4",
+        "1.5e-5",
+        "1e-3",
+        "3e-1",
+        "1e0",
+    ]
     assert score(None, 2) == "–"

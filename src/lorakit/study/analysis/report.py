@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from ...core.numbers import NONE, number, percent, rounded
 from ...core.report import numberless
+from ...core.table import Table
 from ...training.report import heading
-from ..rounding import number, rounded
 from .measures import THRESHOLD, TOP, AgainstBase, Analysis, Similarity
 
 _MOST = 5  # lines of the most changed
@@ -106,9 +107,13 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def percent(share: float | None) -> str:
-    """A share of one, to a few significant digits."""
-    return "–" if share is None else f"{number(100 * share)}%"
+def table(groups: Mapping[str, Sequence[Item]], columns: Sequence[Column]) -> Table:
+    """A line for each group, with the number of its matrices where it has several."""
+    rows = (
+        (name, f"×{len(own)}" if len(own) > 1 else "", *(column.cell(own) for column in columns))
+        for name, own in groups.items()
+    )
+    return Table(("", "", *(column.head for column in columns)), tuple(rows))
 
 
 def change_columns(study: Study) -> list[Column]:
@@ -120,7 +125,7 @@ def change_columns(study: Study) -> list[Column]:
     def within(modules: Sequence[Analysis]) -> str:
         pairs = [_within_rank(module) for module in modules]
         left, right = (mean(pair[side] for pair in pairs if pair is not None) for side in (0, 1))
-        return "–" if left is None or right is None else f"{left:.1%} {right:.1%}"
+        return NONE if left is None or right is None else f"{left:.1%} {right:.1%}"
 
     def intruders(modules: Sequence[Analysis]) -> str:
         bases = [module.base for module in modules if module.base is not None]
@@ -178,7 +183,7 @@ def _last(phi: Sequence[Sequence[float]]) -> float | None:
 def _first_and_last(pick: Callable[[Similarity], Any]) -> Callable[[Sequence[Similarity]], str]:
     def cell(own: Sequence[Similarity]) -> str:
         pair = mean(_first(pick(s)) for s in own), mean(_last(pick(s)) for s in own)
-        return " ".join("–" if value is None else f"{value:.3f}" for value in pair)
+        return " ".join(NONE if value is None else f"{value:.3f}" for value in pair)
 
     return cell
 
@@ -207,28 +212,18 @@ def _sections(items: Sequence[Item], columns: Sequence[Column], every: bool, tit
     """A line for each group and the first few items, or a line for each item."""
     groups = grouped(items)
     if every or len(groups) == len(items):
-        return _table({item.name: [item] for item in items}, columns)
+        return _lines({item.name: [item] for item in items}, columns)
     key: Any = change_of if isinstance(items[0], Analysis) else likeness
     few = {item.name: [item] for item in items[:_MOST]}
-    return [*_table(ordered(groups, key), columns), "", f"{title}:", *_table(few, columns)]
+    return [*_lines(ordered(groups, key), columns), "", f"{title}:", *_lines(few, columns)]
 
 
-def _table(groups: dict[str, list[Item]], columns: Sequence[Column]) -> list[str]:
-    """One line a group. What all names begin with is said once, in the head: lines stay within a terminal's width."""
+def _lines(groups: dict[str, list[Item]], columns: Sequence[Column]) -> list[str]:
+    """A line for each group. What all names begin with stands once, in the head, so that lines fit a terminal."""
     prefix = _common_prefix(list(groups))
-    cells = [[f"{prefix}…" if prefix else "module", "", *(column.head for column in columns)]]
-    for name, own in groups.items():
-        times = f"×{len(own)}" if len(own) > 1 else ""
-        cells.append([name.removeprefix(prefix), times, *(column.cell(own) for column in columns)])
-    widths = [max(len(row[index]) for row in cells) for index in range(len(cells[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if index else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-            if width
-        ).rstrip()
-        for row in cells
-    ]
+    found = table(groups, columns)
+    rows = tuple((name.removeprefix(prefix), *cells) for name, *cells in found.rows)
+    return replace(found, head=(f"{prefix}…" if prefix else "module", *found.head[1:]), rows=rows).lines()
 
 
 def _common_prefix(names: Sequence[str]) -> str:

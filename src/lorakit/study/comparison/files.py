@@ -15,6 +15,7 @@ from typing import Any
 from ...formats.files import replacing
 from ...formats.folder import Kind, OutputFolder
 from ...training.start import settings_in
+from ...training.svg import standalone
 from . import page, plots, table
 from .plan import Plan
 from .results import Comparison
@@ -96,7 +97,7 @@ def write(found: Comparison, folder: Path) -> list[Path]:
         if points := plots.points_of(found, task):
             drawing = plots.scatter(points, task.metrics[0], plots.families(found))
             name = re.sub(r"[^\w-]", "_", task.name)
-            contents[f"compare-{name}.svg"] = plots.standalone(drawing)
+            contents[f"compare-{name}.svg"] = standalone(drawing)
     for name, content in contents.items():
         with replacing(folder / name) as path:
             path.write_text(content, encoding="utf-8")

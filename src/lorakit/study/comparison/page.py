@@ -1,78 +1,51 @@
-"""compare.html: what a comparison found. Tables, a drawing for each task, and how the learning rates were chosen."""
+"""compare.html: what a comparison found. Tables, a plot for each task, and how the learning rates were chosen."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable
+from typing import Any
 
-from ...training.page import document
-from ..rounding import number
+from ...core.numbers import learning_rate, number
+from ...core.table import Table
+from ...training import html
 from . import plots
 from .results import Comparison, TaskFacts
-from .table import (
-    UNFINISHED,
-    Table,
-    about,
-    facts,
-    notes,
-    rate,
-    rows_of,
-    summary,
-    summary_notes,
-    table,
-)
-
-_STYLE = """
-body { max-width: 76rem }
-th.n, td.n { white-space: nowrap; text-align: right; padding: .35rem .4rem }
-td.best { font-weight: 600 }
-"""
+from .table import UNFINISHED, about, facts, notes, rows_of, summary, summary_notes, table
 
 
 def render(comparison: Comparison) -> str:
     """The page as HTML."""
     tasks = len(comparison.tasks)
     methods = len(dict.fromkeys(row.method for row in comparison.rows))
-    title = f"{methods} methods on {tasks} task{'s' if tasks != 1 else ''}"
-    sections = [f"<h1>{title}</h1>"]
-    if not comparison.finished:
-        sections.append(f"<p><b>{UNFINISHED}</b></p>")
-    sections.append(_soft(about(comparison)))
-    if tasks > 1:
-        sections += ["<h2>All tasks</h2>", _table(summary(comparison)), _soft(summary_notes(comparison, "Bold"))]
-    families = plots.families(comparison)
-    for task in comparison.tasks:
-        sections += [
-            f"<h2>{html.escape(task.name)}</h2>",
-            _soft(facts(task)),
-            plots.scatter(plots.points_of(comparison, task), task.metrics[0], families),
-            _table(table(comparison, task)),
-            _soft(notes(comparison, task, "Bold")),
-            _search(comparison, task),
-        ]
-    return document(title, sections, plots.STYLE + _STYLE)
-
-
-def _table(content: Table) -> str:
-    head = "".join(
-        f"<th{' class=n' if index else ''}>{html.escape(cell)}</th>" for index, cell in enumerate(content.head)
+    return html.render(
+        "compare.html.j2",
+        title=f"{methods} methods on {tasks} task{'s' if tasks != 1 else ''}",
+        unfinished="" if comparison.finished else UNFINISHED,
+        about=about(comparison),
+        summary=summary(comparison) if tasks > 1 else None,
+        summary_notes=summary_notes(comparison, "Bold"),
+        tasks=[_task(comparison, task) for task in comparison.tasks],
     )
-    rows = []
-    for index, row in enumerate(content.rows):
-        cells = "".join(
-            f'<td class="n{" best" if (index, column) in content.best else ""}">{html.escape(cell)}</td>'
-            for column, cell in enumerate(row[1:], 1)
-        )
-        rows.append(f"<tr><td>{html.escape(row[0])}</td>{cells}</tr>")
-    return f'<div style="overflow-x:auto"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
-def _search(comparison: Comparison, task: TaskFacts) -> str:
+def _task(comparison: Comparison, task: TaskFacts) -> dict[str, Any]:
+    points = plots.points_of(comparison, task)
+    return {
+        "name": task.name,
+        "facts": facts(task),
+        "plot": plots.scatter(points, task.metrics[0], plots.families(comparison)) if points else "",
+        "table": table(comparison, task),
+        "notes": notes(comparison, task, "Bold"),
+        "search": _search(comparison, task),
+        "chosen_by": task.chosen_by,
+    }
+
+
+def _search(comparison: Comparison, task: TaskFacts) -> Table | None:
     """Each rate that was tried, and what it gave on the validation rows."""
     rows = rows_of(comparison, task)
     rates = sorted({one for row in rows for one in row.tried})
     if not rates:
-        return ""
+        return None
     lines = []
     for row in rows:
         cells = (
@@ -83,12 +56,4 @@ def _search(comparison: Comparison, task: TaskFacts) -> str:
     chosen = {
         (index, rates.index(row.learning_rate) + 1) for index, row in enumerate(rows) if row.learning_rate in row.tried
     }
-    content = Table(("method", *map(rate, rates)), tuple(lines), frozenset(chosen))
-    return (
-        f"<details><summary>the search of the learning rate: {html.escape(task.chosen_by)} on the validation rows"
-        f"</summary>{_table(content)}</details>"
-    )
-
-
-def _soft(lines: Iterable[str]) -> str:
-    return f"<p class=soft>{'<br>'.join(map(html.escape, lines))}</p>"
+    return Table(("method", *map(learning_rate, rates)), tuple(lines), marked=frozenset(chosen))

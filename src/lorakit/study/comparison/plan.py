@@ -10,6 +10,7 @@ from functools import cached_property
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...core.table import Table
 from ...training.preflight import refuse_more_than_there_is
 from ...training.report import heading
 from ..methods.baselines import Applied, Method, PrefixEmbedding, PrefixLayer
@@ -118,8 +119,8 @@ def plan_block(config: CompareConfig, plans: Sequence[Plan]) -> str:
         lines.append(heading(f"task {task.name}"))
         lines.append(f"{task.source}: {task.kind}; rows: {rows}; {' or '.join(map(str, steps))} steps a run")
         lines.append(f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows")
-        width = max(map(len, costs))
-        lines += [f"  {name:<{width}}  {cost}" for name, cost in costs.items()]
+        table = Table((), tuple((name, str(cost)) for name, cost in costs.items()), left=frozenset({0, 1}))
+        lines += [f"  {line}" for line in table.lines()]
     most = most_runs_of(plans, config.seeds, config.trials)
     given = all(method.training.learning_rate is not None for plan in plans for method in plan.methods)
     rates = "learning rates given" if given else f"at most {config.trials} learning rates for a method on a task"

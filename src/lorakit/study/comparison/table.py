@@ -7,17 +7,13 @@ shows (`Table`, `facts`, `notes`) is put together once; here and in `page.py` it
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
-import re
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from ...training.report import duration, heading, size
-from ..rounding import rounded
+from ...core.numbers import NONE, duration, learning_rate, rounded, size
+from ...core.table import Table, escaped, folded
+from ...training.report import heading
 from .metrics import METRICS
 from .results import Comparison, Interval, Row, TaskFacts
 
@@ -25,16 +21,6 @@ UNFINISHED = "Unfinished: some runs are still to be made."
 
 _WIDTH = 120  # of a terminal
 _NAME = 40  # of a method in it; a longer one goes on in the next line
-_NONE = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Text in cells, a method's name first."""
-
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    best: frozenset[tuple[int, int]]  # row and column of what is marked
 
 
 def text(comparison: Comparison) -> str:
@@ -42,9 +28,14 @@ def text(comparison: Comparison) -> str:
     lines = [] if comparison.finished else [UNFINISHED]
     lines += _wrapped(about(comparison))
     if len(comparison.tasks) > 1:
-        lines += [heading("all tasks"), *_aligned(summary(comparison)), "", *_wrapped(summary_notes(comparison, "*"))]
+        lines += [
+            heading("all tasks"),
+            *summary(comparison).lines(_WIDTH, _NAME),
+            "",
+            *_wrapped(summary_notes(comparison, "*")),
+        ]
     for task in comparison.tasks:
-        lines += [heading(task.name), *_wrapped(facts(task)), "", *_aligned(table(comparison, task)), ""]
+        lines += [heading(task.name), *_wrapped(facts(task)), "", *table(comparison, task).lines(_WIDTH, _NAME), ""]
         lines += _wrapped(notes(comparison, task, "*"))
     return "\n".join(lines)
 
@@ -52,11 +43,11 @@ def text(comparison: Comparison) -> str:
 def markdown(comparison: Comparison) -> str:
     """Headings of the second level and tables of GitHub's kind."""
     parts = [] if comparison.finished else [f"**{UNFINISHED}**"]
-    parts += map(_escaped, about(comparison))
+    parts += map(escaped, about(comparison))
     if len(comparison.tasks) > 1:
-        parts += ["## All tasks", _piped(summary(comparison)), _listed(summary_notes(comparison, "Bold"))]
+        parts += ["## All tasks", summary(comparison).markdown(), _listed(summary_notes(comparison, "Bold"))]
     for task in comparison.tasks:
-        parts += [f"## {_escaped(task.name)}", *map(_escaped, facts(task)), _piped(table(comparison, task))]
+        parts += [f"## {escaped(task.name)}", *map(escaped, facts(task)), table(comparison, task).markdown()]
         parts.append(_listed(notes(comparison, task, "Bold")))
     return "\n\n".join(parts) + "\n"
 
@@ -100,24 +91,24 @@ def table(comparison: Comparison, task: TaskFacts) -> Table:
         columns.append([score(interval, digits) for interval in measured])
         columns[-1] += [
             # Rounded to as many decimals, and never given more than it was published with.
-            _NONE if metric not in values else str(round(values[metric], digits))
+            NONE if metric not in values else str(round(values[metric], digits))
             for _, values in published
         ]
     ours: dict[str, Callable[[Row], str]] = {
-        "rate": lambda row: rate(row.learning_rate),
+        "rate": lambda row: learning_rate(row.learning_rate),
         "train time": lambda row: duration(row.seconds),
         "peak memory": lambda row: size(row.peak_bytes),
         "file": lambda row: size(row.file_bytes),
-        "latency": lambda row: f"×{row.latency:.2f}" if math.isfinite(row.latency) else _NONE,
+        "latency": lambda row: f"×{row.latency:.2f}" if math.isfinite(row.latency) else NONE,
     }
-    columns.insert(1, [f"{row.parameters:,}" for row in rows] + [_NONE] * len(published))
-    columns += [[*map(cell, rows), *[_NONE] * len(published)] for cell in ours.values()]
+    columns.insert(1, [f"{row.parameters:,}" for row in rows] + [NONE] * len(published))
+    columns += [[*map(cell, rows), *[NONE] * len(published)] for cell in ours.values()]
     first = task.metrics[0]
     best = _best(first, [_mean(row.scores.get(first)) for row in rows])
     return Table(
         ("method", "trainable", *map(_with_direction, task.metrics), *ours),
         tuple(zip(*columns, strict=True)),
-        frozenset((row, 2) for row in best),
+        marked=frozenset((row, 2) for row in best),
     )
 
 
@@ -149,7 +140,7 @@ def summary(comparison: Comparison) -> Table:
         head.append("mean")
         columns.append([score(interval, _decimals(intervals)) for interval in intervals])
         best |= {(row, len(means) + 1) for row in _best(comparison.tasks[0].metrics[0], over)}
-    return Table(tuple(head), tuple(zip(*columns, strict=True)), frozenset(best))
+    return Table(tuple(head), tuple(zip(*columns, strict=True)), marked=frozenset(best))
 
 
 def summary_notes(comparison: Comparison, mark: str) -> list[str]:
@@ -188,15 +179,9 @@ def rows_of(comparison: Comparison, task: TaskFacts) -> list[Row]:
 def score(interval: Interval | None, digits: int) -> str:
     """mean ± half, to as many decimals."""
     if interval is None or not math.isfinite(interval.mean):
-        return _NONE
+        return NONE
     half = "" if interval.half is None else f" ± {interval.half:.{digits}f}"
     return f"{interval.mean:.{digits}f}{half}"
-
-
-def rate(value: float) -> str:
-    """A learning rate as papers write it: 2e-4."""
-    mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def higher_is_better(metric: str) -> bool:
@@ -245,55 +230,9 @@ def _decimals(column: Iterable[Interval | None]) -> int:
     return digits + any(interval.half is not None and 0 < interval.half < 10**-digits for interval in known)
 
 
-def _aligned(table: Table) -> list[str]:
-    """Columns under each other, in blocks as wide as the terminal; a * before the best."""
-    cells = [table.head]
-    cells += [
-        tuple(f"*{cell}" if (index, column) in table.best else cell for column, cell in enumerate(row))
-        for index, row in enumerate(table.rows)
-    ]
-    names = [_folded(row[0], _NAME) or [""] for row in cells]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(table.head))]
-    widths[0] = max(len(line) for name in names for line in name)
-    blocks: list[list[int]] = [[]]
-    for column in range(1, len(widths)):
-        if blocks[-1] and sum(2 + widths[other] for other in blocks[-1]) + 2 + widths[column] + widths[0] > _WIDTH:
-            blocks.append([])
-        blocks[-1].append(column)
-    lines: list[str] = []
-    for block in blocks:
-        lines += [""] if lines else []
-        for name, row in zip(names, cells, strict=True):
-            numbers = "".join(f"  {row[column]:>{widths[column]}}" for column in block)
-            lines += [(name[0].ljust(widths[0]) + numbers).rstrip(), *name[1:]]
-    return lines
-
-
 def _wrapped(lines: Iterable[str]) -> list[str]:
-    return [part for line in lines for part in _folded(line, _WIDTH)]
-
-
-def _folded(line: str, width: int) -> list[str]:
-    """Broken between words, the further lines set in; "all-linear" is one word."""
-    return textwrap.wrap(line, width, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _piped(table: Table) -> str:
-    lines = [table.head, ("---", *["---:"] * (len(table.head) - 1))]
-    lines += [
-        tuple(
-            f"**{_escaped(cell)}**" if (index, column) in table.best else _escaped(cell)
-            for column, cell in enumerate(row)
-        )
-        for index, row in enumerate(table.rows)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return [part for line in lines for part in folded(line, _WIDTH)]
 
 
 def _listed(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {_escaped(line)}" for line in lines)
-
-
-def _escaped(value: Any) -> str:
-    """Text that Markdown leaves as it is, in a table's cell too."""
-    return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
+    return "\n".join(f"- {escaped(line)}" for line in lines)

@@ -1,0 +1,63 @@
+"""How numbers are printed: sizes, durations, shares, rates and significant digits, in text, tables, plots and pages.
+
+Whole numbers are printed with Python's own `f"{count:,}"`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+NONE = "–"  # stands where there is no number
+_STORED = 6  # significant digits of a number in a JSON file
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that fits: 147 kB, 9.4 MB, 1.42 GB."""
+    if count >= 1e6:
+        return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    return f"{count / 1e3:.0f} kB"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that fits: 40 s, 7 min, 1.6 h."""
+    if seconds < 180:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number to a few significant digits: 0.120, 12.3, 1.23e+03. A dash where there is none."""
+    if value is None:
+        return NONE
+    return f"{value:#.{digits}g}".rstrip(".") if 1e-3 <= abs(value) < 10**digits else f"{value:.{digits}g}"
+
+
+def percent(share: float | None) -> str:
+    """A share of one as a percentage, to a few significant digits."""
+    return NONE if share is None else f"{number(100 * share)}%"
+
+
+def learning_rate(value: float) -> str:
+    """A learning rate as papers write it: 2e-4."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def short_count(count: float) -> str:
+    """A round count as the axis of a plot shows it: 500, 10k, 2M, 1B."""
+    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:g}{name}"
+    return f"{count:g}"
+
+
+def rounded(value: Any) -> Any:
+    """`value` with every float in it, keys too, to six digits, for JSON. A number that does not exist is None, and a
+    tuple is a list.
+    """
+    if isinstance(value, float):
+        return float(f"{value:.{_STORED}g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {rounded(key): rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,97 @@
+"""One table for everything that is shown in columns: as text, as Markdown, and as data for a page's template.
+
+Table(("module", "rank"), (("q_proj", "8"), ("lm_head", "16")))
+
+module   rank
+q_proj      8
+lm_head    16
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in cells. The columns in `left` begin under each other, all others (numbers) end under each other.
+
+    A column without a single text is not shown. A table may have no head.
+    """
+
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    left: frozenset[int] = frozenset({0})
+    marked: frozenset[tuple[int, int]] = frozenset()  # row and column of each cell that stands out
+
+    @property
+    def shown(self) -> tuple[int, ...]:
+        """The columns that hold anything, in their order."""
+        cells = (self.head, *self.rows) if self.head else self.rows
+        return tuple(index for index, column in enumerate(zip(*cells, strict=True)) if any(column))
+
+    def lines(self, width: int | None = None, first: int | None = None) -> list[str]:
+        """The lines of the table as text, marked cells with a star in front.
+
+        width: columns that go beyond it follow below, beside the first column again. first: a longer cell in the first
+        column is broken between words.
+        """
+        cells = [self.head] if self.head else []
+        cells += [
+            tuple(f"*{cell}" if (index, column) in self.marked else cell for column, cell in enumerate(row))
+            for index, row in enumerate(self.rows)
+        ]
+        if not cells:
+            return []
+        names = [folded(row[0], first) if first else [row[0]] for row in cells]
+        widths = [max(len(line) for name in names for line in name)]
+        widths += [max(len(row[column]) for row in cells) for column in range(1, len(cells[0]))]
+        lines: list[str] = []
+        for block in _blocks([column for column in self.shown if column], widths, width):
+            lines += [""] if lines else []
+            for name, row in zip(names, cells, strict=True):
+                beside = "".join("  " + self._aligned(row[column], column, widths[column]) for column in block)
+                lines += [(self._aligned(name[0], 0, widths[0]) + beside).rstrip(), *name[1:]]
+        return lines
+
+    def markdown(self) -> str:
+        """The table as GitHub's Markdown, marked cells in bold. Without a head, the head's cells are empty."""
+        head = [escaped(self.head[column]) if self.head else "" for column in self.shown]
+        rows = [
+            [
+                f"**{escaped(row[column])}**" if (index, column) in self.marked else escaped(row[column])
+                for column in self.shown
+            ]
+            for index, row in enumerate(self.rows)
+        ]
+        rule = ["---" if column in self.left else "---:" for column in self.shown]
+        return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
+
+    def _aligned(self, cell: str, column: int, width: int) -> str:
+        return cell.ljust(width) if column in self.left else cell.rjust(width)
+
+
+def folded(line: str, width: int) -> list[str]:
+    """The line broken between words, further lines indented. "all-linear" is one word; no text is an empty line."""
+    return textwrap.wrap(line, width, subsequent_indent="  ", break_on_hyphens=False) or [""]
+
+
+def escaped(value: Any) -> str:
+    """Text that Markdown leaves as it is, in a table's cell too."""
+    return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
+
+
+def _blocks(columns: Iterable[int], widths: Sequence[int], width: int | None) -> list[list[int]]:
+    """Which columns stand beside each other after the first one."""
+    blocks: list[list[int]] = [[]]
+    for column in columns:
+        beside = widths[0] + sum(2 + widths[other] for other in (*blocks[-1], column))
+        if width is not None and blocks[-1] and beside > width:
+            blocks.append([])
+        blocks[-1].append(column)
+    return blocks

@@ -1,0 +1,206 @@
+"""All three pages: what is put into them stays text, they need no other file, and they are reproducible."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+import torch
+
+import comparisons
+import lorakit
+import models
+from lorakit.study.analysis import page as analysis_page
+from lorakit.study.analysis.measures import analyze, compare
+from lorakit.study.analysis.report import Study
+from lorakit.study.comparison import page as comparison_page
+from lorakit.study.comparison.plots import Point, scatter
+from lorakit.training import page as run_page
+from lorakit.training.report import Comparison, Sample
+from lorakit.training.svg import standalone
+
+EVIL = "<script>x</script>{{ 7*7 }}{% if %}&lt;'"  # short enough for a label
+
+
+def run(word: str) -> str:
+    samples = (Sample(word, word, word, word),)
+    return run_page.render(
+        title=word,
+        summary=word,
+        history=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.0}],
+        result=Comparison(1, word, {word: (0.0, 1.0)}, samples, (True,)),
+        changes=[run_page.Change(word, 0.5)],
+    )
+
+
+def comparison(word: str) -> str:
+    task = replace(
+        comparisons.SST,
+        name=word,
+        source=word,
+        kind=word,
+        metrics=(word,),
+        chosen_by=word,
+        published={word: {word: 1.0}},
+    )
+    row = replace(comparisons.row(word, word, 10, {word: (1.0, 0.5)}), tried={1e-4: 1.0})
+    return comparison_page.render(
+        replace(
+            comparisons.COMPARISON,
+            model=word,
+            tasks=(task, replace(task, name="other")),
+            rows=(row,),
+            left_out=((word, word, word),),
+            machine={word: word},
+        )
+    )
+
+
+def analysis(word: str) -> str:
+    model = models.llama()
+    lorakit.attach(model, ["q_proj"], rank=2)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    adapter = lorakit.extract(model)
+    modules = tuple(replace(module, name=f"{word}.{i}") for i, module in enumerate(analyze(adapter, model)))
+    alike = tuple(replace(one, name=f"{word}.{i}") for i, one in enumerate(compare(adapter, adapter)))
+    return analysis_page.render(Study(word, word, modules, word, alike, (word,)))
+
+
+PAGES: dict[str, Callable[[str], str]] = {"run": run, "comparison": comparison, "analysis": analysis}
+
+
+class Read(HTMLParser):
+    """The words, the tags, and what a page asks for from elsewhere."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.words = ""
+        self.attributes: list[str] = []
+        self.loads: list[str] = []
+        self._title = False
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [value or "" for _, value in attrs]
+        if tag != "a":
+            self.loads += [
+                value or "" for name, value in attrs if name in ("src", "href", "srcset", "data", "xlink:href")
+            ]
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_what_is_put_into_a_page_stays_text(name: str) -> None:
+    page = Read(PAGES[name](EVIL))
+    plain = Read(PAGES[name]("word"))
+    assert page.tags == plain.tags and "script" not in page.tags
+    # A word stands in a page's text, and in attributes, as often as a plain one; all of it is there.
+    assert page.words.count(EVIL) == plain.words.count("word") > 3
+    assert sum(EVIL in value for value in page.attributes) == sum("word" in value for value in plain.attributes)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_needs_no_other_file(name: str) -> None:
+    source = PAGES[name]("word")
+    page = Read(source)
+    assert all(one.startswith(("#", "data:image/png;base64,")) for one in page.loads)
+    assert page.loads and not page.tags & {"script", "link", "iframe", "img", "object", "embed"}
+    assert not re.search(r"@import|url\((?!#)|https?:", source)
+    # Every piece of a drawing that another piece refers to is there.
+    used = {one[1:] for one in page.loads if one.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", source))
+    assert used and used <= set(re.findall(r'id="([^"]+)"', source))
+    # matplotlib's own style sheet would change the whole page.
+    assert source.count("<style") == 1
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_colour_that_a_page_uses_has_a_value_for_light_and_dark_screens(name: str) -> None:
+    source = PAGES[name]("word")
+    used = set(re.findall(r"var\((--[\w-]+)\)", source))
+    assert {"--ink", "--page", "--line", "--soft", "--blue"} <= used
+    light, dark = source.split("@media (prefers-color-scheme: dark)", 1)
+    for colour in used:
+        assert re.search(rf"{colour}: #[0-9a-f]{{6}}\b", light) and re.search(rf"{colour}: #[0-9a-f]{{6}}\b", dark)
+    drawn = "".join(re.findall(r"<svg.*?</svg>", source, re.DOTALL))
+    assert not re.search(r"(fill|stroke): #", drawn)
+
+
+def test_a_page_is_the_same_in_every_process_whatever_matplotlibrc_says(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from comparisons import COMPARISON;"
+        "from lorakit.study.comparison.page import render; import matplotlib; before = matplotlib.rcParams.copy();"
+        "sys.stdout.buffer.write(render(COMPARISON).encode()); assert matplotlib.rcParams.copy() == before;"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    settings = ["", "axes.facecolor: red\nfont.size: 30\nsvg.fonttype: path\naxes.spines.top: True\n"]
+    pages = []
+    for index, text in enumerate(settings):
+        (tmp_path / f"{index}.rc").write_text(text)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(Path(__file__).parents[1])],
+            env={**os.environ, "MATPLOTLIBRC": str(tmp_path / f"{index}.rc"), "PYTHONHASHSEED": str(index)},
+            capture_output=True,
+            check=True,
+        )
+        pages.append(done.stdout)
+    assert pages[0] == pages[1]
+    assert pages[0].decode() == comparison_page.render(comparisons.COMPARISON)
+
+
+@pytest.mark.parametrize("word", ["准确率", "نص", "a\x00b\x1b[31m", "$x_1$", "\\frac", "😀", "#ffffff", "%"])
+def test_any_name_can_be_drawn(word: str) -> None:
+    shown = re.sub("[\x00\x1b]", "\ufffd", word)
+    for name in ("comparison", "analysis"):
+        words = Read(PAGES[name](word)).words
+        assert sum(words.count(one) for one in {word, shown}) > 3
+    points = [Point(word, word, "", 10, 1.0, None, word)]
+    drawing = ElementTree.fromstring(standalone(scatter(points, word, [word])))
+    texts = [element.text for element in drawing.iter() if element.tag.endswith(("}text", "}title"))]
+    assert texts.count(shown) == 3  # the metric, the label, what is shown when pointed at
+
+
+def test_the_loss_is_drawn_where_its_axes_say() -> None:
+    history = [{"step": step, "loss": 4.0 - step / 10} for step in range(1, 21)]
+    history += [{"step": 20, "eval_loss": 3.0}, {"step": 7, "loss": float("nan")}, {"step": 3}]
+    drawn = run_page.curves(history)
+    assert "Loss over steps" in drawn and ">step</text>" in drawn
+    assert "training</text>" in drawn and "held-out</text>" in drawn
+    path = re.search(r'<g class="training">\s*<path d="([^"]*)"', drawn)
+    assert path is not None
+    points = [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path[1])]
+    ticks = {}
+    for axis, body in re.findall(r'<g class="([xy])tick">(.*?)</text></g></g>', drawn):
+        place = re.search(r'<use [^>]*x="([\d.]+)"', body) if axis == "x" else re.search(r'd="M \S+ (\S+)', body)
+        assert place is not None
+        ticks[axis, float(body.rsplit(">", 1)[1])] = float(place[1])
+    right = ticks["x", 20.0]
+    left, bottom, up = ticks["x", 0.0], ticks["y", 0.0], ticks["y", 3.0]
+    assert points[-1] == pytest.approx((right, bottom + (up - bottom) * 2.0 / 3), abs=0.1)
+    assert points[0] == pytest.approx((left + (right - left) / 20, bottom + (up - bottom) * 3.9 / 3), abs=0.1)
+
+
+def test_a_loss_that_never_moves_and_a_run_of_one_step_are_no_error() -> None:
+    assert run_page.curves([{"step": 1, "loss": 1.0}]) == ""
+    assert "svg" in run_page.curves([{"step": step, "loss": 0.0} for step in (1, 2)])
+    assert "Too few steps for a curve." in run_page.render(title="", summary="", history=[], result=None, changes=[])
+
+
+def test_the_backend_stays_what_it_was() -> None:
+    before = matplotlib.rcParams._get("backend")
+    run("word")
+    assert matplotlib.rcParams._get("backend") == before
