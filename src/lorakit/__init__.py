@@ -25,6 +25,7 @@ if _TYPE_CHECKING:
     from .core.beside import Beside as Beside
     from .core.combine import combine as combine
     from .core.diagnose import diagnose as diagnose
+    from .core.errors import LoraError as LoraError
     from .core.exchange import extract as extract
     from .core.exchange import insert as insert
     from .core.format import Format as Format
@@ -60,6 +61,7 @@ _HOME = {
     "core.beside": ("Beside",),
     "core.combine": ("combine",),
     "core.diagnose": ("diagnose",),
+    "core.errors": ("LoraError",),
     "core.exchange": ("extract", "insert"),
     "core.format": ("Format", "add_format"),
     "core.init": ("add_init",),

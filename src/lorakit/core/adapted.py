@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from .adapter import Update
 from .autograd import reshaped
 from .dropout import Dropout
+from .errors import LoraError
 from .factored import Factored
 from .fingerprint import fingerprint
 from .init import Init, init_of
@@ -395,7 +396,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def bake(self) -> None:
         """Merge, and let go of the weight as it was: `unmerge` changes nothing afterwards."""
         if self.disabled_by:
-            raise ValueError("the model is inside lorakit.disabled, where it is the base model. Leave that first.")
+            raise LoraError("the model is inside lorakit.disabled, where it is the base model. Leave that first.")
         self.merge()
         for name in ("_base_weight", "_merged_weight", "_merged_mark"):
             self.__dict__.pop(name, None)
@@ -470,10 +471,10 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     def resized(self, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
         """Which dimension of which tensors of the update follows a weight that is now (outputs, inputs): name →
-        (dimension, size). Raises ValueError where none does.
+        (dimension, size). Raises LoraError where none does.
         """
         A, B = (tuple(factor.shape) for factor in self._factor_matrices())
-        raise ValueError(
+        raise LoraError(
             f"the weight of {type(self).__name__} is now ({outputs}, {inputs}) as a matrix, and its update is for "
             f"({B[-2]}, {A[-1]}): it cannot follow. Call lorakit.detach before the shape changes, and attach after."
         )

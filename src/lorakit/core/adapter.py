@@ -57,7 +57,7 @@ class Update:
         return self.with_factors(*self.layout.simplest(self.A, self.B))
 
     def pair(self) -> Update:
-        """The same ΔW as A and B of two thin layers in a row. Raises ValueError where there is no such pair."""
+        """The same ΔW as A and B of two thin layers in a row. Raises LoraError where there is no such pair."""
         return self.with_factors(*self.layout.pair(self.A, self.B))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -83,7 +83,7 @@ class Adapter:
     def load(cls, path: str | Path, *, format: str | None = None, alpha: float | None = None) -> Adapter:
         """The adapter at a path, without a model. format: its name; by default told by the path.
 
-        alpha: needed for a format that does not hold it (loralib's). Raises OSError, or ValueError for what cannot be
+        alpha: needed for a format that does not hold it (loralib's). Raises OSError, or LoraError for what cannot be
         read, and for a file that says too little without the model it is for (`lorakit.load(model, path)`).
         """
         return format_of(path, format).read(Path(path), None, alpha)
@@ -91,6 +91,6 @@ class Adapter:
     def save(self, path: str | Path, *, format: str | None = None) -> None:
         """Write the adapter. format: its name; by default told by the path.
 
-        Raises ValueError for what the format cannot hold.
+        Raises LoraError for what the format cannot hold.
         """
         format_of(path, format).write(self, Path(path))

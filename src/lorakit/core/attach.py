@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from .adapted import AdaptedLayer, LoRALayer
 from .dropout import QuickDropout
+from .errors import LoraError
 from .kinds import class_of, layer_class
 from .layouts import Layout
 from .names import named_modules, named_parameters, unwrapped
@@ -54,7 +55,7 @@ def attach(
     targets, settings: as in `LoRASettings`, which says what each means.
     freeze: freeze every parameter that the adapter does not train, and the running statistics of norms with it.
 
-    Returns a Report; print it. Raises ValueError, before anything is changed, when a pattern matches nothing or a
+    Returns a Report; print it. Raises LoraError, before anything is changed, when a pattern matches nothing or a
     target cannot be adapted. Neither the mode (train/eval) nor any existing tensor is changed.
     """
     if isinstance(targets, LoRASettings):
@@ -124,7 +125,7 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
     """
     whole = tuple(whole)
     if any(undo.swapped for module in model.modules() if (undo := note(module))):
-        raise ValueError("the model is inside lorakit.disabled, where it is the base model. Leave that first.")
+        raise LoraError("the model is inside lorakit.disabled, where it is the base model. Leave that first.")
     for name in whole:
         undo_of(model.get_submodule(name)).whole = True
         for module, local, tied in untie(model, name):
@@ -225,13 +226,13 @@ def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selectio
     for pattern in patterns:
         hits = matching(pattern, names)
         if not hits:
-            raise ValueError(f"also_train={pattern!r} matches no module. {closest(pattern, names)}".rstrip())
+            raise LoraError(f"also_train={pattern!r} matches no module. {closest(pattern, names)}".rstrip())
         for name in hits:
             if name in held:
-                raise ValueError(f"also_train={pattern!r} cannot be trained: {held_refusal(held[name])}.")
+                raise LoraError(f"also_train={pattern!r} cannot be trained: {held_refusal(held[name])}.")
             inside = [target for target in selection.targets if f"{target}.".startswith(f"{name}.")]
             if inside:
-                raise ValueError(
+                raise LoraError(
                     f"also_train={pattern!r} trains {name!r} whole, but targets adapts {inside[0]!r} in it. Choose one."
                 )
         chosen += hits

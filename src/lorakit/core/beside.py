@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer, weight_refusal
+from .errors import LoraError
 from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Linear, linear_size
 from .layouts import Layout
 
@@ -82,7 +83,7 @@ class AddsBeside(AdaptedLayer):
     def merge(self) -> None:
         reason = None if self.merged or self.disabled_by else self.merge_refusal()
         if reason:
-            raise ValueError(f"this layer cannot be merged: {reason}.")
+            raise LoraError(f"this layer cannot be merged: {reason}.")
         super().merge()
 
     def merge_refusal(self) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .adapter import Adapter, Update
+from .errors import LoraError
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
@@ -16,11 +17,11 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     A = [A₁; A₂; …] and B = [w₁s₁B₁, w₂s₂B₂, …], with scale 1: stacking has no cross terms, as adding the A's and the
     B's would. A module that an adapter leaves alone counts as zero. Blocks of a fused projection become one update.
 
-    Raises ValueError for DoRA, whose magnitudes do not add up, for updates of one module that differ in kind, and for
+    Raises LoraError for DoRA, whose magnitudes do not add up, for updates of one module that differ in kind, and for
     tensors trained whole that are not the same in all adapters.
     """
     if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"combine: {len(adapters)} adapters and {len(weights)} weights; expected one for each.")
+        raise LoraError(f"combine: {len(adapters)} adapters and {len(weights)} weights; expected one for each.")
     parts: dict[str, list[tuple[Update, float]]] = {}
     for adapter, weight in zip(adapters, weights, strict=True):
         for name, update in adapter.updates.items():
@@ -30,7 +31,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     for name in sorted({name for adapter in adapters for name in adapter.trained}):
         values = [adapter.trained.get(name) for adapter in adapters]
         if any(value is None or values[0] is None or not torch.equal(value, values[0]) for value in values):
-            raise ValueError(f"{name} was trained whole and is not the same in all adapters: it has no sum.")
+            raise LoraError(f"{name} was trained whole and is not the same in all adapters: it has no sum.")
     targets = tuple(sorted({target for adapter in adapters for target in adapter.targets}))
     return dataclasses.replace(first, updates=updates, targets=targets, dropout=0.0)
 
@@ -40,9 +41,9 @@ def _sum(name: str, parts: list[tuple[Update, float]]) -> Update:
     first = plain[0][0]
     for update, _ in plain:
         if update.magnitude is not None:
-            raise ValueError(f"{name} is a DoRA update: its magnitudes are no sum. Merge the model instead.")
+            raise LoraError(f"{name} is a DoRA update: its magnitudes are no sum. Merge the model instead.")
         if update.layout != first.layout:
-            raise ValueError(f"{name}: a {update.kind} update cannot be added to a {first.kind} one.")
+            raise LoraError(f"{name}: a {update.kind} update cannot be added to a {first.kind} one.")
     A, B = first.layout.stacked([(update.A, weight * update.scale * update.B) for update, weight in plain])
     rank = sum(update.rank for update, _ in plain)
     return dataclasses.replace(first, A=A, B=B, rank=rank, alpha=float(rank), rslora=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .adapted import AdaptedLayer
 from .attach import adapted_layers, trained_whole
+from .errors import LoraError
 from .names import unwrapped
 from .parameters import AdaptedParameter
 from .record import Record, is_statistic
@@ -59,7 +60,7 @@ def diagnose(model: nn.Module, *, reset: bool = False) -> Diagnosis:
     """Which adapted layers do nothing, and what a saved adapter would lack. Print what it returns.
 
     Call it after a forward and a backward pass, before the gradients are cleared. reset: forget afterwards which layers
-    were used, to look at the next passes alone. Raises ValueError where nothing is adapted.
+    were used, to look at the next passes alone. Raises LoraError where nothing is adapted.
 
         loss.backward()
         print(lorakit.diagnose(model))
@@ -68,7 +69,7 @@ def diagnose(model: nn.Module, *, reset: bool = False) -> Diagnosis:
     record = Record.of(model)
     gone = {name: type(module).__name__ for name, module in replaced(model).items()}
     if not layers and not gone:
-        raise ValueError(f"{type(model).__name__} has no adapted layer: call lorakit.attach or lorakit.load first.")
+        raise LoraError(f"{type(model).__name__} has no adapted layer: call lorakit.attach or lorakit.load first.")
     silent, idle = unused(model, layers)
     found = Diagnosis(
         adapted=len(layers),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .adapted import AdaptedLayer, copied
 from .adapter import Adapter, Update
 from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, note_adapted, trained_whole
+from .errors import LoraError
 from .names import named_modules, unwrapped
 from .report import numberless
 from .targets import Target, candidates, closest, matching, refusal
@@ -26,7 +27,7 @@ from .undo import refuse_replaced, unchanged_on_error
 def extract(model: nn.Module, *, force: bool = False) -> Adapter:
     """What the adapter of `model` holds, as plain data: copies, on the CPU, in the dtype they are trained in.
 
-    The same whether the model is merged or not. Raises ValueError when the model has no adapted layer, or when another
+    The same whether the model is merged or not. Raises LoraError when the model has no adapted layer, or when another
     module took the place of one; with force the rest is given all the same.
     """
     model = unwrapped(model)
@@ -35,7 +36,7 @@ def extract(model: nn.Module, *, force: bool = False) -> Adapter:
     layers = adapted_layers(model)
     parameters, whole = trained_whole(model)
     if not layers and not parameters:
-        raise ValueError(f"{type(model).__name__} has no adapter to extract: call lorakit.attach first.")
+        raise LoraError(f"{type(model).__name__} has no adapter to extract: call lorakit.attach first.")
     own = {name for name in parameters if any(name.startswith(f"{module}.") for module in whole)}
     frozen_bias = bias_names(model, "all") & parameters.keys() - own
     adapted_bias = bias_names(model, "lora_only")
@@ -58,7 +59,7 @@ def insert(model: nn.Module, adapter: Adapter, *, dtype: torch.dtype | None = No
 
     Like `attach`, it freezes everything else and changes neither mode nor base weights. dtype: of the factors; by
     default that of the factors that are there, or of new ones as `attach` chooses it. With force, what does not fit is
-    left out instead of refused. Raises ValueError listing every misfit, before anything is changed.
+    left out instead of refused. Raises LoraError listing every misfit, before anything is changed.
     """
     model = unwrapped(model)
     layers, targets = adapted_layers(model), candidates(model)
@@ -66,9 +67,9 @@ def insert(model: nn.Module, adapter: Adapter, *, dtype: torch.dtype | None = No
     if problems and not force:
         made_for = f", it was made for {adapter.base_model}" if adapter.base_model else ""
         listed = "\n".join(_listed(problems.values()))
-        raise ValueError(f"the adapter does not fit {type(model).__name__}{made_for}:\n{listed}")
+        raise LoraError(f"the adapter does not fit {type(model).__name__}{made_for}:\n{listed}")
     if set(adapter.updates) | set(adapter.trained) <= set(problems):
-        raise ValueError(f"nothing in the adapter fits {type(model).__name__}: its modules have other names or shapes.")
+        raise LoraError(f"nothing in the adapter fits {type(model).__name__}: its modules have other names or shapes.")
 
     trained = {name: value for name, value in adapter.trained.items() if name not in problems}
     whole = [name for name in adapter.also_train if any(key.startswith(f"{name}.") for key in trained)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from .errors import LoraError
 from .words import suggestion
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Format(Protocol):
         ...
 
     def read(self, path: Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
-        """The adapter at the path. Raises OSError, or ValueError naming the file and what is wrong with it.
+        """The adapter at the path. Raises OSError, or LoraError naming the file and what is wrong with it.
 
         host: the model that it is read for, where there is one: it tells what the file leaves out.
         alpha: α, for a format that does not hold it.
@@ -42,7 +43,7 @@ class Format(Protocol):
         ...
 
     def write(self, adapter: Adapter, path: Path) -> None:
-        """Write the adapter, whole or not at all. Raises ValueError for what the format cannot hold."""
+        """Write the adapter, whole or not at all. Raises LoraError for what the format cannot hold."""
         ...
 
 
@@ -56,13 +57,13 @@ def add_format(format: Format) -> None:
 
 
 def format_of(path: str | Path, name: str | None = None) -> Format:
-    """The format of this name, or the one that recognises the path. Raises ValueError where there is none."""
+    """The format of this name, or the one that recognises the path. Raises LoraError where there is none."""
     if name is not None:
         if name not in _formats:
             known = ", ".join(map(repr, _formats))
-            raise ValueError(f"format={name!r}: expected one of {known}.{suggestion(name, _formats)}")
+            raise LoraError(f"format={name!r}: expected one of {known}.{suggestion(name, _formats)}")
         return _formats[name]
     for format in reversed(_formats.values()):
         if format.recognises(Path(path)):
             return format
-    raise ValueError(f"{path}: no known format. Give one: format={next(iter(_formats), '…')!r}.")
+    raise LoraError(f"{path}: no known format. Give one: format={next(iter(_formats), '…')!r}.")

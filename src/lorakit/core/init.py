@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .errors import LoraError
 from .matrix import precise
 
 Draw = Callable[[Tensor, Tensor, bool], None]
@@ -43,17 +44,17 @@ class Init:
 def add_init(name: str, *, draw: Draw | None = None, take: Take | None = None) -> None:
     """Make `attach(model, init=name)` begin in this way, see `Init`.
 
-    Raises ValueError unless one of draw and take is given.
+    Raises LoraError unless one of draw and take is given.
     """
     if (draw is None) == (take is None):
-        raise ValueError(f"add_init({name!r}): give draw or take, one of them.")
+        raise LoraError(f"add_init({name!r}): give draw or take, one of them.")
     _inits[name] = Init(draw, take)
 
 
 def init_of(name: str) -> Init:
-    """The init of this name. Raises ValueError for a name that there is not."""
+    """The init of this name. Raises LoraError for a name that there is not."""
     if name not in _inits:
-        raise ValueError(f"init={name!r}: expected one of {', '.join(map(repr, _inits))}.")
+        raise LoraError(f"init={name!r}: expected one of {', '.join(map(repr, _inits))}.")
     return _inits[name]
 
 

@@ -29,6 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import LoraError
+
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # plain float32 may be TF32
 RANKS = 256  # beyond it a thin tile is no longer thin, and does not fit into registers
 # `triton_code.grad_S_B` writes partial sums and reads them again. At rank 32 they are as many bytes as the second
@@ -44,7 +46,7 @@ def switched_on() -> bool:
     """Whether LORAKIT_KERNELS asks for the kernels."""
     value = os.environ.get("LORAKIT_KERNELS", "0").strip()
     if value not in ("", "0", "1"):
-        raise ValueError(f"LORAKIT_KERNELS={value!r}: expected 1 (use the kernels) or 0 (plain torch, the default).")
+        raise LoraError(f"LORAKIT_KERNELS={value!r}: expected 1 (use the kernels) or 0 (plain torch, the default).")
     return value == "1"
 
 

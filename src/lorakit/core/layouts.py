@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .errors import LoraError
 from .matrix import Blocks as BlockSizes
 from .matrix import block_diagonal
 
@@ -46,7 +47,7 @@ class Layout:
     def pair(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
         """The same ΔW as A (R, …) and B (…, R, …) of two thin layers, one after the other.
 
-        Raises ValueError where no such pair has the same ΔW.
+        Raises LoraError where no such pair has the same ΔW.
         """
         return self.simplest(A, B)
 
@@ -129,7 +130,7 @@ class LoralibKernel(Layout):
         return A.shape[0] // self.kernel_last
 
     def pair(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
-        raise ValueError(
+        raise LoraError(
             "a convolution made by loralib's constructor has another rank than PEFT's (r times the kernel size) and "
             "cannot be written exactly. Save it as a .pt file, or use attach() on a plain convolution."
         )
@@ -143,7 +144,7 @@ class Stack(Layout):
     rank_dim = 1
 
     def pair(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
-        raise ValueError(f"an update of {len(A)} experts' matrices is no pair of layers.")
+        raise LoraError(f"an update of {len(A)} experts' matrices is no pair of layers.")
 
     def matrices(self, A: Tensor, B: Tensor) -> dict[str, Factors]:
         return {f"[{expert}]": own for expert, own in enumerate(zip(A, B, strict=True))}

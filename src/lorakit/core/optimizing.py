@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from .errors import LoraError
 from .layers import Embedding
 from .names import named_parameters
 from .trainable import lora_names
@@ -14,11 +15,11 @@ from .trainable import lora_names
 def parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every parameter of `model` that is trained: the factors, and biases and modules that are trained beside them.
 
-    Raises ValueError where there is none.
+    Raises LoraError where there is none.
     """
     found = [parameter for _, parameter in named_parameters(model) if parameter.requires_grad]
     if not found:
-        raise ValueError(f"{type(model).__name__} has nothing to train: call lorakit.attach or lorakit.load first.")
+        raise LoraError(f"{type(model).__name__} has nothing to train: call lorakit.attach or lorakit.load first.")
     return found
 
 

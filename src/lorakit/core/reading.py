@@ -1,6 +1,6 @@
 """Reading files: whatever is wrong with one is an error that names the file and, where it can, the line.
 
-Raises OSError for what is no readable file, ValueError for what it holds. Imports nothing heavy.
+Raises OSError for what is no readable file, LoraError for what it holds. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .errors import LoraError
 from .words import suggestion
 
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
@@ -35,14 +36,14 @@ def decoded(data: bytes, name: str) -> str:
     """The same for bytes that are there already. name: of their file, for errors."""
     for mark, encoding in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
-            raise ValueError(f"{name}:1: the file is {encoding}; save it as UTF-8.")
+            raise LoraError(f"{name}:1: the file is {encoding}; save it as UTF-8.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # The position counts from behind the mark.
         start = error.start + (len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0)
         line = data[:start].count(b"\n") + 1
-        raise ValueError(f"{name}:{line}: not UTF-8 (byte {start}); save the file as UTF-8.") from None
+        raise LoraError(f"{name}:{line}: not UTF-8 (byte {start}); save the file as UTF-8.") from None
 
 
 def bytes_of(path: Path) -> bytes:
@@ -52,14 +53,14 @@ def bytes_of(path: Path) -> bytes:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise ValueError for what a clone without git-lfs has in place of a large file, OSError for no readable file."""
+    """Raise LoraError for what a clone without git-lfs has in place of a large file, OSError for no readable file."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_POINTER))
     except OSError as error:
         raise said(error, path) from None
     if start == _POINTER:
-        raise ValueError(
+        raise LoraError(
             f"{path} is a git-lfs pointer and not the file itself: the repository was cloned without git-lfs. "
             f"Fetch it with `git lfs pull`, run in {path.parent}."
         )
@@ -72,13 +73,13 @@ def json_of(path: Path, kind: type[Kind]) -> Kind:
         value = json.loads(text, object_pairs_hook=_without_repetition)
     except json.JSONDecodeError as error:
         found = f"{error.msg} at column {error.colno}" if text.strip() else "the file is empty"
-        raise ValueError(f"{path}:{error.lineno}: not JSON: {found}.") from None
+        raise LoraError(f"{path}:{error.lineno}: not JSON: {found}.") from None
     except _Repeated as error:
-        raise ValueError(f"{path}: {error.args[0]!r} stands in it twice.") from None
+        raise LoraError(f"{path}: {error.args[0]!r} stands in it twice.") from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits; thousands of brackets
-        raise ValueError(f"{path}: not JSON that can be read: {error}.") from None
+        raise LoraError(f"{path}: not JSON that can be read: {error}.") from None
     if not isinstance(value, kind):
-        raise ValueError(f"{path}: expected {_WORDS[kind]}, found {_WORDS[type(value)]}.")
+        raise LoraError(f"{path}: expected {_WORDS[kind]}, found {_WORDS[type(value)]}.")
     return value
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import LoraError
 from .init import init_of
 from .trainable import Bias
 from .words import suggestion
@@ -37,7 +38,7 @@ class LoRASettings:
         targets (a new classifier head).
     dtype: of the factors; by default the weight's, or float32 beside float16 and bfloat16 weights.
 
-    Raises ValueError for a value that cannot be meant.
+    Raises LoraError for a value that cannot be meant.
     """
 
     targets: str | Iterable[str] | Filter = "all-linear"
@@ -61,7 +62,7 @@ class LoRASettings:
                 object.__setattr__(self, name, {})
         check_scale(self.rank, self.alpha)
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: a probability in [0, 1) is expected.")
+            raise LoraError(f"dropout={self.dropout}: a probability in [0, 1) is expected.")
         init_of(self.init)
 
     @classmethod
@@ -82,8 +83,8 @@ class LoRASettings:
 
 
 def check_scale(rank: int, alpha: float | None) -> None:
-    """Raise ValueError for an r or α that cannot be meant."""
+    """Raise LoraError for an r or α that cannot be meant."""
     if rank < 1:
-        raise ValueError(f"rank={rank}: a rank is at least 1.")
+        raise LoraError(f"rank={rank}: a rank is at least 1.")
     if alpha is not None and alpha <= 0:
-        raise ValueError(f"alpha={alpha}: expected a positive number, or None for 2·rank.")
+        raise LoraError(f"alpha={alpha}: expected a positive number, or None for 2·rank.")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from . import layouts
 from .adapted import AdaptedLayer
+from .errors import LoraError
 from .init import looks_at_weight, random_inits
 from .kinds import layer_class
 from .layers import blocks_of, plain_matrix
@@ -29,7 +30,7 @@ class Share:
 
 
 def shares_of(settings: LoRASettings, selection: Selection) -> dict[str, Share]:
-    """The share of each target, by name. Raises ValueError for settings that a target cannot have."""
+    """The share of each target, by name. Raises LoraError for settings that a target cannot have."""
     names = list(selection.targets)
     ranks = pattern_values(settings.rank_pattern, names, "rank_pattern")
     alphas = pattern_values(settings.alpha_pattern, names, "alpha_pattern")
@@ -44,7 +45,7 @@ def shares_of(settings: LoRASettings, selection: Selection) -> dict[str, Share]:
             layout, rank = layouts.Blocks(blocks), max(own for _, own in blocks)
         assert isinstance(rank, int)
         if needs_weight and layout is not None:
-            raise ValueError(
+            raise LoraError(
                 f"{name!r} is adapted in blocks, where dora and the init {settings.init!r} have no meaning: they take "
                 f"the whole weight. Use dora=False and one of the inits {random_inits()}."
             )
@@ -54,7 +55,7 @@ def shares_of(settings: LoRASettings, selection: Selection) -> dict[str, Share]:
         if looks_at_weight(settings.init):
             limit = min(target.weight.flatten(1).shape)
             if rank > limit:
-                raise ValueError(
+                raise LoraError(
                     f"{name!r} has a weight of rank {limit} at most: init={settings.init!r} cannot take rank={rank}."
                 )
         found[name] = Share(rank, alpha, layout)
@@ -67,15 +68,15 @@ def _check_target(name: str, target: Target, settings: LoRASettings, needs_weigh
     if target.parameter:
         what = f"{name!r} is a weight that {kind} or its parent reads"
         if settings.dropout > 0:
-            raise ValueError(
+            raise LoraError(
                 f"{what}, so its update has no input to drop: use dropout=0, or leave it out of the targets."
             )
         if target.weight.dim() == 3 and needs_weight:
-            raise ValueError(
+            raise LoraError(
                 f"{what}, with a matrix for each expert: use dora=False and one of the inits {random_inits()}."
             )
     elif needs_weight and not (layer_class(target.module) or AdaptedLayer).takes_weight:
-        raise ValueError(
+        raise LoraError(
             f"{name!r} is a {kind}, which computes output or weight in its own way: dora and the inits that take "
             f"factors from the weight need the weight itself. Use dora=False and one of the inits {random_inits()}, or "
             "leave it out of the targets."
@@ -87,11 +88,11 @@ def _blocks(name: str, target: Target, rank: int | Sequence[int], sizes: Sequenc
     module = target.module
     if target.class_for(layouts.Blocks()) is None:
         kind = "parameter" if target.parameter else type(module).__name__
-        raise ValueError(f"{name!r} is a {kind}: only the output of a linear layer comes in blocks.")
+        raise LoraError(f"{name!r} is a {kind}: only the output of a linear layer comes in blocks.")
     try:
         blocks = blocks_of(len(plain_matrix(module)), rank, splits=sizes)
     except ValueError as error:
-        raise ValueError(f"{name!r}: {error}") from None
+        raise LoraError(f"{name!r}: {error}") from None
     if not any(own for _, own in blocks):
-        raise ValueError(f"{name!r}: every block has rank 0; leave the module out of the targets.")
+        raise LoraError(f"{name!r}: every block has rank 0; leave the module out of the targets.")
     return blocks

@@ -10,6 +10,7 @@ from torch import nn
 
 from .adapted import AdaptedLayer
 from .attach import adapted_layers, detach
+from .errors import LoraError
 from .undo import note, refuse_replaced
 from .unused import refuse_silent
 
@@ -20,7 +21,7 @@ _switching = threading.RLock()
 def merge(model: nn.Module, *, force: bool = False) -> None:
     """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit.
 
-    Raises ValueError where training passed over an adapted layer, or another module took the place of one (see
+    Raises LoraError where training passed over an adapted layer, or another module took the place of one (see
     `diagnose`), unless `force` is given; and for a layer that does not use its weight as it is.
     """
     for layer in _mergeable(model, force).values():
@@ -76,19 +77,19 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _mergeable(model: nn.Module, force: bool) -> dict[str, AdaptedLayer]:
-    """The layers, all of which can be merged. Raises ValueError where one cannot, or should not without force."""
+    """The layers, all of which can be merged. Raises LoraError where one cannot, or should not without force."""
     layers = _layers_or_error(model)
     if not force:
         refuse_replaced(model)
         refuse_silent(model, layers, "Leave them out of the targets, or merge with force=True.")
     for name, layer in layers.items():
         if reason := layer.merge_refusal():
-            raise ValueError(f"{name!r} cannot be merged: {reason}. Leave the model unmerged.")
+            raise LoraError(f"{name!r} cannot be merged: {reason}. Leave the model unmerged.")
     return layers
 
 
 def _layers_or_error(model: nn.Module) -> dict[str, AdaptedLayer]:
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no adapted layer: call lorakit.attach or lorakit.load first.")
+        raise LoraError(f"{type(model).__name__} has no adapted layer: call lorakit.attach or lorakit.load first.")
     return layers

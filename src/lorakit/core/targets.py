@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .adapted import AdaptedLayer, weight_refusal
+from .errors import LoraError
 from .kinds import layer_class
 from .layers import Linear
 from .layouts import Layout
@@ -121,7 +122,7 @@ def matrices(module: nn.Module) -> tuple[str, ...]:
 def select(model: nn.Module, targets: str | Iterable[str] | Filter, exclude: str | Iterable[str] = ()) -> Selection:
     """What `targets` names in `model`, without what `exclude` names.
 
-    Raises ValueError when a target or an exclusion matches nothing, when a target matches something that cannot be
+    Raises LoraError when a target or an exclusion matches nothing, when a target matches something that cannot be
     adapted, and when nothing is left.
     """
     _refuse_peft(model)
@@ -131,7 +132,7 @@ def select(model: nn.Module, targets: str | Iterable[str] | Filter, exclude: str
     patterns = () if callable(targets) else [targets] if isinstance(targets, str) else list(targets)
     for pattern in patterns:
         if matching(pattern, named) and not matching(pattern, kept):
-            raise ValueError(f"exclude={exclude!r} leaves nothing of the target {pattern!r}.")
+            raise LoraError(f"exclude={exclude!r} leaves nothing of the target {pattern!r}.")
     return _selected(model, kept, targets if callable(targets) else patterns)
 
 
@@ -142,7 +143,7 @@ def _left_out(model: nn.Module, named: Mapping[str, Target], patterns: Sequence[
         hits = matching(pattern, named)
         inside = [name for name in named if any(name.startswith(f"{hit}.") for hit in hits)]
         if not hits:
-            raise ValueError(
+            raise LoraError(
                 f"exclude={pattern!r} matches no module of {type(model).__name__}. {closest(pattern, named)}".rstrip()
             )
         found |= {*hits, *inside}
@@ -154,7 +155,7 @@ def _selected(model: nn.Module, named: dict[str, Target], targets: Sequence[str]
         return _by_filter(model, named, targets)
     patterns = list(targets)
     if not patterns:
-        raise ValueError("targets is empty: name at least one module, or use 'all-linear'.")
+        raise LoraError("targets is empty: name at least one module, or use 'all-linear'.")
     selection = Selection()
     for pattern in patterns:
         if pattern == ALL_LINEAR:
@@ -193,7 +194,7 @@ def pattern_values(patterns: Mapping[str, Value], names: Sequence[str], what: st
     for pattern, value in patterns.items():
         hits = matching(pattern, names)
         if not hits:
-            raise ValueError(
+            raise LoraError(
                 f"{what}={pattern!r} matches none of the adapted modules. {closest(pattern, names)}".rstrip()
             )
         for name in hits:
@@ -240,7 +241,7 @@ def _by_filter(model: nn.Module, named: dict[str, Target], wanted: Filter) -> Se
         if name in named and wanted(module, name):
             _take(named, name, selection)
     if not selection.targets:
-        raise ValueError(f"targets={wanted!r} selects no module of {type(model).__name__}.")
+        raise LoraError(f"targets={wanted!r} selects no module of {type(model).__name__}.")
     return selection
 
 
@@ -259,7 +260,7 @@ def _by_pattern(
             if len(patterns) == 1
             else (f"target {pattern!r} matches no module of {type(model).__name__}")
         )
-        raise ValueError(f"{message}.\n{closest(pattern, adaptable)}".rstrip())
+        raise LoraError(f"{message}.\n{closest(pattern, adaptable)}".rstrip())
     held = {name: held_refusal(named[name].held_for) for name in hits if named[name].held_for}
     if len(held) < len(hits):
         selection.skipped |= held
@@ -277,7 +278,7 @@ def _take(named: dict[str, Target], name: str, selection: Selection) -> None:
         return
     reason = refusal(target)
     if reason:
-        raise ValueError(f"{name!r} cannot be adapted: {reason}.")
+        raise LoraError(f"{name!r} cannot be adapted: {reason}.")
     selection.targets[name] = target
 
 
@@ -306,7 +307,7 @@ def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection
             selection.targets[name] = target
     if not selection.targets:
         why = "".join(f"\n  {name}: {reason}" for name, reason in list(selection.skipped.items())[:5])
-        raise ValueError(f"targets='all-linear' finds no linear layer in {type(model).__name__} to adapt.{why}")
+        raise LoraError(f"targets='all-linear' finds no linear layer in {type(model).__name__} to adapt.{why}")
 
 
 def _is_layer(target: Target) -> bool:
@@ -323,7 +324,7 @@ def _refuse_peft(model: nn.Module) -> None:
     """PEFT's own factors are linear layers too, and its wrappers stand where the layers were."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
-            raise ValueError(
+            raise LoraError(
                 f"{type(model).__name__} has PEFT's adapters already ({name!r} is its {type(module).__name__}). Call "
                 "its merge_and_unload() or unload() first, and attach to the model that it returns."
             )

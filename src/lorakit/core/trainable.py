@@ -13,6 +13,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from .adapted import LoRALayer
+from .errors import LoraError
 from .names import named_modules, named_parameters, plain, unwrapped
 
 Bias = Literal["none", "lora_only", "all"]
@@ -32,7 +33,7 @@ def lora_names(model: nn.Module) -> set[str]:
 def bias_names(model: nn.Module, bias: Bias) -> set[str]:
     """Full names of the bias parameters that `bias` selects: none, those of LoRA layers, or all."""
     if bias not in BIASES:
-        raise ValueError(f"bias={bias!r}: expected one of {', '.join(map(repr, BIASES))}.")
+        raise LoraError(f"bias={bias!r}: expected one of {', '.join(map(repr, BIASES))}.")
     if bias == "none":
         return set()
     if bias == "all":

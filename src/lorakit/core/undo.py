@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import MERGED, AdaptedLayer
+from .errors import LoraError
 from .names import unwrapped
 
 _NOTE, _ADAPTED = "_lorakit_undo", "_lorakit_adapted"
@@ -125,11 +126,11 @@ def replaced(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def refuse_replaced(model: nn.Module) -> None:
-    """Raise ValueError where another module took the place of an adapted one: its update would be lost in silence."""
+    """Raise LoraError where another module took the place of an adapted one: its update would be lost in silence."""
     lost = replaced(model)
     if lost:
         shown = ", ".join(f"{name} (now a {type(module).__name__})" for name, module in list(lost.items())[:5])
-        raise ValueError(
+        raise LoraError(
             f"adapted modules were replaced by others, and their updates are lost: {shown}. Something made new modules "
             "after attach (resize_token_embeddings makes a new lm_head): do that before attach or load, or adapt the "
             f"new ones too: lorakit.attach(model, {list(lost)[:5]})."

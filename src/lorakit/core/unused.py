@@ -19,18 +19,19 @@ from collections.abc import Iterable
 from torch import nn
 
 from .adapted import AdaptedLayer
+from .errors import LoraError
 
 _SHOWN = 20  # names of one kind
 
 
 def refuse_silent(model: nn.Module, layers: dict[str, AdaptedLayer], way_on: str) -> None:
-    """Raise ValueError where an adapted layer does nothing. way_on: what to do, as a sentence."""
+    """Raise LoraError where an adapted layer does nothing. way_on: what to do, as a sentence."""
     silent, _ = unused(model, layers)
     problems = [f"{name}: no forward pass called it or computed with its weight" for name in silent]
     if not problems:
         return
     used = sum(map(is_used, layers.values()))
-    raise ValueError(
+    raise LoraError(
         "\n".join(
             (
                 f"{len(problems)} adapted layers of {type(model).__name__} do nothing, while {used} others were used:",

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..core.adapter import Adapter as Adapter  # with the formats below, that its own `load` and `save` know
 from ..core.attach import adapted_layers
+from ..core.errors import LoraError
 from ..core.exchange import extract, insert
 from ..core.format import add_format, format_of
 from ..core.host import Host
@@ -28,7 +29,7 @@ def save(model: nn.Module, path: str | Path, *, format: str | None = None, force
     """Write the adapter of `model`: a folder in PEFT's format, or loralib's when `path` ends in .pt (.pth, .bin).
 
     format: its name, by default told by the path. The same whether the model is merged or not. Other files in the
-    folder are left alone. Raises ValueError where training passed over an adapted layer, or one is gone (see
+    folder are left alone. Raises LoraError where training passed over an adapted layer, or one is gone (see
     `diagnose`); with force the rest is written all the same. Warns of parts of the model that training never used.
     """
     if not force:
@@ -58,7 +59,7 @@ def load(
     try:
         insert(model, adapter, dtype=dtype, force=force)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise LoraError(f"{path}: {error}") from None
     return adapter
 
 

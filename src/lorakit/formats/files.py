@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..core.errors import LoraError
 from ..core.reading import bytes_of
 
 # What libraries in other languages say of a write that failed; none of them names the file.
@@ -79,21 +80,21 @@ def remove(path: Path) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file. Raises ValueError naming the file."""
+    """The tensors in a safetensors file. Raises LoraError naming the file."""
     data = _filled(path)
     try:
         # Not load_file, which leaves some bytes behind for each tensor (safetensors 0.8), and maps the file.
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error}).") from None
+        raise LoraError(f"{path}: not a complete safetensors file ({error}).") from None
     except KeyError as error:
-        raise ValueError(f"{path}: holds a tensor of type {error}, which this version of torch lacks.") from None
+        raise LoraError(f"{path}: holds a tensor of type {error}, which this version of torch lacks.") from None
 
 
 def read_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors in a file of `torch.save`, by name. A pickle that wants to run code is refused.
 
-    Raises ValueError naming the file, whatever the bytes are.
+    Raises LoraError naming the file, whatever the bytes are.
     """
     data = _filled(path)
     try:
@@ -103,38 +104,36 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # what unpickling raises depends on the bytes: KeyError, IndexError, RuntimeError, …
         reason = (str(error).splitlines() or [""])[0]
         kind = type(error).__name__
-        raise ValueError(f"{path} is not read: it is no file of plain tensors ({kind}: {reason})") from None
+        raise LoraError(f"{path} is not read: it is no file of plain tensors ({kind}: {reason})") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("model_state_dict"), dict):
         loaded = loaded["model_state_dict"]
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: expected a dictionary of tensors, found {type(loaded).__name__}.")
+        raise LoraError(f"{path}: expected a dictionary of tensors, found {type(loaded).__name__}.")
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f"{path}: expected a dictionary of tensors by name, found {key!r}: {type(value).__name__}."
-            )
+            raise LoraError(f"{path}: expected a dictionary of tensors by name, found {key!r}: {type(value).__name__}.")
     return dict(loaded)
 
 
 def _filled(path: Path) -> bytes:
     data = bytes_of(path)
     if not data:
-        raise ValueError(f"{path} is empty.")
+        raise LoraError(f"{path} is empty.")
     return data
 
 
 def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuse what is no number that was learnt: a tensor that is empty, holds NaN, or is not of floating point.
 
-    where: begins the message ("<path>: "). Raises ValueError naming the tensor.
+    where: begins the message ("<path>: "). Raises LoraError naming the tensor.
     """
     for key, tensor in tensors.items():
         if tensor.is_sparse or tensor.is_quantized or tensor.device.type == "meta":
-            raise ValueError(f"{where}{key} is not a plain tensor of numbers ({tensor.layout}, {tensor.device}).")
+            raise LoraError(f"{where}{key} is not a plain tensor of numbers ({tensor.layout}, {tensor.device}).")
         if tensor.numel() == 0:
-            raise ValueError(f"{where}{key} is empty: a sharded model must be gathered before its adapter is saved.")
+            raise LoraError(f"{where}{key} is empty: a sharded model must be gathered before its adapter is saved.")
         if not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):  # what a BatchNorm counts
-            raise ValueError(f"{where}{key} is stored as {tensor.dtype}: an adapter's numbers are of floating point.")
+            raise LoraError(f"{where}{key} is stored as {tensor.dtype}: an adapter's numbers are of floating point.")
         # Types of 8 bits and fewer know no isfinite of their own.
         if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
-            raise ValueError(f"{where}{key} holds NaN or infinite numbers.")
+            raise LoraError(f"{where}{key} holds NaN or infinite numbers.")

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..core.errors import LoraError
 from .files import naming, remove, replacing, sync
 from .lock import locked, refuse_locked
 
@@ -79,7 +80,7 @@ class OutputFolder:
 
     @property
     def note(self) -> Note | None:
-        """None where this command has written nothing. Raises ValueError for a note that cannot be read."""
+        """None where this command has written nothing. Raises LoraError for a note that cannot be read."""
         try:
             said = json.loads(self._note_path.read_text(encoding="utf-8"))
             return Note(frozenset(said["files"]), said["state"], said["record"])
@@ -90,7 +91,7 @@ class OutputFolder:
         except NotADirectoryError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self._note_path} is not a note of lorakit ({error}). Choose another folder.") from None
+            raise LoraError(f"{self._note_path} is not a note of lorakit ({error}). Choose another folder.") from None
 
     @property
     def own(self) -> list[str]:

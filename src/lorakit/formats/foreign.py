@@ -7,6 +7,7 @@ from pathlib import Path
 
 import safetensors
 
+from ..core.errors import LoraError
 from ..core.reading import refuse_pointer
 from .files import read_pickled
 
@@ -32,10 +33,10 @@ def format_of(keys: Iterable[str]) -> str | None:
 
 
 def refuse(path: Path) -> None:
-    """Raise ValueError that says what the file at `path` is and what lorakit reads."""
+    """Raise LoraError that says what the file at `path` is and what lorakit reads."""
     what = _kind(path)
     again = " Put it into a folder with its adapter_config.json." if what and "PEFT" in what else ""
-    raise ValueError(f"{path} is {what or 'no adapter that lorakit knows'}; {_READS}.{again}")
+    raise LoraError(f"{path} is {what or 'no adapter that lorakit knows'}; {_READS}.{again}")
 
 
 def contents(folder: Path) -> str:

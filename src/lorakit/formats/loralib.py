@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core import names
 from ..core.adapter import Adapter, Update
+from ..core.errors import LoraError
 from ..core.host import Host
 from ..core.layouts import Kernel, Matrix
 from ..core.trainable import Bias
@@ -40,10 +41,10 @@ def recognises(path: Path) -> bool:
 
 
 def write(adapter: Adapter, path: str | Path) -> None:
-    """Write `adapter` as loralib does. Raises ValueError for what loralib has no layer for, and for several alphas."""
+    """Write `adapter` as loralib does. Raises LoraError for what loralib has no layer for, and for several alphas."""
     alphas = sorted({update.alpha for update in adapter.updates.values()})
     if len(alphas) > 1:
-        raise ValueError(
+        raise LoraError(
             f"{path}: such a file is read with one alpha, and these layers have {', '.join(f'{a:g}' for a in alphas)}. "
             "Save into a folder (PEFT's format)."
         )
@@ -57,7 +58,7 @@ def write(adapter: Adapter, path: str | Path) -> None:
                 if isinstance(update.layout, Kernel)
                 else "a DoRA layer"
             )
-            raise ValueError(f"{module} is {what}, which loralib does not have. Save into a folder (PEFT's format).")
+            raise LoraError(f"{module} is {what}, which loralib does not have. Save into a folder (PEFT's format).")
         # loralib's scale is α/r. A scale of rsLoRA is that one with another B.
         B = update.B * math.sqrt(update.rank) if update.rslora else update.B
         tensors |= {f"{module}.lora_A": update.A, f"{module}.lora_B": B}
@@ -76,21 +77,21 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
     """
     layouts = {} if host is None else host.layouts
     if alpha is None:
-        raise ValueError(
+        raise LoraError(
             f"{path} is a loralib file, which does not hold lora_alpha. Give the value used in training: alpha=16, say."
         )
     if isinstance(alpha, bool) or not math.isfinite(alpha) or alpha == 0:
-        raise ValueError(f"alpha={alpha}: expected a number other than 0.")
+        raise LoraError(f"alpha={alpha}: expected a number other than 0.")
     tensors = _by_plain_names(read_pickled(Path(path)), path, layouts)
     check_tensors(tensors, f"{path}: ")
     updates: dict[str, Update] = {}
     for module in sorted({key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")}):
         if f"{module}.lora_B" not in tensors:
-            raise ValueError(f"{path}: {module}.lora_A has no {module}.lora_B beside it.")
+            raise LoraError(f"{path}: {module}.lora_A has no {module}.lora_B beside it.")
         A, B = tensors.pop(f"{module}.lora_A"), tensors.pop(f"{module}.lora_B")
         layout = layouts.get(module, Matrix())
         if A.dim() != 2 or B.dim() != 2 or layout.rank_of(A, B) < 1:
-            raise ValueError(
+            raise LoraError(
                 f"{path}: {module}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} are no pair of factors."
             )
         updates[module] = Update(layout, A, B, layout.rank_of(A, B), alpha)
@@ -99,7 +100,7 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
         listed = "\n".join(f"  {key}" for key in homeless[:20]) or "  (none)"
         theirs = format_of(tensors) if not updates else None
         foreign = f"\nSuch keys are of {theirs}." if theirs else ""
-        raise ValueError(
+        raise LoraError(
             f"{path}: expected <module>.lora_A, <module>.lora_B and biases; found beside them:\n{listed}{foreign}"
         )
     biases = {key for key in tensors if key.endswith("bias")}
@@ -122,5 +123,5 @@ def _by_plain_names(tensors: Mapping[str, Tensor], path: str | Path, layers: Ite
     wrapper = "" if any(name.startswith("module.") for name in layers) else "module."
     found = {names.plain(key).removeprefix(wrapper): tensor for key, tensor in tensors.items()}
     if len(found) < len(tensors):
-        raise ValueError(f"{path}: two of its names are the same tensor of the model.")
+        raise LoraError(f"{path}: two of its names are the same tensor of the model.")
     return found

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, Update
+from ..core.errors import LoraError
 from ..core.host import Host
 from ..core.init import olora, pissa
 from ..core.layouts import Kernel, Layout, Matrix, Stack, Table
@@ -59,7 +60,7 @@ def recognises(path: Path) -> bool:
 def write(adapter: Adapter, folder: str | Path) -> None:
     """Write the two files into `folder`, each complete or not at all.
 
-    Raises ValueError for what the format cannot hold: loralib's convolutions (another rank), DoRA on some modules
+    Raises LoraError for what the format cannot hold: loralib's convolutions (another rank), DoRA on some modules
     only, a tensor that is empty, not finite or of integers.
     """
     updates = {name: _as_peft(name, update) for name, update in adapter.updates.items()}
@@ -77,7 +78,7 @@ def write(adapter: Adapter, folder: str | Path) -> None:
 def read(path: str | Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
     """The adapter in a folder, or the one that a file of it belongs to; for a model, by the names that it has.
 
-    Raises FileNotFoundError, or ValueError naming the file and what is wrong with it. alpha: the configuration has it.
+    Raises FileNotFoundError, or LoraError naming the file and what is wrong with it. alpha: the configuration has it.
 
     host: the model that it is read for. Without one, an attention is named instead of its parameter, experts'
     parameters come in the order of the configuration, and what counts from a part of the base weight is refused.
@@ -96,7 +97,7 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
             _check_saved(config, found.trained, host)
         updates = _updates(found, config, host)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise LoraError(f"{path}: {error}") from None
     targets = config.target_modules
     adapter = Adapter(
         updates=updates,
@@ -124,7 +125,7 @@ def _as_peft(name: str, update: Update) -> Update:
     try:
         return update.pair()
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise LoraError(f"{name}: {error}") from None
 
 
 def _tensors(
@@ -153,9 +154,7 @@ def _tensors(
 def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: Adapter) -> dict[str, Any]:
     with_dora = {name for name, update in updates.items() if update.magnitude is not None}
     if with_dora and len(with_dora) < len(updates):
-        raise ValueError(
-            "PEFT's folder holds DoRA for all modules or for none; here some modules have it and some not."
-        )
+        raise LoraError("PEFT's folder holds DoRA for all modules or for none; here some modules have it and some not.")
     rslora = bool(updates) and all(update.rslora for update in updates.values())
     # Where the two scales are mixed, α/r says it for all.
     alphas = {n: u.alpha if u.rslora == rslora else u.scale * u.rank for n, u in updates.items()}
@@ -222,7 +221,7 @@ def _check_saved(config: PeftConfig, trained: Mapping[str, Tensor], host: Host) 
         ]
         held = any(f"{owner}.".startswith(f"{name}.") for name in named for owner in owners)
         if named and not held and not any(owner.endswith(end) for owner in owners):
-            raise ValueError(f"it has no tensor of {named[0]}, which modules_to_save={end!r} names.")
+            raise LoraError(f"it has no tensor of {named[0]}, which modules_to_save={end!r} names.")
 
 
 def _updates(found: Sorted, config: PeftConfig, host: Host | None) -> dict[str, Update]:
@@ -247,20 +246,20 @@ def _update(
 ) -> Update:
     A, B, magnitude = parts["A"], parts["B"], parts.get("magnitude")
     if A.dim() != B.dim() or A.dim() < 2:
-        raise ValueError(f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no pair of factors.")
+        raise LoraError(f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no pair of factors.")
     if (magnitude is not None) != config.use_dora:
         has = "has a magnitude" if magnitude is not None else "has no magnitude"
-        raise ValueError(f"{name} {has}, and {CONFIG} says use_dora={config.use_dora}.")
+        raise LoraError(f"{name} {has}, and {CONFIG} says use_dora={config.use_dora}.")
     experts = A.shape[0] // rank
     stack = config.target_parameters and isinstance(layout, Matrix) and experts > 1 and A.shape[0] == B.shape[1]
     if stack and A.shape[0] == experts * rank:
         layout, (A, B) = Stack(), stacked(A, B, experts, rank)
     elif A.shape[0] != rank:
-        raise ValueError(f"{name}: A has rank {A.shape[0]}, {config.path} says {rank}.")
+        raise LoraError(f"{name}: A has rank {A.shape[0]}, {config.path} says {rank}.")
     elif isinstance(layout, Kernel) and rank % B.shape[1] == 0 and B.shape[1] < rank:
         return _as_grouped(name, Update(layout, A, B, rank, alpha, config.use_rslora, magnitude), rank // B.shape[1])
     elif B.shape[1] != rank:
-        raise ValueError(f"{name}: A has rank {rank}, B {B.shape[1]}.")
+        raise LoraError(f"{name}: A has rank {rank}, B {B.shape[1]}.")
     magnitude = None if magnitude is None else magnitude.flatten()
     return Update(layout, A, B, rank, alpha, config.use_rslora, magnitude, config.fan_in_fan_out)
 
@@ -274,7 +273,7 @@ def _as_grouped(name: str, update: Update, groups: int) -> Update:
     total, channels, *kernel = update.A.shape
     outputs, own_rank = update.B.shape[:2]
     if channels % groups or outputs % groups:
-        raise ValueError(f"{name}: {channels} channels and {outputs} outputs do not divide into {groups} groups.")
+        raise LoraError(f"{name}: {channels} channels and {outputs} outputs do not divide into {groups} groups.")
     A = update.A.view(groups, own_rank, groups, channels // groups, *kernel)
     B = update.B.reshape(groups, outputs // groups, own_rank)
     # A row that no output of its group uses may read what it likes.
@@ -284,7 +283,7 @@ def _as_grouped(name: str, update: Update, groups: int) -> Update:
     for group in range(groups):
         full[group, :, group] = own[group]
     if not torch.equal(full, A):
-        raise ValueError(
+        raise LoraError(
             f"{name}: this update of a convolution with {groups} groups reads channels of other groups, so it is no "
             "update of the kernel and cannot be merged."
         )
@@ -294,7 +293,7 @@ def _as_grouped(name: str, update: Update, groups: int) -> Update:
         shared = own[used[0]] if used else own[0]
         return update.with_factors(Kernel(groups), shared.clone(), update.B, magnitude=magnitude)
     if magnitude is not None and outputs != groups:
-        raise ValueError(
+        raise LoraError(
             f"{name}: PEFT's DoRA of a convolution with {groups} groups and {outputs} outputs divides by the norm of "
             "another matrix than W + ΔW, because its groups do not share A: no gain of rows is the same function."
         )
@@ -320,10 +319,10 @@ def _at_the_base(name: str, update: Update, config: PeftConfig, host: Host | Non
     assert config.residual
     what = f"init_lora_weights={config.residual!r}"
     if host is None:
-        raise ValueError(f"{config.path}: {what} counts from a part of the base weights: read it for a model.")
+        raise LoraError(f"{config.path}: {what} counts from a part of the base weights: read it for a model.")
     weight = host.weight(name)
     if weight is None or not isinstance(update.layout, Matrix):
-        raise ValueError(f"{config.path}: {what}: {name} is no linear layer of {type(host.model).__name__}.")
+        raise LoraError(f"{config.path}: {what}: {name} is no linear layer of {type(host.model).__name__}.")
     if weight.shape != (update.B.shape[0], update.A.shape[1]):
         return update  # does not fit, which is said where it is put in
     weight = weight.detach().cpu()

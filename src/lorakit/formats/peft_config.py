@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args
 
+from ..core.errors import LoraError
 from ..core.reading import json_of
 from ..core.trainable import BIASES, Bias
 from .foreign import contents
@@ -143,11 +144,11 @@ def read_config(folder: str | Path) -> PeftConfig:
             continue
         shown = _short(value)
         if rule is None:
-            raise ValueError(
+            raise LoraError(
                 f"{path}: {name}={shown} is a field that this version of lorakit does not know: it may change what the "
                 f"adapter computes. Set it to null if it does not."
             )
-        raise ValueError(f"{path}: {name}={shown} is not supported: {rule.says}.")
+        raise LoraError(f"{path}: {name}={shown} is not supported: {rule.says}.")
     return PeftConfig(
         path=path,
         r=values.rank("r", values.required("r")),
@@ -182,7 +183,7 @@ class _Values:
 
     def required(self, name: str) -> Any:
         if name not in self.fields:
-            raise ValueError(f"{self.path}: {name} is missing.")
+            raise LoraError(f"{self.path}: {name} is missing.")
         return self.fields[name]
 
     def rank(self, name: str, value: Any) -> int:
@@ -252,7 +253,7 @@ class _Values:
             try:
                 _compiled(pattern)
             except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"{self.path}: {name}: {pattern!r} is no regular expression: {error}.") from None
+                raise LoraError(f"{self.path}: {name}: {pattern!r} is no regular expression: {error}.") from None
         return {pattern: read(f"{name}[{pattern!r}]", own) for pattern, own in value.items()}
 
 
@@ -261,11 +262,11 @@ def _check_type(values: _Values) -> None:
     if isinstance(kind, str) and kind.upper() == "LORA":
         return
     if "fine_tune_type" in values.fields or "lora_parameters" in values.fields:
-        raise ValueError(
+        raise LoraError(
             f"{values.path} is of an adapter in mlx-lm's format, which lorakit does not read: "
             "its folder holds adapters.safetensors with lora_a and lora_b."
         )
-    raise ValueError(f"{values.path}: peft_type is {_short(kind)}; lorakit reads LORA adapters.")
+    raise LoraError(f"{values.path}: peft_type is {_short(kind)}; lorakit reads LORA adapters.")
 
 
 def _residual(values: _Values) -> Residual:
@@ -280,11 +281,11 @@ def _residual(values: _Values) -> Residual:
     if init.lower() in get_args(Residual):
         return cast(Residual, init.lower())
     if re.fullmatch(r"pissa_niter_\d+|corda|loftq|lora_ga", init.lower()):
-        raise ValueError(
+        raise LoraError(
             f"{values.path}: init_lora_weights={init!r} is not supported: the adapter belongs to a base model that was "
             f"changed before training, and the change cannot be computed from the folder. {_CONVERT}"
         )
-    raise ValueError(
+    raise LoraError(
         f"{values.path}: init_lora_weights={init!r} is not known: it may count from a changed base model. {_CONVERT}"
     )
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from ..core.errors import LoraError
 from ..core.host import Host
 from .peft_config import PeftConfig
 
@@ -42,7 +43,7 @@ class StackLayout:
     def upright(self, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A (experts, r, in) and B (experts, out, r) in today's layout.
 
-        Raises ValueError for a square matrix where nothing tells its layout.
+        Raises LoraError for a square matrix where nothing tells its layout.
         """
         if self.host is None or self.host.stack(name) is None or self.host.stored_transposed(name):
             return A, B  # nothing to compare with, or stored as PEFT has always taken it
@@ -50,7 +51,7 @@ class StackLayout:
         if old is None and A.shape[-1] == B.shape[-2]:
             old = self.old_of_file
             if old is None:
-                raise ValueError(
+                raise LoraError(
                     f"{name}: its matrices are square, and PEFT {self.config.peft_version} is of the versions that "
                     "turned their layout: the file does not tell W from Wᵀ. Load it with the PEFT that wrote it, "
                     "save it again with PEFT 0.19.1 or later."

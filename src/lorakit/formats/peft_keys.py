@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..core import names
+from ..core.errors import LoraError
 from .foreign import format_of
 from .peft_config import PeftConfig
 from .peft_names import plain
@@ -48,7 +49,7 @@ class Sorted:
 def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: Collection[str] | None) -> Sorted:
     """What each tensor is. known: the names of the model's modules, where there is a model.
 
-    where: the file. Raises ValueError listing every key that has no place: PEFT drops such tensors without a word.
+    where: the file. Raises LoraError listing every key that has no place: PEFT drops such tensors without a word.
     """
     keys = _without_wrappers(tensors, where, known)
     found = Sorted()
@@ -73,7 +74,7 @@ def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: C
     if homeless or theirs or not (found.factors or found.trained):
         listed = "\n".join(f"  {key}" for key in (homeless or sorted(tensors))[:20]) or "  (no tensor at all)"
         foreign = f"\nSuch keys are of {theirs}." if theirs else ""
-        raise ValueError(f"{where}: keys that no LoRA layer of lorakit has:\n{listed}{foreign}")
+        raise LoraError(f"{where}: keys that no LoRA layer of lorakit has:\n{listed}{foreign}")
     return found
 
 
@@ -111,12 +112,10 @@ def _without_wrappers(tensors: Mapping[str, Tensor], where: str, known: Collecti
         if path in found:
             if len(adapters) > 1:
                 break
-            raise ValueError(f"{where}: {found[path]} and {key} are the same tensor of the model.")
+            raise LoraError(f"{where}: {found[path]} and {key} are the same tensor of the model.")
         found[path] = key
     if len(adapters) > 1:
-        raise ValueError(
-            f"{where} holds several adapters ({', '.join(sorted(adapters))}): give each a file of its own."
-        )
+        raise LoraError(f"{where} holds several adapters ({', '.join(sorted(adapters))}): give each a file of its own.")
     return found
 
 

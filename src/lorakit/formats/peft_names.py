@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..core.adapter import Update
+from ..core.errors import LoraError
 from ..core.targets import is_glob, matching
 
 _BASE = ".base_layer"
@@ -30,7 +31,7 @@ class Place(NamedTuple):
 
 
 def places(updates: Mapping[str, Update]) -> dict[str, Place]:
-    """The place of each update. Raises ValueError for attention's out_proj alone, which PEFT cannot adapt."""
+    """The place of each update. Raises LoraError for attention's out_proj alone, which PEFT cannot adapt."""
     owners: dict[str, list[str]] = {}  # in the order of the model's parameters, as `updates` is
     found: dict[str, Place] = {}
     for name, update in updates.items():
@@ -40,12 +41,12 @@ def places(updates: Mapping[str, Update]) -> dict[str, Place]:
             found[name] = Place(owner, owner, "target_modules")
         elif local == _OUT and attention in updates:
             if updates[attention].rank != update.rank or updates[attention].scale != update.scale:
-                raise ValueError(f"{name} and {attention}: PEFT's folder holds one rank and alpha for an attention.")
+                raise LoraError(f"{name} and {attention}: PEFT's folder holds one rank and alpha for an attention.")
             found[name] = Place(f"{owner}{_BASE}.{_OUT}", owner, "")
         elif local == _OUT and update.parameter:
-            raise ValueError(f"{name}: PEFT adapts an attention's {_OUT} with its {_IN} only, which is not adapted.")
+            raise LoraError(f"{name}: PEFT adapts an attention's {_OUT} with its {_IN} only, which is not adapted.")
         elif not owner and update.parameter:
-            raise ValueError(f"{name}: PEFT cannot adapt a parameter of the whole model.")
+            raise LoraError(f"{name}: PEFT cannot adapt a parameter of the whole model.")
         elif update.parameter and update.parameter == local:
             owners.setdefault(owner, []).append(name)
         else:

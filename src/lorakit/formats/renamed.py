@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, Update
+from ..core.errors import LoraError
 from ..core.host import Host
 from ..core.layouts import Matrix, Stack
 
@@ -34,7 +35,7 @@ _WEIGHT = ".weight"
 def translated(adapter: Adapter, host: Host) -> Adapter:
     """`adapter` with the updates and tensors that the model does not know by their names under those that it does.
 
-    What no rule leads to a module of the model keeps its name. Raises ValueError for what is led to one that it does
+    What no rule leads to a module of the model keeps its name. Raises LoraError for what is led to one that it does
     not fit, and for a magnitude (DoRA) of a layer that is now in a stack.
     """
     known = {*host.modules, *host.parameters}
@@ -121,7 +122,7 @@ def _fused(target: str, sources: Sequence[_Source], rule: Any, host: Host) -> di
         return {target.removesuffix(_WEIGHT): _concatenated(target, sources, rule.source_patterns, host)}
     if operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) and dims in ([0], [0, 1]):
         return {target: _merged(target, sources, rule.source_patterns, host)}
-    raise ValueError(
+    raise LoraError(
         f"{sources[0].name}: transformers made {target} of it ({', '.join(operations)}), and an update does not go "
         "through that. Load the adapter with the transformers that it was made with."
     )
@@ -129,7 +130,7 @@ def _fused(target: str, sources: Sequence[_Source], rule: Any, host: Host) -> di
 
 def _chunked(target: str, update: Update, patterns: Sequence[str]) -> dict[str, Update]:
     if not isinstance(update.layout, Matrix) or update.B.shape[0] % len(patterns):
-        raise ValueError(
+        raise LoraError(
             f"{target}: a {update.kind} update of {update.B.shape[0]} rows is not of {len(patterns)} layers."
         )
     found: dict[str, Update] = {}
@@ -143,7 +144,7 @@ def _chunked(target: str, update: Update, patterns: Sequence[str]) -> dict[str, 
 def _concatenated(target: str, sources: Sequence[_Source], patterns: Sequence[str], host: Host) -> Update:
     weight = host.parameters.get(target)
     if weight is None or any(source.update.magnitude is not None for source in sources):
-        raise ValueError(f"{sources[0].name}: it is a part of {target} now, where its update has no place.")
+        raise LoraError(f"{sources[0].name}: it is a part of {target} now, where its update has no place.")
     outputs, inputs = weight.shape
     A, B = _blocks({source.pattern: source for source in sources}, patterns, outputs, inputs)
     first = sources[0].update
@@ -153,17 +154,15 @@ def _concatenated(target: str, sources: Sequence[_Source], patterns: Sequence[st
 def _merged(target: str, sources: Sequence[_Source], patterns: Sequence[str], host: Host) -> Update:
     shapes = host.stack(target)
     if shapes is None:
-        raise ValueError(f"{sources[0].name}: it is a part of {target} now, which {type(host.model).__name__} lacks.")
+        raise LoraError(f"{sources[0].name}: it is a part of {target} now, which {type(host.model).__name__} lacks.")
     if any(source.update.magnitude is not None for source in sources):
-        raise ValueError(f"{sources[0].name}: DoRA has no meaning in {target}, the stack of all experts.")
+        raise LoraError(f"{sources[0].name}: DoRA has no meaning in {target}, the stack of all experts.")
     (experts, _, inputs), (_, outputs, _) = shapes
     by_expert: dict[int, dict[str, _Source]] = {}
     for source in sources:
         by_expert.setdefault(source.expert, {})[source.pattern] = source
     if max(by_expert) >= experts:
-        raise ValueError(
-            f"{sources[0].name}: the adapter is for {max(by_expert) + 1} experts, the model has {experts}."
-        )
+        raise LoraError(f"{sources[0].name}: the adapter is for {max(by_expert) + 1} experts, the model has {experts}.")
     scale = sources[0].update.scale
     pairs = {expert: _blocks(own, patterns, outputs, inputs, scale) for expert, own in by_expert.items()}
     rank = max(A.shape[0] for A, _ in pairs.values())
@@ -195,7 +194,7 @@ def _blocks(
                 or update.A.shape[1] != inputs
                 or row + update.B.shape[0] > outputs
             ):
-                raise ValueError(
+                raise LoraError(
                     f"{source.name}: A {tuple(update.A.shape)} and B {tuple(update.B.shape)} are no part of an "
                     f"update of {outputs} × {inputs}."
                 )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import layouts
 from ..adapted import AdaptedLayer
+from ..errors import LoraError
 from ..layouts import Layout
 from ..matrix import Blocks, block_diagonal
 from .linear import Linear
@@ -110,7 +111,7 @@ def blocks_of(
 ) -> Blocks:
     """(size, rank) of each block of the output of a `MergedLinear`, rank 0 where there is no update.
 
-    Raises ValueError where the arguments do not agree.
+    Raises LoraError where the arguments do not agree.
     """
     given = f"out_features={out_features}, r={r}, enable_lora={enable_lora}, splits={splits}"
     if enable_lora is _NONE_ENABLED and (splits is not None or isinstance(r, Sequence)):
@@ -118,10 +119,10 @@ def blocks_of(
     ranks = list(r) if isinstance(r, Sequence) else [r] * len(enable_lora)
     if splits is None:
         if out_features % len(enable_lora):
-            raise ValueError(f"{given}: the output is not a multiple of {len(enable_lora)} equal blocks; give splits.")
+            raise LoraError(f"{given}: the output is not a multiple of {len(enable_lora)} equal blocks; give splits.")
         splits = [out_features // len(enable_lora)] * len(enable_lora)
     if not len(splits) == len(ranks) == len(enable_lora) or sum(splits) != out_features or min(*splits, *ranks) < 0:
-        raise ValueError(
+        raise LoraError(
             f"{given}: expected a rank and a flag for each of the {len(splits)} blocks, and sizes that sum to "
             f"{out_features}."
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import layouts
 from ..adapted import AdaptedLayer, LoRALayer
 from ..embedding import lora_embedding
+from ..errors import LoraError
 from ..init import Init, init_of
 
 
@@ -35,7 +36,7 @@ class Embedding(AdaptedLayer, nn.Embedding):
         LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights)
         if r > 0:
             if self.max_norm is not None:
-                raise ValueError(
+                raise LoraError(
                     f"Embedding: max_norm={self.max_norm} cannot be combined with a LoRA update (r={r}): torch "
                     "renormalises the frozen weight in place at each lookup. Leave max_norm out, or set r=0."
                 )

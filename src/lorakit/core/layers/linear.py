@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapted import AdaptedLayer, LoRALayer
+from ..errors import LoraError
 from ..init import init_of
 from ..layouts import Blocks, Layout
 from ..linear import lora_linear
@@ -118,12 +119,12 @@ def plain_matrix(module: Any) -> Tensor:
 
 
 def linear_size(module: Any) -> tuple[int, int]:
-    """(out, in) of a linear layer. Raises ValueError where neither its attributes nor its weight tell."""
+    """(out, in) of a linear layer. Raises LoraError where neither its attributes nor its weight tell."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return module.out_features, module.in_features
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
-        raise ValueError(
+        raise LoraError(
             f"the size of {type(module).__name__} is not known: it has neither in_features and out_features nor a "
             "weight (out, in)."
         )
