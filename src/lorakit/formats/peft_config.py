@@ -178,8 +178,8 @@ class _Values:
     path: Path
     fields: Mapping[str, Any]
 
-    def wrong(self, name: str, value: Any, expected: str) -> ValueError:
-        return ValueError(f"{self.path}: {name} is {_short(value)}, expected {expected}.")
+    def wrong(self, name: str, value: Any, expected: str) -> LoraError:
+        return LoraError(f"{self.path}: {name} is {_short(value)}, expected {expected}.")
 
     def required(self, name: str) -> Any:
         if name not in self.fields:
