@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,7 +140,7 @@ def test_torch_func() -> None:
     for i, row in enumerate(x):
         for (name, gradient), expected in zip(per_sample.items(), gradients(net, net(row).sin().sum()), strict=True):
             torch.testing.assert_close(gradient[i], expected, msg=name)
-    _, forward = torch.func.jvp(lambda row: net(row), (x[0],), (x[1],))
+    _, forward = torch.func.jvp(lambda row: net(row), (x[0],), (x[1],))  # type: ignore[misc]
     torch.testing.assert_close(forward, torch.autograd.functional.jvp(net, x[0], x[1])[1])
 
 
@@ -153,7 +155,7 @@ class OnlyLinear(Tensor):
     """A weight that knows F.linear and nothing else, as quantised weights do."""
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is not F.linear:
             raise NotImplementedError(function)
         with torch._C.DisableTorchFunctionSubclass():
@@ -213,8 +215,8 @@ def test_dropout_under_gradient_checkpointing(reentrant: bool) -> None:
     torch.manual_seed(5)
     layer = nn.Dropout(0.4)
 
-    def call(*given: Tensor) -> Tensor:
-        return lora_linear(*given, 0.7, layer)
+    def call(x: Tensor, weight: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return lora_linear(x, weight, bias, A, B, 0.7, layer)
 
     y = checkpoint(call, *tensors, use_reentrant=reentrant)
     torch.rand(7)  # whatever is drawn between the two passes
@@ -303,7 +305,7 @@ def test_an_attached_layer_drops_by_quick_masks_and_its_gradients_are_those_of_t
     assert torch.equal(model.eval()(x), model(x))
 
 
-def seeded(function):  # type: ignore[no-untyped-def]
+def seeded(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`function` with the same random numbers at every call."""
 
     def call(*tensors: Tensor) -> Tensor:
@@ -351,8 +353,9 @@ def test_second_derivative_of_the_gain_alone() -> None:
     """Beside a frozen B: S is not kept, and has to be made again."""
     tensors = inputs(3)
     gain = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    frozen = [tensor.detach() for tensor in tensors[1:]]
-    assert torch.autograd.gradgradcheck(lambda x, gain: lora_linear(x, *frozen, 0.7, None, gain), [tensors[0], gain])
+    weight, bias, A, B = (tensor.detach() for tensor in tensors[1:])
+    call = lambda x, gain: lora_linear(x, weight, bias, A, B, 0.7, None, gain)  # noqa: E731
+    assert torch.autograd.gradgradcheck(call, [tensors[0], gain])
 
 
 def test_gain_keeps_the_input_and_one_output() -> None:

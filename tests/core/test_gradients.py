@@ -5,6 +5,7 @@ W + s·ΔW, which tests/reference writes out in float64.
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -84,13 +85,13 @@ def test_one_gradient_alone(kind: str) -> None:
 @every_kind
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(kind: str, reentrant: bool) -> None:
-    settings = {} if "embedding" in kind or kind == "fused, q and v" else {"dropout": 0.4}
+    settings: dict[str, Any] = {} if "embedding" in kind or kind == "fused, q and v" else {"dropout": 0.4}
     model, x = adapted(kind, **settings).train(), given(kind)
 
     def forward(x: Tensor, _: Tensor) -> Tensor:
         return model(x)
 
-    def run(call: Callable[[], Tensor]) -> list[Tensor]:
+    def run(call: Callable[[], Tensor]) -> list[Tensor | None]:
         torch.manual_seed(3)
         loss = call().sin().sum()
         torch.rand(5)  # whatever is drawn in between
@@ -102,7 +103,7 @@ def test_checkpointing(kind: str, reentrant: bool) -> None:
     anchor = torch.zeros((), requires_grad=True)  # reentrant checkpoints need an input with a gradient
     plain = run(lambda: forward(x, anchor))
     torch.testing.assert_close(run(lambda: checkpoint(forward, x, anchor, use_reentrant=reentrant)), plain)
-    assert all(gradient.abs().sum() > 0 for gradient in plain)
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in plain)
 
 
 @every_kind
@@ -165,7 +166,7 @@ def test_autocast(kind: str) -> None:
 @pytest.mark.parametrize("attached", [True, False])
 def test_autocast_does_not_round_an_update_away(attached: bool, groups: int) -> None:
     """It is far beneath bfloat16's steps at the weight: the sum of the two kernels would not show it."""
-    layer = lorakit.Conv2d(4, 4, 1, r=2, groups=groups, bias=False)
+    layer: Any = lorakit.Conv2d(4, 4, 1, r=2, groups=groups, bias=False)
     if attached:
         model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=groups, bias=False))
         lorakit.attach(model, "0", rank=2)

@@ -256,12 +256,14 @@ class TestKernels:
             y = layer()
             close(y, exact, torch.float32)
             once = torch.autograd.grad(y.sin().sum(), wanted, create_graph=True)
-            twice = torch.autograd.grad(sum(gradient.square().sum() for gradient in once), wanted)
+            twice = torch.autograd.grad(sum((gradient.square().sum() for gradient in once), torch.zeros(())), wanted)
             plain = torch.autograd.grad(layer().sin().sum(), wanted)
         frame = 2 * 4096  # of `drawn`, around x
         assert kept == 4 * (T * I + frame + T * r + (T * O if with_gain else 0)) + 8
         expected = torch.autograd.grad(exact.sin().sum(), wanted, create_graph=True)
-        expected_twice = torch.autograd.grad(sum(gradient.square().sum() for gradient in expected), wanted)
+        expected_twice = torch.autograd.grad(
+            sum((gradient.square().sum() for gradient in expected), torch.zeros(())), wanted
+        )
         for got, right in zip((*once, *plain, *twice), (*expected, *expected, *expected_twice), strict=True):
             torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4 * right.abs().max().item())
 
@@ -374,8 +376,9 @@ def test_kernels_compile_into_96_KiB_of_shared_memory(capability: int, monkeypat
     compiled = []
 
     def launch(kernel: Any, grid: Any, *arguments: Any, **given: Any) -> None:
-        signature, attributes = {}, {}
-        options = {name: given.pop(name) for name in ("num_warps", "num_stages") if name in given}
+        signature: dict[str, str] = {}
+        attributes: dict[tuple[int], list[list[Any]]] = {}
+        options: dict[str, Any] = {name: given.pop(name) for name in ("num_warps", "num_stages") if name in given}
         constants = given
         for index, (name, argument) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
             if argument is None:
@@ -534,7 +537,7 @@ def test_switches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_broken_triton_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "lorakit.core.triton_code", None)
     monkeypatch.delattr("lorakit.core.triton_code", raising=False)
     kernels._imported.cache_clear()
