@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,7 +63,7 @@ def smollm2() -> str:
 def has_bfloat16() -> bool:
     """Whether the processor has instructions for it: without them the products are emulated, and say nothing."""
     products = {dtype: torch.randn(512, 512).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    times = minima({str(dtype): lambda own=matrix: own @ own for dtype, matrix in products.items()}, 0.1)
+    times = minima({str(dtype): partial(torch.matmul, own, own) for dtype, own in products.items()}, 0.1)
     ratio = times["torch.bfloat16"] / times["torch.float32"]
     if ratio > 1.5:
         print(f"bfloat16 is left out: its products take {ratio:.1f} times as long as float32's on this processor\n")

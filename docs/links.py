@@ -1,6 +1,6 @@
 """Keeps the line numbers of links into the code right: [`symbol`](path#Lnn) points at the definition of the symbol.
 
-    python docs/links.py            rewrites the numbers in README.md and docs/*.md
+    python docs/links.py            rewrites the numbers in the pages (*.md, docs/*.md) and the notebooks
     python docs/links.py --check    prints the stale ones and exits with 1
 
 A symbol is a class, a function, a module's variable, or one of these in a class (`Class.method`). A symbol or a file
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("*.md", "docs/*.md", "docs/notebooks/*.ipynb")
 LINK = re.compile(r"\[`([\w.]+)`\]\(([^()#\s]+)#L(\d+)\)")
 
 
@@ -63,7 +64,8 @@ def renumbered(page: Path) -> tuple[str, list[str], list[str]]:
 def main(arguments: list[str], root: Path = ROOT) -> int:
     check = "--check" in arguments
     failed = False
-    for page in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+    pages = [path for pattern in PAGES for path in sorted(root.glob(pattern))]
+    for page in pages:
         text, stale, broken = renumbered(page)
         print(*stale, *broken, sep="\n", end="\n" if stale or broken else "")
         failed |= bool(broken) or (check and bool(stale))

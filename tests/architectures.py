@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ class Architecture:
     cls: str
     config: str
     settings: dict[str, Any] = field(default_factory=dict)
-    inputs: Callable[[], dict[str, Tensor]] = lambda: {"input_ids": IDS}
+    inputs: Callable[[], Mapping[str, Tensor | bool]] = lambda: {"input_ids": IDS}
     output: str = "logits"
 
     def make(self) -> nn.Module:

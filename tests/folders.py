@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import safetensors.torch
@@ -13,7 +14,7 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
-def small() -> nn.Module:
+def small() -> nn.Sequential:
     """Two linear layers, the same on every call."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
@@ -27,7 +28,7 @@ def factors(name: str = "0", inputs: int = 8, outputs: int = 8, rank: int = 4) -
     }
 
 
-def folder(path: Path, tensors: dict[str, torch.Tensor] | None = None, **config: object) -> Path:
+def folder(path: Path, tensors: dict[str, torch.Tensor] | None = None, **config: Any) -> Path:
     """A PEFT folder of these tensors; the fields of `config` replace those of an adapter of rank 4."""
     path.mkdir(parents=True, exist_ok=True)
     tensors = factors() if tensors is None else tensors

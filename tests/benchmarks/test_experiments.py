@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from experiments import prepare, vision
+from safetensors.torch import save_file
 
 from lorakit.study.comparison.config import config_of, tasks_of
 
@@ -201,7 +202,7 @@ def test_the_network_learns_and_comes_back_with_a_new_head(tmp_path: Path, monke
     vision.train(model, bright_or_dark(3 * vision.BATCH), 3, 2e-3)
     assert vision.accuracy(model, bright_or_dark(40)) == 1.0
 
-    vision.safetensors.torch.save_file(model.state_dict(), vision.WEIGHTS)
+    save_file(model.state_dict(), vision.WEIGHTS)
     state = torch.get_rng_state()
     one, same, other = vision.pretrained(4, seed=1), vision.pretrained(4, seed=1), vision.pretrained(4, seed=2)
     assert torch.equal(torch.get_rng_state(), state)

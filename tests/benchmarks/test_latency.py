@@ -57,7 +57,7 @@ def test_a_row_for_each_shape(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
             passes.append(tuple(step().last_hidden_state.shape))
         return {name: 0.2 + 0.1 * index for index, name in enumerate(steps)}
 
-    monkeypatch.setattr(latency.measure, "minima", minima)
+    monkeypatch.setattr("measure.minima", minima)
     rows = latency.compare("tiny", llama(), [(1, 4), (2, 6)])
     assert passes == [(1, 4, 32)] * 6 + [(2, 6, 32)] * 6
     ratios = dict(zip(latency.SERVED, [1.5, 2.0, 2.5, 3.0, 3.5], strict=True))

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -274,7 +275,7 @@ def test_analyze_without_base_weights_says_what_it_leaves_out(
 
 @pytest.mark.parametrize("labels", [("good", "bad"), (0.5, 1.25, 3.0)], ids=["classes", "regression"])
 def test_problem_32_a_classifier_with_its_new_head(
-    labels: tuple[object, ...], tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labels: tuple[Any, ...], tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = sentences(tmp_path / "d.jsonl", labels), tmp_path / "out"
     words = train_args(tiny_encoder, data, out, "--lr", "0.01", "--epochs", "10", "--holdout", "0.3")

@@ -217,7 +217,10 @@ def test_merged_linear(r: int, lora_alpha: int, bias: bool, fan_in_fan_out: bool
     x = torch.randn(2, 3, 5, dtype=F64)
     for enabled in ([True], [True, False], [True, False, True], [False, True, True], [True, True, True, True]):
         compare_in_every_mode(
-            lambda dtype, enabled=enabled: pair("MergedLinear", 5, 12, dtype=dtype, enable_lora=enabled, **settings), x
+            lambda dtype, enabled=enabled: pair(  # type: ignore[misc]
+                "MergedLinear", 5, 12, dtype=dtype, enable_lora=enabled, **settings
+            ),
+            x,
         )
 
 
@@ -256,7 +259,7 @@ def test_conv2d(kernel: int, stride: int, padding: int | str, groups: int) -> No
         (3, 16, True, False),
     ):
         compare_in_every_mode(
-            lambda dtype, r=r, alpha=alpha, bias=bias, merge_weights=merge_weights: pair(
+            lambda dtype, r=r, alpha=alpha, bias=bias, merge_weights=merge_weights: pair(  # type: ignore[misc]
                 "Conv2d", 4, 8, kernel, r, alpha, bias=bias, merge_weights=merge_weights, dtype=dtype, **settings
             ),
             x,
@@ -280,7 +283,7 @@ def test_pointwise_convolutions_which_loralib_can_do_in_every_dimension(name: st
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize("name", ["Linear", "MergedLinear"])
 def test_a_seed_gives_the_same_dropout_masks(name: str, fan_in_fan_out: bool) -> None:
-    more = dict(enable_lora=[True, False, True]) if name == "MergedLinear" else {}
+    more: dict[str, Any] = dict(enable_lora=[True, False, True]) if name == "MergedLinear" else {}
     theirs, ours = pair(name, 19, 6, r=2, lora_dropout=0.4, fan_in_fan_out=fan_in_fan_out, **more)
     x = torch.randn(3, 19, dtype=F64, requires_grad=True)
     results = []
@@ -317,7 +320,7 @@ def test_merged_linear_takes_less_than_half_of_the_operations() -> None:
     theirs, ours = (library.MergedLinear(768, 2304, **arguments) for library in (loralib, lorakit))
     frozen = nn.Linear(768, 2304).requires_grad_(False)
     x = torch.randn(256, 768, requires_grad=True)
-    counts = [operations(lambda own=layer: own(x).sum().backward()) for layer in (theirs, ours, frozen)]
+    counts = [operations(lambda own=layer: own(x).sum().backward()) for layer in (theirs, ours, frozen)]  # type: ignore[misc]
     assert counts[1] < counts[0] / 2
     assert counts[1] - counts[2] == 6 * 256 * 16 * (768 + 2304)  # six thin products, of rank 8 for each of q and v
 
@@ -325,7 +328,7 @@ def test_merged_linear_takes_less_than_half_of_the_operations() -> None:
 # --- the helpers -----------------------------------------------------------------------------------------------------
 
 
-def network(library: ModuleType) -> nn.Module:
+def network(library: ModuleType) -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(
         library.Embedding(9, 8, r=2, lora_alpha=4),
@@ -339,7 +342,7 @@ def network(library: ModuleType) -> nn.Module:
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-def test_the_helpers_choose_the_same_names(bias: str) -> None:
+def test_the_helpers_choose_the_same_names(bias: Any) -> None:
     theirs, ours = network(loralib), network(lorakit)
     for library, net in ((loralib, theirs), (lorakit, ours)):
         assert library.mark_only_lora_as_trainable(net, bias) is None
@@ -404,7 +407,7 @@ def test_layers_of_their_own_with_the_mixin(mixin_first: bool) -> None:
 
 
 def subclass_of_linear(library: ModuleType) -> nn.Module:
-    class Scored(library.Linear):  # type: ignore[misc, name-defined]
+    class Scored(library.Linear):  # type: ignore[name-defined]
         """Its own forward, out of the attributes, as programs that log or gate the update write it."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -421,7 +424,7 @@ def subclass_of_linear(library: ModuleType) -> nn.Module:
 
 
 def subclass_of_merged_linear(library: ModuleType) -> nn.Module:
-    class FusedAttention(library.MergedLinear):  # type: ignore[misc, name-defined]
+    class FusedAttention(library.MergedLinear):  # type: ignore[name-defined]
         def __init__(self, size: int) -> None:
             super().__init__(size, 3 * size, r=2, lora_alpha=3, enable_lora=[True, False, True], fan_in_fan_out=True)
 
@@ -433,7 +436,7 @@ def subclass_of_merged_linear(library: ModuleType) -> nn.Module:
 
 
 def subclass_of_conv_lora(library: ModuleType) -> nn.Module:
-    class Downsample(library.ConvLoRA):  # type: ignore[misc, name-defined]
+    class Downsample(library.ConvLoRA):  # type: ignore[name-defined]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(nn.Conv2d, *args, **kwargs)
 
@@ -722,7 +725,7 @@ def test_problem_22_loralib_crashes_on_float32_factors_beside_a_bfloat16_weight_
 def test_the_flags_of_a_merged_linear_are_what_was_given_and_may_be_set() -> None:
     for library in (loralib, lorakit):
 
-        class Subclass(library.MergedLinear):
+        class Subclass(library.MergedLinear):  # type: ignore[name-defined]
             def __init__(self) -> None:
                 super().__init__(4, 6, r=0, enable_lora=[True, False])
                 self.enable_lora = [True, False]

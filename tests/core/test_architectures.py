@@ -4,6 +4,7 @@ import functools
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -23,7 +24,7 @@ def every_layer(module: nn.Module, name: str) -> bool:
     return type(module).__name__ in KINDS and name not in HELD
 
 
-TARGETS = {"all-linear": "all-linear", "everything": every_layer}
+TARGETS: dict[str, Any] = {"all-linear": "all-linear", "everything": every_layer}
 MODELS: dict[str, Architecture | Elsewhere] = {**ARCHITECTURES, **ELSEWHERE}
 if sys.version_info < (3, 11):  # the extra "dev" has no diffusers for it
     MODELS = {name: model for name, model in MODELS.items() if not name.startswith("diffusers")}

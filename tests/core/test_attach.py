@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_wrong_settings_are_refused_before_anything_changes(arguments: dict, mes
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("module", [nn.Linear(3, 40), nn.Embedding(40, 3), nn.Conv2d(40, 3, 3)])
 def test_a_rank_beyond_that_of_the_weight_is_refused_where_the_factors_are_taken_from_it(
-    module: nn.Module, init: str
+    module: nn.Module, init: Any
 ) -> None:
     model = nn.Sequential(copy.deepcopy(module))
     with pytest.raises(ValueError, match=f"'0' has a weight of rank 3 at most: init={init!r} cannot take rank=4"):
@@ -123,7 +124,7 @@ class Rounded(nn.Linear):
 
 def patched() -> nn.Module:
     layer = nn.Linear(4, 4)
-    layer.forward = layer.forward
+    layer.forward = layer.forward  # type: ignore[method-assign]
     return layer
 
 

@@ -277,7 +277,7 @@ def test_a_convolution_that_normalises_its_weight_is_refused() -> None:
 
 def test_a_layer_that_raises_is_refused_with_its_error() -> None:
     class Two(nn.Linear):
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(x) + y
 
     model = nn.Sequential(Two(6, 5))

@@ -67,7 +67,7 @@ def with_sums(plain: nn.Module, adapted: nn.Module) -> nn.Module:
         update = layer.scaling * B.flatten(1) @ A.flatten(1)
         weight = model.get_parameter(f"{name}.weight")
         with torch.no_grad():
-            weight += (update.T if isinstance(layer, nn.Embedding) else update).view(weight.shape)
+            weight.add_((update.T if isinstance(layer, nn.Embedding) else update).view(weight.shape))
     return model
 
 
@@ -184,7 +184,7 @@ class Branches(nn.Module):
         self.tower = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.deep_experts[2]["up"](self.experts[1](self.body["first"](x)))
+        return self.deep_experts[2].get_submodule("up")(self.experts[1](self.body["first"](x)))
 
 
 IDLE = ("experts.0", "experts.2", "deep_experts.0.up", "deep_experts.1.up", "tower.0", "tower.1")

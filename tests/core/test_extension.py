@@ -20,7 +20,7 @@ X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.fl
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
     """What is added here is not there for other tests."""
-    assert lorakit.Adapter  # its formats are there from then on
+    assert lorakit.Adapter.load is not None  # its formats are there from then on
     registries: list[dict[Any, Any]] = [kinds._kinds, init._inits, formats._formats]
     before = [dict(registry) for registry in registries]
     yield
@@ -77,7 +77,7 @@ class AdaptedChannels(lorakit.AdaptedLayer, Channels):
 
     @property
     def own_weight(self) -> Tensor:
-        return self._parameters["kernel"]
+        return self.kernel
 
     def _put_weight(self, weight: Any) -> None:
         self._parameters["kernel"] = weight
@@ -90,7 +90,7 @@ class AdaptedChannels(lorakit.AdaptedLayer, Channels):
         return None
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        inputs, outputs = self._parameters["kernel"].shape
+        inputs, outputs = self.kernel.shape
         return (rank, inputs), (outputs, rank)
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -258,6 +258,7 @@ def test_an_init_that_looks_at_the_weight_is_added_by_one_call(tmp_path: Path) -
 
 
 def test_an_init_is_one_of_two_kinds() -> None:
+    given: dict[str, Any]
     for given in ({}, {"draw": orthogonal, "take": first_rows}):
         with pytest.raises(ValueError, match=r"^add_init\('x'\): give draw or take, one of them\.$"):
             lorakit.add_init("x", **given)
@@ -298,7 +299,7 @@ class Npz:
     def write(self, adapter: lorakit.Adapter, path: Path) -> None:
         import numpy
 
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for name, update in adapter.updates.items():
             update = update.pair()
             if not isinstance(update.layout, layouts.Matrix):

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def layers() -> list[nn.Module]:
-    made = [
+    made: list[Any] = [
         lorakit.Linear(6, 8, r=2),
         lorakit.Linear(6, 8, r=2, fan_in_fan_out=True),
         lorakit.MergedLinear(6, 9, r=2, enable_lora=[True, False, True]),

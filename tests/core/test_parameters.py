@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import lorakit
 import models
+from lorakit.core.adapted import AdaptedLayer
 from lorakit.core.attach import adapted_layers
 from lorakit.core.factored import Factored
 from models import train_a_little, trainable_names
@@ -25,7 +27,10 @@ def encoder(layers: int = 2) -> nn.Module:
     return nn.TransformerEncoder(layer, layers).double().eval()
 
 
-def with_written_weights(plain: nn.Module, adapted: nn.Module) -> nn.Module:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def with_written_weights(plain: Model, adapted: nn.Module) -> Model:
     """A copy of the plain model whose weights are W + s·B A, written out."""
     model = copy.deepcopy(plain)
     parameters = dict(model.named_parameters())
@@ -35,7 +40,7 @@ def with_written_weights(plain: nn.Module, adapted: nn.Module) -> nn.Module:
         weight = parameters.get(name, parameters.get(f"{name}.weight"))
         assert weight is not None
         with torch.no_grad():
-            weight += (update.mT if getattr(layer, "transposed", False) else update).to(weight.dtype)
+            weight.add_((update.mT if getattr(layer, "transposed", False) else update).to(weight.dtype))
     return model
 
 
@@ -116,7 +121,7 @@ def test_attention_gradients_are_those_of_the_dense_sum(weights: str) -> None:
     dense = {
         name.replace("lora_", ""): layer.adapted_weight()
         for name, layer in attention.named_modules()
-        if isinstance(layer, lorakit.LoRALayer)
+        if isinstance(layer, AdaptedLayer)
     }
     plain = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2)}).double()
     state = {name: tensor for name, tensor in attention.state_dict().items() if "lora_" not in name} | dense
@@ -158,7 +163,7 @@ def test_problem_29_no_dense_update_is_formed(make, implementation: str, monkeyp
     monkeypatch.setattr(Factored, "dense", lambda self: pytest.fail("the sum was formed"))
     frozen = {id(p): p.shape for p in model.parameters() if p.dim() == 3 and not p.requires_grad}
     assert len(frozen) == 4
-    kept: list[torch.Size] = []
+    kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         loss = model(TOKENS, labels=TOKENS).loss
     loss.backward()

@@ -222,7 +222,7 @@ def merge(model: nn.Module, case: Case, merged: bool) -> None:
         lorakit.unmerge(model)
 
 
-def outputs(model: nn.Module, case: Case) -> Tensor:
+def outputs(model: nn.Sequential, case: Case) -> Tensor:
     x = case.x()
     with torch.no_grad():
         return model(x.to(model[0].weight.dtype) if x.is_floating_point() else x)
@@ -233,7 +233,7 @@ def outputs(model: nn.Module, case: Case) -> Tensor:
 def test_outputs_and_gradients_are_those_of_torch_with_the_adapted_weight(family: str, data: st.DataObject) -> None:
     case = data.draw(cases(family))
     model, x = case.adapted(), case.x()
-    wanted = [p for name, p in model.named_parameters() if "lora_" in name]
+    wanted: list[Tensor] = [p for name, p in model.named_parameters() if "lora_" in name]
     if x.is_floating_point():
         wanted.append(x.requires_grad_())
     actual, expected = model(x), case.apply(x, case.weight(model))

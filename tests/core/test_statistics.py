@@ -29,13 +29,14 @@ class Activated(nn.BatchNorm1d):
     """As timm's norms: a forward of its own that reads `training`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.running_mean is not None and self.running_var is not None
         mean, var = (self.running_mean, self.running_var) if not self.training else (x.mean((0, 2)), x.var((0, 2)))
         if self.training:
             self.running_mean.lerp_(mean.detach(), 0.1), self.running_var.lerp_(var.detach(), 0.1)
         return ((x - mean[:, None]) / (var[:, None] + 1e-5).sqrt() * self.weight[:, None]).relu()
 
 
-def made(name: str) -> nn.Module:
+def made(name: str) -> nn.ModuleDict:
     torch.manual_seed(0)
     model = nn.ModuleDict({"conv": nn.Conv1d(4, 6, 3), "norm": NORMS[name](), "head": nn.Conv1d(6, 3, 1)})
     with torch.no_grad():
@@ -45,11 +46,11 @@ def made(name: str) -> nn.Module:
     return model
 
 
-def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def run(model: nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
     return model["head"](model["norm"](model["conv"](x)))
 
 
-def train(model: nn.Module) -> None:
+def train(model: nn.ModuleDict) -> None:
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1)

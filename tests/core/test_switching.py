@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import lorakit
 import models
 
 
-def trained(**settings: object) -> nn.Module:
+def trained(**settings: Any) -> nn.Module:
     model = models.llama()
     lorakit.attach(model, rank=2, **settings)
     torch.manual_seed(1)
@@ -24,7 +25,7 @@ def trained(**settings: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("settings", [{}, {"dora": True}, {"also_train": "lm_head"}, {"bias": "all"}], ids=str)
-def test_a_baked_model_is_plain_and_is_what_merging_gives(settings: dict[str, object]) -> None:
+def test_a_baked_model_is_plain_and_is_what_merging_gives(settings: dict[str, Any]) -> None:
     baked, merged = trained(**settings), trained(**settings)
     lorakit.merge(merged, force=True)
     lorakit.detach(merged)

@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,9 +44,9 @@ def made() -> nn.Module:
     ).requires_grad_(True)
 
 
-def state(model: nn.Module) -> list:
+def state(model: nn.Module) -> list[Any]:
     """All that can be told of a model: classes, attributes, identities and bits of its tensors."""
-    seen = []
+    seen: list[Any] = []
     for name, module in model.named_modules():
         own = {key: value for key, value in module.__dict__.items() if not key.startswith("_")}
         seen.append((name, type(module), sorted(module.__dict__), own))

@@ -4,11 +4,12 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples" / "toolcalls"
-TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
+TYPES: dict[str, Any] = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
 # Arguments that are copied out of the request and can be anything.
 OPEN = {
     *(("set_timer", "label"), ("send_message", "to"), ("send_message", "text"), ("create_event", "title")),

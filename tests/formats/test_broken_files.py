@@ -5,6 +5,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import lorakit
 from folders import CONFIG, TENSORS, factors, folder, small
 
-VALUES = (
+VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 4, 8, 10**30, 0.5, -2.5, 1e308, float("nan"), float("inf"), "", "4", "0", "all"),
     *("(", "\ud800", "\x00", [], [None], ["0"], [[]], {}, {"0": 4}, {"(": 4}, {"0": {}}, {"": None}, [1] * 50),
 )

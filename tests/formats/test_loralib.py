@@ -13,7 +13,7 @@ import lorakit
 from models import train_a_little
 
 
-def build(library) -> nn.Module:
+def build(library) -> nn.ModuleDict:
     """The same program with either library."""
     torch.manual_seed(0)
     return nn.ModuleDict(
@@ -26,7 +26,7 @@ def build(library) -> nn.Module:
     )
 
 
-def forward(model: nn.Module) -> list[torch.Tensor]:
+def forward(model: nn.ModuleDict) -> list[torch.Tensor]:
     x = model["embed"](torch.arange(5))
     image = torch.arange(75.0).view(1, 3, 5, 5) / 75
     return [x, model["qkv"](x), model["out"](x), model["conv"](image)]

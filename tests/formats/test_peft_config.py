@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -42,7 +43,7 @@ def test_what_peft_writes_by_itself_is_read(tmp_path: Path) -> None:
     assert config.peft_version == peft.__version__ and config.by_peft
 
 
-OTHER_FUNCTIONS = {
+OTHER_FUNCTIONS: dict[str, Any] = {
     "alora_invocation_tokens": [5, 6],
     "use_qalora": True,
     "lora_bias": True,
@@ -72,7 +73,8 @@ def test_a_field_that_makes_another_function_is_refused_by_name(field: str, tmp_
     with pytest.raises(ValueError, match=rf"adapter_config.json: {field}="):
         lorakit.load(model, path)
     assert str(model) == before
-    for nothing in (None, False, [], "", *([] if field.endswith("_config") else [{}])):
+    settings: list[Any] = [None, False, [], "", *([] if field.endswith("_config") else [{}])]
+    for nothing in settings:
         lorakit.load(small(), folder(tmp_path, **{field: nothing}))
 
 
@@ -97,7 +99,7 @@ def test_fields_without_effect_and_nulls_are_read(fields: dict, tmp_path: Path) 
     assert torch.equal(model(x), wanted(x))
 
 
-WRONG = {
+WRONG: dict[str, list[Any]] = {
     "r": [None, 0, -1, "4", 4.0, 2.5, True, [], {}],
     "lora_alpha": [None, 0, "8", float("nan"), float("inf"), True, [8], 10**400],
     "lora_dropout": [1, -0.1, "0.1", True, [], float("nan")],
@@ -119,7 +121,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("field", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_a_value_of_another_type_or_out_of_range_is_named(field: str, value: object, tmp_path: Path) -> None:
+def test_a_value_of_another_type_or_out_of_range_is_named(field: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"adapter_config.json: {field}"):
         lorakit.load(small(), folder(tmp_path, **{field: value}))
 

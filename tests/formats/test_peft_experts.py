@@ -31,7 +31,7 @@ class Experts(nn.Module):
         return torch.relu(x @ up.mT)[..., : down.shape[-1]] @ down.mT
 
 
-def make(width: int, inner: int, is_transposed: bool = False) -> nn.Module:
+def make(width: int, inner: int, is_transposed: bool = False) -> nn.ModuleDict:
     torch.manual_seed(0)
     return nn.ModuleDict({"experts": Experts(width, inner, is_transposed)})
 

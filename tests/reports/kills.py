@@ -113,6 +113,7 @@ def unplanned(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    prepare.speed = lambda *_: 1e9
-    plan.step_storages = unplanned
+    # Set by name: neither is a name that these modules give to others.
+    vars(prepare)["speed"] = lambda *_: 1e9
+    vars(plan)["step_storages"] = unplanned
     main_of_kills(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from lorakit.training.loss import causal_loss, check_causal, frozen_head
 from lorakit.training.models import load_tokenizer
 from lorakit.training.positions import longest_row, positions
 
-SMALL = dict(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+SMALL: dict[str, Any] = dict(
+    vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24
+)
 
 
 def model_of(name: str, kind: str = "Model", **settings: object) -> nn.Module:
@@ -71,7 +74,7 @@ def test_stretched_positions_and_the_tokenizers_limit() -> None:
 
 
 def saved(model: nn.Module, folder: Path, tokenizer=None) -> Path:
-    model.save_pretrained(folder)  # type: ignore[operator]
+    model.save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return folder
 
@@ -156,7 +159,7 @@ class _Habits(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def run(self, ids: torch.Tensor, keep: object = slice(None)) -> object:
+    def run(self, ids: torch.Tensor, keep: Any = slice(None)) -> object:
         from types import SimpleNamespace
 
         hidden = torch.tanh(self.table(ids).cumsum(1))

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -218,18 +219,27 @@ def test_the_next_commands_that_train_prints_work(
     (tmp_path / "my run's-merged").mkdir()
     (tmp_path / "my run's-merged" / "note").write_text("in use")
     model = tiny_encoder if "label" in rows[0] else tiny_lm
-    words = ["--data", write_rows(tmp_path / "d.jsonl", rows), "-o", out, "--max-steps", "1", "--eval-samples", "0"]
+    words: list[Any] = [
+        "--data",
+        write_rows(tmp_path / "d.jsonl", rows),
+        "-o",
+        out,
+        "--max-steps",
+        "1",
+        "--eval-samples",
+        "0",
+    ]
     commands = next_commands(said(capsys, "train", "--model", model, *words, "--dtype", "float32"))
-    assert [words[1] for words in commands] == (
+    assert [command[1] for command in commands] == (
         ["generate", "merge"] if "label" in rows[0] else ["generate", "chat", "merge"]
     )
-    for words in commands:
+    for command in commands:
         monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
-        more = ["--max-new-tokens", "3"] if words[1] == "generate" else []
-        printed = said(capsys, *words[1:], *more)
-    for words in next_commands(printed):
+        more = ["--max-new-tokens", "3"] if command[1] == "generate" else []
+        printed = said(capsys, *command[1:], *more)
+    for command in next_commands(printed):
         monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
-        said(capsys, *words[1:])
+        said(capsys, *command[1:])
     card = (out / "README.md").read_text()
     assert str(tmp_path) not in card and str(model.parent) not in card
     assert ("AutoModelForSequenceClassification" in card) == ("label" in rows[0])

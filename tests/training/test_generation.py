@@ -112,7 +112,7 @@ def test_sampling_draws_from_the_share_that_is_asked_for(lively: Path) -> None:
         kept = order[: int((p.cumsum(0) < top_p).sum()) + 1]
         allowed = {str(loaded.tokenizer.decode([token], skip_special_tokens=True)) for token in kept.tolist()}
         torch.manual_seed(0)
-        options = {"max_new_tokens": 1, "temperature": temperature, "top_p": top_p}
+        options: dict[str, Any] = {"max_new_tokens": 1, "temperature": temperature, "top_p": top_p}
         drawn = {"".join(stream(loaded, prompt, **options)) for _ in range(120)}
         assert drawn <= allowed
         assert len(drawn) > 1

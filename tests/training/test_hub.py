@@ -140,11 +140,14 @@ def test_of_a_converted_revision_the_files_of_the_named_splits_are_read(
     import datasets
 
     restaurants(copies)
-    calls = []
+    calls: list[Any] = []
     real = datasets.load_dataset
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **settings: (calls.append((args, settings)), real(*args, **settings))[1]
-    )
+
+    def noted(*args: Any, **settings: Any) -> Any:
+        calls.append((args, settings))
+        return real(*args, **settings)
+
+    monkeypatch.setattr(datasets, "load_dataset", noted)
     data = read("owner/name", fields=FIELDS, hub=Hub("default", CONVERTED, SPLITS))
     assert pairs(data) == [("name[a]", "It is a."), ("name[b]", "It is b."), ("name[c]", "It is c.")]
     assert [example.where for example in data.train][-1] == "owner/name/train row 3"
@@ -183,7 +186,9 @@ class HubStandIn(BaseHTTPRequestHandler):
             self.answer(json.dumps({"id": "owner/name", "sha": commit}).encode())
         elif path in (f"/api/datasets/owner/name/tree/{revision}" for revision in (CONVERTED, commit)):
             folders = {str(folder) for file in self.files for folder in Path(file).parents} - {"."}
-            entries = [{"type": "directory", "path": folder, "oid": "0" * 40} for folder in sorted(folders)]
+            entries: list[dict[str, Any]] = [
+                {"type": "directory", "path": folder, "oid": "0" * 40} for folder in sorted(folders)
+            ]
             entries += [{"type": "file", "path": p, "size": len(f), "oid": "0" * 40} for p, f in self.files.items()]
             self.answer(json.dumps(entries).encode())
         elif found := re.fullmatch(f"/datasets/owner/name/resolve/(?:{CONVERTED}|{commit})/(.*)", path):

@@ -31,7 +31,8 @@ class Hub:
     """In place of the hub: what it knows, and what it was asked."""
 
     def __init__(self, known: tuple[str, ...] = (), error: Exception | None = None) -> None:
-        self.known, self.error, self.asked = known, error, []
+        self.known, self.error = known, error
+        self.asked: list[Any] = []
 
     def model_info(self, api: Any, name: str, **_: Any) -> None:
         import httpx2

@@ -204,7 +204,7 @@ def test_what_decides_nothing_may_change_and_files_may_move(config: TrainConfig,
     expected, out = adapter(config), Path(config.output_dir)
     (out / "adapter_model.safetensors").unlink()
     shutil.rmtree(out / "checkpoint-4")
-    moved = {
+    moved: dict[str, Any] = {
         "model": str(shutil.copytree(config.model, tmp_path / "lm")),
         "data": str(shutil.copy(config.data, tmp_path / "e.jsonl")),
     }
@@ -353,7 +353,7 @@ def test_a_row_that_was_cut_to_the_models_positions_is_named_too(
     labelled = model == "tiny_encoder"
     long = [{"text": f"turn {i} " * 900, **({"label": str(i % 2)} if labelled else {})} for i in range(3)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
-    changed = {"model": str(folder), "data": str(tmp_path / "long.jsonl"), "max_seq_length": 10_000}
+    changed: dict[str, Any] = {"model": str(folder), "data": str(tmp_path / "long.jsonl"), "max_seq_length": 10_000}
     prepared = prepare(dataclasses.replace(config, **changed, targets=("all-linear",), too_long="truncate"))
     assert {len(row["input_ids"]) for row in prepared.train} == {prepared.limit} != {10_000}
     for number, row in enumerate(prepared.train):
@@ -366,7 +366,7 @@ def test_a_tracker_that_is_not_there_is_told_before_anything_is_made(name: str, 
     if importlib.util.find_spec(name):
         pytest.skip("it is there")
     with pytest.raises(ValueError, match=f"--report-to {name}: "):
-        train(dataclasses.replace(config, report_to=name))
+        train(dataclasses.replace(config, report_to=(name,)))
     assert not Path(config.output_dir).exists()
 
 
@@ -435,12 +435,12 @@ def test_a_second_process_is_refused(config: TrainConfig, tmp_path: Path) -> Non
     with OutputFolder(config.output_dir, TRAINING).held():
         for options in ({}, {"overwrite": True}, {"resume": "auto"}):
             with pytest.raises(FileExistsError, match=rf"is in use: process {os.getpid()} of lorakit"):
-                train(dataclasses.replace(config, **options))  # type: ignore[arg-type]
+                train(dataclasses.replace(config, **options))
 
 
 def test_a_folder_that_changed_meanwhile(config: TrainConfig, monkeypatch) -> None:
     """Two runs begin in an empty folder; the other one has finished when this one has loaded its model."""
-    base_of = loop.base_of
+    base_of = vars(loop)["base_of"]
 
     def late(loaded: Any) -> str:
         monkeypatch.setattr(loop, "base_of", base_of)

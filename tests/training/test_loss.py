@@ -1,5 +1,7 @@
 """The loss of a causal model on a CPU, against all logits and torch's cross-entropy."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ def test_loss_and_gradient(dtype: torch.dtype, checkpointing: bool, tokens: int,
 
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     expected = F.cross_entropy(logits.flatten(0, 1).float(), labels[:, 1:].flatten(), reduction="sum")
-    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.5}
+    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.5}
     torch.testing.assert_close(loss, expected, rtol=1e-5 if dtype == torch.float32 else 0.01, atol=0)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, trained), **close)
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import plan as benchmark
 import pytest
@@ -82,10 +83,12 @@ def test_holes_of_the_heap() -> None:
     assert peak(1 << 25, -1, 1 << 25) == 1 << 25  # a large block leaves no hole
 
 
-def plan(loss: object = None, **settings: object) -> Plan:
+def plan(loss: Any = None, **settings: Any) -> Plan:
     with FakeTensorMode():
         model = Exponents()
-        arguments = dict(rows=100, tokens=1000, batch_size=5, accumulation=2, epochs=3.0, max_steps=None, rate=1e9)
+        arguments: dict[str, Any] = dict(
+            rows=100, tokens=1000, batch_size=5, accumulation=2, epochs=3.0, max_steps=None, rate=1e9
+        )
         return make_plan(model, loss or model.loss, **{**arguments, **settings})
 
 
@@ -113,13 +116,19 @@ def test_experts_in_float32_which_fake_tensors_cannot_multiply(capfd: pytest.Cap
         found = make_plan(
             model,
             lambda: model(input_ids=ids, labels=ids).loss,
-            **dict(rows=2, tokens=8, batch_size=2, accumulation=1, epochs=1.0, max_steps=None, rate=1e9),
+            rows=2,
+            tokens=8,
+            batch_size=2,
+            accumulation=1,
+            epochs=1.0,
+            max_steps=None,
+            rate=1e9,
         )
     assert found.peak_bytes is None and found.unplanned.startswith("RuntimeError: Expected inputs of BF16 type")
     assert capfd.readouterr().err == ""
 
 
-def config(model: Path, data: Path, **settings: object) -> TrainConfig:
+def config(model: Path, data: Path, **settings: Any) -> TrainConfig:
     return TrainConfig(model=str(model), data=str(data), output_dir="unused", dtype="float32", **settings)
 
 
@@ -138,9 +147,9 @@ def test_the_start_block_says_why_memory_is_not_planned(
 
 def test_the_plan_sees_checkpointing_and_the_largest_batch(tiny_lm: Path, tmp_path: Path, monkeypatch) -> None:
     """With one row of 600 characters the step is larger than without it, and smaller where it is checkpointed."""
-    peaks = {}
+    peaks: dict[str, list[tuple[int, int]]] = {}
 
-    def spy(*arguments: object) -> list[tuple[int, int]]:
+    def spy(*arguments: Any) -> list[tuple[int, int]]:
         peaks[name] = step_storages(*arguments)
         return peaks[name]
 

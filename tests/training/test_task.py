@@ -73,8 +73,8 @@ def score(adapter: Path, data: Path) -> tuple[str, float]:
 def test_accuracy_depends_on_no_class_that_the_file_lacks(
     adapter: str, labels: list[Any], expected: float, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    found = score(request.getfixturevalue(adapter), labelled_rows(tmp_path / "d.jsonl", labels))
-    assert found == ("accuracy", pytest.approx(expected))
+    metric, found = score(request.getfixturevalue(adapter), labelled_rows(tmp_path / "d.jsonl", labels))
+    assert metric == "accuracy" and found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("labels", [[1, 2, 3, 4, 5], [1, 1, 5], [4], ["1", "2.5"]])

@@ -1,5 +1,7 @@
 """Which tokens bear loss: checked on decoded text, with a real tokenizer and with templates of other kinds."""
 
+from typing import Any
+
 import pytest
 
 from conftest import CHATML, tiny_tokenizer
@@ -67,6 +69,7 @@ def test_problem_39_and_40_the_answer_and_its_end_bear_loss_and_nothing_else(smo
 
 def test_every_assistant_turn_bears_loss(smollm2) -> None:
     assert learnt(encode(TALK, smollm2, system=None, chat=True), smollm2) == ["hello<|im_end|>", "bye<|im_end|>"]
+    assert TALK.messages is not None
     with_system = Example("d:1", messages=({"role": "system", "content": "own"}, *TALK.messages))
     text = smollm2.decode(encode(with_system, smollm2, system="other", chat=True).input_ids)
     assert "own" in text and "other" not in text
@@ -133,7 +136,7 @@ def test_problem_42_long_rows_are_dropped_or_cut_and_counted() -> None:
     tokenizer = tiny_tokenizer()
     long = Example("d:2", prompt="Turn it on", completion="on " * 50)
     asks = Example("d:3", prompt="off " * 50, completion="on")
-    options = {"max_length": 40, "system": None, "chat": True}
+    options: dict[str, Any] = {"max_length": 40, "system": None, "chat": True}
     dropped = encode_all([PAIR, long], tokenizer, too_long="drop", **options)
     assert (len(dropped.rows), dropped.dropped, dropped.truncated) == (1, 1, 0)
     cut = encode_all([PAIR, long, asks], tokenizer, too_long="truncate", **options)

@@ -18,6 +18,7 @@ import models
 from conftest import tiny_tokenizer
 from lorakit.formats.folder import OutputFolder
 from lorakit.training import trainers
+from lorakit.training.checkpoints import checkpoints
 from lorakit.training.divergence import Diverged, relative_change
 from lorakit.training.loop import checkpointing
 from lorakit.training.start import TRAINING
@@ -230,7 +231,7 @@ def test_the_relative_change_of_all_weights() -> None:
 def test_a_checkpoint_that_cannot_be_written_leaves_nothing(fails: str, tmp_path: Path, monkeypatch) -> None:
     """The one before it stays whole, and the message names the one that failed, or its folder."""
     trainer = trainer_of("causal", tmp_path, save_strategy="steps", save_steps=1)
-    calls = []
+    calls: list[Any] = []
 
     def full(original: Any) -> Any:
         def call(*args: Any, **named: Any) -> Any:
@@ -245,7 +246,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(fails: str, tmp_path
         monkeypatch.setattr(torch, "save", full(torch.save))
     elif fails == "save":
         calls.extend(["", "", ""])
-        monkeypatch.setattr(trainers, "save", full(trainers.save))
+        monkeypatch.setattr(trainers, "save", full(lorakit.save))
     else:
         calls.extend(["", "", ""])
         monkeypatch.setattr("lorakit.formats.folder.sync", full(lambda path: None))
@@ -262,4 +263,4 @@ def test_the_newest_two_are_kept_and_later_ones_of_another_try_go(tmp_path: Path
         (tmp_path / f"checkpoint-{step}").mkdir()
     trainer.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
-    assert trainers.checkpoints(tmp_path)[-1].joinpath("run.json").read_text() == '{"settings": {}}\n'
+    assert checkpoints(tmp_path)[-1].joinpath("run.json").read_text() == '{"settings": {}}\n'

@@ -9,6 +9,8 @@ import dataclasses
 import inspect
 import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 import lorakit
 import models
+from lorakit.core.adapted import AdaptedLayer
 from lorakit.study.analysis import measures, page, report, run
 from lorakit.study.analysis.measures import (
     analyze,
@@ -109,7 +112,8 @@ def test_phi_divides_by_the_smaller_of_the_two_dimensions() -> None:
 def test_phi_of_random_spaces_is_near_what_is_derived() -> None:
     """max(i, j)/d on average; over 400 pairs the standard error is below a fiftieth of it."""
     d, first, second = 48, 3, 8
-    mean = sum(subspace_similarity(orthonormal(d, first), orthonormal(d, second)) for _ in range(400)) / 400
+    pairs = [subspace_similarity(orthonormal(d, first), orthonormal(d, second)) for _ in range(400)]
+    mean = torch.stack(pairs).mean(0)
     expected = torch.maximum(torch.arange(1, 4)[:, None], torch.arange(1, 9)).double() / d
     torch.testing.assert_close(mean[-1, -1], expected[-1, -1], atol=0, rtol=0.06)
     torch.testing.assert_close(mean[1:], expected[1:], atol=0, rtol=0.15)
@@ -228,7 +232,7 @@ def test_intruders_are_those_that_peft_counts() -> None:
         ours = copy.deepcopy(plain)
         lorakit.attach(ours, ["q_proj", "down_proj"], rank=4, alpha=8)
         for name, layer in ours.named_modules():
-            if isinstance(layer, lorakit.LoRALayer):
+            if isinstance(layer, AdaptedLayer):
                 wrapped = theirs.base_model.model.get_submodule(name)
                 layer.lora_A.data = wrapped.lora_A["default"].weight.data.clone()
                 layer.lora_B.data = wrapped.lora_B["default"].weight.data.clone()
@@ -265,7 +269,7 @@ def kernel() -> nn.Module:
     return nn.Sequential(lorakit.Conv2d(4, 6, 3, r=2, lora_alpha=4, merge_weights=False))
 
 
-CASES = {
+CASES: dict[str, tuple[Callable[[], Any], Any]] = {
     "linear": (models.llama, {"targets": "all-linear"}),
     "rslora": (models.llama, {"targets": ["q_proj", "down_proj"], "rslora": True}),
     "dora": (models.llama, {"targets": ["q_proj", "down_proj"], "dora": True}),
@@ -285,7 +289,7 @@ CASES = {
 def dense_weights(model: nn.Module, name: str, case: str) -> list[Tensor]:
     """The weight under an update's name as matrices (out, in)."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    weight = parameters[name] if name in parameters else parameters[f"{name}.weight"]
+    weight: Tensor = parameters[name] if name in parameters else parameters[f"{name}.weight"]
     weight = weight.detach().clone()
     if case == "loralib's convolution":  # the factors multiply to (out·3, in·3), which is viewed as the kernel
         return [weight.reshape(18, 12)]

@@ -7,6 +7,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -26,7 +27,8 @@ from models import train_a_little
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    adapters, modules = [], ()
+    adapters: list[lorakit.Adapter] = []
+    modules: tuple[Any, ...] = ()
     for rank in (4, 3):
         model = models.llama()
         lorakit.attach(model, ["q_proj", "down_proj"], rank=rank)
@@ -61,7 +63,7 @@ def test_the_table_groups_layers_and_puts_the_most_changed_first(study: Study) -
     assert float(cells[5]) == pytest.approx(sum(module.norm for module in both) / 2, rel=5e-3)
     assert float(cells[6].rstrip("%")) == pytest.approx(50 * sum(base.change or 0 for base in bases), rel=5e-3)
     assert float(cells[7]) == pytest.approx(sum(base.amplification or 0 for base in bases) / 2, rel=5e-3)
-    shares = [[float(cell.rstrip("%")) for cell in cells[8:10]], [base.energy_within[4] for base in bases]]
+    shares: list[Any] = [[float(cell.rstrip("%")) for cell in cells[8:10]], [base.energy_within[4] for base in bases]]
     assert shares[0] == pytest.approx([50 * sum(side) for side in zip(*shares[1], strict=True)], abs=0.06)
     assert cells[10] == f"{sum(base.intruders for base in bases)}/20" and bases[0].intruders > 0
 

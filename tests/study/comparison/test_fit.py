@@ -73,10 +73,11 @@ def by_hand(
             labels = torch.tensor(["ab".index(task.data.train[index].label) for index in part])
             loss = F.cross_entropy(model(**inputs).logits, labels, label_smoothing=smoothing)
             (loss / len(parts)).backward()
-        norm = torch.cat([p.grad.flatten() for _, p in named]).norm()
+        gradients = [p.grad for _, p in named if p.grad is not None]
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         norms.append(float(norm))
-        for _, parameter in named:
-            parameter.grad *= min(1.0, 1.0 / (float(norm) + 1e-6))
+        for gradient in gradients:
+            gradient *= min(1.0, 1.0 / (float(norm) + 1e-6))
         optimizer.step()
     model.eval()
     return max(norms)
@@ -175,7 +176,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_next_one_alone(
 
     undisturbed = ends()
     applied = LoRA(rank=2).apply(model)
-    settings = dict(batch_size=4, gradient_accumulation_steps=2)
+    settings: dict[str, Any] = dict(batch_size=4, gradient_accumulation_steps=2)
     result = fitted(applied, task, rate=1e30, **settings)
     assert result.diverged
     assert 0 < result.steps < steps_of(task, dataclasses.replace(CONFIG, **settings))

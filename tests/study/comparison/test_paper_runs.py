@@ -540,7 +540,7 @@ def test_lora_changes_q_and_v_and_the_loss_falls(
     name: str, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], trainings: list[Training]
 ) -> None:
     batch = {"glue-roberta-large": 4}.get(name, 8)  # as in the file: every step sees all rows
-    faster = dict(train_rows=batch, max_steps=40, warmup_steps=0)
+    faster: dict[str, Any] = dict(train_rows=batch, max_steps=40, warmup_steps=0)
     path = only(written(name, models, tmp_path, **faster), "sst2", learning_rate=5e-3)
     compared(path, capsys)
     (one,) = trainings

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -109,7 +110,8 @@ def test_points_lie_where_the_ticks_say(task) -> None:
         # A tick's text stands in the middle of its line.
         wanted.append((x, rise * one.scores[task.metrics[0]].mean + base))
     assert rise < 0 < slope
-    assert marks(svg) == [(pytest.approx(x, abs=0.3), pytest.approx(y, abs=0.3)) for x, y in wanted]
+    found: list[Any] = marks(svg)
+    assert found == [(pytest.approx(x, abs=0.3), pytest.approx(y, abs=0.3)) for x, y in wanted]
     if zero is not None:
         assert zero < min(across.values()) and zero < min(x for x, _ in marks(svg)[1:])
     intervals = [[y for _, y in path(next(bar.iter("path")))] for bar in having(svg, "interval")]

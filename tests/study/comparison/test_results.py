@@ -5,13 +5,14 @@ import json
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorakit.study.comparison.results import Interval, Ledger, Run, row_of
 
 
-def run(key: str = "k", **changes: object) -> Run:
+def run(key: str = "k", **changes: Any) -> Run:
     usual = Run(
         key=key,
         task="reviews",
@@ -79,7 +80,8 @@ def test_lines_of_another_version_are_passed_over(tmp_path: Path) -> None:
     more, fewer = json.loads(LINE), json.loads(LINE)
     more["colour"] = "red"
     del fewer["seconds"]
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in (more, fewer, [], 7, None)) + "\n" + LINE)
+    lines: list[Any] = [more, fewer, [], 7, None]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + "\n" + LINE)
     assert len(Ledger(path)) == 1
 
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -24,7 +24,7 @@ def walk(method: Method, loss: Loss, trials: int) -> dict[float, float | None]:
     return tried
 
 
-def rungs(rates: object) -> list[int]:
+def rungs(rates: Iterable[float]) -> list[int]:
     return [LADDER.index(rate) for rate in rates]
 
 

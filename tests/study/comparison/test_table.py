@@ -135,7 +135,9 @@ def test_a_single_seed_and_the_usual_rate_are_called_that() -> None:
 def test_a_wide_table_goes_on_below_and_a_long_name_in_the_next_line() -> None:
     metrics = ("bleu", "nist", "meteor", "rouge-l", "cider", "ter")
     name = "lora rank=8 alpha=16 targets=all-linear dora=true rslora=true"
-    scores = {metric: (10.0 + index, 1.5) for index, metric in enumerate(metrics)}
+    scores: dict[str, tuple[float, float | None]] = {
+        metric: (10.0 + index, 1.5) for index, metric in enumerate(metrics)
+    }
     task = replace(E2E, metrics=metrics)
     printed = text(
         replace(COMPARISON, tasks=(task,), rows=(row("e2e", name, 1000, scores), row("e2e", "b", 5, scores)))

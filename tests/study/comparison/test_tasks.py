@@ -215,9 +215,9 @@ def test_the_loss_of_classes_is_cross_entropy(tiny_encoder: Path, tmp_path: Path
     assert (task.kind, task.metrics, task.data.labels) == ("classification", ("accuracy", "matthews"), ("off", "on"))
     model = task.model(0)
     with torch.no_grad():
-        found = {share: float(task.loss(model, share)(task.collate(task.train[:7]))) for share in (0.0, 0.1)}
+        found = {share: float(task.loss(model, share)(task.collate(list(task.train[:7])))) for share in (0.0, 0.1)}
     examples = task.data.train[:7]
-    logp = F.log_softmax(logits_of(model, task.tokenizer, [example.text for example in examples]), -1)
+    logp = F.log_softmax(logits_of(model, task.tokenizer, [example.text or "" for example in examples]), -1)
     right = torch.tensor([("off", "on").index(example.label) for example in examples])
     plain = -logp[torch.arange(7), right].mean()
     smoothed = 0.9 * plain - 0.1 * logp.mean(-1).mean()
@@ -232,9 +232,9 @@ def test_the_loss_of_numbers_is_the_mean_square(tiny_encoder: Path, tmp_path: Pa
     assert (task.kind, task.metrics) == ("regression", ("pearson", "spearman"))
     model = task.model(0)
     with torch.no_grad():
-        found = float(task.loss(model)(task.collate(task.train[:7])))
+        found = float(task.loss(model)(task.collate(list(task.train[:7]))))
     examples = task.data.train[:7]
-    logits = logits_of(model, task.tokenizer, [example.text for example in examples])
+    logits = logits_of(model, task.tokenizer, [example.text or "" for example in examples])
     expected = torch.tensor([float(example.label) for example in examples], dtype=torch.float64)
     assert logits.shape == (7, 1)
     assert found == pytest.approx(float((logits[:, 0] - expected).square().mean()), rel=1e-5)
@@ -251,7 +251,7 @@ def test_a_classifier_is_validated_by_the_loss_of_every_row_and_scored_by_its_cl
     assert task.chosen_by == "loss"
     assert [*valid] == ["loss", "accuracy", "matthews"] and [*test] == ["accuracy", "matthews"]
     for examples, scores in ((task.data.valid, valid), (task.data.test, test)):
-        logits = logits_of(model, task.tokenizer, [example.text for example in examples])
+        logits = logits_of(model, task.tokenizer, [example.text or "" for example in examples])
         right = torch.tensor([("off", "on").index(example.label) for example in examples])
         share = (logits.argmax(-1) == right).double().mean()
         assert scores["accuracy"] == pytest.approx(100 * float(share))
@@ -297,7 +297,7 @@ def test_the_loss_of_answers_is_the_mean_over_their_tokens(tiny_lm: Path, tmp_pa
         for name, parameter in applied.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    batch = task.train[:7]
+    batch = list(task.train[:7])
     with torch.no_grad():
         found = float(task.loss(applied.model)(task.collate(batch)))
         smoothed = float(task.loss(applied.model, 0.2)(task.collate(batch)))

@@ -730,7 +730,7 @@ class Mixed(nn.Module):
 def of_blocks(*rest: nn.Module) -> nn.Module:
     model = nn.Module()
     model.layers = nn.ModuleList([Mixed(*rest)])
-    model.config = type("Config", (), {"hidden_size": D})
+    model.config = type("Config", (), {"hidden_size": D})  # type: ignore[assignment]
     return model
 
 
