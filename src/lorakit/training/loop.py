@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +24,12 @@ from .divergence import Diverged
 from .evaluate import compare, question
 from .interrupt import Interrupted, SaveAndStop
 from .loss import check_causal
-from .memory import keep_few_kernels
+from .memory import few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .preflight import refuse_too_large
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
+from .quiet import quiet_libraries
 from .record import base_of, longer_or_shorter, record_of, refuse_differences
 from .settings import to_yaml
 from .start import TRAINING, Start, decided, start_of
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .trainers import Progress
 
 
+@quiet_libraries()
+@few_kernels()
 def train(config: TrainConfig) -> Path:
     """Train an adapter as `config` says and return the output folder.
 
@@ -48,8 +50,6 @@ def train(config: TrainConfig) -> Path:
     under torchrun and `accelerate launch`, where the first process alone decides, prints and writes.
     """
     start = start_of(config) if is_main() and not config.dry_run else Start()
-    quiet_libraries()
-    keep_few_kernels()
     prepared = prepare(config)
     record = record_of(prepared)
     if is_main() and start.record is not None:
@@ -351,12 +351,3 @@ def _end_block(prepared: Prepared, out: OutputFolder, progress: Progress, result
 def _say(text: str) -> None:
     if is_main():
         print(text, flush=True)
-
-
-def quiet_libraries() -> None:
-    """Their notices of routine matters; warnings of their own that concern a user are repeated in our words."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    for name in ("trl", "accelerate", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)

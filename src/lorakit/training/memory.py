@@ -7,7 +7,7 @@ for a tensor of the same size, because an aligned block needs a few bytes more. 
 layers and drops others between them this adds up to half of what lives, so the noted blocks are laid out as glibc would
 lay them out.
 
-Not counted: the buffers that libraries of matrix products keep (held small, `keep_few_kernels`), and the small objects
+Not counted: the buffers that libraries of matrix products keep (held small, `few_kernels`), and the small objects
 of Python and autograd.
 """
 
@@ -22,7 +22,7 @@ import platform
 import resource
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +203,21 @@ def forget_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def keep_few_kernels() -> None:
+@contextlib.contextmanager
+def few_kernels() -> Iterator[None]:
     """Let oneDNN keep 32 of the kernels that it makes, one for each shape of a product, in place of 1024.
 
     In bfloat16 every new length of row brings some 60, about 9 MB, scattered over the heap: 24 batches of the demo held
-    0.33 GB more with all of them, and were no faster. Read by oneDNN before its first product; the user's values stay.
+    0.33 GB more with all of them, and were no faster. oneDNN reads it before the process's first product, and from the
+    environment alone; the user's own values stay, and ours are gone after the block.
     """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "32")
+    ours = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"} - os.environ.keys()
+    os.environ.update(dict.fromkeys(ours, "32"))
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def resident_memory() -> int:
