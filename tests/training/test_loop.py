@@ -21,8 +21,9 @@ from lorakit.training.divergence import Diverged
 from lorakit.training.interrupt import Interrupted
 from lorakit.training.loop import train
 from lorakit.training.prepare import prepare
+from lorakit.training.progress import Progress
 from lorakit.training.settings import UsageError
-from lorakit.training.trainers import CausalTrainer, Progress
+from lorakit.training.trainers import CausalTrainer
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 

@@ -17,6 +17,7 @@ from ..core.report import Report
 from . import report
 from .config import TrainConfig, warnings_for
 from .data import Data, Example, read
+from .gradient_checkpointing import begin_checkpointing
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, resolve_dtype, skeleton
 from .plan import Plan, make_plan, processes, speed
@@ -277,9 +278,7 @@ def _plan(
     config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: Any, rate: float, batch: dict[str, Any]
 ) -> Plan:
     if config.gradient_checkpointing:
-        # transformers renamed it; the old name warns.
-        new = hasattr(model, "activation_checkpointing_enable")
-        (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)()
+        begin_checkpointing(model)
     model.train()
     where = batch.pop("labelled", None)
 
