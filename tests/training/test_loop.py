@@ -36,7 +36,6 @@ def _unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
         raise NotImplementedError("not counted")
 
     monkeypatch.setattr("lorakit.training.plan.step_storages", not_counted)
-    monkeypatch.setattr("lorakit.training.prepare.speed", lambda *_: 1e9)
 
 
 def rows(path: Path, answer: str = "on", count: int = 16) -> str:

@@ -26,6 +26,8 @@ from .interrupt import Interrupted, SaveAndStop
 from .loss import check_causal
 from .memory import few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
+from .pace import Pace, padded_tokens
+from .plan import processes
 from .preflight import refuse_too_large
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
@@ -209,7 +211,8 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
         report_to=list(config.report_to or ("none",)),
         remove_unused_columns=causal,
     )
-    progress, stop = Progress(folder.path), SaveAndStop()
+    pace = _pace(prepared)
+    progress, stop = Progress(folder.path, pace), SaveAndStop()
     common: dict[str, Any] = dict(
         model=loaded.model,
         train_dataset=Dataset.from_list(prepared.train),
@@ -218,6 +221,7 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
         callbacks=[progress, stop],
         folder=folder,
         record=record,
+        pace=pace,
     )
     if causal:
         settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
@@ -242,6 +246,14 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
             _refuse_diverged(trainer, folder)
     loaded.model.eval()
     return progress
+
+
+def _pace(prepared: Prepared) -> Pace:
+    """As many rows as fall to each process."""
+    config, steps_an_epoch = prepared.config, prepared.plan.steps_an_epoch
+    lengths, heldout = ([len(row["input_ids"]) for row in part] for part in (prepared.train, prepared.valid))
+    tokens = padded_tokens(lengths, config.batch_size, shuffled=True) / processes()
+    return Pace(tokens / steps_an_epoch, padded_tokens(heldout, config.batch_size, shuffled=False) // processes())
 
 
 def _refuse_diverged(trainer: Any, folder: OutputFolder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -14,13 +15,18 @@ from transformers import TrainerCallback
 
 from ..formats.files import naming, replacing
 from .memory import forget_peak, peak_memory
+from .pace import Pace
+from .report import duration
+
+_TOLD = 10.0  # seconds of the rest of a run below which they are not told
 
 
 class Progress(TrainerCallback):
-    """One bar while training, and a line a logged step in metrics.jsonl."""
+    """One bar while training, and a line a logged step in metrics.jsonl. Without a bar, `pace` tells the time once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pace: Pace | None = None) -> None:
         self.path = folder / "metrics.jsonl"
+        self._pace = pace  # until it has told
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self.loading_bytes = 0  # the peak before training began
@@ -50,9 +56,26 @@ class Progress(TrainerCallback):
             disable=not sys.stderr.isatty(),
         )
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._pace is not None:
+            self._pace.step_begins()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
+        if self._pace is not None:
+            self._pace.step_ends()
+            self._tell_the_rest(self._pace, args, state)
+
+    def _tell_the_rest(self, pace: Pace, args: Any, state: Any) -> None:
+        steps, losses = state.max_steps - state.global_step, _heldout_losses(args, state)
+        seconds = pace.rest(steps, losses)
+        if seconds is None:
+            return
+        self._pace = None
+        if self._bar is not None and self._bar.disable and seconds >= _TOLD:
+            also = " and their held-out losses" if losses else ""
+            print(f"about {duration(seconds)} for the remaining {steps} steps{also}", flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or not state.is_world_process_zero or "train_runtime" in logs:
@@ -79,6 +102,16 @@ class Progress(TrainerCallback):
             print(f"step {line['step']}/{steps}  loss {line['loss']:.4f}  {line['seconds']:.0f} s", flush=True)
         elif "eval_loss" in line:
             print(f"step {line['step']}/{steps}  held-out loss {line['eval_loss']:.4f}", flush=True)
+
+
+def _heldout_losses(args: Any, state: Any) -> int:
+    """How many are still to be computed, the one that is due now included."""
+    if args.eval_strategy == "epoch":
+        begun = math.ceil((state.epoch or 0) - 1e-6)  # epochs, the one in hand included
+        return int(state.num_train_epochs - begun + 1)
+    if args.eval_strategy == "steps":
+        return int(state.max_steps // args.eval_steps - (state.global_step - 1) // args.eval_steps)
+    return 0
 
 
 def _newest_losses(history: list[dict[str, float]]) -> dict[str, float]:

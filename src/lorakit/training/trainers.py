@@ -32,6 +32,7 @@ from .base_trainer import BaseTrainer
 from .checkpoints import RUN, STATE, checkpoints, step_of
 from .divergence import refuse_broken_factors, refuse_diverged, too_high, why_no_number
 from .loss import causal_loss, frozen_head, plain_head
+from .pace import Pace
 from .watch import FirstStep
 
 _KEPT = 2  # checkpoints
@@ -52,11 +53,13 @@ def warmed_up(schedule: Callable[[int], float], warmup: int, step: int) -> float
 class _AdapterTrainer(BaseTrainer):
     """Checkpoints of the adapter: PEFT's two files, and the exact state to resume from."""
 
-    def __init__(self, *args: Any, folder: OutputFolder, record: dict[str, Any], **kwargs: Any) -> None:
-        """folder: where checkpoints go. record: of the run, kept in each of them."""
+    def __init__(
+        self, *args: Any, folder: OutputFolder, record: dict[str, Any], pace: Pace | None = None, **kwargs: Any
+    ) -> None:
+        """folder: where checkpoints go. record: of the run, kept in each of them. pace: is told the forward passes."""
         super().__init__(*args, **kwargs)
         self.add_callback(FirstStep())
-        self._folder, self._record = folder, record
+        self._folder, self._record, self._pace = folder, record, pace
         self._saving: Path | None = None  # while a checkpoint is made
         self._held_out = [0.0, 0]  # the sum of the losses, and of how many labels or rows
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
@@ -149,7 +152,8 @@ class _AdapterTrainer(BaseTrainer):
     ) -> Any:
         if self.model.training:
             self._recent.append(dict(inputs))
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._pace.forward(inputs["input_ids"].numel()) if self._pace else contextlib.nullcontext():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def no_number(self, inputs: dict[str, Any], loss: Tensor) -> Exception:
         plain = self.accelerator.unwrap_model(self.model)
