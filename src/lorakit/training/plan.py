@@ -2,7 +2,8 @@
 
 The memory is counted, not guessed: `memory.py` runs one training step on the model built of fake tensors and notes
 every storage. To its peak come the weights, the optimizer's moments and, on a CPU, what the process holds before a
-model is loaded (interpreter, libraries, data). What loading the model takes for itself is not counted.
+model is loaded (interpreter, libraries, data) and a margin that was measured. What loading the model takes for itself
+is not counted.
 
 """
 
@@ -18,7 +19,7 @@ from unittest import mock
 
 from torch import Tensor, nn
 
-from .memory import glibc_peak, live_peak, on_glibc, resident_memory, step_storages
+from .memory import live_peak, margin, resident_memory, step_storages
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,15 @@ def make_plan(
         with mock.patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True):
             step = step_storages(model, loss, accumulation)
     except Exception as error:  # whatever a model does that fake tensors cannot: the run itself may be fine
-        return Plan(
-            steps, steps_an_epoch, seen, None, unplanned=f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        )
+        why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        return Plan(steps, steps_an_epoch, seen, None, unplanned=why)
     weights = sum(p.nbytes for p in itertools.chain(model.parameters(), model.buffers()))
     moments = sum(2 * p.nbytes for p in model.parameters() if p.requires_grad)  # AdamW's
-    if next(model.parameters()).device.type != "cpu":
-        return Plan(steps, steps_an_epoch, seen, weights + moments + live_peak(step))
-    peak = glibc_peak(step) if on_glibc() else live_peak(step)
-    return Plan(steps, steps_an_epoch, seen, resident_memory() + weights + moments + peak)
+    living = live_peak(step)
+    held = 0
+    if next(model.parameters()).device.type == "cpu":
+        held = resident_memory() + margin(living)
+    return Plan(steps, steps_an_epoch, seen, weights + moments + living + held)
 
 
 def processes() -> int:
