@@ -258,8 +258,8 @@ def test_an_init_that_looks_at_the_weight_is_added_by_one_call(tmp_path: Path) -
 
 
 def test_an_init_is_one_of_two_kinds() -> None:
-    given: dict[str, Any]
-    for given in ({}, {"draw": orthogonal, "take": first_rows}):
+    both: list[dict[str, Any]] = [{}, {"draw": orthogonal, "take": first_rows}]
+    for given in both:
         with pytest.raises(ValueError, match=r"^add_init\('x'\): give draw or take, one of them\.$"):
             lorakit.add_init("x", **given)
     with pytest.raises(ValueError, match="init='x': expected one of 'kaiming', 'gaussian', 'pissa', 'olora'"):

@@ -21,8 +21,9 @@ from lorakit.training.divergence import Diverged
 from lorakit.training.interrupt import Interrupted
 from lorakit.training.loop import train
 from lorakit.training.prepare import prepare
+from lorakit.training.progress import Progress
 from lorakit.training.settings import UsageError
-from lorakit.training.trainers import CausalTrainer, Progress
+from lorakit.training.trainers import CausalTrainer
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -35,7 +36,6 @@ def _unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
         raise NotImplementedError("not counted")
 
     monkeypatch.setattr("lorakit.training.plan.step_storages", not_counted)
-    monkeypatch.setattr("lorakit.training.prepare.speed", lambda *_: 1e9)
 
 
 def rows(path: Path, answer: str = "on", count: int = 16) -> str:

@@ -15,7 +15,7 @@ import lorakit
 import models
 from lorakit.training.config import TrainConfig
 from lorakit.training.loss import frozen_head, labelled, loss_at
-from lorakit.training.memory import forget_peak, glibc_peak, live_peak, peak_memory, step_storages
+from lorakit.training.memory import forget_peak, live_peak, peak_memory, step_storages
 from lorakit.training.plan import Plan, make_plan
 from lorakit.training.prepare import prepare, start_block
 
@@ -67,27 +67,11 @@ def test_a_fake_step_makes_the_storages_of_a_real_one(dtype: torch.dtype) -> Non
     assert Counter(size for _, size in fake if abs(size) > 64) == Counter(size for _, size in real if abs(size) > 64)
 
 
-def test_holes_of_the_heap() -> None:
-    def peak(*changes: int) -> int:
-        """n makes block 1, 2, … of so many bytes; −n frees block n."""
-        made = [change for change in changes if change > 0]
-        numbers = iter(range(1, len(made) + 1))
-        events = [(next(numbers), c) if c > 0 else (-c, -made[-c - 1]) for c in changes]
-        freed = {-change for change in changes if change < 0}
-        return glibc_peak(events + [(n, -size) for n, size in enumerate(made, 1) if n not in freed])
-
-    assert peak(1024, 1024, -1, 1024) == 3 * 1024  # the hole is too small for an aligned block of its own size
-    assert peak(1024, 1024, -1, 512) == 2 * 1024
-    assert peak(1024, 1024, 1024, -1, -2, 1900) == 3 * 1024  # neighbouring holes are one
-    assert peak(1024, 1024, -2, 2048) == 3 * 1024  # the free end of the heap grows by what it lacks
-    assert peak(1 << 25, -1, 1 << 25) == 1 << 25  # a large block leaves no hole
-
-
 def plan(loss: Any = None, **settings: Any) -> Plan:
     with FakeTensorMode():
         model = Exponents()
         arguments: dict[str, Any] = dict(
-            rows=100, tokens=1000, batch_size=5, accumulation=2, epochs=3.0, max_steps=None, rate=1e9
+            rows=100, tokens=1000, batch_size=5, accumulation=2, epochs=3.0, max_steps=None
         )
         return make_plan(model, loss or model.loss, **{**arguments, **settings})
 
@@ -101,12 +85,34 @@ def test_each_process_takes_its_share_of_the_rows(monkeypatch: pytest.MonkeyPatc
     assert alone.tokens == shared.tokens == 3000
 
 
+def test_what_is_counted_and_what_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the step's storages, weights and moments alone; on a CPU the process and a margin besides."""
+    monkeypatch.setattr("lorakit.training.plan.resident_memory", lambda: 5_000_000)
+    counted = 1208 + 400 + 800  # of two batches, see above; 100 weights; two moments of each
+    found = plan()
+    assert found.peak_bytes is not None
+    added = found.peak_bytes - counted - 5_000_000
+    assert added == 160_000_000 + round(0.35 * 1208)
+    with FakeTensorMode(), torch.device("meta"):
+        model = Exponents()
+        on_gpu = make_plan(
+            model,
+            model.loss,
+            **dict(rows=100, tokens=1000, batch_size=5, accumulation=2, epochs=3.0, max_steps=None),
+        )
+    assert on_gpu.peak_bytes == counted
+
+
 def test_memory_that_cannot_be_planned_is_no_reason_to_stop() -> None:
     def loss() -> Tensor:
         raise RuntimeError("no such operation\nand more")
 
+    def without_a_word() -> Tensor:
+        raise NotImplementedError
+
     found = plan(loss)
     assert (found.peak_bytes, found.unplanned, found.steps) == (None, "RuntimeError: no such operation", 30)
+    assert plan(without_a_word).unplanned == "NotImplementedError"
 
 
 def test_experts_in_float32_which_fake_tensors_cannot_multiply(capfd: pytest.CaptureFixture[str]) -> None:
@@ -116,13 +122,7 @@ def test_experts_in_float32_which_fake_tensors_cannot_multiply(capfd: pytest.Cap
         found = make_plan(
             model,
             lambda: model(input_ids=ids, labels=ids).loss,
-            rows=2,
-            tokens=8,
-            batch_size=2,
-            accumulation=1,
-            epochs=1.0,
-            max_steps=None,
-            rate=1e9,
+            **dict(rows=2, tokens=8, batch_size=2, accumulation=1, epochs=1.0, max_steps=None),
         )
     assert found.peak_bytes is None and found.unplanned.startswith("RuntimeError: Expected inputs of BF16 type")
     assert capfd.readouterr().err == ""
@@ -142,7 +142,7 @@ def test_the_start_block_says_why_memory_is_not_planned(
     assert "of memory at the peak of training" in start_block(prepare(config(tiny_lm, data)))
     monkeypatch.setattr("lorakit.training.prepare.loss_at", fails)
     block = start_block(prepare(config(tiny_lm, data)))
-    assert "memory not planned (RuntimeError: fake tensors cannot do this); about" in block
+    assert "memory not planned (RuntimeError: fake tensors cannot do this); the time is told after" in block
 
 
 def test_the_plan_sees_checkpointing_and_the_largest_batch(tiny_lm: Path, tmp_path: Path, monkeypatch) -> None:
@@ -181,6 +181,9 @@ def test_a_peak_is_forgotten() -> None:
 
 
 @pytest.mark.slow
-def test_the_plan_of_a_real_model_is_within_15_per_cent() -> None:
-    measured, planned = benchmark.run(2, 256, "float32", ["--dropout", "0.05"])
-    assert planned == pytest.approx(measured, rel=0.15)
+@pytest.mark.parametrize("setting", [benchmark.SETTINGS[2], benchmark.SETTINGS[-1]], ids=lambda own: own.name)
+def test_the_plan_of_a_real_model_is_not_below_the_truth_and_a_quarter_above_at_most(
+    setting: benchmark.Setting,
+) -> None:
+    measured, planned = benchmark.run(setting)
+    assert measured <= planned <= 1.25 * measured

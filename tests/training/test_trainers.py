@@ -20,7 +20,7 @@ from lorakit.formats.folder import OutputFolder
 from lorakit.training import trainers
 from lorakit.training.checkpoints import checkpoints
 from lorakit.training.divergence import Diverged, relative_change
-from lorakit.training.loop import checkpointing
+from lorakit.training.gradient_checkpointing import checkpointing
 from lorakit.training.start import TRAINING
 from lorakit.training.trainers import CausalTrainer, ClassifierTrainer, warmed_up
 

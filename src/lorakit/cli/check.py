@@ -21,11 +21,11 @@ def run(args: argparse.Namespace) -> None:
     if not hasattr(args, "output_dir"):
         args.output_dir = "-"  # nothing is written, so it need not be said where
     config = from_args(TrainConfig, args)
-    from ..training.loop import quiet_libraries
     from ..training.preflight import refuse_too_large
     from ..training.prepare import prepare, start_block
+    from ..training.quiet import quiet_libraries
 
-    quiet_libraries()
-    prepared = prepare(config)
+    with quiet_libraries():
+        prepared = prepare(config)
     print(start_block(prepared))
     refuse_too_large(prepared)

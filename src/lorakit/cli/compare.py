@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ..core.paths import expanded
+from ..training.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from ..study.comparison.config import CompareConfig
 
 HELP = "compare LoRA with full fine-tuning, adapters, prefixes and others on your data"
 
@@ -25,24 +30,26 @@ def run(args: argparse.Namespace) -> None:
     if args.file and args.config:
         raise UsageError(f"two files of settings, {args.file} and {args.config}; give one.")
     args.config = args.file or args.config
-    config = config_of(args)
+    _compare(config_of(args), as_json=args.json)
+
+
+@quiet_libraries()
+def _compare(config: CompareConfig, *, as_json: bool) -> None:
     from ..formats.folder import OutputFolder
     from ..study.comparison import table
     from ..study.comparison.files import COMPARISON, record_of, refuse_other, write
     from ..study.comparison.plan import plan_block, plans_of, refuse_too_large
     from ..study.comparison.run import compare
-    from ..training.loop import quiet_libraries
     from ..training.preflight import check_output
     from ..training.settings import to_yaml
 
     out = OutputFolder(config.output_dir, COMPARISON)
     check_output(out.path)
     out.refuse_unusable()
-    quiet_libraries()
     plans = plans_of(config)
     record = record_of(config.model, plans)
     refuse_other(out, record)
-    if not args.json or config.dry_run:
+    if not as_json or config.dry_run:
         print(plan_block(config, plans), flush=True)
     if not config.so_far:
         refuse_too_large(config, plans)
@@ -57,6 +64,6 @@ def run(args: argparse.Namespace) -> None:
         with out.writing() as part:
             names = [path.name for path in write(found, part)]
         out.end("finished" if found.finished else "unfinished")
-    print(table.as_json(found) if args.json else table.text(found), end="" if args.json else "\n")
-    if not args.json:
+    print(table.as_json(found) if as_json else table.text(found), end="" if as_json else "\n")
+    if not as_json:
         print(f"\nwritten: {', '.join(str(out.path / name) for name in names)}")

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,20 +25,25 @@ from .divergence import Diverged
 from .evaluate import compare, question
 from .interrupt import Interrupted, SaveAndStop
 from .loss import check_causal
-from .memory import keep_few_kernels
+from .memory import few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
+from .pace import Pace, padded_tokens
+from .plan import processes
 from .preflight import refuse_too_large
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
+from .quiet import quiet_libraries
 from .record import base_of, longer_or_shorter, record_of, refuse_differences
 from .settings import to_yaml
 from .start import TRAINING, Start, decided, start_of
 from .tokens import encode, encode_text
 
 if TYPE_CHECKING:
-    from .trainers import Progress
+    from .progress import Progress
 
 
+@quiet_libraries()
+@few_kernels()
 def train(config: TrainConfig) -> Path:
     """Train an adapter as `config` says and return the output folder.
 
@@ -49,8 +53,6 @@ def train(config: TrainConfig) -> Path:
     under torchrun and `accelerate launch`, where the first process alone decides, prints and writes.
     """
     start = start_of(config) if is_main() and not config.dry_run else Start()
-    quiet_libraries()
-    keep_few_kernels()
     prepared = prepare(config)
     record = record_of(prepared)
     if is_main() and start.record is not None:
@@ -181,34 +183,24 @@ def _load(prepared: Prepared) -> Loaded:
 def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:
     """Train, and return what was logged on the way."""
     from datasets import Dataset
-    from transformers import DataCollatorWithPadding, PrinterCallback, ProgressCallback, TrainingArguments
+    from transformers import DataCollatorWithPadding, TrainingArguments
     from trl import SFTConfig
 
-    from .trainers import CausalTrainer, ClassifierTrainer, Progress
+    from .base_trainer import arguments
+    from .progress import Progress
+    from .trainers import CausalTrainer, ClassifierTrainer
 
     config, causal = prepared.config, prepared.data.task == "causal-lm"
-    dtype = weights_dtype(config, prepared.data)
     evaluated = bool(prepared.valid)
     by_steps = config.eval_steps is not None
     settings: dict[str, Any] = dict(
-        output_dir=str(folder),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        lr_scheduler_type=config.scheduler,
-        warmup_steps=config.warmup_ratio,
-        bf16=uses_autocast(config, prepared.data),
-        use_cpu=loaded.device.type == "cpu",
-        fp16=dtype == "float16" and loaded.device.type == "cuda",
         seed=config.seed,
-        data_seed=config.seed,
-        # Batches of like length would save the padding, a tenth of the work on short rows, but rows of like length
-        # are often of one kind: the demo's exact match fell from 83 % to 76 % (one run each, seed 0).
-        train_sampling_strategy="random",
+        learning_rate=config.learning_rate,
+        warmup=config.warmup_ratio,
+        output_dir=str(folder),
+        per_device_eval_batch_size=config.batch_size,
+        bf16=uses_autocast(config, prepared.data),
+        fp16=weights_dtype(config, prepared.data) == "float16" and loaded.device.type == "cuda",
         eval_strategy="no" if not evaluated else "steps" if by_steps else "epoch",
         eval_steps=config.eval_steps,
         save_strategy="steps" if config.save_steps else "epoch",
@@ -218,32 +210,27 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
         logging_first_step=True,
         logging_nan_inf_filter=False,
         report_to=list(config.report_to or ("none",)),
-        disable_tqdm=True,
-        dataloader_pin_memory=loaded.device.type == "cuda",
         remove_unused_columns=causal,
     )
-    settings |= checkpointing(config.gradient_checkpointing)  # TRL sets it where it is not given
-    train_set = Dataset.from_list(prepared.train)
-    valid_set = Dataset.from_list(prepared.valid) if evaluated else None
-    progress, stop = Progress(folder.path), SaveAndStop()
+    pace = _pace(prepared)
+    progress, stop = Progress(folder.path, pace), SaveAndStop()
     common: dict[str, Any] = dict(
         model=loaded.model,
-        train_dataset=train_set,
-        eval_dataset=valid_set,
+        train_dataset=Dataset.from_list(prepared.train),
+        eval_dataset=Dataset.from_list(prepared.valid) if evaluated else None,
         processing_class=loaded.tokenizer,
         callbacks=[progress, stop],
         folder=folder,
         record=record,
+        pace=pace,
     )
     if causal:
-        arguments = SFTConfig(**settings, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-        trainer: Any = CausalTrainer(args=arguments, **common)
+        settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+        trainer: Any = CausalTrainer(args=arguments(SFTConfig, config, **settings), **common)
     else:
-        trainer = ClassifierTrainer(
-            args=TrainingArguments(**settings), data_collator=DataCollatorWithPadding(loaded.tokenizer), **common
-        )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+        collator = DataCollatorWithPadding(loaded.tokenizer)
+        made = arguments(TrainingArguments, config, **settings)
+        trainer = ClassifierTrainer(args=made, data_collator=collator, **common)
     trainer.name_of = functools.partial(_where, prepared)
     step = step_of(start.checkpoint) if start.checkpoint else 0
     if start.checkpoint and start.record is not None:
@@ -260,6 +247,14 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
             _refuse_diverged(trainer, folder)
     loaded.model.eval()
     return progress
+
+
+def _pace(prepared: Prepared) -> Pace:
+    """As many rows as fall to each process."""
+    config, steps_an_epoch = prepared.config, prepared.plan.steps_an_epoch
+    lengths, heldout = ([len(row["input_ids"]) for row in part] for part in (prepared.train, prepared.valid))
+    tokens = padded_tokens(lengths, config.batch_size, shuffled=True) / processes()
+    return Pace(tokens / steps_an_epoch, padded_tokens(heldout, config.batch_size, shuffled=False) // processes())
 
 
 def _refuse_diverged(trainer: Any, folder: OutputFolder) -> None:
@@ -283,14 +278,6 @@ def _where(prepared: Prepared, row: dict[str, Any]) -> str:
         if ids[: len(cut)] == cut and set(ids[len(cut) :]) <= {prepared.tokenizer.pad_token_id}:
             return example.where
     return "one that begins " + repr(prepared.tokenizer.decode(ids[:12]))
-
-
-def checkpointing(wanted: bool) -> dict[str, bool]:
-    """The argument of `TrainingArguments` for gradient checkpointing, which transformers renamed."""
-    from transformers import TrainingArguments
-
-    names = {field.name for field in dataclasses.fields(TrainingArguments)}
-    return {"activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing": wanted}
 
 
 def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:
@@ -352,12 +339,3 @@ def _end_block(prepared: Prepared, out: OutputFolder, progress: Progress, result
 def _say(text: str) -> None:
     if is_main():
         print(text, flush=True)
-
-
-def quiet_libraries() -> None:
-    """Their notices of routine matters; warnings of their own that concern a user are repeated in our words."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    for name in ("trl", "accelerate", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR)

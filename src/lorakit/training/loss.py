@@ -9,7 +9,10 @@ itself) therefore gives both in one go, for `_CHUNK` labels at a time, and the l
 held: a step on 4 rows of 256 tokens with the vocabulary of SmolLM2 (49,152) holds 50 MB in place of 600. A head that is
 adapted or trained, and a model that does more to its logits than its head does (softcapping, scaling), has all logits.
 
-On a GPU, TRL's fused head does this; on a CPU that head takes three times as long as plain logits.
+On a GPU, TRL's fused head does this; on a CPU that head takes three times as long as plain logits. torch 2.13 has
+`linear_cross_entropy`, with the same chunks 0.95 to 0.99 of our time in float32; in bfloat16 it takes 1.24 of it for
+losses label by label, or 0.8 for their sum, rounded to bfloat16 (6,912 for 6,913.4). Ours stays: losses are float32
+here, and torch is supported from 2.6 on.
 """
 
 from __future__ import annotations

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core.attach import attach
-from ..core.numbers import duration, size
+from ..core.numbers import size
 from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
 from .config import TrainConfig, warnings_for
 from .data import Data, Example, read
+from .gradient_checkpointing import begin_checkpointing
 from .loss import Labelled, frozen_head, labelled, loss_at
-from .models import best_device, has_fast_bfloat16, load_tokenizer, resolve_dtype, skeleton
-from .plan import Plan, make_plan, processes, speed
+from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
+from .plan import Plan, make_plan, processes
 from .positions import check_vocabulary, longest_row
 from .preflight import check_reporters
 from .rows import DataError
@@ -80,12 +81,11 @@ def prepare(config: TrainConfig) -> Prepared:
     check_vocabulary((*train, *valid), model, tokenizer)
     from . import trainers  # noqa: F401  the libraries that training needs are part of the memory planned
 
-    rate = speed(best_device(), resolve_dtype(dtype, best_device()))
     batch = _largest_batch(config, data, train)
     with fake:
         # The init decides no shape but doubles the work here (it may decompose each weight).
         attached = attach_as(dataclasses.replace(config, init="kaiming"), model, new_head=data.task != "causal-lm")
-        plan = _plan(config, data, train, model, rate, _faked(batch, fake))
+        plan = _plan(config, data, train, model, _faked(batch, fake))
     return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan)
 
 
@@ -107,7 +107,7 @@ def start_block(prepared: Prepared) -> str:
         report.heading("plan"),
         f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
         f"learning rate {config.learning_rate:g}, {config.scheduler}; seed {config.seed}",
-        f"{_memory(plan)} {duration(plan.seconds)} of training",
+        f"{_memory(plan)}; the time is told after the first steps of training",
     ]
     return "\n".join(lines)
 
@@ -118,9 +118,9 @@ def _rows_a_step(config: TrainConfig) -> int:
 
 def _memory(plan: Plan) -> str:
     if plan.peak_bytes is None:
-        return f"memory not planned ({plan.unplanned}); about"
+        return f"memory not planned ({plan.unplanned})"
     each = " in each process" if processes() > 1 else ""
-    return f"about {size(plan.peak_bytes)} of memory{each} at the peak of training and"
+    return f"about {size(plan.peak_bytes)} of memory{each} at the peak of training"
 
 
 def attach_as(config: TrainConfig, model: nn.Module, *, new_head: bool) -> Report:
@@ -266,13 +266,9 @@ def _faked(batch: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
     }
 
 
-def _plan(
-    config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: Any, rate: float, batch: dict[str, Any]
-) -> Plan:
+def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: Any, batch: dict[str, Any]) -> Plan:
     if config.gradient_checkpointing:
-        # transformers renamed it; the old name warns.
-        new = hasattr(model, "activation_checkpointing_enable")
-        (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)()
+        begin_checkpointing(model)
     model.train()
     where = batch.pop("labelled", None)
 
@@ -292,8 +288,6 @@ def _plan(
         accumulation=config.gradient_accumulation_steps,
         epochs=config.epochs,
         max_steps=config.max_steps,
-        rate=rate,
-        checkpointing=config.gradient_checkpointing,
     )
 
 

@@ -1,12 +1,36 @@
-"""Silence while a library loads a model."""
+"""What libraries say is kept from the reader for a while; what was set before is set again afterwards."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Without the libraries' notices of routine matters: what concerns the user is said in our words.
+
+    The levels are process-wide, so the block is a whole command or one call of `train` or `compare`.
+    """
+    from transformers.utils import logging as of_transformers
+
+    verbosity = of_transformers.get_verbosity()
+    of_transformers.set_verbosity_error()
+    loggers = [logging.getLogger(name) for name in ("trl", "accelerate", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        of_transformers.set_verbosity(verbosity)
+        for logger, level in zip(loggers, levels, strict=True):
+            if logger.level == logging.ERROR:  # a library that was imported meanwhile has set its own level
+                logger.setLevel(level)
 
 
 @contextlib.contextmanager

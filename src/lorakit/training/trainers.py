@@ -2,16 +2,14 @@
 
 What is changed: a checkpoint holds the adapter instead of the model and appears whole or not at all, the loss of a
 causal model on a CPU computes logits only where a label is, the held-out loss is the mean over all labels, the first
-step of a warm-up trains, a loss that is no number stops the run at its step, and progress is one bar and a line a step
-in metrics.jsonl. Batching, the optimizer, schedules, devices and resuming are theirs.
+step of a warm-up trains, and a loss that is no number stops the run at its step and says why. Batching, the optimizer,
+schedules, devices and resuming are theirs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import sys
-import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +19,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -31,10 +28,11 @@ from ..core.trainable import lora_names
 from ..formats import save
 from ..formats.files import naming, remove, replacing
 from ..formats.folder import OutputFolder
+from .base_trainer import BaseTrainer
 from .checkpoints import RUN, STATE, checkpoints, step_of
 from .divergence import refuse_broken_factors, refuse_diverged, too_high, why_no_number
 from .loss import causal_loss, frozen_head, plain_head
-from .memory import forget_peak, peak_memory
+from .pace import Pace
 from .watch import FirstStep
 
 _KEPT = 2  # checkpoints
@@ -52,14 +50,16 @@ def warmed_up(schedule: Callable[[int], float], warmup: int, step: int) -> float
     return (step + 1) / warmup if step < warmup else schedule(step)
 
 
-class _AdapterTrainer(Trainer):
+class _AdapterTrainer(BaseTrainer):
     """Checkpoints of the adapter: PEFT's two files, and the exact state to resume from."""
 
-    def __init__(self, *args: Any, folder: OutputFolder, record: dict[str, Any], **kwargs: Any) -> None:
-        """folder: where checkpoints go. record: of the run, kept in each of them."""
+    def __init__(
+        self, *args: Any, folder: OutputFolder, record: dict[str, Any], pace: Pace | None = None, **kwargs: Any
+    ) -> None:
+        """folder: where checkpoints go. record: of the run, kept in each of them. pace: is told the forward passes."""
         super().__init__(*args, **kwargs)
         self.add_callback(FirstStep())
-        self._folder, self._record = folder, record
+        self._folder, self._record, self._pace = folder, record, pace
         self._saving: Path | None = None  # while a checkpoint is made
         self._held_out = [0.0, 0]  # the sum of the losses, and of how many labels or rows
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
@@ -143,10 +143,6 @@ class _AdapterTrainer(Trainer):
 
     # --- the loss --------------------------------------------------------------------------------------------------
 
-    def loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """The mean loss of a batch, or its share of the mean over `num_items_in_batch` labels."""
-        raise NotImplementedError
-
     def count(self, inputs: dict[str, Any]) -> int:
         """How many losses the mean of a batch is over."""
         raise NotImplementedError
@@ -154,22 +150,22 @@ class _AdapterTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """`loss_of`; while training, a loss that is no number ends the run before it changes a weight."""
-        loss = self.loss_of(model, inputs, num_items_in_batch)
         if self.model.training:
             self._recent.append(dict(inputs))
-            if not torch.isfinite(loss).all():
-                plain = self.accelerator.unwrap_model(self.model)
-                raise why_no_number(
-                    plain,
-                    inputs,
-                    float(loss.detach().mean()),
-                    partial(self.loss_of, plain),
-                    self.name_of,
-                    self.state.global_step + 1,
-                    self._get_learning_rate(),
-                )
-        return loss
+        with self._pace.forward(inputs["input_ids"].numel()) if self._pace else contextlib.nullcontext():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def no_number(self, inputs: dict[str, Any], loss: Tensor) -> Exception:
+        plain = self.accelerator.unwrap_model(self.model)
+        return why_no_number(
+            plain,
+            inputs,
+            float(loss.detach().mean()),
+            partial(self.loss_of, plain),
+            self.name_of,
+            self.state.global_step + 1,
+            self._get_learning_rate(),
+        )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """Clipped as by Trainer. A gradient that is no number ends the run: clipping would spread it to all weights.
@@ -264,95 +260,3 @@ class CausalTrainer(_AdapterTrainer, SFTTrainer):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Nothing: the output folder gets lorakit's own card at the end."""
-
-
-class Progress(TrainerCallback):
-    """One bar while training, and a line a logged step in metrics.jsonl."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.history: list[dict[str, float]] = []
-        self.seconds = 0.0
-        self.loading_bytes = 0  # the peak before training began
-        self.peak_bytes = 0  # and of training alone, where the system can tell them apart
-        self._bar: tqdm[Any] | None = None
-        self._began = 0.0
-
-    def take(self, step: int) -> None:
-        """The lines of a run of which nothing remains to be trained."""
-        self.history = _read_lines(self.path, up_to=step)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.loading_bytes = peak_memory(args.device)
-        forget_peak(args.device)
-        self._began = time.perf_counter()
-        if not state.is_world_process_zero:
-            return
-        self.history = _read_lines(self.path, up_to=state.global_step)
-        with replacing(self.path) as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if not logs or not state.is_world_process_zero or "train_runtime" in logs:
-            return
-        line = {"step": state.global_step, **{key: _rounded(value) for key, value in logs.items() if _is_number(value)}}
-        line["seconds"] = round(time.perf_counter() - self._began, 2)
-        self.history.append(line)
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._show(line, state.max_steps)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds = time.perf_counter() - self._began
-        self.peak_bytes = peak_memory(args.device)
-        if self._bar is not None:
-            self._bar.close()
-
-    def _show(self, line: dict[str, float], steps: int) -> None:
-        if self._bar is None:
-            return
-        if not self._bar.disable:
-            self._bar.set_postfix(_newest_losses(self.history), refresh=True)
-        elif "loss" in line:
-            print(f"step {line['step']}/{steps}  loss {line['loss']:.4f}  {line['seconds']:.0f} s", flush=True)
-        elif "eval_loss" in line:
-            print(f"step {line['step']}/{steps}  held-out loss {line['eval_loss']:.4f}", flush=True)
-
-
-def _newest_losses(history: list[dict[str, float]]) -> dict[str, float]:
-    """The newest training loss and the newest held-out loss."""
-    newest: dict[str, float] = {}
-    for line in history:
-        newest |= {key: line[key] for key in ("loss", "eval_loss") if key in line}
-    return newest
-
-
-def _read_lines(path: Path, up_to: int) -> list[dict[str, float]]:
-    """The lines of an interrupted run that a resumed one continues."""
-    if not up_to or not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # an interruption may have cut the last one off
-            lines.append(json.loads(text))
-    return [line for line in lines if line["step"] <= up_to]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from ...core.reading import json_of
 from ...formats.files import replacing
-from ...training.memory import keep_few_kernels
+from ...training.memory import few_kernels
+from ...training.quiet import quiet_libraries
 from ..machine import machine, release
 from ..methods.baselines import Applied, Method
 from ..methods.naming import name_of
@@ -43,6 +44,8 @@ _DECIDES = (
 )  # settings of training that change what comes out, besides the learning rate
 
 
+@quiet_libraries()
+@few_kernels()
 def compare(
     model: str,
     plans: Sequence[Plan],
@@ -57,7 +60,6 @@ def compare(
 
     so_far: make none, and return what those in the folder say. Raises ValueError where no method can be applied.
     """
-    keep_few_kernels()
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / RUNS)
     progress = progress or Progress()

@@ -1,0 +1,141 @@
+"""What a person sees of training, and what stays of it: a bar or lines, and a line a logged step in metrics.jsonl."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from ..formats.files import naming, replacing
+from .memory import forget_peak, peak_memory
+from .pace import Pace
+from ..core.numbers import duration
+
+_TOLD = 10.0  # seconds of the rest of a run below which they are not told
+
+
+class Progress(TrainerCallback):
+    """One bar while training, and a line a logged step in metrics.jsonl. Without a bar, `pace` tells the time once."""
+
+    def __init__(self, folder: Path, pace: Pace | None = None) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._pace = pace  # until it has told
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.loading_bytes = 0  # the peak before training began
+        self.peak_bytes = 0  # and of training alone, where the system can tell them apart
+        self._bar: tqdm[Any] | None = None
+        self._began = 0.0
+
+    def take(self, step: int) -> None:
+        """The lines of a run of which nothing remains to be trained."""
+        self.history = _read_lines(self.path, up_to=step)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.loading_bytes = peak_memory(args.device)
+        forget_peak(args.device)
+        self._began = time.perf_counter()
+        if not state.is_world_process_zero:
+            return
+        self.history = _read_lines(self.path, up_to=state.global_step)
+        with replacing(self.path) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._pace is not None:
+            self._pace.step_begins()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+        if self._pace is not None:
+            self._pace.step_ends()
+            self._tell_the_rest(self._pace, args, state)
+
+    def _tell_the_rest(self, pace: Pace, args: Any, state: Any) -> None:
+        steps, losses = state.max_steps - state.global_step, _heldout_losses(args, state)
+        seconds = pace.rest(steps, losses)
+        if seconds is None:
+            return
+        self._pace = None
+        if self._bar is not None and self._bar.disable and seconds >= _TOLD:
+            also = " and their held-out losses" if losses else ""
+            print(f"about {duration(seconds)} for the remaining {steps} steps{also}", flush=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not logs or not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        line = {"step": state.global_step, **{key: _rounded(value) for key, value in logs.items() if _is_number(value)}}
+        line["seconds"] = round(time.perf_counter() - self._began, 2)
+        self.history.append(line)
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self._show(line, state.max_steps)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds = time.perf_counter() - self._began
+        self.peak_bytes = peak_memory(args.device)
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, line: dict[str, float], steps: int) -> None:
+        if self._bar is None:
+            return
+        if not self._bar.disable:
+            self._bar.set_postfix(_newest_losses(self.history), refresh=True)
+        elif "loss" in line:
+            print(f"step {line['step']}/{steps}  loss {line['loss']:.4f}  {line['seconds']:.0f} s", flush=True)
+        elif "eval_loss" in line:
+            print(f"step {line['step']}/{steps}  held-out loss {line['eval_loss']:.4f}", flush=True)
+
+
+def _heldout_losses(args: Any, state: Any) -> int:
+    """How many are still to be computed, the one that is due now included."""
+    if args.eval_strategy == "epoch":
+        begun = math.ceil((state.epoch or 0) - 1e-6)  # epochs, the one in hand included
+        return int(state.num_train_epochs - begun + 1)
+    if args.eval_strategy == "steps":
+        return int(state.max_steps // args.eval_steps - (state.global_step - 1) // args.eval_steps)
+    return 0
+
+
+def _newest_losses(history: list[dict[str, float]]) -> dict[str, float]:
+    """The newest training loss and the newest held-out loss."""
+    newest: dict[str, float] = {}
+    for line in history:
+        newest |= {key: line[key] for key in ("loss", "eval_loss") if key in line}
+    return newest
+
+
+def _read_lines(path: Path, up_to: int) -> list[dict[str, float]]:
+    """The lines of an interrupted run that a resumed one continues."""
+    if not up_to or not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # an interruption may have cut the last one off
+            lines.append(json.loads(text))
+    return [line for line in lines if line["step"] <= up_to]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
