@@ -196,3 +196,19 @@ def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
         shown[path.name] = set(re.findall(r"<!-- ([\w-]+) -->\n", page)) - {"end"}
     assert shown["performance.md"] == {path.stem for path in (ROOT / "benchmarks/results").glob("*.json")}
     assert shown["results.md"] == {path.parent.name for path in tables.EXPERIMENTS.glob("*/compare.md")}
+
+
+def test_the_list_of_problems_names_the_tests_that_show_them() -> None:
+    shown: dict[int, set[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for number in re.findall(r"def test_problem_(\d+)_", path.read_text(encoding="utf-8")):
+            shown.setdefault(int(number), set()).add(path.relative_to(ROOT).as_posix())
+    rows = re.findall(r"(?m)^\| (\d+) \| .* \| ([^|]*) \|$", (ROOT / "docs/problems.md").read_text(encoding="utf-8"))
+    assert [int(number) for number, _ in rows] == list(range(1, 51))
+    for number, cell in rows:
+        named = {name for name in re.findall(r"`(tests/[\w/.]+)`", cell)}
+        assert named >= shown.get(int(number), set()), number
+        assert cell.strip() and all((ROOT / name).is_file() for name in named), number
+    for path in (*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))):
+        for number in re.findall(r"\bproblem (\d+)", path.read_text(encoding="utf-8")):
+            assert 1 <= int(number) <= 50, path

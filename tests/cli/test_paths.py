@@ -27,10 +27,10 @@ def names_a_path(help: str | None) -> bool:
         "file,",
         "YAML file",
         "to a file",
-        "checkpoint to go on",
+        "checkpoint to continue",
         "where to write",
         ".gguf",
-        "a second one,",
+        "a second adapter,",
     )
     return any(word in f"{help}" for word in words)
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "other",
         nargs="?",
         type=expanded,
-        help="a second one, of any rank or seed, to compare the directions with",
+        help="a second adapter, of any rank or seed, to compare the directions with",
     )
     parser.add_argument(
         "--model",
@@ -24,10 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the base model: folder, .gguf or hub id (default: the one the adapter names, if it is on this machine)",
     )
     parser.add_argument(
-        "--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"], help="to hold the model in"
+        "--dtype",
+        default="float32",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="dtype to load the model in",
     )
     parser.add_argument("--output-dir", "-o", type=expanded, help="folder for analysis.json and analysis.html")
-    parser.add_argument("--modules", action="store_true", help="a line for every module")
+    parser.add_argument("--modules", action="store_true", help="show a line for every module")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of the tables")
 
 

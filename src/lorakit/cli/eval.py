@@ -21,14 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-seq-length",
         type=number(int, at_least=2),
-        help="longest text that is not cut, in tokens; of classifiers and of plain text (default: as in training)",
+        help="longest text in tokens, for classifiers and plain text; longer ones are cut (default: as in training)",
     )
     parser.add_argument(
         "--max-new-tokens",
         type=number(int, at_least=1),
-        help="longest answer (default: 16 over the longest expected one)",
+        help="longest answer in tokens (default: 16 more than the longest expected one)",
     )
-    parser.add_argument("--show", type=number(int, at_least=0), default=3, help="answers to print side by side")
+    parser.add_argument(
+        "--show", type=number(int, at_least=0), default=3, help="number of answers to print side by side"
+    )
     parser.add_argument("--json", metavar="FILE", type=expanded, help="write the metrics and every answer to a file")
     for role in ("prompt", "completion", "text", "label", "messages"):
         parser.add_argument(f"--{role}-field", help=f"the file's key that holds the {role}")

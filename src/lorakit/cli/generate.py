@@ -36,12 +36,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto: bfl
         type=expanded,
         help="an adapter's folder, or a base model (folder, .gguf, hub id)",
     )
-    parser.add_argument("--adapter", type=expanded, help="an adapter's folder to put into --model")
+    parser.add_argument("--adapter", type=expanded, help="adapter's folder to put into --model")
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help=f"of the weights ({dtype})",
+        help=f"dtype of the weights ({dtype})",
     )
 
 
@@ -58,12 +58,18 @@ def add_style_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say how to answer."""
     add_style_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=number(int, at_least=1), default=256, help="longest answer")
+    parser.add_argument("--max-new-tokens", type=number(int, at_least=1), default=256, help="longest answer in tokens")
     parser.add_argument(
-        "--temperature", type=number(float, at_least=0), default=0.0, help="0 always takes the likeliest token"
+        "--temperature",
+        type=number(float, at_least=0),
+        default=0.0,
+        help="sampling temperature; 0 always takes the likeliest token",
     )
     parser.add_argument(
-        "--top-p", type=number(float, above=0, at_most=1), default=1.0, help="sample from this share of the probability"
+        "--top-p",
+        type=number(float, above=0, at_most=1),
+        default=1.0,
+        help="sample from the likeliest tokens that have this share of the probability",
     )
     parser.add_argument("--seed", type=number(int, at_least=0), help="random seed (default: another one each time)")
 

@@ -32,14 +32,14 @@ class TrainConfig:
         path=True,
     )
     output_dir: str = setting(
-        help="folder for the adapter and everything about it",
+        help="folder for the adapter, its settings and its report",
         group=_OUTPUT,
         example="out",
         aliases=("o",),
         path=True,
     )
     task: Literal["auto", "causal-lm", "classification", "regression"] = setting(
-        "auto", help="what to train; auto: told by the data", group=_DATA
+        "auto", help="kind of task; auto: chosen by the data", group=_DATA
     )
     system: str | None = setting(None, help="system message put before conversations that have none", group=_DATA)
     plain: bool = setting(False, help="do not wrap prompts in the model's chat template", group=_DATA)
@@ -48,8 +48,10 @@ class TrainConfig:
     text_field: str | None = setting(None, help="the data's key for the text (two, with a comma: a pair)", group=_DATA)
     label_field: str | None = setting(None, help="the data's key for the label", group=_DATA)
     messages_field: str | None = setting(None, help="the data's key for the messages", group=_DATA)
-    max_seq_length: int = setting(1024, help="longest row, in tokens", group=_DATA, at_least=2)
-    too_long: Literal["drop", "truncate"] = setting("drop", help="what to do with longer rows", group=_DATA)
+    max_seq_length: int = setting(1024, help="longest row in tokens", group=_DATA, at_least=2)
+    too_long: Literal["drop", "truncate"] = setting(
+        "drop", help="what happens to rows longer than max-seq-length", group=_DATA
+    )
     holdout: float = setting(
         0.05,
         help="share of the training rows held out when the data has no other split",
@@ -68,7 +70,12 @@ class TrainConfig:
         at_most=1e6,
     )
     dropout: float = setting(
-        0.0, help="dropout on the update's input", group=_ADAPTER, aliases=("lora-dropout",), at_least=0, below=1
+        0.0,
+        help="dropout probability on the input of the update",
+        group=_ADAPTER,
+        aliases=("lora-dropout",),
+        at_least=0,
+        below=1,
     )
     targets: tuple[str, ...] = setting(
         ("all-linear",),
@@ -82,36 +89,48 @@ class TrainConfig:
         group=_ADAPTER,
         aliases=("exclude-modules",),
     )
-    rslora: bool = setting(False, help="scale alpha/sqrt(r)", group=_ADAPTER)
-    dora: bool = setting(False, help="learn the magnitude of each output row too", group=_ADAPTER)
+    rslora: bool = setting(False, help="use the scale alpha/sqrt(r) in place of alpha/r", group=_ADAPTER)
+    dora: bool = setting(False, help="also learn the magnitude of each output row (DoRA)", group=_ADAPTER)
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = setting(
-        "kaiming", help="how the factors begin", group=_ADAPTER
+        "kaiming", help="how the factors A and B are initialised", group=_ADAPTER
     )
-    bias: Literal["none", "lora_only", "all"] = setting("none", help="biases to train", group=_ADAPTER)
-    also_train: tuple[str, ...] = setting((), help="modules to train whole, separated by commas", group=_ADAPTER)
+    bias: Literal["none", "lora_only", "all"] = setting("none", help="which biases to train", group=_ADAPTER)
+    also_train: tuple[str, ...] = setting((), help="modules to train in full, separated by commas", group=_ADAPTER)
 
     epochs: float = setting(
         3.0, help="passes over the data", group=_TRAINING, aliases=("num-train-epochs",), above=0, at_most=1e6
     )
     max_steps: int | None = setting(None, help="stop after this many steps", group=_TRAINING, at_least=1)
     batch_size: int = setting(
-        8, help="rows a step, on each device", group=_TRAINING, aliases=("per-device-train-batch-size",), at_least=1
+        8, help="rows per step on each device", group=_TRAINING, aliases=("per-device-train-batch-size",), at_least=1
     )
-    gradient_accumulation_steps: int = setting(1, help="batches added up for a step", group=_TRAINING, at_least=1)
-    learning_rate: float = setting(2e-4, help="at its highest", group=_TRAINING, aliases=("lr",), above=0, at_most=1e30)
+    gradient_accumulation_steps: int = setting(
+        1, help="batches whose gradients are added for one step", group=_TRAINING, at_least=1
+    )
+    learning_rate: float = setting(
+        2e-4, help="peak learning rate", group=_TRAINING, aliases=("lr",), above=0, at_most=1e30
+    )
     scheduler: Literal["linear", "cosine", "constant"] = setting(
-        "linear", help="learning rate over time", group=_TRAINING
+        "linear", help="how the learning rate falls after its peak", group=_TRAINING
     )
     warmup_ratio: float = setting(
-        0.03, help="share of the steps in which it rises", group=_TRAINING, at_least=0, below=1
+        0.03,
+        help="share of the steps in which the learning rate rises to its peak",
+        group=_TRAINING,
+        at_least=0,
+        below=1,
     )
-    weight_decay: float = setting(0.0, help="AdamW's", group=_TRAINING, at_least=0, at_most=1000)
-    gradient_checkpointing: bool = setting(False, help="less memory, more time", group=_TRAINING)
-    ignore_memory: bool = setting(False, help="begin though the plan exceeds the machine's memory", group=_TRAINING)
+    weight_decay: float = setting(0.0, help="weight decay of AdamW", group=_TRAINING, at_least=0, at_most=1000)
+    gradient_checkpointing: bool = setting(
+        False, help="recompute activations in the backward pass: less memory, more time", group=_TRAINING
+    )
+    ignore_memory: bool = setting(
+        False, help="start even if the plan needs more memory than the machine has", group=_TRAINING
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", help="of the base weights; auto: bfloat16 where the device is fast at it", group=_TRAINING
+        "auto", help="dtype of the base weights; auto: bfloat16 if the device is fast at it", group=_TRAINING
     )
-    seed: int = setting(0, help="of everything random", group=_TRAINING, at_least=0, at_most=2**32 - 1)
+    seed: int = setting(0, help="random seed", group=_TRAINING, at_least=0, at_most=2**32 - 1)
 
     eval_steps: int | None = setting(
         None, help="steps between held-out losses (default: an epoch)", group=_OUTPUT, at_least=1
@@ -120,18 +139,24 @@ class TrainConfig:
         None, help="steps between checkpoints (default: an epoch)", group=_OUTPUT, at_least=1
     )
     logging_steps: int = setting(10, help="steps between lines of metrics.jsonl", group=_OUTPUT, at_least=1)
-    eval_samples: int = setting(100, help="held-out rows compared at the end", group=_OUTPUT, at_least=0)
+    eval_samples: int = setting(100, help="number of held-out rows to compare at the end", group=_OUTPUT, at_least=0)
     max_new_tokens: int | None = setting(
-        None, help="longest answer compared (default: 16 over the longest expected one)", group=_OUTPUT, at_least=1
+        None,
+        help="longest answer in tokens (default: 16 more than the longest expected one)",
+        group=_OUTPUT,
+        at_least=1,
     )
     report_to: tuple[str, ...] | None = setting(
-        None, help="tensorboard, wandb, … as transformers names them", group=_OUTPUT
+        None, help="trackers to report to, by transformers' names: tensorboard, wandb, …", group=_OUTPUT
     )
     resume: str | None = setting(
-        None, help="a checkpoint to go on from, or auto for the newest whole one, if any", group=_OUTPUT, path=True
+        None,
+        help="checkpoint to continue from; auto: the newest complete one, if there is one",
+        group=_OUTPUT,
+        path=True,
     )
-    overwrite: bool = setting(False, help="replace the run in --output-dir, once the new one is whole", group=_OUTPUT)
-    dry_run: bool = setting(False, help="check and plan, then stop", group=_OUTPUT)
+    overwrite: bool = setting(False, help="replace the run in --output-dir when the new one is complete", group=_OUTPUT)
+    dry_run: bool = setting(False, help="check and plan only, without training", group=_OUTPUT)
 
     def __post_init__(self) -> None:
         check(self)

@@ -13,10 +13,10 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from ..core.numbers import duration
 from ..formats.files import naming, replacing
 from .memory import forget_peak, peak_memory
 from .pace import Pace
-from ..core.numbers import duration
 
 _TOLD = 10.0  # seconds of the rest of a run below which they are not told
 

@@ -127,14 +127,14 @@ class CompareConfig:
         path=True,
     )
     output_dir: str = setting(
-        help="folder for the runs, the tables and the page; finished runs in it are not made again",
+        help="folder for the runs, the tables and the page; its finished runs are kept",
         group=_MODEL,
         example="out",
         aliases=("o",),
         path=True,
     )
     tasks: dict[str, dict[str, Any]] = setting(
-        help="several tasks: names, each with the settings that differ",
+        help="several tasks by name, each with the settings in which it differs",
         group=_MODEL,
         parse=_tasks,
         file_only=True,
@@ -147,7 +147,7 @@ class CompareConfig:
         parse=_methods,
     )
 
-    seeds: int = setting(3, help="how many: 0, 1, …", group=_SEARCH, at_least=1, at_most=1000)
+    seeds: int = setting(3, help="number of seeds: 0, 1, …", group=_SEARCH, at_least=1, at_most=1000)
     trials: int = setting(
         4,
         help="learning rates that each method may try on each task, with seed 0",
@@ -155,9 +155,11 @@ class CompareConfig:
         at_least=1,
         at_most=1000,
     )
-    so_far: bool = setting(False, help="tables of the runs that are finished, without making others", group=_SEARCH)
-    dry_run: bool = setting(False, help="say what would be run, then stop", group=_SEARCH)
-    ignore_memory: bool = setting(False, help="begin though a method needs more memory than there is", group=_SEARCH)
+    so_far: bool = setting(False, help="show the tables of the finished runs, without starting others", group=_SEARCH)
+    dry_run: bool = setting(False, help="show what would be run, without running it", group=_SEARCH)
+    ignore_memory: bool = setting(
+        False, help="start even if a method needs more memory than the machine has", group=_SEARCH
+    )
 
     data: str | None = setting(
         None,
@@ -169,46 +171,44 @@ class CompareConfig:
     subset: str | None = setting(None, help="configuration of a hub data set", group=_DATA)
     revision: str | None = setting(None, help="revision of a hub data set", group=_DATA)
     train_split: str | None = setting(None, help="a hub data set's split to train on", group=_DATA)
-    valid_split: str | None = setting(None, help="and to choose the learning rate on", group=_DATA)
-    test_split: str | None = setting(None, help="and to report", group=_DATA)
+    valid_split: str | None = setting(None, help="a hub data set's split to choose the learning rate on", group=_DATA)
+    test_split: str | None = setting(None, help="a hub data set's split to report the scores of", group=_DATA)
     task: Literal["auto", "causal-lm", "classification", "regression"] = setting(
-        "auto", help="what to train; auto: told by the data", group=_DATA
+        "auto", help="kind of task; auto: chosen by the data", group=_DATA
     )
     system: str | None = setting(None, help="system message put before conversations that have none", group=_DATA)
     plain: bool = setting(False, help="do not wrap prompts in the model's chat template", group=_DATA)
-    template: str = setting(
-        "{prompt}", help="what a prompt is put into before the model reads it", group=_DATA, example="{prompt}\\n"
-    )
+    template: str = setting("{prompt}", help="text around each prompt", group=_DATA, example="{prompt}\\n")
     prompt_field: str | None = setting(None, help="the data's key for the prompt", group=_DATA)
     completion_field: str | None = setting(None, help="the data's key for the completion", group=_DATA)
     references_field: str | None = setting(None, help="the data's key for a list of right answers", group=_DATA)
     text_field: str | None = setting(None, help="the data's key for the text (two, with a comma: a pair)", group=_DATA)
     label_field: str | None = setting(None, help="the data's key for the label", group=_DATA)
     messages_field: str | None = setting(None, help="the data's key for the messages", group=_DATA)
-    max_seq_length: int = setting(512, help="longest row, in tokens; longer ones are cut", group=_DATA, at_least=2)
-    train_rows: int | None = setting(None, help="at most so many, drawn once", group=_DATA, at_least=1)
-    valid_rows: int | None = setting(500, help="at most so many, drawn once", group=_DATA, at_least=1)
-    test_rows: int | None = setting(None, help="at most so many questions, drawn once", group=_DATA, at_least=1)
+    max_seq_length: int = setting(512, help="longest row in tokens; longer rows are cut", group=_DATA, at_least=2)
+    train_rows: int | None = setting(None, help="most train rows to use, drawn once", group=_DATA, at_least=1)
+    valid_rows: int | None = setting(500, help="most validation rows to use, drawn once", group=_DATA, at_least=1)
+    test_rows: int | None = setting(None, help="most test questions to use, drawn once", group=_DATA, at_least=1)
     metrics: tuple[str, ...] = setting(
-        (), help="what to report, separated by commas, the first to be drawn (default: by the data)", group=_DATA
+        (), help="metrics to report, separated by commas; plots show the first (default: by the data)", group=_DATA
     )
     max_new_tokens: int | None = setting(
-        None, help="longest answer (default: 16 over the longest expected one)", group=_DATA, at_least=1
+        None, help="longest answer in tokens (default: 16 more than the longest expected one)", group=_DATA, at_least=1
     )
-    beams: int = setting(1, help="of the search for an answer; 1: greedy", group=_DATA, at_least=1)
+    beams: int = setting(1, help="beams of the search for an answer; 1: greedy", group=_DATA, at_least=1)
     length_penalty: float = setting(
-        1.0, help="of beam search: exponent of the length", group=_DATA, at_least=-10, at_most=10
+        1.0, help="exponent of the length in beam search", group=_DATA, at_least=-10, at_most=10
     )
     no_repeat_ngram: int = setting(
-        0, help="tokens in a row that may not come twice in prompt and answer; 0: any may", group=_DATA, at_least=0
+        0, help="length of token sequences that may not repeat; 0: all may", group=_DATA, at_least=0
     )
     dtype: Literal["auto", "float32"] = setting(
         "auto",
-        help="of the products; auto: bfloat16 where the device is fast at it. Weights are float32",
+        help="dtype of the products; auto: bfloat16 if the device is fast at it. Weights are float32",
         group=_DATA,  # the same for every method of a task
     )
     published: dict[str, Any] = setting(
-        help="numbers to show beside: a label, and what it scored",
+        help="published scores to show beside, by label",
         group=_DATA,
         parse=_published,
         file_only=True,
@@ -220,24 +220,38 @@ class CompareConfig:
     )
     max_steps: int | None = setting(None, help="stop after this many steps", group=_TRAINING, at_least=1)
     batch_size: int = setting(
-        16, help="rows a step", group=_TRAINING, aliases=("per-device-train-batch-size",), at_least=1
+        16, help="rows per step", group=_TRAINING, aliases=("per-device-train-batch-size",), at_least=1
     )
-    gradient_accumulation_steps: int = setting(1, help="batches added up for a step", group=_TRAINING, at_least=1)
+    gradient_accumulation_steps: int = setting(
+        1, help="batches whose gradients are added for one step", group=_TRAINING, at_least=1
+    )
     learning_rate: float | None = setting(
-        None, help="at its highest (default: searched)", group=_TRAINING, aliases=("lr",), above=0, at_most=1e30
+        None, help="peak learning rate (default: searched)", group=_TRAINING, aliases=("lr",), above=0, at_most=1e30
     )
     scheduler: Literal["linear", "cosine", "constant"] = setting(
-        "linear", help="learning rate over time", group=_TRAINING
+        "linear", help="how the learning rate falls after its peak", group=_TRAINING
     )
     warmup_ratio: float = setting(
-        0.06, help="share of the steps in which it rises", group=_TRAINING, at_least=0, below=1
+        0.06,
+        help="share of the steps in which the learning rate rises to its peak",
+        group=_TRAINING,
+        at_least=0,
+        below=1,
     )
-    warmup_steps: int | None = setting(None, help="steps in which it rises, instead", group=_TRAINING, at_least=0)
-    weight_decay: float = setting(0.0, help="AdamW's", group=_TRAINING, at_least=0, at_most=1000)
+    warmup_steps: int | None = setting(
+        None, help="steps in which the learning rate rises, in place of a share", group=_TRAINING, at_least=0
+    )
+    weight_decay: float = setting(0.0, help="weight decay of AdamW", group=_TRAINING, at_least=0, at_most=1000)
     label_smoothing: float = setting(
-        0.0, help="share of the probability given to all classes or tokens", group=_TRAINING, at_least=0, below=1
+        0.0,
+        help="label smoothing: share of the probability spread over all classes or tokens",
+        group=_TRAINING,
+        at_least=0,
+        below=1,
     )
-    gradient_checkpointing: bool = setting(False, help="less memory, more time", group=_TRAINING)
+    gradient_checkpointing: bool = setting(
+        False, help="recompute activations in the backward pass: less memory, more time", group=_TRAINING
+    )
 
     def __post_init__(self) -> None:
         check(self)
