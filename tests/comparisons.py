@@ -1,6 +1,6 @@
 """A comparison made by hand: two tasks, six methods, and everything that a table has to say of them."""
 
-from lorakit.study.comparison.results import Comparison, Interval, Row, TaskFacts
+from lorakit.study.comparison.results import Comparison, Interval, MethodRow, TaskFacts
 
 SST = TaskFacts(
     name="sst<&>2",
@@ -34,9 +34,9 @@ def row(
     tried: dict[float, float | None] | None = None,
     diverged: int = 0,
     latency: float = 1.0,
-) -> Row:
+) -> MethodRow:
     intervals = {metric: Interval(mean, half, (mean,)) for metric, (mean, half) in scores.items()}
-    return Row(
+    return MethodRow(
         task=task,
         method=method,
         parameters=parameters,

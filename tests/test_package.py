@@ -140,3 +140,21 @@ def test_equation_gradient_layer_and_class_swap_are_three_files_from_readme() ->
     read = [section[0], (ROOT / "src/lorakit/core/linear.py").read_text(encoding="utf-8")]
     read += [inspect.getsource(lorakit.Linear), inspect.getsource(adopt)]
     assert sum(len(part.splitlines()) for part in read) < 400
+
+
+def test_the_name_of_a_class_means_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(path.relative_to(SOURCE).as_posix())
+    assert {name: own for name, own in homes.items() if len(own) > 1} == {}
+
+
+def test_what_the_library_refuses_is_a_lora_error() -> None:
+    """`raise ValueError(…)` stands in no file of the core and the formats."""
+    for path in (*sorted((SOURCE / "core").rglob("*.py")), *sorted((SOURCE / "formats").rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                assert getattr(node.exc.func, "id", "") != "ValueError", f"{path}:{node.lineno}"
+    assert issubclass(lorakit.LoraError, ValueError)

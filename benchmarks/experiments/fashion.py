@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from lorakit.study.comparison import table
 from lorakit.study.comparison.config import CompareConfig, MethodConfig
 from lorakit.study.comparison.files import write
-from lorakit.study.comparison.plan import Plan
+from lorakit.study.comparison.plan import TaskPlan
 from lorakit.study.comparison.run import compare
-from lorakit.study.comparison.tasks import Loss, Task, fingerprint
+from lorakit.study.comparison.tasks import Loss, StudyTask, fingerprint
 from lorakit.study.methods.baselines import Applied
 from lorakit.study.methods.naming import method_of
 
@@ -31,7 +31,7 @@ SEEDS, TRIALS = 5, 5
 ROWS = {"train": 4000, "valid": 1000, "test": 5000}
 
 
-class Clothes(Task):
+class Clothes(StudyTask):
     """Fashion-MNIST for the network of `vision.py`."""
 
     def __init__(self, rows: dict[str, int]) -> None:
@@ -77,7 +77,11 @@ def main() -> None:
     training = CompareConfig(model="digits", output_dir=str(RESULTS), batch_size=64, epochs=2)
     methods = [MethodConfig(method_of(name), training) for name in METHODS]
     found = compare(
-        "a convolutional network that knows digits", [Plan(Clothes(ROWS), methods)], RESULTS, seeds=SEEDS, trials=TRIALS
+        "a convolutional network that knows digits",
+        [TaskPlan(Clothes(ROWS), methods)],
+        RESULTS,
+        seeds=SEEDS,
+        trials=TRIALS,
     )
     print(table.text(found))
     print("written:", ", ".join(path.name for path in write(found, RESULTS)))

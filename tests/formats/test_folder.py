@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from lorakit.formats.files import naming, replacing
-from lorakit.formats.folder import HIDDEN, Kind, OutputFolder
+from lorakit.formats.folder import HIDDEN, OutputFolder, OutputKind
 
-CAKE = Kind("bake", keystone="key", names=r"crumbs")
+CAKE = OutputKind("bake", keystone="key", names=r"crumbs")
 
 
 def filled(path: Path, **files: str) -> OutputFolder:
@@ -50,7 +50,7 @@ def test_files_of_its_own_and_others(tmp_path: Path) -> None:
 
 def test_another_command_sees_what_is_not_its_own(tmp_path: Path) -> None:
     filled(tmp_path / "out", cake="c")
-    other = OutputFolder(tmp_path / "out", Kind("fry"))
+    other = OutputFolder(tmp_path / "out", OutputKind("fry"))
     assert other.note is None and other.own == []
     with pytest.raises(
         FileExistsError, match=r"holds cake, which lorakit fry did not write \(lorakit bake has written"
@@ -100,7 +100,7 @@ def test_a_command_that_fails_leaves_the_files_as_they_were(tmp_path: Path) -> N
 
 
 def test_a_folder_is_locked_while_it_is_written(tmp_path: Path) -> None:
-    one, other = (OutputFolder(tmp_path / "out", kind) for kind in (CAKE, Kind("fry")))
+    one, other = (OutputFolder(tmp_path / "out", kind) for kind in (CAKE, OutputKind("fry")))
     with one.held():
         for attempt in (other.refuse_unusable, other.held().__enter__):
             with pytest.raises(
@@ -114,8 +114,8 @@ def test_a_folder_is_locked_while_it_is_written(tmp_path: Path) -> None:
 
 HOLDING = """
 import sys, time
-from lorakit.formats.folder import Kind, OutputFolder
-with OutputFolder(sys.argv[1], Kind("bake", keystone="key", names=r"crumbs")).held():
+from lorakit.formats.folder import OutputKind, OutputFolder
+with OutputFolder(sys.argv[1], OutputKind("bake", keystone="key", names=r"crumbs")).held():
     print("held", flush=True)
     time.sleep(100)
 """

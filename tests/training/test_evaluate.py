@@ -10,7 +10,7 @@ import torch
 from adapters import classifier_adapter, language_adapter
 from conftest import tiny_tokenizer
 from lorakit.training.data import Data, Example
-from lorakit.training.evaluate import compare, outputs, predict
+from lorakit.training.evaluate import evaluate, outputs, predict
 from lorakit.training.models import Loaded, load_with_adapter
 from lorakit.training.style import Style
 
@@ -42,7 +42,7 @@ def test_plain_text_is_scored_by_its_perplexity(most: int, language: Loaded) -> 
 
     texts = ["turn the light on", "and off", "system user assistant turn the light on and off"]
     examples = [Example(f"d:{i}", text=text) for i, text in enumerate(texts)]
-    result = compare(language, data(examples), "test", examples, Style(False), max_length=most)
+    result = evaluate(language, data(examples), "test", examples, Style(False), max_length=most)
     with disabled(language.model):
         base = perplexity(language.model, language.tokenizer, texts, most)
     adapted = perplexity(language.model, language.tokenizer, texts, most)
@@ -63,7 +63,7 @@ def test_answers_are_compared_with_what_is_expected_row_by_row(language: Loaded)
     own = list(answers(language, prompts, max_new_tokens=8))
     expected = [own[0], "something else", own[2]]
     examples = [Example(f"d:{i}", prompt=p, completion=c) for i, (p, c) in enumerate(zip(asked, expected, strict=True))]
-    result = compare(language, data(examples), "test", examples, style, max_length=64, max_new_tokens=8)
+    result = evaluate(language, data(examples), "test", examples, style, max_length=64, max_new_tokens=8)
     assert result.right == (True, False, True)
     assert result.metrics["exact match"][1] == 2 / 3
     assert [sample.adapter for sample in result.samples] == own
@@ -77,12 +77,12 @@ def test_no_rows_and_rows_beyond_the_positions(tmp_path: Path) -> None:
     loaded = Loaded(GPT2LMHeadModel(config).eval(), tokenizer)
     long = Example("d.jsonl:1", prompt="turn the light on and off " * 9, completion="on")
     short = Example("d.jsonl:2", prompt="on", completion="off")
-    result = compare(loaded, data([long, short]), "test", [long, short], Style(False), max_length=64)
+    result = evaluate(loaded, data([long, short]), "test", [long, short], Style(False), max_length=64)
     assert (result.rows, len(result.samples)) == (1, 1)
     assert result.notes == ("1 rows left out, d.jsonl:1 first: the model has positions for 24 tokens",)
-    assert compare(loaded, data([long]), "test", [long], Style(False), max_length=64).rows == 0
+    assert evaluate(loaded, data([long]), "test", [long], Style(False), max_length=64).rows == 0
     for task in ("causal-lm", "classification", "regression"):
-        assert compare(loaded, data([short], task), "test", [], Style(False), max_length=64).rows == 0
+        assert evaluate(loaded, data([short], task), "test", [], Style(False), max_length=64).rows == 0
 
 
 def test_texts_of_a_classifier_are_cut_at_its_positions_and_batches_change_nothing(
@@ -101,7 +101,7 @@ def test_texts_of_a_classifier_are_cut_at_its_positions_and_batches_change_nothi
             torch.testing.assert_close(row, loaded.model(**inputs).logits[0], atol=1e-5, rtol=1e-4)
     found = predict(loaded, data(examples, "classification", ("no", "yes", "perhaps")), examples, 1024, "model")
     assert found == [("no", "yes", "perhaps")[i] for i in together.argmax(-1).tolist()]
-    result = compare(
+    result = evaluate(
         loaded, data(examples, "classification", ("no", "yes", "perhaps")), "test",
         [Example("d:0", text="on", label="no")], Style(False), max_length=64,
     )  # fmt: skip

@@ -18,12 +18,12 @@ import comparisons
 import lorakit
 import models
 from lorakit.study.analysis import page as analysis_page
-from lorakit.study.analysis.measures import analyze, compare
+from lorakit.study.analysis.measures import analyze, similarities
 from lorakit.study.analysis.report import Study
 from lorakit.study.comparison import page as comparison_page
 from lorakit.study.comparison.plots import Point, scatter
 from lorakit.training import page as run_page
-from lorakit.training.report import Comparison, Sample
+from lorakit.training.report import Sample
 from lorakit.training.svg import standalone
 
 EVIL = "<script>x</script>{{ 7*7 }}{% if %}&lt;'"  # short enough for a label
@@ -35,7 +35,7 @@ def run(word: str) -> str:
         title=word,
         summary=word,
         history=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.0}],
-        result=Comparison(1, word, {word: (0.0, 1.0)}, samples, (True,)),
+        result=Evaluation(1, word, {word: (0.0, 1.0)}, samples, (True,)),
         changes=[run_page.Change(word, 0.5)],
     )
 
@@ -72,7 +72,7 @@ def analysis(word: str) -> str:
             torch.nn.init.normal_(parameter)
     adapter = lorakit.extract(model)
     modules = tuple(replace(module, name=f"{word}.{i}") for i, module in enumerate(analyze(adapter, model)))
-    alike = tuple(replace(one, name=f"{word}.{i}") for i, one in enumerate(compare(adapter, adapter)))
+    alike = tuple(replace(one, name=f"{word}.{i}") for i, one in enumerate(similarities(adapter, adapter)))
     return analysis_page.render(Study(word, word, modules, word, alike, (word,)))
 
 

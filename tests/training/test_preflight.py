@@ -11,7 +11,7 @@ from lorakit.cli.main import main
 from lorakit.training import memory, preflight
 from lorakit.training.memory import memory_of
 from lorakit.training.preflight import check_file, check_output, check_result
-from lorakit.training.report import Comparison
+from lorakit.training.report import Evaluation
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_eval_replaces_nothing_but_an_earlier_result(content: bytes | None, tmp_
 
 
 def test_an_earlier_result_may_be_replaced(tmp_path: Path) -> None:
-    result = Comparison(1, "test", {"exact match": (0.0, 1.0)}, ())
+    result = Evaluation(1, "test", {"exact match": (0.0, 1.0)}, ())
     path = tmp_path / "scores.json"
     path.write_text(json.dumps(dataclasses.asdict(result)))
     check_result(path, "--json")

@@ -81,7 +81,7 @@ def test_the_card_names_no_place_of_this_machine_alone(given: str, shown: str) -
 def test_the_page_shows_what_went_wrong_before_what_went_right() -> None:
     samples = tuple(report.Sample(f"asked-{i}", "base", "adapter", "expected") for i in range(12))
     right = tuple(i not in (3, 5, 6, 8, 11) for i in range(12))
-    result = report.Comparison(12, "test", {"exact match": (0.0, 7 / 12)}, samples, right)
+    result = report.Evaluation(12, "test", {"exact match": (0.0, 7 / 12)}, samples, right)
     html = page.render(title="t", summary="", history=[], result=result, changes=[])
     order = re.findall(r"asked-(\d+)", html)
     assert order == ["3", "5", "6", "8", "0", "1", "2", "4", "7", "9", "10", "11"]

@@ -13,7 +13,7 @@ import torch
 from adapters import classifier_adapter, labelled_rows, language_adapter
 from lorakit.training.adapter_folder import base_and_adapter
 from lorakit.training.data import read
-from lorakit.training.evaluate import compare
+from lorakit.training.evaluate import evaluate
 from lorakit.training.models import load_with_adapter
 from lorakit.training.style import Style
 from lorakit.training.task import Task, task_of
@@ -46,7 +46,7 @@ def score(adapter: Path, data: Path) -> tuple[str, float]:
     task = task_of(*base_and_adapter(str(adapter), None))
     rows = read(str(data), holdout=0.0, model=task)
     loaded = load_with_adapter(str(adapter), None, dtype="float32")
-    result = compare(loaded, rows, "train", rows.train, Style(chat=False), max_length=64)
+    result = evaluate(loaded, rows, "train", rows.train, Style(chat=False), max_length=64)
     ((name, (_, after)),) = result.metrics.items()
     return name, after
 

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from ..formats.files import replacing
     from ..training.adapter_folder import base_and_adapter
     from ..training.data import read
-    from ..training.evaluate import compare
+    from ..training.evaluate import evaluate
     from ..training.models import load_with_adapter
     from ..training.preflight import check_result
     from ..training.prepare import fields_of
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     splits = {"test": data.test, "valid": data.valid, "train": data.train}
     split = next(name for name, rows in splits.items() if rows)
     loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
-    result = compare(
+    result = evaluate(
         loaded,
         data,
         split,

@@ -27,7 +27,7 @@ from .layouts import Layout
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .record import Record
-from .report import Report, Row
+from .report import ModuleRow, Report
 from .settings import Filter, LoRASettings
 from .shares import shares_of
 from .statistics import freeze_statistics, persistent_buffers, thaw_statistics
@@ -246,7 +246,7 @@ def _report(model: nn.Module, selection: Selection, trained: tuple[str, ...]) ->
         layer = layers[name]
         outputs, inputs = layer.size()
         count = sum(p.numel() for local, p in layer.named_parameters(recurse=False) if local.startswith("lora_"))
-        rows.append(Row(name, type(layer).__name__, (inputs, outputs), layer.r, count))
+        rows.append(ModuleRow(name, type(layer).__name__, (inputs, outputs), layer.r, count))
     sized = [p for p in model.parameters() if not is_lazy(p)]
     trainable = sum(p.numel() for p in sized if p.requires_grad)
     total = sum(p.numel() for p in sized)

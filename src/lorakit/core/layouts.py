@@ -2,7 +2,7 @@
 
     Matrix          A (r, in)                 B (out, r)                 ΔW = B A
     Blocks          A (Σ rᵢ, in)              B (Σ sizeᵢ, max r)         block i: B[rows i, :rᵢ] A[rows i]
-    Table           A (r, vocabulary)         B (dim, r)                 ΔW = (B A)ᵀ, whose rows are looked up
+    Lookup           A (r, vocabulary)         B (dim, r)                 ΔW = (B A)ᵀ, whose rows are looked up
     Kernel          A (r, in/groups, *k)      B (out, r, 1, …)           ΔW = B A viewed as a kernel
     LoralibKernel   A (r·k_last, in·k_last)   B (out/groups·∏k[:-1], r·k_last)
     Stack           A (experts, r, in)        B (experts, out, r)        a matrix for each expert
@@ -91,7 +91,7 @@ class Blocks(Layout):
 
 
 @dataclass(frozen=True)
-class Table(Layout):
+class Lookup(Layout):
     """Of an embedding."""
 
     name = "embedding"

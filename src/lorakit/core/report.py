@@ -10,7 +10,7 @@ from .table import Table
 
 
 @dataclass(frozen=True)
-class Row:
+class ModuleRow:
     """One adapted module in a report: shape is (in, out) as the update sees it."""
 
     name: str
@@ -24,14 +24,14 @@ class Row:
 class Report:
     """What `attach` did. Printed, it is a table with one line for modules that differ in their numbers alone."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ModuleRow, ...]
     trained: tuple[str, ...]  # parameters trained whole
     skipped: dict[str, str]
     trainable: int
     total: int
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, str, tuple[int, int], int], list[Row]] = {}
+        groups: dict[tuple[str, str, tuple[int, int], int], list[ModuleRow]] = {}
         for row in self.rows:
             groups.setdefault((numberless(row.name), row.kind, row.shape, row.rank), []).append(row)
         cells = []

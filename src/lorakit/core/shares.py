@@ -13,7 +13,7 @@ from .adapted import AdaptedLayer
 from .errors import LoraError
 from .init import looks_at_weight, random_inits
 from .kinds import layer_class
-from .layers import blocks_of, plain_matrix
+from .layers import block_sizes, plain_matrix
 from .layouts import Layout
 from .matrix import Blocks
 from .settings import LoRASettings, check_scale
@@ -90,7 +90,7 @@ def _blocks(name: str, target: Target, rank: int | Sequence[int], sizes: Sequenc
         kind = "parameter" if target.parameter else type(module).__name__
         raise LoraError(f"{name!r} is a {kind}: only the output of a linear layer comes in blocks.")
     try:
-        blocks = blocks_of(len(plain_matrix(module)), rank, splits=sizes)
+        blocks = block_sizes(len(plain_matrix(module)), rank, splits=sizes)
     except ValueError as error:
         raise LoraError(f"{name!r}: {error}") from None
     if not any(own for _, own in blocks):

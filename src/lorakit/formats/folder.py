@@ -10,7 +10,7 @@ there (a user's file, a base model, an adapter, another command's output) is ref
 
 The new folder takes the old one's place in a fixed order, so that an interruption at any point is made good by the
 next command, and the old adapter never stands beside the new settings: the new note says "finished"; all old files
-are removed; all new ones are moved in, the one that makes the folder usable (`Kind.keystone`) last.
+are removed; all new ones are moved in, the one that makes the folder usable (`OutputKind.keystone`) last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ State = Literal["unfinished", "finished", "failed"]
 
 
 @dataclass(frozen=True)
-class Kind:
+class OutputKind:
     """The folders of one command.
 
     keystone: the file without which nobody takes the folder for a result. names: a pattern of what is this command's
@@ -68,7 +68,7 @@ class Note:
 class OutputFolder:
     """A folder that a command writes into; it need not exist yet."""
 
-    def __init__(self, path: str | Path, kind: Kind) -> None:
+    def __init__(self, path: str | Path, kind: OutputKind) -> None:
         self.path, self.kind = Path(path), kind
         self.hidden = self.path / HIDDEN
         self._note_path = self.hidden / f"{kind.command}.json"
@@ -189,7 +189,7 @@ class OutputFolder:
     def writing(self, name: str = "part") -> Iterator[Path]:
         """A folder to write into; what is in it moves to its place when the block ends well, and is removed otherwise.
 
-        The single files are replaced one by one. Where `Kind.keystone` is among them, all old ones are removed first.
+        The single files are replaced one by one. Where the keystone is among them, all old ones are removed first.
         """
         part = self.hidden / name
         remove(part)

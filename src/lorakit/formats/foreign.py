@@ -26,7 +26,7 @@ _SIGNS: tuple[tuple[str, Callable[[str], bool]], ...] = (
 )
 
 
-def format_of(keys: Iterable[str]) -> str | None:
+def format_by_keys(keys: Iterable[str]) -> str | None:
     """Whose format has such keys, in words. None where no sign is found."""
     keys = list(keys)
     return next((name for name, sign in _SIGNS if any(sign(key) for key in keys)), None)
@@ -61,9 +61,9 @@ def _kind(path: Path) -> str | None:
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as tensors:
-                found = format_of(tensors.keys())
+                found = format_by_keys(tensors.keys())
         else:
-            found = format_of(read_pickled(path))
+            found = format_by_keys(read_pickled(path))
     except (ValueError, OSError, safetensors.SafetensorError):
         return None
     return f"a file in {found}" if found else None

@@ -24,7 +24,7 @@ from ..core.host import Host
 from ..core.layouts import Kernel, Matrix
 from ..core.trainable import Bias
 from .files import check_tensors, read_pickled, replacing
-from .foreign import format_of
+from .foreign import format_by_keys
 from .peft import FILES as PEFTS
 
 name = "loralib"
@@ -98,7 +98,7 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
     homeless = sorted(key for key in tensors if not updates or _of_an_adapted_layer(key, updates))
     if homeless or not updates:
         listed = "\n".join(f"  {key}" for key in homeless[:20]) or "  (none)"
-        theirs = format_of(tensors) if not updates else None
+        theirs = format_by_keys(tensors) if not updates else None
         foreign = f"\nSuch keys are of {theirs}." if theirs else ""
         raise LoraError(
             f"{path}: expected <module>.lora_A, <module>.lora_B and biases; found beside them:\n{listed}{foreign}"

@@ -32,7 +32,7 @@ from ..core.adapter import Adapter, Update
 from ..core.errors import LoraError
 from ..core.host import Host
 from ..core.init import olora, pissa
-from ..core.layouts import Kernel, Layout, Matrix, Stack, Table
+from ..core.layouts import Kernel, Layout, Lookup, Matrix, Stack
 from .files import check_tensors, read_pickled, read_safetensors, replacing
 from .foreign import refuse
 from .peft_config import CONFIG as CONFIG
@@ -135,7 +135,7 @@ def _tensors(
     for name, update in updates.items():
         a, b = (
             ("lora_embedding_A", "lora_embedding_B")
-            if isinstance(update.layout, Table)
+            if isinstance(update.layout, Lookup)
             else ("lora_A.weight", "lora_B.weight")
         )
         path = f"{PREFIX}{where[name].path}"
@@ -229,7 +229,7 @@ def _updates(found: Sorted, config: PeftConfig, host: Host | None) -> dict[str, 
     updates: dict[str, Update] = {}
     for path, parts in found.factors.items():
         name, key = names.name_and_key(path)
-        layout = Table() if path in found.embeddings else Matrix() if parts["A"].dim() == 2 else Kernel()
+        layout = Lookup() if path in found.embeddings else Matrix() if parts["A"].dim() == 2 else Kernel()
         updates[name] = _update(name, layout, parts, config.rank_of(key), config.alpha_of(key), config)
     stacks = {name: update for name, update in updates.items() if isinstance(update.layout, Stack)}
     turned = StackLayout(config, host, [(name, update.A, update.B) for name, update in stacks.items()])

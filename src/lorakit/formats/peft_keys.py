@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import names
 from ..core.errors import LoraError
-from .foreign import format_of
+from .foreign import format_by_keys
 from .peft_config import PeftConfig
 from .peft_names import plain
 
@@ -70,7 +70,7 @@ def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: C
     for name, parts in list(found.factors.items()):
         if not {"A", "B"} <= parts.keys():
             homeless.append(f"{name}.lora_*")
-    theirs = None if found.factors else format_of(tensors)
+    theirs = None if found.factors else format_by_keys(tensors)
     if homeless or theirs or not (found.factors or found.trained):
         listed = "\n".join(f"  {key}" for key in (homeless or sorted(tensors))[:20]) or "  (no tensor at all)"
         foreign = f"\nSuch keys are of {theirs}." if theirs else ""

@@ -22,7 +22,7 @@ _SECONDS = 10  # to wait for the hub's answer
 
 
 @dataclass(frozen=True)
-class Kind:
+class HubKind:
     """What may be meant by a name, here or at the hub."""
 
     word: str  # in errors
@@ -34,7 +34,7 @@ class Kind:
     ask: Callable[[HfApi, str, float], object]  # the hub, for an id, within seconds
 
 
-def id_at_hub(name: str, kind: Kind) -> str:
+def id_at_hub(name: str, kind: HubKind) -> str:
     """The id that the hub has `name` under. There is nothing at the path `name`.
 
     Raises FileNotFoundError for what can be no id, with what was perhaps meant; for what the hub lacks; and if it does
@@ -56,7 +56,7 @@ def id_at_hub(name: str, kind: Kind) -> str:
     return name
 
 
-def _is_path(name: str, path: Path, kind: Kind) -> bool:
+def _is_path(name: str, path: Path, kind: HubKind) -> bool:
     """Whether a name that does not exist can be no hub id, or is plainly not meant as one."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # named in no __all__
@@ -72,7 +72,7 @@ def _is_path(name: str, path: Path, kind: Kind) -> bool:
     return False
 
 
-def _near(path: Path, kind: Kind) -> str:
+def _near(path: Path, kind: HubKind) -> str:
     """Did you mean …?, where one of nearly that name lies here."""
     parents = [path.parent]
     if not path.parent.is_dir():
@@ -88,7 +88,7 @@ def _entries(folder: Path) -> list[Path]:
         return []
 
 
-def _ask(name: str, kind: Kind, hint: str) -> None:
+def _ask(name: str, kind: HubKind, hint: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 

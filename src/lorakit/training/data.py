@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.paths import expanded
-from .at_hub import Kind, id_at_hub
+from .at_hub import HubKind, id_at_hub
 from .conversations import BadRow
 from .folders import no_split, passed_over, split_files
 from .holdout import hold_out, note_repeats
@@ -138,7 +138,7 @@ def _is_data(path: Path) -> bool:
         return path.is_dir()
 
 
-_DATA_SET = Kind(
+_DATA_SET = HubKind(
     word="data set",
     place="file or folder",
     address="datasets/",

@@ -18,12 +18,12 @@ from .generation import answers
 from .metrics import accuracy, exact_match, pearson
 from .models import Loaded
 from .positions import longest_row, positions
-from .report import Comparison, Sample
+from .report import Evaluation, Sample
 from .style import Style
 from .tokens import encode_all, encode_text, prompt_ids, reference
 
 
-def compare(
+def evaluate(
     loaded: Loaded,
     data: Data,
     split: str,
@@ -32,14 +32,14 @@ def compare(
     *,
     max_length: int,
     max_new_tokens: int | None = None,
-) -> Comparison:
+) -> Evaluation:
     """Score the base model and, where the model has an adapter, the adapted one on `examples`.
 
     Causal models answer each prompt greedily and are scored by exact match, on plain text by perplexity; classifiers by
     accuracy, regressions by Pearson's correlation. max_new_tokens=None: 16 more than the longest expected answer.
     """
     if not examples:
-        return Comparison(0, split, {}, ())
+        return Evaluation(0, split, {}, ())
     if data.task != "causal-lm":
         return _compare_labels(loaded, data, split, examples, max_length)
     asked = [example for example in examples if example.text is None]
@@ -54,7 +54,7 @@ def compare(
         kept = [(e, p) for e, p in zip(asked, prompts, strict=True) if len(p) < limit]
         asked, prompts = [example for example, _ in kept], [prompt for _, prompt in kept]
         if not asked:
-            return Comparison(0, split, {}, (), notes=notes)
+            return Evaluation(0, split, {}, (), notes=notes)
     expected = [reference(example, loaded.tokenizer) for example in asked]
     longest = max(len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected)
     wanted = max_new_tokens or longest + 16
@@ -69,19 +69,19 @@ def compare(
     before, after = (tuple(map(exact_match, found, expected)) for found in (base, adapted))
     samples = tuple(map(Sample, map(question, asked), base, adapted, expected))
     rates = (sum(before) / len(before), sum(after) / len(after))
-    return Comparison(len(asked), split, {"exact match": rates}, samples, after, notes)
+    return Evaluation(len(asked), split, {"exact match": rates}, samples, after, notes)
 
 
 def _compare_texts(
     loaded: Loaded, split: str, examples: Sequence[Example], style: Style, max_length: int
-) -> Comparison:
+) -> Evaluation:
     """Perplexity: how many tokens, all equally likely, would be as hard to guess as the texts' own."""
     limit = longest_row(max_length, loaded.model, loaded.tokenizer)
     encoded = encode_all(
         examples, loaded.tokenizer, max_length=limit, too_long="truncate", system=style.system, chat=style.chat
     )
     if not encoded.rows:
-        return Comparison(0, split, {}, ())
+        return Evaluation(0, split, {}, ())
     notes = (f"{encoded.truncated} texts cut at {limit} tokens",) if encoded.truncated else ()
     rows = [row.input_ids for row in encoded.rows]
 
@@ -98,10 +98,10 @@ def _compare_texts(
     with disabled(loaded.model):
         base = perplexity("base model")
     adapted = perplexity("adapter") if adapted_layers(loaded.model) else base
-    return Comparison(len(rows), split, {"perplexity": (base, adapted)}, (), notes=notes)
+    return Evaluation(len(rows), split, {"perplexity": (base, adapted)}, (), notes=notes)
 
 
-def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int) -> Comparison:
+def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int) -> Evaluation:
     with disabled(loaded.model):
         base = predict(loaded, data, examples, max_length, "base model")
     adapted = predict(loaded, data, examples, max_length, "adapter") if adapted_layers(loaded.model) else base
@@ -115,7 +115,7 @@ def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[E
         base, adapted, expected = ([f"{number:.3f}" for number in column] for column in (base, adapted, numbers))
     right = tuple(a == e for a, e in zip(adapted, expected, strict=True))
     notes = ("the base model's head is new and random: its score is chance",) if loaded.new_parameters else ()
-    return Comparison(len(examples), split, metrics, tuple(map(Sample, asked, base, adapted, expected)), right, notes)
+    return Evaluation(len(examples), split, metrics, tuple(map(Sample, asked, base, adapted, expected)), right, notes)
 
 
 def predict(loaded: Loaded, data: Data, examples: Sequence[Example], max_length: int, label: str) -> list[Any]:

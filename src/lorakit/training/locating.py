@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.paths import expanded
 from ..core.reading import json_of, refuse_pointer
-from .at_hub import Kind, id_at_hub
+from .at_hub import HubKind, id_at_hub
 
 _JSON = (
     *("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"),
@@ -81,7 +81,7 @@ def _is_cached(name: str) -> bool:
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
 
 
-_MODEL = Kind(
+_MODEL = HubKind(
     word="model",
     place="folder",
     address="",

@@ -22,7 +22,7 @@ from . import page, report
 from .checkpoints import checkpoints, newest_whole, step_of
 from .config import TrainConfig
 from .divergence import Diverged
-from .evaluate import compare, question
+from .evaluate import evaluate, question
 from .interrupt import Interrupted, SaveAndStop
 from .loss import check_causal
 from .memory import few_kernels
@@ -109,7 +109,7 @@ def train(config: TrainConfig) -> Path:
 
 def _run(
     prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]
-) -> tuple[Progress, report.Comparison | None]:
+) -> tuple[Progress, report.Evaluation | None]:
     """Train and write everything into `folder`."""
     if is_main() and not (folder.path / peft.TENSORS).is_file():  # an adapter keeps its own settings beside it
         with folder.writing() as part:
@@ -124,7 +124,7 @@ def _run(
     split, examples = prepared.data.heldout
     result = None
     if examples:
-        result = compare(
+        result = evaluate(
             loaded,
             prepared.data,
             split,
@@ -296,7 +296,7 @@ def _write_reports(
     loaded: Loaded,
     out: Path,
     progress: Progress,
-    result: report.Comparison | None,
+    result: report.Evaluation | None,
 ) -> None:
     config = prepared.config
     card = report.model_card(
@@ -319,7 +319,7 @@ def _write_reports(
         (out / name).write_text(text, encoding="utf-8")
 
 
-def _end_block(prepared: Prepared, out: OutputFolder, progress: Progress, result: report.Comparison | None) -> str:
+def _end_block(prepared: Prepared, out: OutputFolder, progress: Progress, result: report.Evaluation | None) -> str:
     planned = prepared.plan.peak_bytes
     peak = f"peak memory {size(progress.peak_bytes)}"
     peak += " (not planned)" if planned is None else f" (planned {size(planned)})"

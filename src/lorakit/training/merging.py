@@ -11,7 +11,7 @@ import torch
 
 from ..core.attach import adapted_layers, detach
 from ..core.switching import merge
-from ..formats.folder import Kind, OutputFolder
+from ..formats.folder import OutputFolder, OutputKind
 from .adapter_folder import base_and_adapter
 from .generation import end_tokens
 from .locating import locate
@@ -27,7 +27,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02, tor
 
 
 # What 0.1.0 merged has no note and cannot be told from any other model, so it is never replaced.
-MERGING = Kind("merge", keystone="config.json")
+MERGING = OutputKind("merge", keystone="config.json")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..core.attach import adapted_layers
 from ..core.matrix import precise
 from . import html
 from .colours import LIGHT
-from .report import Comparison, Sample, metrics_table
+from .report import Evaluation, Sample, metrics_table
 from .svg import new_figure, styled, svg
 
 
@@ -42,7 +42,7 @@ def render(
     title: str,
     summary: str,
     history: Sequence[dict[str, float]],
-    result: Comparison | None,
+    result: Evaluation | None,
     changes: Sequence[Change],
 ) -> str:
     """The page as HTML. summary: the text a run starts with. history: the lines of metrics.jsonl."""
@@ -91,7 +91,7 @@ def curves(history: Sequence[dict[str, float]]) -> Markup:
     return svg(figure, "Loss over steps")
 
 
-def _answered(result: Comparison) -> list[tuple[Sample, bool]]:
+def _answered(result: Evaluation) -> list[tuple[Sample, bool]]:
     """What went wrong is looked for first: up to four such rows, then the right ones, then the other wrong ones."""
     pairs = list(zip(result.samples, result.right, strict=True))
     wrong, good = ([pair for pair in pairs if pair[1] == right] for right in (False, True))

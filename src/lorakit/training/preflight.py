@@ -53,7 +53,7 @@ def check_result(path: Path, flag: str) -> None:
 
 
 def _is_result(path: Path) -> bool:
-    required = {own.name for own in dataclasses.fields(report.Comparison) if own.default is dataclasses.MISSING}
+    required = {own.name for own in dataclasses.fields(report.Evaluation) if own.default is dataclasses.MISSING}
     try:
         return json_of(path, dict).keys() >= required
     except (OSError, ValueError):

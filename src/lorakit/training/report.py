@@ -27,7 +27,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Evaluation:
     """Base and adapted model on the held-out rows. Metrics by name: (base, adapter); rates in [0, 1]."""
 
     rows: int
@@ -54,7 +54,7 @@ def marked(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
     return text + (closing if inside else "")
 
 
-def comparison(result: Comparison, shown: int = 3, *, rows: str = "", adapted: bool = True) -> str:
+def comparison(result: Evaluation, shown: int = 3, *, rows: str = "", adapted: bool = True) -> str:
     """The metrics before and after, and a few answers side by side; of a model without an adapter, its own alone.
 
     rows: what was scored, where it was not held out.
@@ -116,7 +116,7 @@ def model_card(
     data: str,
     settings: dict[str, object],
     parameters: str,
-    result: Comparison | None,
+    result: Evaluation | None,
     seconds: float,
     labels: tuple[str, ...] | None = None,
 ) -> str:
@@ -159,7 +159,7 @@ def model_card(
     return "\n".join([*front, *body]) + "\n"
 
 
-def metrics_table(result: Comparison) -> Table:
+def metrics_table(result: Evaluation) -> Table:
     """Each metric of the base model and of the adapted one."""
     rows = (
         (name, metric_value(name, before), metric_value(name, after))

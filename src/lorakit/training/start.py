@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats import peft
-from ..formats.folder import Kind, OutputFolder
+from ..formats.folder import OutputFolder, OutputKind
 from .checkpoints import checkpoints, fault_of, newest_whole, record_in, step_of
 from .config import TrainConfig
 from .preflight import check_output
@@ -49,7 +49,7 @@ def _is_released(folder: Path) -> bool:
     return {"model", "data", "output_dir", "rank", "learning_rate"} <= settings_in(folder).keys()
 
 
-TRAINING = Kind("train", peft.CONFIG, names=_FILES, released=_is_released, released_names=f"{_TOKENIZER}|runs")
+TRAINING = OutputKind("train", peft.CONFIG, names=_FILES, released=_is_released, released_names=f"{_TOKENIZER}|runs")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ from lorakit.core.adapted import AdaptedLayer
 from lorakit.study.analysis import measures, page, report, run
 from lorakit.study.analysis.measures import (
     analyze,
-    compare,
     directions,
     directions_holding,
     effective_rank,
@@ -31,6 +30,7 @@ from lorakit.study.analysis.measures import (
     factors_of,
     intruder_cosines,
     projections,
+    similarities,
     subspace_similarity,
 )
 from models import train_a_little
@@ -129,7 +129,7 @@ def test_compare_equals_phi_of_dense_svds() -> None:
             if parameter.requires_grad:
                 nn.init.normal_(parameter)
     ours, theirs = lorakit.extract(first), lorakit.extract(second)
-    found = compare(ours, theirs)
+    found = similarities(ours, theirs)
     assert [similarity.name for similarity in found] == list(ours.updates)
     for similarity in found:
         one, other = (adapter.updates[similarity.name] for adapter in (ours, theirs))
@@ -148,7 +148,7 @@ def test_compare_equals_phi_of_dense_svds() -> None:
                     expected = torch.linalg.matrix_norm(U1[:, :i].T @ U2[:, :j]) ** 2 / min(i, j)
                     assert phi[i - 1, j - 1] == pytest.approx(float(expected), abs=1e-6)
         assert similarity.chance == (5 / 32, 5 / 32)
-    for same in compare(ours, ours):
+    for same in similarities(ours, ours):
         torch.testing.assert_close(torch.tensor([same.A, same.right, same.left]), torch.ones(3, 5, 5))
 
 
@@ -160,14 +160,14 @@ def test_compare_lists_what_the_adapters_do_not_share() -> None:
     first = adapter(["q_proj", "k_proj"], models.llama())
     second = adapter(["q_proj", "v_proj"], models.llama())
     with pytest.raises(ValueError, match="do not cover the same modules") as raised:
-        compare(first, second)
+        similarities(first, second)
     lines = str(raised.value).splitlines()
     assert "  model.layers.1.self_attn.k_proj: in the first adapter only" in lines
     assert "  model.layers.0.self_attn.v_proj: in the second adapter only" in lines
     assert not any("q_proj" in line for line in lines)
     wide = adapter(["0"], nn.Sequential(nn.Linear(6, 8)))
     with pytest.raises(ValueError, match="0: 8 × 6 in the first adapter, 8 × 5 in the second"):
-        compare(wide, adapter(["0"], nn.Sequential(nn.Linear(5, 8))))
+        similarities(wide, adapter(["0"], nn.Sequential(nn.Linear(5, 8))))
 
 
 # --- beside W --------------------------------------------------------------------------------------------------------

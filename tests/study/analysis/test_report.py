@@ -19,7 +19,7 @@ import lorakit
 import models
 from lorakit.core.numbers import number
 from lorakit.study.analysis import page, plots
-from lorakit.study.analysis.measures import analyze, compare
+from lorakit.study.analysis.measures import analyze, similarities
 from lorakit.study.analysis.report import Study, as_json, grouped, text
 from lorakit.study.analysis.run import local_base, study_of
 from models import train_a_little
@@ -38,7 +38,7 @@ def study() -> Study:
             model.get_parameter("model.layers.1.mlp.down_proj.lora_B").mul_(10)
         adapters.append(lorakit.extract(model))
         modules = modules or tuple(analyze(adapters[0], model))
-    return Study("ours", "the base", modules, "theirs", tuple(compare(*adapters)), ("a note <&>",))
+    return Study("ours", "the base", modules, "theirs", tuple(similarities(*adapters)), ("a note <&>",))
 
 
 def test_the_table_groups_layers_and_puts_the_most_changed_first(study: Study) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.study.comparison.config import CompareConfig, TaskConfig
 from lorakit.study.comparison.fit import Fitted, fit, steps_of
-from lorakit.study.comparison.tasks import Task, task_of
+from lorakit.study.comparison.tasks import StudyTask, task_of
 from lorakit.study.methods.baselines import Applied, Full, Houlsby, LoRA, Method
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -33,7 +33,7 @@ def task_for(model: Path, folder: Path, train: int = 22, **changes: Any) -> Any:
 def nothing() -> None: ...
 
 
-def fitted(applied: Applied, task: Task, seed: int = 0, rate: float = 1e-3, **settings: Any) -> Fitted:
+def fitted(applied: Applied, task: StudyTask, seed: int = 0, rate: float = 1e-3, **settings: Any) -> Fitted:
     training = dataclasses.replace(CONFIG, **settings)
     return fit(applied, task, training, seed=seed, learning_rate=rate, step=nothing)
 

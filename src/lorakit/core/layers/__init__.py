@@ -10,7 +10,7 @@ What is not here: choosing layers (`attach.py`), files (`lorakit.formats`).
 
 from ..adapted import LoRALayer as LoRALayer
 from .blocks import MergedLinear as MergedLinear
-from .blocks import blocks_of as blocks_of
+from .blocks import block_sizes as block_sizes
 from .conv import Conv1d as Conv1d
 from .conv import Conv2d as Conv2d
 from .conv import Conv3d as Conv3d

@@ -48,7 +48,7 @@ class MergedLinear(Linear):
         splits: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        blocks = blocks_of(out_features, r, enable_lora, splits)
+        blocks = block_sizes(out_features, r, enable_lora, splits)
         rank = max(rank for _, rank in blocks)
         self.set_blocks(blocks, None if enable_lora is _NONE_ENABLED and rank else enable_lora)
         super().__init__(
@@ -103,7 +103,7 @@ class MergedLinear(Linear):
         return self.delta()
 
 
-def blocks_of(
+def block_sizes(
     out_features: int,
     r: int | Sequence[int],
     enable_lora: Sequence[bool] = _NONE_ENABLED,

@@ -21,7 +21,7 @@ class Embedding(AdaptedLayer, nn.Embedding):
     lookup, which has no meaning for a sum of a frozen weight and an update.
     """
 
-    plain_layout = layouts.Table()
+    plain_layout = layouts.Lookup()
 
     def __init__(
         self,

@@ -310,7 +310,7 @@ def matched(first: Adapter, second: Adapter) -> dict[str, tuple[Factors, Factors
     return {name: (own, theirs[name]) for name, own in ours.items()}
 
 
-def compare(first: Adapter, second: Adapter) -> list[Similarity]:
+def similarities(first: Adapter, second: Adapter) -> list[Similarity]:
     """φ of each matrix of two adapters. Raises ValueError where they do not cover the same modules (`matched`)."""
     return [_similarity(name, *pair) for name, pair in matched(first, second).items()]
 

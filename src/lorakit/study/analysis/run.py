@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from ...core.adapter import Adapter
 from ...core.paths import expanded
 from ...formats import peft, read_for
-from ...formats.folder import Kind
+from ...formats.folder import OutputKind
 from ...training.adapter_folder import check_adapter
 from ...training.models import load_with_adapter
-from .measures import analyze, compare, factors_of, matched
+from .measures import analyze, factors_of, matched, similarities
 from .report import Study
 
 
@@ -28,7 +28,7 @@ def _is_released(folder: Path) -> bool:
 
 # An analysis may stand in any folder, beside the adapter for one.
 _FILES = r"analysis\.(json|html)"
-ANALYSIS = Kind("analyze", names=_FILES, released=_is_released)
+ANALYSIS = OutputKind("analyze", names=_FILES, released=_is_released)
 
 
 def study_of(adapter: str, other: str | None = None, model: str | None = None, *, dtype: str = "float32") -> Study:
@@ -64,7 +64,7 @@ def study_of(adapter: str, other: str | None = None, model: str | None = None, *
         base=base,
         modules=tuple(matrices),
         other=other,
-        similarities=() if second is None else tuple(compare(first, second)),
+        similarities=() if second is None else tuple(similarities(first, second)),
         notes=notes,
     )
 

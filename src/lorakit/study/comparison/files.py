@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ...formats.files import replacing
-from ...formats.folder import Kind, OutputFolder
+from ...formats.folder import OutputFolder, OutputKind
 from ...training.start import settings_in
 from ...training.svg import standalone
 from . import page, plots, table
-from .plan import Plan
+from .plan import TaskPlan
 from .results import Comparison
-from .tasks import Task, fingerprint
+from .tasks import StudyTask, fingerprint
 
 _FILES = r"runs\.jsonl|machine\.json|config\.yaml|compare\.(json|md|html)|compare-[\w-]+\.svg"
 
@@ -28,10 +28,10 @@ def _is_released(folder: Path) -> bool:
     return {"model", "output_dir", "methods", "seeds", "trials"} <= settings_in(folder).keys()
 
 
-COMPARISON = Kind("compare", names=_FILES, released=_is_released)
+COMPARISON = OutputKind("compare", names=_FILES, released=_is_released)
 
 
-def record_of(model: str, plans: Sequence[Plan]) -> dict[str, Any]:
+def record_of(model: str, plans: Sequence[TaskPlan]) -> dict[str, Any]:
     """What a comparison is of: a model, and for each task where its rows come from and a fingerprint of them."""
     return {"model": model, "tasks": {plan.task.name: [plan.task.source, _rows(plan.task)] for plan in plans}}
 
@@ -63,7 +63,7 @@ def refuse_other(folder: OutputFolder, record: dict[str, Any]) -> None:
         )
 
 
-def _rows(task: Task) -> str:
+def _rows(task: StudyTask) -> str:
     data = getattr(task, "data", None)
     if data is None:
         return task.fingerprint

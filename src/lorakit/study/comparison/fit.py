@@ -21,7 +21,7 @@ from ...training.gradient_checkpointing import end_checkpointing
 from ...training.memory import forget_peak, peak_memory
 from ..methods.baselines import Applied
 from .config import CompareConfig
-from .tasks import Loss, Task
+from .tasks import Loss, StudyTask
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,13 @@ class Fitted:
 
 
 def fit(
-    applied: Applied, task: Task, training: CompareConfig, *, seed: int, learning_rate: float, step: Callable[[], None]
+    applied: Applied,
+    task: StudyTask,
+    training: CompareConfig,
+    *,
+    seed: int,
+    learning_rate: float,
+    step: Callable[[], None],
 ) -> Fitted:
     """Train in place; the model is in eval mode afterwards. step: called after each step."""
     warmup = training.warmup_ratio if training.warmup_steps is None else training.warmup_steps
@@ -74,7 +80,7 @@ def fit(
     return Fitted(trainer.state.global_step, seconds, peak, diverged)
 
 
-def steps_of(task: Task, training: CompareConfig) -> int:
+def steps_of(task: StudyTask, training: CompareConfig) -> int:
     """How many steps `fit` will make."""
     if training.max_steps is not None:
         return training.max_steps

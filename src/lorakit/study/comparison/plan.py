@@ -18,14 +18,14 @@ from ..methods.naming import name_of
 from ..methods.structure import positions_of
 from .config import CompareConfig, MethodConfig, tasks_of
 from .fit import steps_of
-from .tasks import Task, task_of
+from .tasks import StudyTask, task_of
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskPlan:
     """A task, the methods to compare on it, and what was published of it."""
 
-    task: Task
+    task: StudyTask
     methods: Sequence[MethodConfig]
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -63,7 +63,7 @@ class Cost:
         return f"left out: {self.left_out}" if self.left_out else f"{self.parameters:>12,} parameters{head}"
 
 
-def plans_of(config: CompareConfig) -> list[Plan]:
+def plans_of(config: CompareConfig) -> list[TaskPlan]:
     """Read and check the data of every task, before any weight is loaded."""
     plans = []
     for task in tasks_of(config):
@@ -72,11 +72,11 @@ def plans_of(config: CompareConfig) -> list[Plan]:
             label: score if isinstance(score, dict) else {made.metrics[0]: score}
             for label, score in task.data.published.items()
         }
-        plans.append(Plan(made, task.methods, published))
+        plans.append(TaskPlan(made, task.methods, published))
     return plans
 
 
-def apply(method: Method, model: nn.Module, task: Task) -> Applied:
+def apply(method: Method, model: nn.Module, task: StudyTask) -> Applied:
     """Apply the method, if the task's rows fit into the model then. Raises ValueError."""
     positions = positions_of(model)
     prefix = method.length if isinstance(method, PrefixEmbedding | PrefixLayer) else 0
@@ -94,12 +94,12 @@ def most_runs(method: MethodConfig, seeds: int, trials: int) -> int:
     return seeds if method.training.learning_rate is not None else seeds + trials - 1
 
 
-def most_runs_of(plans: Sequence[Plan], seeds: int, trials: int) -> int:
+def most_runs_of(plans: Sequence[TaskPlan], seeds: int, trials: int) -> int:
     """Of all methods on all tasks."""
     return sum(most_runs(method, seeds, trials) for plan in plans for method in plan.methods)
 
 
-def refuse_too_large(config: CompareConfig, plans: Sequence[Plan]) -> None:
+def refuse_too_large(config: CompareConfig, plans: Sequence[TaskPlan]) -> None:
     """Raise ValueError for a method that the machine's memory does not hold, unless that is to be ignored."""
     if config.ignore_memory:
         return
@@ -109,7 +109,7 @@ def refuse_too_large(config: CompareConfig, plans: Sequence[Plan]) -> None:
             refuse_more_than_there_is(cost.least_bytes, what, ["other --methods", "a smaller model"])
 
 
-def plan_block(config: CompareConfig, plans: Sequence[Plan]) -> str:
+def plan_block(config: CompareConfig, plans: Sequence[TaskPlan]) -> str:
     """What will be run, before it is: rows and steps of each task, methods with their trained parameters."""
     lines = [heading("model").lstrip("\n"), config.model]
     for plan in plans:

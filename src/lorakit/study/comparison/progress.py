@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from .results import Run
 
 
-class Progress:
+class RunsProgress:
     """Two bars on a terminal, a line for each finished run elsewhere."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Progress:
         self.made = 0  # runs
         self._silent = not sys.stderr.isatty()
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> RunsProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

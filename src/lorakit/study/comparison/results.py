@@ -63,7 +63,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """A method on a task, over all seeds."""
 
     task: str
@@ -101,7 +101,7 @@ class Comparison:
 
     model: str
     tasks: tuple[TaskFacts, ...]
-    rows: tuple[Row, ...]  # tasks in order, methods in order
+    rows: tuple[MethodRow, ...]  # tasks in order, methods in order
     left_out: tuple[tuple[str, str, str], ...]  # task, method, why it does not apply
     seeds: tuple[int, ...]
     trials: int  # learning rates that each method may try on each task
@@ -140,12 +140,12 @@ class Ledger:
         self._cut = False
 
 
-def row_of(runs: Sequence[Run], searched: Iterable[Run], chosen_by: str) -> Row:
+def row_of(runs: Sequence[Run], searched: Iterable[Run], chosen_by: str) -> MethodRow:
     """runs: of one method on one task, one for each seed. searched: those of the learning-rate search."""
     first = runs[0]
     good = [run for run in runs if not run.diverged]
     metrics: Mapping[str, float] = good[0].test if good else {}
-    return Row(
+    return MethodRow(
         task=first.task,
         method=first.method,
         parameters=first.parameters,

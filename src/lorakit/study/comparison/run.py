@@ -30,11 +30,11 @@ from ..methods.baselines import Applied, Method
 from ..methods.naming import name_of
 from .config import MethodConfig
 from .fit import fit, steps_of
-from .plan import Plan, apply, most_runs, most_runs_of
-from .progress import Progress
-from .results import Comparison, Ledger, Row, Run, TaskFacts, row_of
+from .plan import TaskPlan, apply, most_runs, most_runs_of
+from .progress import RunsProgress
+from .results import Comparison, Ledger, MethodRow, Run, TaskFacts, row_of
 from .search import best_rate, next_rate
-from .tasks import Task, fingerprint, halved, served
+from .tasks import StudyTask, fingerprint, halved, served
 
 RUNS, MACHINE = "runs.jsonl", "machine.json"
 _TURNS = 7  # of the two models whose latency is compared, interleaved; the least time of each counts
@@ -48,13 +48,13 @@ _DECIDES = (
 @few_kernels()
 def compare(
     model: str,
-    plans: Sequence[Plan],
+    plans: Sequence[TaskPlan],
     folder: Path,
     *,
     seeds: int,
     trials: int,
     so_far: bool = False,
-    progress: Progress | None = None,
+    progress: RunsProgress | None = None,
 ) -> Comparison:
     """Make the runs that `folder` does not hold yet, and return what all of them say.
 
@@ -62,9 +62,9 @@ def compare(
     """
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / RUNS)
-    progress = progress or Progress()
+    progress = progress or RunsProgress()
     progress.begin(most_runs_of(plans, seeds, trials))
-    rows: list[Row] = []
+    rows: list[MethodRow] = []
     left_out: list[tuple[str, str, str]] = []
     finished = True
     with progress:
@@ -104,14 +104,16 @@ class _NotMade(Exception):
 class _Runs:
     """The runs of one method on one task. so_far: those of the ledger alone."""
 
-    def __init__(self, task: Task, config: MethodConfig, ledger: Ledger, progress: Progress, so_far: bool) -> None:
+    def __init__(
+        self, task: StudyTask, config: MethodConfig, ledger: Ledger, progress: RunsProgress, so_far: bool
+    ) -> None:
         self.task, self.config, self.ledger, self.progress, self.so_far = task, config, ledger, progress, so_far
         self.complete = True
         self.name = name_of(config.method)
         self._tried: dict[float, float | None] = {}  # of the search: rate → score, None where it diverged
         self._best: tuple[Run, dict[str, Tensor]] | None = None  # the best run made in it, and what that trained
 
-    def of_all_seeds(self, seeds: int, trials: int) -> Row:
+    def of_all_seeds(self, seeds: int, trials: int) -> MethodRow:
         rate = self.config.training.learning_rate
         searched: list[Run] = []
         if rate is None:
@@ -249,7 +251,7 @@ def _made_on(folder: Path, now: bool) -> dict[str, str]:
     return json_of(path, dict)
 
 
-def _facts(plan: Plan) -> TaskFacts:
+def _facts(plan: TaskPlan) -> TaskFacts:
     task = plan.task
     trainings = [method.training for method in plan.methods]
     shared = {

@@ -15,7 +15,7 @@ from ...core.numbers import NONE, duration, learning_rate, rounded, size
 from ...core.table import Table, escaped, folded
 from ...training.report import heading
 from .metrics import METRICS
-from .results import Comparison, Interval, Row, TaskFacts
+from .results import Comparison, Interval, MethodRow, TaskFacts
 
 UNFINISHED = "Unfinished: some runs are still to be made."
 
@@ -94,7 +94,7 @@ def table(comparison: Comparison, task: TaskFacts) -> Table:
             NONE if metric not in values else str(round(values[metric], digits))
             for _, values in published
         ]
-    ours: dict[str, Callable[[Row], str]] = {
+    ours: dict[str, Callable[[MethodRow], str]] = {
         "rate": lambda row: learning_rate(row.learning_rate),
         "train time": lambda row: duration(row.seconds),
         "peak memory": lambda row: size(row.peak_bytes),
@@ -172,7 +172,7 @@ def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
     return lines
 
 
-def rows_of(comparison: Comparison, task: TaskFacts) -> list[Row]:
+def rows_of(comparison: Comparison, task: TaskFacts) -> list[MethodRow]:
     return [row for row in comparison.rows if row.task == task.name]
 
 

@@ -1,7 +1,7 @@
 """What a comparison is made on: rows, a model, a loss, and scores.
 
-`Task` is all that `run.py` knows of it. Two kinds read any data that `lorakit train` reads: `Sequences` (a classifier
-or a regression) and `Answers` (a causal language model); others are a subclass away, as images are in
+`StudyTask` is all that `run.py` knows of it. Two kinds read any data that `lorakit train` reads: `Sequences` (a
+classifier or a regression) and `Answers` (a causal language model); others are a subclass away, as images are in
 benchmarks/experiments/vision.py.
 
 Where the data has no test split, its validation split is what is reported; what is then missing is held out of the
@@ -59,7 +59,7 @@ _SERVED = 8  # rows whose time is taken
 Loss = Callable[[dict[str, Any]], Tensor]
 
 
-class Task(ABC):
+class StudyTask(ABC):
     """Rows in three splits, a model to train on them, and how good it is."""
 
     name: str
@@ -123,7 +123,7 @@ def task_of(task: TaskConfig, model: str) -> Sequences | Answers:
     return kind(task.name, model, settings, _split(data, settings))
 
 
-class _Text(Task):
+class _Text(StudyTask):
     """A task whose model reads text."""
 
     def __init__(self, name: str, model: str, settings: CompareConfig, data: Data) -> None:
