@@ -172,15 +172,21 @@ class _FrozenHead(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         if torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(torch.get_autocast_dtype(hidden.device.type))  # once, not for each chunk
+        # The same memory for all chunks: blocks of such sizes that come and go leave the heap full of holes.
+        size = (min(_CHUNK, len(labels)), len(weight))
+        logits, logps = weight.new_empty(size), weight.new_empty(size, dtype=precision)
+        exact = logits if weight.dtype == precision else torch.empty_like(logps)
         for start in range(0, len(labels), _CHUNK):
             part = slice(start, start + _CHUNK)
             label = labels[part, None]
-            logp = F.log_softmax(hidden[part] @ weight.T, 1, dtype=precision)  # (chunk, vocabulary)
+            z, logp, of_z = (buffer[: len(label)] for buffer in (logits, logps, exact))  # (chunk, vocabulary)
+            torch.mm(hidden[part].to(weight.dtype), weight.T, out=z)
+            torch.log_softmax(z if exact is logits else of_z.copy_(z), 1, out=logp)
             losses[part] = -logp.gather(1, label).squeeze(1)
             if gradient is not None:
                 p = logp.exp_()
                 p.scatter_add_(1, label, p.new_full(label.shape, -1.0))
-                gradient[part] = p.to(weight.dtype) @ weight
+                gradient[part] = z.copy_(p) @ weight
         ctx.save_for_backward(gradient)
         return losses
 
