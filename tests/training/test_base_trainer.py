@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from transformers import TrainingArguments
@@ -34,11 +34,16 @@ def test_both_commands_train_by_the_same_arguments(tmp_path: Path, capsys: pytes
 def test_a_process_has_one_device() -> None:
     """Trainer would spread a batch over all the GPUs that it sees, and take as many times more rows for a step."""
 
-    def kind(**settings: Any) -> Any:
+    def kind(**settings: Any) -> Any:  # in the place of a class of arguments
         return SimpleNamespace(n_gpu=settings["n_gpu"], _n_gpu=settings["n_gpu"])
 
     for seen, used in ((0, 0), (1, 1), (4, 1)):
         made: Any = arguments(
-            kind, TrainConfig(model="", data="", output_dir=""), seed=0, learning_rate=1, warmup=0, n_gpu=seen
+            cast("type[Any]", kind),
+            TrainConfig(model="", data="", output_dir=""),
+            seed=0,
+            learning_rate=1,
+            warmup=0,
+            n_gpu=seen,
         )
         assert made._n_gpu == used

@@ -23,7 +23,7 @@ from lorakit.study.analysis.report import Study
 from lorakit.study.comparison import page as comparison_page
 from lorakit.study.comparison.plots import Point, scatter
 from lorakit.training import page as run_page
-from lorakit.training.report import Sample
+from lorakit.training.report import Evaluation, Sample
 from lorakit.training.svg import standalone
 
 EVIL = "<script>x</script>{{ 7*7 }}{% if %}&lt;'"  # short enough for a label
