@@ -123,7 +123,7 @@ def _filled(path: Path) -> bytes:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse what is no number that was learnt: a tensor that is empty, holds NaN, or is not of floating point.
+    """Refuse what no training gives: a tensor that is empty, holds NaN, or is not of floating point.
 
     where: begins the message ("<path>: "). Raises LoraError naming the tensor.
     """

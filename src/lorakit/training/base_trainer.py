@@ -1,6 +1,6 @@
 """What `train` and `compare` share: transformers' Trainer with a loss of ours, and its arguments, made in one place.
 
-Batches in random order by the seed, AdamW, the schedule, clipping and devices are Trainer's. A loss that is no number
+Batches in random order by the seed, AdamW, the schedule, clipping and devices are Trainer's. A loss that is NaN or infinite
 ends a run before it changes a weight. Nothing is printed.
 """
 
@@ -85,13 +85,13 @@ class BaseTrainer(Trainer):
         raise NotImplementedError
 
     def no_number(self, inputs: dict[str, Any], loss: Tensor) -> Exception:
-        """What is raised for a batch whose loss is no number."""
+        """What is raised for a batch whose loss is NaN or infinite."""
         raise NotImplementedError
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """`loss_of`; while training, a loss that is no number ends the run."""
+        """`loss_of`; while training, a loss that is NaN or infinite ends the run."""
         loss = self.loss_of(model, inputs, num_items_in_batch)
         if self.model.training and not torch.isfinite(loss).all():
             raise self.no_number(inputs, loss)

@@ -1,10 +1,10 @@
-"""Why a loss is no number, and whether a training made its model worse: the end of a run that came to nothing.
+"""Why a loss is NaN or infinite, and whether a training made its model worse: the end of a run that came to nothing.
 
-A loss that is no number has one of three causes, told apart by looking:
+A loss that is NaN or infinite has one of three causes, which a look at the model tells apart:
 
-    a weight of the base model is no number       the file is damaged, or its dtype too narrow
-    a row makes it so without the adapter too     its label or its text
-    neither                                       the factors have run away: the learning rate is too high
+    a weight of the base model is NaN or infinite   the file is damaged, or its dtype too narrow
+    a row makes it so without the adapter too       its label or its text
+    neither                                         the factors have run away: the learning rate is too high
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def why_no_number(
     step: int,
     rate: float,
 ) -> Diverged:
-    """The error that says why the loss of `batch` is no number at `step`.
+    """The error that says why the loss of `batch` is NaN or infinite at `step`.
 
     loss_of: the mean loss of a batch. name_of: where the row of a batch of one row comes from.
     """
@@ -57,7 +57,7 @@ def why_no_number(
     if broken:
         met = f" This step met it in: {_listed(bad, name_of)}." if bad else ""
         return Diverged(
-            f"{said}: the base model has weights that are no finite numbers, whatever the learning rate: "
+            f"{said}: the base model has weights that are NaN or infinite, whatever the learning rate: "
             f"{_names(broken)}.{met} Load another copy of it, or another --dtype."
         )
     if bad:
@@ -97,9 +97,9 @@ def refuse_diverged(
 
 
 def refuse_broken_factors(model: nn.Module, rate: float, step: int) -> None:
-    """Raise Diverged where something that is trained holds no finite number."""
+    """Raise Diverged where something that is trained holds NaN or infinite numbers."""
     if broken := _not_finite(model, trained=True):
-        raise too_high(f"{_names(broken)} after step {step}: no finite numbers", rate)
+        raise too_high(f"{_names(broken)} after step {step}: NaN or infinite", rate)
 
 
 def relative_change(model: nn.Module) -> float:

@@ -6,8 +6,8 @@ For a label t and the hidden state h in front of it, with the head's logits z = 
 
 Of the thousands of logits of each token only one number and one gradient are wanted. A frozen head (W gets no gradient
 itself) therefore gives both in one go, for `_CHUNK` labels at a time, and the logits of one chunk are all that is ever
-held: a step on 4 rows of 256 tokens with the vocabulary of SmolLM2 (49,152) holds 50 MB in place of 600. A head that is
-adapted or trained, and a model that does more to its logits than its head does (softcapping, scaling), has all logits.
+held: a step on 4 rows of 256 tokens with the vocabulary of SmolLM2 (49,152) holds 50 MB in place of 600. If the head is
+adapted or trained, or the model post-processes its logits (softcapping, scaling), full logits are computed.
 
 On a GPU, TRL's fused head does this; on a CPU that head takes three times as long as plain logits. torch 2.13 has
 `linear_cross_entropy`, with the same chunks 0.95 to 0.99 of our time in float32; in bfloat16 it takes 1.24 of it for

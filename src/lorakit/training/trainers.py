@@ -2,7 +2,7 @@
 
 What is changed: a checkpoint holds the adapter instead of the model and appears whole or not at all, the loss of a
 causal model on a CPU computes logits only where a label is, the held-out loss is the mean over all labels, the first
-step of a warm-up trains, and a loss that is no number stops the run at its step and says why. Batching, the optimizer,
+step of a warm-up trains, and a loss that is NaN or infinite stops the run at its step and says why. Batching, the optimizer,
 schedules, devices and resuming are theirs.
 """
 
@@ -168,14 +168,14 @@ class _AdapterTrainer(BaseTrainer):
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clipped as by Trainer. A gradient that is no number ends the run: clipping would spread it to all weights.
+        """Clipped as by Trainer. A gradient that is NaN or infinite ends the run: clipping would spread it to all weights.
 
         In float16 it is usual, and the scaled optimizer leaves the step out.
         """
         norm = super()._clip_grad_norm(model)
         if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)).all():
             raise too_high(
-                f"the gradient is no finite number at step {self.state.global_step + 1}", self._get_learning_rate()
+                f"the gradient is NaN or infinite at step {self.state.global_step + 1}", self._get_learning_rate()
             )
         return norm
 

@@ -347,7 +347,7 @@ def test_a_run_that_diverges_has_no_scores_and_the_next_method_does_not_see_it(
     loss_of = Answers.loss
 
     def loss(self: Answers, model: Any, label_smoothing: float = 0.0) -> Any:
-        """Of the third batch no number, where LoRA is trained."""
+        """NaN for the third batch, where LoRA is trained."""
         usual, numbers = loss_of(self, model, label_smoothing), itertools.count(1)
         if not any("lora_A" in name for name, _ in model.named_parameters()):
             return usual

@@ -90,7 +90,7 @@ def steps_of(task: StudyTask, training: CompareConfig) -> int:
 
 
 class _Diverged(Exception):
-    """The loss is no number."""
+    """The loss is NaN or infinite."""
 
 
 class _Steps(TrainerCallback):

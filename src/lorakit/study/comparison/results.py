@@ -28,7 +28,7 @@ class Run:
     steps: int
     parameters: int  # trained, without a new head
     head: int  # parameters of a new head
-    diverged: bool  # the loss was no number at some step; there are no scores then
+    diverged: bool  # the loss was NaN or infinite at some step; there are no scores then
     valid: dict[str, float]  # what the learning rate is chosen by, first; see `Metric`
     test: dict[str, float]  # empty for a run of the search that was not the best
     seconds: float  # of training

@@ -40,7 +40,7 @@ def next_rate(method: Method, tried: Mapping[float, float | None], trials: int) 
     """The rate to try next, or None when the search is over.
 
     tried: rate → validation score, better the lower; None where the run diverged, which is worse than any score. So is
-    a score that is no number: the last step may have made the weights so, and no loss was taken after it.
+    a score that is NaN or infinite: the last step may have made the weights so, and no loss was taken after it.
     """
     if not tried:
         return start(method)
