@@ -1,7 +1,7 @@
 """What `train` and `compare` share: transformers' Trainer with a loss of ours, and its arguments, made in one place.
 
-Batches in random order by the seed, AdamW, the schedule, clipping and devices are Trainer's. A loss that is NaN or infinite
-ends a run before it changes a weight. Nothing is printed.
+Batches in random order by the seed, AdamW, the schedule, clipping and devices are Trainer's. A loss that is NaN or
+infinite ends a run before it changes a weight. Nothing is printed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 What is changed: a checkpoint holds the adapter instead of the model and appears whole or not at all, the loss of a
 causal model on a CPU computes logits only where a label is, the held-out loss is the mean over all labels, the first
-step of a warm-up trains, and a loss that is NaN or infinite stops the run at its step and says why. Batching, the optimizer,
-schedules, devices and resuming are theirs.
+step of a warm-up trains, and a loss that is NaN or infinite stops the run at its step and says why. Batching, the
+optimizer, schedules, devices and resuming are theirs.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class _AdapterTrainer(BaseTrainer):
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clipped as by Trainer. A gradient that is NaN or infinite ends the run: clipping would spread it to all weights.
+        """Clipped as by Trainer. A gradient that is NaN or infinite ends the run: clipping would spread it to all.
 
         In float16 it is usual, and the scaled optimizer leaves the step out.
         """
