@@ -98,7 +98,12 @@ def test_what_is_counted_and_what_is_added(monkeypatch: pytest.MonkeyPatch) -> N
         on_gpu = make_plan(
             model,
             model.loss,
-            **dict(rows=100, tokens=1000, batch_size=5, accumulation=2, epochs=3.0, max_steps=None),
+            rows=100,
+            tokens=1000,
+            batch_size=5,
+            accumulation=2,
+            epochs=3.0,
+            max_steps=None,
         )
     assert on_gpu.peak_bytes == counted
 
@@ -122,7 +127,12 @@ def test_experts_in_float32_which_fake_tensors_cannot_multiply(capfd: pytest.Cap
         found = make_plan(
             model,
             lambda: model(input_ids=ids, labels=ids).loss,
-            **dict(rows=2, tokens=8, batch_size=2, accumulation=1, epochs=1.0, max_steps=None),
+            rows=2,
+            tokens=8,
+            batch_size=2,
+            accumulation=1,
+            epochs=1.0,
+            max_steps=None,
         )
     assert found.peak_bytes is None and found.unplanned.startswith("RuntimeError: Expected inputs of BF16 type")
     assert capfd.readouterr().err == ""
