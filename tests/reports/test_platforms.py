@@ -123,11 +123,12 @@ def test_outputs_that_are_closed_or_full(shell: str, code: int, said: bytes, tmp
     assert done.stderr.count(b"\n") <= 1
 
 
-NEEDED = ["transformers", "trl", "datasets", "accelerate", "gguf", "pyyaml"]
+NEEDED = ["transformers", "trl", "datasets", "accelerate", "gguf", "pyyaml", "jinja2", "matplotlib"]
 
 
 @pytest.mark.parametrize(
-    "missing", [[], ["transformers", "trl", "datasets", "accelerate", "gguf", "yaml", "peft", "numpy"]]
+    "missing",
+    [[], ["transformers", "trl", "datasets", "accelerate", "gguf", "yaml", "jinja2", "matplotlib", "peft", "numpy"]],
 )
 def test_the_library_needs_torch_alone_and_commands_say_what_is_missing(missing: list[str], tmp_path: Path) -> None:
     script = f"""
