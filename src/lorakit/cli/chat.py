@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from ..core.errors import LoraError
 from .generate import add_model_arguments, add_sampling_arguments
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     task = task_of(base, adapter)
     if not task.answers:
         put_in = f" --adapter {shlex.quote(args.adapter)}" if args.adapter else ""
-        raise ValueError(
+        raise LoraError(
             f"{args.model} is {task} and does not talk. Ask it about a text: "
             f"lorakit generate --model {shlex.quote(args.model)}{put_in} --prompt TEXT"
         )

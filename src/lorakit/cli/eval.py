@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..training.settings import number
 from .generate import add_model_arguments, add_style_arguments
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     task = task_of(base, adapter)
     data = read(args.data, fields=fields_of(args), holdout=0.0, model=task)
     if data.task != task.kind:
-        raise ValueError(f"{args.data} holds {data.shape} rows, and {args.model} is {task}: give it text and label.")
+        raise LoraError(f"{args.data} holds {data.shape} rows, and {args.model} is {task}: give it text and label.")
     splits = {"test": data.test, "valid": data.valid, "train": data.train}
     split = next(name for name, rows in splits.items() if rows)
     loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)

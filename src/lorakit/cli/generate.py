@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..training.settings import UsageError, number
 
@@ -94,10 +95,10 @@ def run(args: argparse.Namespace) -> None:
     if args.pair is not None and task.answers:
         raise UsageError(f"--pair is the second text for a classifier of pairs, and {args.model} is {task}.")
     if not task.answers and not prompt.strip():
-        raise ValueError(f"--prompt is empty: {args.model} is {task} and needs a text.")
+        raise LoraError(f"--prompt is empty: {args.model} is {task} and needs a text.")
     loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
     if args.base and loaded.new_parameters and not task.answers:
-        raise ValueError(f"--base: {base} has no trained head for {task}; only the adapter has one.")
+        raise LoraError(f"--base: {base} has no trained head for {task}; only the adapter has one.")
     with disabled(loaded.model) if args.base else contextlib.nullcontext():
         if not task.answers:
             print(_verdict(loaded, task, prompt, args.pair, adapter or base))

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..core.reading import json_of, missing
 from ..formats import peft
@@ -28,7 +29,7 @@ def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
     if adapter is not None:
         check_adapter(adapter)
         if is_adapter(name):
-            raise ValueError(
+            raise LoraError(
                 f"{name} is an adapter's folder itself. Give one adapter and its base: --model BASE --adapter {adapter}"
             )
         _refuse_no_model(name)
@@ -44,11 +45,11 @@ def base_of(adapter: str) -> str:
     base = adapter_config(adapter).get("base_model_name_or_path")
     give = f"give it: --model BASE --adapter {shlex.quote(adapter)}"
     if not base:
-        raise ValueError(f"{adapter}/{peft.CONFIG} names no base model; {give}")
+        raise LoraError(f"{adapter}/{peft.CONFIG} names no base model; {give}")
     try:
         _refuse_no_model(str(base))
     except FileNotFoundError as error:
-        raise ValueError(f"{adapter}/{peft.CONFIG} names the base model {base}: {error} Or {give}") from None
+        raise LoraError(f"{adapter}/{peft.CONFIG} names the base model {base}: {error} Or {give}") from None
     return str(base)
 
 

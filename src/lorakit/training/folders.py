@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..core.errors import LoraError
 from .rows import SUFFIXES, suffixes
 
 # Under which names a split is looked for, the usual one first.
@@ -57,10 +58,10 @@ def _of_split(folder: Path, files: Sequence[Path], stems: Sequence[str]) -> list
     if len(groups) > 1:
         usual = sorted(groups, key=lambda group: (stems.index(group[0].lower()), SUFFIXES.index(_kind(group, groups))))
         one, two = (groups[group][0][1].name for group in usual[:2])
-        raise ValueError(f"{folder} holds both {one} and {two}; keep one, or name the file.")
+        raise LoraError(f"{folder} holds both {one} and {two}; keep one, or name the file.")
     for group, shards in groups.items():
         if (count := counts.get(group)) is not None and len(shards) != count:
-            raise ValueError(f"{folder} holds {len(shards)} of the {count} files {group[0]}-…-of-…{group[1][:-1]}.")
+            raise LoraError(f"{folder} holds {len(shards)} of the {count} files {group[0]}-…-of-…{group[1][:-1]}.")
         return [path for _, path in sorted(shards)]
     return []
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.errors import LoraError
 from .data import Example
 from .positions import positions
 from .tokens import IGNORED, encode
@@ -36,7 +37,7 @@ def _room(limit: int | None, prompt: Sequence[int], wanted: int) -> int:
     if limit is None:
         return wanted
     if len(prompt) >= limit:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, and this model has positions for {limit}: shorten it.")
+        raise LoraError(f"the prompt has {len(prompt)} tokens, and this model has positions for {limit}: shorten it.")
     return min(wanted, limit - len(prompt))
 
 
@@ -211,5 +212,5 @@ def _started(loaded: Loaded, prompt: Sequence[int]) -> list[int]:
         return list(prompt)
     first = loaded.tokenizer.bos_token_id
     if first is None:
-        raise ValueError("the prompt is empty, and this model's tokenizer has no token to begin with: give a prompt.")
+        raise LoraError("the prompt is empty, and this model's tokenizer has no token to begin with: give a prompt.")
     return [first]

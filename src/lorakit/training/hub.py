@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..core.errors import LoraError
 from .folders import SPLIT_NAMES
 from .rows import Row, of_columns
 
@@ -59,7 +60,7 @@ def _chosen_splits(name: str, hub: Hub, there: Collection[str]) -> dict[str, str
     usual = {split: stem for split, stems in SPLIT_NAMES.items() for stem in reversed(stems) if stem in there}
     chosen = {"train": "train", **(named or usual)}
     if missing := [own for own in chosen.values() if own not in there]:
-        raise ValueError(f"{name} has no split {missing[0]!r}; it has {', '.join(there)}.")
+        raise LoraError(f"{name} has no split {missing[0]!r}; it has {', '.join(there)}.")
     return chosen
 
 
@@ -76,5 +77,5 @@ def _converted_files(name: str, subset: str) -> dict[str, str]:
     splits = list(dict.fromkeys(split for own, split in folders if own == subset))
     if not splits:
         subsets = ", ".join(dict.fromkeys(own for own, _ in folders)) or "none"
-        raise ValueError(f"{name} has no subset {subset!r} in its Parquet copy; it has {subsets}.")
+        raise LoraError(f"{name} has no subset {subset!r} in its Parquet copy; it has {subsets}.")
     return {split: f"{root}/{subset}/{split}/*.parquet" for split in splits}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..core.reading import json_of, refuse_pointer
 from .at_hub import HubKind, id_at_hub
@@ -52,7 +53,7 @@ def reading(name: str, folder: str) -> Iterator[None]:
         _refuse_broken(Path(folder))
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        raise ValueError(f"{name} cannot be loaded: {kind}{reason[:300]}") from error
+        raise LoraError(f"{name} cannot be loaded: {kind}{reason[:300]}") from error
 
 
 def _in_folder(name: str, path: Path) -> tuple[str, dict[str, Any]]:
@@ -61,7 +62,7 @@ def _in_folder(name: str, path: Path) -> tuple[str, dict[str, Any]]:
     packed = sorted(path.glob("*.gguf"))
     if len(packed) > 1:
         listed = ", ".join(file.name for file in packed)
-        raise ValueError(f"{name} holds several .gguf files ({listed}); name one: --model {name}/{packed[0].name}")
+        raise LoraError(f"{name} holds several .gguf files ({listed}); name one: --model {name}/{packed[0].name}")
     if packed:
         return str(path), {"gguf_file": packed[0].name}
     inside = [entry.name for entry in sorted(path.iterdir()) if _is_model(entry)]
@@ -104,6 +105,6 @@ def _refuse_broken(folder: Path) -> None:
             with safetensors.safe_open(path, framework="pt"):
                 pass
         except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: no complete safetensors file: {str(error).splitlines()[0]}.") from None
+            raise LoraError(f"{path}: no complete safetensors file: {str(error).splitlines()[0]}.") from None
     for path in sorted([*folder.glob("*.gguf"), *folder.glob("*.bin"), *folder.glob("*.model")]):
         refuse_pointer(path)

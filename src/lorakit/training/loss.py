@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..core.errors import LoraError
+
 # Labels whose logits are held at once. Fewer make thin products: with a vocabulary of 49,152 and a width of 576, 64 are
 # a tenth slower, 32 take nearly twice as long; 256 are no faster.
 _CHUNK = 128
@@ -106,7 +108,7 @@ def _at(where: Labelled, states: Tensor, tokens: int) -> Tensor:
     if states.shape[1] == len(where.columns):
         return states[where.rows, where.at]
     if states.shape[1] != tokens:
-        raise ValueError(
+        raise LoraError(
             f"the model gives {states.shape[1]} columns of logits for rows of {tokens} tokens, of which "
             f"{len(where.columns)} were asked for; its loss cannot be told."
         )
@@ -131,7 +133,7 @@ def check_causal(model: Any) -> None:
     exact = table.weight.dtype == torch.float32
     rounding = 1e-5 * one.abs().max() if exact else 0.05 * difference[-1]
     if difference[:-1].max() > rounding:
-        raise ValueError(
+        raise LoraError(
             f"{type(model).__name__} is not causal as it is configured: what it says of the first tokens depends on a "
             'later one, so it would learn to copy. An encoder such as BERT needs "is_decoder": true in its config.json.'
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.attach import adapted_layers, detach
+from ..core.errors import LoraError
 from ..core.switching import merge
 from ..formats.folder import OutputFolder, OutputKind
 from .adapter_folder import base_and_adapter
@@ -73,7 +74,7 @@ def merge_to_folder(
     """
     base, folder = base_and_adapter(model, adapter)
     if folder is None:
-        raise ValueError(f"{model} is a base model without an adapter; give --adapter FOLDER.")
+        raise LoraError(f"{model} is a base model without an adapter; give --adapter FOLDER.")
     out = OutputFolder(output_dir, MERGING)
     _refuse_used(out, [base, folder], overwrite)
     loaded = load_with_adapter(model, adapter, dtype=dtype)
@@ -93,7 +94,7 @@ def merge_to_folder(
                 difference = _difference(expected, _logits(_reload(loaded, part), inputs))
                 limit = _TOLERANCE[loaded.model.dtype] if tolerance is None else tolerance
                 if not difference.relative <= limit:
-                    raise ValueError(
+                    raise LoraError(
                         f"the merged model differs from base + adapter: {difference}; the limit is {limit:g} "
                         "(--tolerance). Nothing was written. --dtype float32 merges more exactly."
                     )

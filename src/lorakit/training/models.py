@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.errors import LoraError
 from ..formats import load as load_adapter
 from ..formats import peft
 from .adapter_folder import base_and_adapter, beside
@@ -153,7 +154,7 @@ def load_with_adapter(
         missing = [name for name in loaded.new_parameters if name not in trained]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ValueError(
+            raise LoraError(
                 f"{base} is no language model that can answer: its files hold no weights for {missing[0]}{more}."
             )
     else:
@@ -186,7 +187,7 @@ def _load(
     with quietly(), reading(name, folder):
         model, info = auto.from_pretrained(folder, dtype=wanted, output_loading_info=True, **options, **settings)
     if getattr(model, "is_quantized", False):
-        raise ValueError(f"{name} is quantised; load a version with plain weights.")
+        raise LoraError(f"{name} is quantised; load a version with plain weights.")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     new = tuple(sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}))

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..core.errors import LoraError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -49,7 +51,7 @@ def check_vocabulary(rows: Iterable[dict[str, Any]], model: Any, tokenizer: PreT
     if not isinstance(size, int):
         return
     if tokenizer.pad_token_id is None:
-        raise ValueError(
+        raise LoraError(
             "this model's tokenizer names neither a padding nor an end token, so rows cannot share a batch. Set "
             '"pad_token" in its tokenizer_config.json.'
         )
@@ -57,7 +59,7 @@ def check_vocabulary(rows: Iterable[dict[str, Any]], model: Any, tokenizer: PreT
     if beyond := sorted(token for token in used if token >= size):
         listed = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in beyond[:5])
         more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""
-        raise ValueError(
+        raise LoraError(
             f"the tokenizer has {len(tokenizer):,} tokens, the model's embedding {size:,} rows, and the "
             f"data holds tokens beyond them: {listed}{more}. Use the tokenizer that belongs to this model."
         )

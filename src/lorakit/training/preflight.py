@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.errors import LoraError
 from ..core.numbers import size
 from ..core.reading import json_of
 from ..core.words import suggestion
@@ -72,10 +73,10 @@ def check_reporters(names: Sequence[str]) -> None:
         if name in ("all", "none") or name in installed:
             continue
         if name in known:
-            raise ValueError(
+            raise LoraError(
                 f"--report-to {name}: {name} is not installed. Install it (pip install {name}), or leave it out."
             )
-        raise ValueError(f"--report-to {name}: expected one of {', '.join(known)}.{suggestion(name, known)}")
+        raise LoraError(f"--report-to {name}: expected one of {', '.join(known)}.{suggestion(name, known)}")
 
 
 def refuse_too_large(prepared: Prepared) -> None:
@@ -98,7 +99,7 @@ def refuse_more_than_there_is(needed: int, what: str, ways: Sequence[str]) -> No
     """
     there = memory_of(best_device())
     if there and needed > there:
-        raise ValueError(
+        raise LoraError(
             f"{what} {size(needed)} of memory, and this machine has {size(there)}. "
             f"Less is needed with {', '.join(ways[:-1])} or {ways[-1]}; --ignore-memory begins all the same."
         )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core.attach import attach
+from ..core.errors import LoraError
 from ..core.numbers import size
 from ..core.report import Report
 from ..core.settings import LoRASettings
@@ -77,7 +78,7 @@ def prepare(config: TrainConfig) -> Prepared:
         remedy = "shorten them, or cut them with --too-long truncate"
         if limit == config.max_seq_length:
             remedy = f"raise --max-seq-length {limit}"
-        raise ValueError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
+        raise LoraError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
     check_vocabulary((*train, *valid), model, tokenizer)
     from . import trainers  # noqa: F401  the libraries that training needs are part of the memory planned
 
@@ -157,7 +158,7 @@ def fields_of(config: Any) -> dict[str, str]:
 def check_task(config: Any, data: Data) -> None:
     """Raise ValueError where the data is of another kind than the one that the settings ask for."""
     if config.task not in ("auto", data.task):
-        raise ValueError(
+        raise LoraError(
             f"--task {config.task} does not fit {config.data}, which holds {data.shape} rows ({data.task})."
         )
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..core.errors import LoraError
 from .config import TrainConfig
 from .models import Loaded, best_device, resolve_dtype
 from .plan import processes
@@ -107,7 +108,7 @@ def refuse_differences(then: Mapping[str, Any], now: Mapping[str, Any], checkpoi
     """Raise ValueError listing what differs."""
     if lines := differences(then, now):
         listed = "\n".join(f"  {line}" for line in lines)
-        raise ValueError(
+        raise LoraError(
             f"--resume: {checkpoint} belongs to a run of other settings:\n{listed}\nNothing was changed. Resume it as "
             f"it was begun, or start anew: --overwrite in place of --resume, or another --output-dir."
         )

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import LoraError
 from ..core.reading import bytes_of, decoded
 from . import tables
 
@@ -50,7 +51,7 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
 
-class DataError(ValueError):
+class DataError(LoraError):
     """Rows that cannot be used. The message gives each cause once, with the place of a row and of others like it.
 
     problems: a line for each row, "file:line: what is wrong".
@@ -91,7 +92,7 @@ def read_file(path: Path, findings: Findings) -> list[Row]:
     """
     suffix, _ = suffixes(path)
     if suffix is None:
-        raise ValueError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}, or one packed with gzip.")
+        raise LoraError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}, or one packed with gzip.")
     before = len(findings.problems)
     if suffix == ".parquet":
         rows = list(_read_parquet(path, findings))
@@ -226,7 +227,7 @@ def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+        raise LoraError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
     return found
 
 

@@ -17,6 +17,7 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..core.words import suggestion
 from .values import converted, describe
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Config = TypeVar("Config")
 
 
-class UsageError(ValueError):
+class UsageError(LoraError):
     """A command line or a configuration file that cannot be understood: exit code 2."""
 
 
@@ -305,7 +306,7 @@ def recorded(config: type, path: Path, names: Collection[str]) -> dict[str, Any]
             own = _settings(config)[name]
             found[name] = _value(own, path, value_node, f"{path}:{line_of(key_node)}: {name}", problems)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise LoraError("\n".join(problems))
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.errors import LoraError
 from ..core.reading import json_of
 from ..formats.files import replacing
 from .adapter_folder import beside
@@ -79,7 +80,7 @@ def _of_folder(folder: str | Path) -> Style | None:
         values = json_of(path, dict)
         chat, system = values.get("chat", True), values.get("system")
         if not isinstance(chat, bool) or not isinstance(system, str | None):
-            raise ValueError(f"{path}: expected chat to be true or false and system to be text or null.")
+            raise LoraError(f"{path}: expected chat to be true or false and system to be text or null.")
         return Style(chat, system)
     path = beside(folder, "config.yaml")  # of a run that recorded its settings alone
     if path is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ..core.adapter import Adapter
+from ..core.errors import LoraError
 from ..core.reading import json_of
 from ..core.words import suggestion
 from ..formats import peft
@@ -130,7 +131,7 @@ def task_of(base: str | None, adapter: str | None) -> Task:
     if kind == "CAUSAL_LM":
         return Task("causal-lm")
     if kind not in (None, "SEQ_CLS"):
-        raise ValueError(
+        raise LoraError(
             f"{adapter}/{peft.CONFIG}: task_type is {kind}; lorakit uses adapters of language models (CAUSAL_LM) and "
             "of classifiers (SEQ_CLS)."
         )
@@ -141,7 +142,7 @@ def task_of(base: str | None, adapter: str | None) -> Task:
     rows = _head_rows(base, peft.read(adapter)) if base else None
     if rows is None:
         if kind == "SEQ_CLS" and own.answers:
-            raise ValueError(
+            raise LoraError(
                 f"{adapter} is an adapter of a classifier, but holds neither a trained head nor {LABELS}, so its "
                 "classes are not known."
             )
@@ -177,7 +178,7 @@ def _of_model(base: str) -> Task:
     if not any(name.endswith(_CLASSIFIER) for name in kinds):
         return Task("causal-lm")
     if config.problem_type == "multi_label_classification":
-        raise ValueError(f"{base} gives a text several classes at once; lorakit scores one class for a text.")
+        raise LoraError(f"{base} gives a text several classes at once; lorakit scores one class for a text.")
     if config.num_labels == 1:
         return Task("regression")
     names = _names_in(config)
@@ -193,7 +194,7 @@ def _names_in(config: Any) -> tuple[str, ...]:
 def _names(path: Path) -> tuple[str, ...]:
     names = json_of(path, list)
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-        raise ValueError(f"{path}: expected a list of different names, one for each class, in quotes; found {names}.")
+        raise LoraError(f"{path}: expected a list of different names, one for each class, in quotes; found {names}.")
     return tuple(names)
 
 

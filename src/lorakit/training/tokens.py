@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import LoraError
 from .chat import Messages, opening, prints_date, rendered, unprinted
 from .conversations import BadRow
 from .data import Example
@@ -169,7 +170,7 @@ def _conversation(
     """The example as messages, or None for a pair that is to be joined as it stands."""
     if example.messages is not None:
         if tokenizer.chat_template is None:
-            raise ValueError(
+            raise LoraError(
                 "the data holds conversations, but this model's tokenizer has no chat template. Use an instruct "
                 "model, or data with prompt and completion."
             )
@@ -225,7 +226,7 @@ def _tokenised(
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """Token ids of `text`, and spans of characters as spans of tokens. special: add BOS; a template has its own."""
     if not tokenizer.is_fast:
-        raise ValueError("this tokenizer cannot say where its tokens stand in the text; a fast tokenizer is needed.")
+        raise LoraError("this tokenizer cannot say where its tokens stand in the text; a fast tokenizer is needed.")
     encoded: Any = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     ids: list[int] = list(encoded["input_ids"])
     offsets: list[tuple[int, int]] = list(encoded["offset_mapping"])
@@ -290,5 +291,5 @@ def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
-        raise ValueError("this tokenizer has no end token, so a model could never learn to stop.")
+        raise LoraError("this tokenizer has no end token, so a model could never learn to stop.")
     return int(tokenizer.eos_token_id)

@@ -24,6 +24,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from ..core.attach import trained_whole
+from ..core.errors import LoraError
 from ..core.trainable import lora_names
 from ..formats import save
 from ..formats.files import naming, remove, replacing
@@ -122,7 +123,7 @@ class _AdapterTrainer(BaseTrainer):
             name for name in state if state[name].shape != expected[name].shape
         ]
         if differing:
-            raise ValueError(f"{path} belongs to an adapter of other settings; {differing[0]} differs.")
+            raise LoraError(f"{path} belongs to an adapter of other settings; {differing[0]} differs.")
         model.load_state_dict(state, strict=False)
 
     def take(self, checkpoint: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import LoraError
 from ..core.reading import text_of
 
 if TYPE_CHECKING:
@@ -35,14 +36,14 @@ def root_of(path: Path) -> yaml.MappingNode | None:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         tab = " Indent with spaces, not with tabs." if "'\\t'" in str(error.problem) else ""
-        raise ValueError(f"{path}:{line}: not YAML: {error.problem or error.context}.{tab}") from None
+        raise LoraError(f"{path}:{line}: not YAML: {error.problem or error.context}.{tab}") from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        raise ValueError(f"{path}:{line}: not YAML: a character that it forbids, U+{error.character:04X}.") from None
+        raise LoraError(f"{path}:{line}: not YAML: a character that it forbids, U+{error.character:04X}.") from None
     except RecursionError:
-        raise ValueError(f"{path}: not YAML that can be read: too many brackets in one another.") from None
+        raise LoraError(f"{path}: not YAML that can be read: too many brackets in one another.") from None
     if root is not None and not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path}:{line_of(root)}: expected lines of the form `key: value`.")
+        raise LoraError(f"{path}:{line_of(root)}: expected lines of the form `key: value`.")
     return root
 
 

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from ...core.adapted import AdaptedLayer, unmerged
 from ...core.adapter import Adapter, Update
 from ...core.attach import adapted_layers
+from ...core.errors import LoraError
 from ...core.matrix import precise
 
 TOP, THRESHOLD = 10, 0.5  # of `intruder_cosines`: the directions looked at, and the cosine below which one is new
@@ -255,10 +256,10 @@ def factors_of(adapter: Adapter) -> dict[str, Factors]:
         for number, (end, (A, B)) in enumerate(update.layout.matrices(update.A, update.B).items()):
             found[name + end] = Factors(A, B, update.scale, name, number if end else None)
     if not found:
-        raise ValueError("the adapter has no LoRA update to analyze, only tensors trained whole.")
+        raise LoraError("the adapter has no LoRA update to analyze, only tensors trained whole.")
     broken = [name for name, f in found.items() if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all())]
     if broken:
-        raise ValueError(f"NaN or infinite numbers in the factors of:\n{_listed(broken)}")
+        raise LoraError(f"NaN or infinite numbers in the factors of:\n{_listed(broken)}")
     return found
 
 
@@ -272,7 +273,7 @@ def analyze(adapter: Adapter, model: nn.Module | None = None) -> Iterator[Analys
     layers = adapted_layers(model) if model is not None else {}
     missing = [name for name in adapter.updates if name not in layers]
     if model is not None and missing:
-        raise ValueError(f"{type(model).__name__} does not hold this adapter; not in it:\n{_listed(missing)}")
+        raise LoraError(f"{type(model).__name__} does not hold this adapter; not in it:\n{_listed(missing)}")
     for name, factors in factors_of(adapter).items():
         update = directions(factors.A, factors.B, factors.scale)
         layer = layers.get(factors.module)
@@ -306,7 +307,7 @@ def matched(first: Adapter, second: Adapter) -> dict[str, tuple[Factors, Factors
         if name in theirs and own.shape != theirs[name].shape
     ]
     if problems:
-        raise ValueError(f"the two adapters do not cover the same modules:\n{_listed(problems)}")
+        raise LoraError(f"the two adapters do not cover the same modules:\n{_listed(problems)}")
     return {name: (own, theirs[name]) for name, own in ours.items()}
 
 

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ...core.errors import LoraError
 from ...core.words import suggestion
 from ...training import metrics
 
@@ -53,10 +54,10 @@ def metrics_for(names: Sequence[str], task: str, answers: bool) -> list[Metric]:
     fitting = ", ".join(name for name, metric in METRICS.items() if metric.of in scored)
     for name in names:
         if name not in METRICS:
-            raise ValueError(f"unknown metric {name!r}.{suggestion(name, METRICS)} This task has: {fitting}.")
+            raise LoraError(f"unknown metric {name!r}.{suggestion(name, METRICS)} This task has: {fitting}.")
         if METRICS[name].of not in scored:
             here = f"{task} without prompts" if task == "causal-lm" and not answers else task
-            raise ValueError(f"{name} is for {METRICS[name].of}; this task is {here}. It has: {fitting}.")
+            raise LoraError(f"{name} is for {METRICS[name].of}; this task is {here}. It has: {fitting}.")
     return [METRICS[name] for name in names]
 
 
@@ -66,7 +67,7 @@ def _scored(task: str, answers: bool) -> tuple[str, ...]:
         return ("texts", "loss") if answers else ("loss",)
     kinds = {"classification": ("classes",), "regression": ("numbers",)}
     if task not in kinds:
-        raise ValueError(f"no metrics for the task {task!r}, only for: {', '.join(kinds)}, causal-lm.")
+        raise LoraError(f"no metrics for the task {task!r}, only for: {', '.join(kinds)}, causal-lm.")
     return kinds[task]
 
 
@@ -208,7 +209,7 @@ def _perplexity(losses: Sequence[float], tokens: Sequence[int]) -> float:
     _check(losses, tokens)
     count = sum(tokens)
     if not count:
-        raise ValueError("the perplexity of no token.")
+        raise LoraError("the perplexity of no token.")
     try:
         return math.exp(sum(losses) / count)
     except OverflowError:
@@ -220,16 +221,16 @@ def _perplexity(losses: Sequence[float], tokens: Sequence[int]) -> float:
 
 def _check(predicted: Sequence[Any], expected: Sequence[Any]) -> None:
     if len(predicted) != len(expected):
-        raise ValueError(f"{len(predicted)} predictions for {len(expected)} rows.")
+        raise LoraError(f"{len(predicted)} predictions for {len(expected)} rows.")
     if not len(expected):
-        raise ValueError("a score of no rows.")
+        raise LoraError("a score of no rows.")
 
 
 def _check_texts(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> None:
     _check(predicted, expected)
     for row, references in enumerate(expected):
         if not references:
-            raise ValueError(f"question {row + 1} has no reference.")
+            raise LoraError(f"question {row + 1} has no reference.")
 
 
 def _constant(values: Sequence[Any]) -> bool:

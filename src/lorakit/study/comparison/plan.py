@@ -10,6 +10,7 @@ from functools import cached_property
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...core.errors import LoraError
 from ...core.table import Table
 from ...training.preflight import refuse_more_than_there_is
 from ...training.report import heading
@@ -82,7 +83,7 @@ def apply(method: Method, model: nn.Module, task: StudyTask) -> Applied:
     prefix = method.length if isinstance(method, PrefixEmbedding | PrefixLayer) else 0
     if positions is not None and task.longest + prefix > positions:
         beside = f", and the prefix {prefix}" if prefix else ""
-        raise ValueError(
+        raise LoraError(
             f"the longest row of {task.name} has {task.longest} tokens{beside}, but the model has {positions} "
             f"positions; lower max_seq_length to {positions - prefix}."
         )

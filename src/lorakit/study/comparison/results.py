@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...core.errors import LoraError
 from ...core.reading import text_of
 
 
@@ -51,7 +52,7 @@ class Interval:
         """Raises ValueError without values."""
         count = len(values)
         if not count:
-            raise ValueError("an interval of no values.")
+            raise LoraError("an interval of no values.")
         mean = sum(values) / count
         if count == 1:
             return cls(mean, None, tuple(values))

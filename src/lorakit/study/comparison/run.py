@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...core.errors import LoraError
 from ...core.reading import json_of
 from ...formats.files import replacing
 from ...training.memory import few_kernels
@@ -80,7 +81,7 @@ def compare(
                 finished = finished and runs.complete
                 progress.advance_to_method_end(most_runs(method, seeds, trials))
     if left_out and not rows and finished:
-        raise ValueError("no method can be applied. {}: {}: {}".format(*left_out[0]))
+        raise LoraError("no method can be applied. {}: {}: {}".format(*left_out[0]))
     return Comparison(
         model=model,
         tasks=tuple(_facts(plan) for plan in plans),

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...core.attach import adapted_layers
+from ...core.errors import LoraError
 from ...core.paths import expanded
 from ...core.switching import merge
 from ...training.data import Data, Example, read
@@ -243,7 +244,7 @@ class Answers(_Text):
         self._valid, self._test = self._tokens(data.valid), self._tokens(data.test)
         for split, rows in (("train", self.train), ("valid", self._valid), ("test", self._test)):
             if not rows:
-                raise ValueError(
+                raise LoraError(
                     f"no {split} row of {self.source} has room for its answer within {self._limit} tokens; "
                     f"raise max_seq_length, where the model has more positions."
                 )
@@ -418,7 +419,7 @@ def _held_out(train: list[list[Example]], limit: int | None, seed: int) -> list[
     count = max(1, round(_HELD_OUT * len(train)))
     count = min(count, limit or count)
     if len(train) <= count:
-        raise ValueError(f"{len(train)} questions are too few to train on and to hold some out.")
+        raise LoraError(f"{len(train)} questions are too few to train on and to hold some out.")
     chosen = set(random.Random(seed).sample(range(len(train)), count))
     taken = [train[index] for index in sorted(chosen)]
     train[:] = [question for index, question in enumerate(train) if index not in chosen]

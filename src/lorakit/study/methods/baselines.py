@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...core.attach import adapted_layers, attach, detach
+from ...core.errors import LoraError
 from ...core.settings import LoRASettings
 from ...core.switching import unmerge
 from ...core.trainable import bias_names, lora_names
@@ -85,7 +86,7 @@ class Method:
         """
         if "_lorakit_method" in model.__dict__ or adapted_layers(model):
             before = model.__dict__.get("_lorakit_method", "lorakit.attach's adapter")
-            raise ValueError(f"{type(model).__name__} has {before} already: take it back first.")
+            raise LoraError(f"{type(model).__name__} has {before} already: take it back first.")
         modules = head_of(model, head)
         requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         # By identity: a weight that the head shares with the base is the base's, as a tied language head is.
@@ -172,13 +173,13 @@ class Applied:
         places = {**own, **{name: buffers[name] for name in tensors if name in buffers}}
         missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - places.keys())
         if missing or unexpected:
-            raise ValueError(
+            raise LoraError(
                 f"these are not the tensors of {self.method} on {type(self.model).__name__}: "
                 f"missing {missing[:5] or 'none'}, unexpected {unexpected[:5] or 'none'}."
             )
         for name, place in places.items():
             if place.shape != tensors[name].shape:
-                raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, expected {tuple(place.shape)}.")
+                raise LoraError(f"{name} has the shape {tuple(tensors[name].shape)}, expected {tuple(place.shape)}.")
         with torch.no_grad():
             for name, place in places.items():
                 place.copy_(tensors[name])
@@ -197,13 +198,13 @@ class Applied:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         written = metadata.get("method"), json.loads(metadata.get("settings", "null"))
         if written != (self.method.name, self.method.settings):
-            raise ValueError(f"{path} was written by {written[0]} with {written[1]}, but this is {self.method}.")
+            raise LoraError(f"{path} was written by {written[0]} with {written[1]}, but this is {self.method}.")
         self.load_state_dict(tensors)
 
     def remove(self) -> None:
         """Give back the model that the method was applied to: modules, hooks, keys, values, requires_grad."""
         if "_lorakit_method" not in self.model.__dict__:
-            raise ValueError(f"{self.method} has been taken back already.")
+            raise LoraError(f"{self.method} has been taken back already.")
         self._inserted.remove()
         if layers := adapted_layers(self.model):
             if any(layer.merged for layer in layers.values()):
@@ -240,7 +241,7 @@ class BitFit(Method):
     def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
         names = bias_names(model, "all")
         if not {name for name in names if not _is_in(name, head)}:
-            raise ValueError(
+            raise LoraError(
                 f"{type(model).__name__} has no biases{' outside its head' if names else ''}, so BitFit has nothing "
                 f"to train; take another method (Llama and its kin were trained without biases)."
             )
@@ -257,7 +258,7 @@ class TopLayers(Method):
     def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
         blocks = blocks_of(model)
         if not 1 <= self.k <= len(blocks):
-            raise ValueError(f"k={self.k}: {type(model).__name__} has {len(blocks)} blocks.")
+            raise LoraError(f"k={self.k}: {type(model).__name__} has {len(blocks)} blocks.")
         last = {id(parameter) for block in blocks[-self.k :] for parameter in block.module.parameters()}
         return {name for name, parameter in model.named_parameters() if id(parameter) in last}
 
@@ -270,7 +271,7 @@ class HeadOnly(Method):
 
     def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
         if not head:
-            raise ValueError(f"{type(model).__name__} has no new head: name its modules with head=.")
+            raise LoraError(f"{type(model).__name__} has no new head: name its modules with head=.")
         return set()
 
 
@@ -434,7 +435,7 @@ def _open_span(model: nn.Module, length: int) -> tuple[Span, nn.Embedding]:
     blocks = blocks_of(model)
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
     if not isinstance(embedding, nn.Embedding):
-        raise ValueError(f"{type(model).__name__} has no embedding of tokens, which a prefix needs.")
+        raise LoraError(f"{type(model).__name__} has no embedding of tokens, which a prefix needs.")
     causal = any(getattr(module, "is_causal", False) for module in attention_of(blocks[0]).modules())
     padding = {embedding.padding_idx, getattr(getattr(model, "config", None), "pad_token_id", None)}
     placeholder = next(token for token in range(embedding.num_embeddings) if token not in padding)
@@ -462,4 +463,4 @@ def _is_in(name: str, modules: Iterable[str]) -> bool:
 
 def _check_size(what: str, value: int) -> None:
     if value < 1:
-        raise ValueError(f"{what}={value}: at least 1 is expected.")
+        raise LoraError(f"{what}={value}: at least 1 is expected.")

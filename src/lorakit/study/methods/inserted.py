@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.attach import factor_dtype
+from ...core.errors import LoraError
 
 
 class Bottleneck(nn.Module):
@@ -91,12 +92,12 @@ class Span:
         kwargs = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if ids is None or kwargs.get("inputs_embeds") is not None:
-            raise ValueError("a prefix is put among tokens: call the model with input_ids, not with inputs_embeds.")
+            raise LoraError("a prefix is put among tokens: call the model with input_ids, not with inputs_embeds.")
         if mask is not None and mask.dim() != 2:
-            raise ValueError(f"a prefix needs an attention_mask (batch, length), not one of shape {tuple(mask.shape)}.")
+            raise LoraError(f"a prefix needs an attention_mask (batch, length), not one of shape {tuple(mask.shape)}.")
         types = kwargs.get("token_type_ids")
         if types is not None and self.start == 0:
-            raise ValueError(f"{type(base).__name__} embeds token_type_ids as words: leave them out with a prefix.")
+            raise LoraError(f"{type(base).__name__} embeds token_type_ids as words: leave them out with a prefix.")
         cache = kwargs.get("past_key_values")
         self.present = cache is None or cache.get_seq_length() == 0
         if mask is not None:

@@ -12,6 +12,7 @@ import dataclasses
 import typing
 from typing import Any
 
+from ...core.errors import LoraError
 from ...core.words import suggestion
 from ...training.values import as_type, describe, outside
 from .baselines import METHODS, Method
@@ -21,7 +22,7 @@ def method_of(text: str) -> Method:
     """The method that `text` names. Raises ValueError that says which word is wrong, and what is expected there."""
     name, *words = text.split() or [""]
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}.{suggestion(name, METHODS)} Methods: {', '.join(METHODS)}.")
+        raise LoraError(f"unknown method {name!r}.{suggestion(name, METHODS)} Methods: {', '.join(METHODS)}.")
     usual = METHODS[name]()
     types = typing.get_type_hints(type(usual))
     fields = {own.name: own for own in dataclasses.fields(usual)}
@@ -31,16 +32,16 @@ def method_of(text: str) -> Method:
         setting, equals, value = word.partition("=")
         if not equals or setting not in known:
             takes = f"{name} takes {', '.join(f'{own}=…' for own in known) or 'no settings'}"
-            raise ValueError(f"{text!r}: {word!r} is no setting;{suggestion(setting, known)} {takes}.")
+            raise LoraError(f"{text!r}: {word!r} is no setting;{suggestion(setting, known)} {takes}.")
         if setting in settings:
-            raise ValueError(f"{text!r}: {setting} stands in it twice.")
+            raise LoraError(f"{text!r}: {setting} stands in it twice.")
         try:
             settings[setting] = _read(value, types[setting])
         except ValueError:
-            raise ValueError(f"{text!r}: {setting}: expected {describe(types[setting])}, found {value!r}.") from None
+            raise LoraError(f"{text!r}: {setting}: expected {describe(types[setting])}, found {value!r}.") from None
         problem = outside(settings[setting], fields[setting].metadata.get("limits", {}))
         if problem:
-            raise ValueError(f"{text!r}: {setting}: expected {problem}, found {value!r}.")
+            raise LoraError(f"{text!r}: {setting}: expected {problem}, found {value!r}.")
     return dataclasses.replace(usual, **settings)
 
 

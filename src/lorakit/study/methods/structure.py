@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ...core.errors import LoraError
 from ...core.layers import is_transposed
 from ...core.targets import closest, matching
 
@@ -43,7 +44,7 @@ def blocks_of(model: nn.Module) -> list[Block]:
             stacks[name] = module
     if len(stacks) != 1:
         found = f"{len(stacks)}: {', '.join(map(repr, stacks))}" if stacks else "none"
-        raise ValueError(
+        raise LoraError(
             f"{type(model).__name__} has no single stack of transformer blocks: expected one nn.ModuleList whose "
             f"members each hold an attention, found {found}."
         )
@@ -68,7 +69,7 @@ def attention_of(block: Block) -> nn.Module:
     found = _attentions(block.module)
     if len(found) != 1:
         kinds = ", ".join(type(attention).__name__ for attention in found)
-        raise ValueError(f"{block} holds more than one attention: {kinds}. Only self-attention is expected.")
+        raise LoraError(f"{block} holds more than one attention: {kinds}. Only self-attention is expected.")
     return found[0]
 
 
@@ -81,7 +82,7 @@ def ends_of(block: Block) -> tuple[nn.Module, nn.Module]:
     own = set(attention.modules())
     outside = [module for module in block.module.modules() if module not in own]
     if any(_is_experts(module) for module in outside):
-        raise ValueError(f"{block} has an MLP of experts, so no single layer is its output projection.")
+        raise LoraError(f"{block} has an MLP of experts, so no single layer is its output projection.")
     linears = [module for _, module in _linears(block.module)]
     ends = []
     for what, inside in (("attention", own), ("MLP", set(outside))):
@@ -89,9 +90,9 @@ def ends_of(block: Block) -> tuple[nn.Module, nn.Module]:
         if what == "attention" and isinstance(attention, nn.MultiheadAttention):
             found = [attention]
         if not found:
-            raise ValueError(f"{block}: no linear layer found that is the output projection of the {what}.")
+            raise LoraError(f"{block}: no linear layer found that is the output projection of the {what}.")
         if _outputs(found[-1]) != block.width:
-            raise ValueError(
+            raise LoraError(
                 f"{block}: the last linear layer of the {what} has {_outputs(found[-1])} outputs, not the model's "
                 f"{block.width}, so it is not the output projection that was looked for."
             )
@@ -133,7 +134,7 @@ def query_and_value(block: Block) -> tuple[list[str], bool]:
             return [f"{block.name}.{name}"], True
     found = [[name for name in inputs if name.rpartition(".")[2].lower().startswith(letter)] for letter in ("q", "v")]
     if [len(names) for names in found] != [1, 1]:
-        raise ValueError(
+        raise LoraError(
             f"{block}: expected one layer for the query and one for the value, "
             f"or one three times as wide as the model; found {', '.join(map(repr, inputs)) or 'none'}. "
             f"Name the layers in targets."
@@ -152,7 +153,7 @@ def head_of(model: nn.Module, head: str | Iterable[str] | None) -> list[str]:
         for pattern in [head] if isinstance(head, str) else head:
             hits = matching(pattern, names)
             if not hits:
-                raise ValueError(f"head={pattern!r} matches no module. {closest(pattern, names)}".rstrip())
+                raise LoraError(f"head={pattern!r} matches no module. {closest(pattern, names)}".rstrip())
             chosen += hits
         return chosen
     base = base_of(model)
