@@ -24,6 +24,7 @@ weight is kept as in loralib: unmerging subtracts the update from it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -266,6 +267,20 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """s = α/r (Hu et al. 2021, section 4.1), or α/√r (rsLoRA, Kalajdzievski 2023)."""
         self.r, self.lora_alpha, self.rslora = rank, alpha, rslora
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+
+    def construct(self, rank: int, shapes: Callable[[int], tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+        """The end of a kind's constructor: factors beside a weight that is frozen then, or none for rank 0; all drawn.
+
+        shapes: of A and B for a rank.
+        """
+        if rank > 0:
+            A_shape, B_shape = shapes(rank)
+            self.lora_A = nn.Parameter(self.weight.new_zeros(A_shape))
+            self.lora_B = nn.Parameter(self.weight.new_zeros(B_shape))
+            self.set_scale(rank, self.lora_alpha)
+            self.weight.requires_grad = False
+        kind: Any = self  # which draws the weight as torch's class does, and the factors
+        kind.reset_parameters()
 
     def create_update(
         self, rank: int, alpha: float, *, rslora: bool, dora: bool, init: str, dtype: torch.dtype

@@ -127,13 +127,14 @@ def select(model: nn.Module, targets: str | Iterable[str] | Filter, exclude: str
     """
     _refuse_peft(model)
     named = candidates(model)
-    left_out = _left_out(model, named, [exclude] if isinstance(exclude, str) else list(exclude))
-    kept = {name: own for name, own in named.items() if name not in left_out}
-    patterns = () if callable(targets) else [targets] if isinstance(targets, str) else list(targets)
-    for pattern in patterns:
-        if matching(pattern, named) and not matching(pattern, kept):
-            raise LoraError(f"exclude={exclude!r} leaves nothing of the target {pattern!r}.")
-    return _selected(model, kept, targets if callable(targets) else patterns)
+    wanted = targets if callable(targets) else [targets] if isinstance(targets, str) else list(targets)
+    if left_out := _left_out(model, named, [exclude] if isinstance(exclude, str) else list(exclude)):
+        kept = {name: own for name, own in named.items() if name not in left_out}
+        for pattern in () if callable(wanted) else wanted:
+            if matching(pattern, named) and not matching(pattern, kept):
+                raise LoraError(f"exclude={exclude!r} leaves nothing of the target {pattern!r}.")
+        named = kept
+    return _selected(model, named, wanted)
 
 
 def _left_out(model: nn.Module, named: Mapping[str, Target], patterns: Sequence[str]) -> set[str]:
@@ -141,7 +142,8 @@ def _left_out(model: nn.Module, named: Mapping[str, Target], patterns: Sequence[
     found: set[str] = set()
     for pattern in patterns:
         hits = matching(pattern, named)
-        inside = [name for name in named if any(name.startswith(f"{hit}.") for hit in hits)]
+        within = tuple(f"{hit}." for hit in hits)
+        inside = [name for name in named if name.startswith(within)]
         if not hits:
             raise LoraError(
                 f"exclude={pattern!r} matches no module of {type(model).__name__}. {closest(pattern, named)}".rstrip()
@@ -150,18 +152,17 @@ def _left_out(model: nn.Module, named: Mapping[str, Target], patterns: Sequence[
     return found
 
 
-def _selected(model: nn.Module, named: dict[str, Target], targets: Sequence[str] | Filter) -> Selection:
+def _selected(model: nn.Module, named: dict[str, Target], targets: list[str] | Filter) -> Selection:
     if callable(targets):
         return _by_filter(model, named, targets)
-    patterns = list(targets)
-    if not patterns:
+    if not targets:
         raise LoraError("targets is empty: name at least one module, or use 'all-linear'.")
     selection = Selection()
-    for pattern in patterns:
+    for pattern in targets:
         if pattern == ALL_LINEAR:
             _all_linear(model, named, selection)
         else:
-            _by_pattern(model, named, pattern, patterns, selection)
+            _by_pattern(model, named, pattern, targets, selection)
     selection.targets = _without_duplicates(selection.targets)
     return selection
 

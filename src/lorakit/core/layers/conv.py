@@ -59,19 +59,17 @@ class ConvLoRA(AdaptedLayer):
             self.__class__ = joined(type(self), conv_module)
         conv_module.__init__(self, in_channels, out_channels, kernel_size, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
-        if r > 0:
-            *others, last = self.kernel_size
-            self.lora_A = nn.Parameter(self.weight.new_zeros((r * last, in_channels * last)))
-            rows = out_channels // self.groups * math.prod(others)
-            self.lora_B = nn.Parameter(self.weight.new_zeros((rows, r * last)))
-            self.set_scale(r, lora_alpha)
-            self.weight.requires_grad = False
-        self.reset_parameters()
+        self.construct(r, self._loralib_shapes)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()  # type: ignore[misc]  # of the convolution class beside this one
         if self.has_update:
             self.draw(self.lora_A, self.lora_B, init_of("kaiming"))
+
+    def _loralib_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        *others, last = self.kernel_size
+        rows = self.out_channels // self.groups * math.prod(others)
+        return (rank * last, self.in_channels * last), (rows, rank * last)
 
     @property
     def conv(self) -> nn.Module:

@@ -34,17 +34,12 @@ class Embedding(AdaptedLayer, nn.Embedding):
     ) -> None:
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, 0.0, merge_weights)
-        if r > 0:
-            if self.max_norm is not None:
-                raise LoraError(
-                    f"Embedding: max_norm={self.max_norm} cannot be combined with a LoRA update (r={r}): torch "
-                    "renormalises the frozen weight in place at each lookup. Leave max_norm out, or set r=0."
-                )
-            self.lora_A = nn.Parameter(self.weight.new_zeros((r, num_embeddings)))
-            self.lora_B = nn.Parameter(self.weight.new_zeros((embedding_dim, r)))
-            self.set_scale(r, lora_alpha)
-            self.weight.requires_grad = False
-        self.reset_parameters()
+        if r > 0 and self.max_norm is not None:
+            raise LoraError(
+                f"Embedding: max_norm={self.max_norm} cannot be combined with a LoRA update (r={r}): torch "
+                "renormalises the frozen weight in place at each lookup. Leave max_norm out, or set r=0."
+            )
+        self.construct(r, self.factor_shapes)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -44,18 +44,9 @@ class Linear(AdaptedLayer, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout, merge_weights)
         self.fan_in_fan_out = fan_in_fan_out
-        self._construct(r)
+        self.construct(r, self.factor_shapes)
         if fan_in_fan_out:
             self.weight.data = self.weight.data.T.contiguous()
-
-    def _construct(self, r: int) -> None:
-        if r > 0:
-            A_shape, B_shape = self.factor_shapes(r)
-            self.lora_A = nn.Parameter(self.weight.new_zeros(A_shape))
-            self.lora_B = nn.Parameter(self.weight.new_zeros(B_shape))
-            self.set_scale(r, self.lora_alpha)
-            self.weight.requires_grad = False
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
