@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
     from .core.attach import detach as detach
     from .core.beside import Beside as Beside
     from .core.combine import combine as combine
+    from .core.dequantize import dequantize as dequantize
     from .core.diagnose import diagnose as diagnose
     from .core.errors import LoraError as LoraError
     from .core.exchange import extract as extract
@@ -71,6 +72,7 @@ _HOME = {
     "core.optimizing": ("parameter_groups", "parameters"),
     "core.report": ("Report",),
     "core.settings": ("LoRASettings",),
+    "core.dequantize": ("dequantize",),
     "core.switching": ("bake", "disabled", "merge", "unmerge"),
     "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
     "formats": ("Adapter", "load", "save"),

@@ -5,7 +5,8 @@
     lorakit.adapts(Theirs, MyKind)                  MyKind is a subclass of lorakit.AdaptedLayer (see `adapted.py`)
 
 A module of a registered class gets the adapted class. A module of a subclass may compute in a way of its own, and so
-may one that stores no weight: they get the kind that adds beside whatever they compute, where there is one.
+may one that stores no weight, or a quantised one: they get the kind that adds beside whatever they compute, where there
+is one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .adapted import AdaptedLayer
 from .beside import AddsBeside, Beside, BesideConv1d, BesideConv2d, BesideConv3d
 from .joined import joined
 from .layers import TRANSFORMERS_CONV1D, Conv1d, Conv2d, Conv3d, Embedding, Linear
+from .quantised import has_weight_of_a_class, is_known
 
 _kinds: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
     nn.Linear: Linear,
@@ -52,11 +54,13 @@ def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
     """The kind for a module, or None."""
     cls = type(module)
     kind = _kinds.get(cls) or _kinds.get(f"{cls.__module__}.{cls.__qualname__}")
-    if kind is not None and (cls not in _beside or "weight" in module._parameters):
+    stores_weight = "weight" in module._parameters and not has_weight_of_a_class(module)
+    if kind is not None and (cls not in _beside or stores_weight):
         return kind
     if isinstance(module, AdaptedLayer | LazyModuleMixin):
         return None
-    return next((beside for base, beside in _beside.items() if isinstance(module, base)), None)
+    beside = next((beside for base, beside in _beside.items() if isinstance(module, base)), None)
+    return Beside if beside is None and is_known(module) else beside
 
 
 def class_of(kind: type[AdaptedLayer], plain: type[nn.Module]) -> type[AdaptedLayer]:

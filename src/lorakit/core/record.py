@@ -1,4 +1,4 @@
-"""What `attach` found, kept on the model, so that `diagnose` can tell what has changed since.
+"""What `attach` found, kept on the model: `diagnose` tells by it what has changed since, `detach` takes it back.
 
 Plain data in the model's `__dict__`: copies and pickles have it too, `detach` removes it.
 """
@@ -22,6 +22,7 @@ class Record:
     """The base model's statistics at the time of `attach`."""
 
     statistics: dict[str, Tensor] = field(default_factory=dict)  # buffer → its value, on the CPU
+    is_quantized: bool | None = None  # transformers' note on the model, taken away while the model is adapted
 
     @staticmethod
     def of(model: nn.Module) -> Record | None:
@@ -34,13 +35,18 @@ class Record:
         record = Record.of(model)
         if record is None:
             record = model.__dict__[_KEY] = Record()
+        # transformers' Trainer refuses a model with this note, because nothing in it can be trained. Now something can.
+        record.is_quantized = model.__dict__.pop("is_quantized", record.is_quantized)
         for name, buffer in model.named_buffers():
             if name not in record.statistics and is_statistic(buffer) and _is_stored(model, name):
                 record.statistics[name] = buffer.detach().to("cpu", copy=True)
 
     @staticmethod
     def drop(model: nn.Module) -> None:
-        unwrapped(model).__dict__.pop(_KEY, None)
+        model = unwrapped(model)
+        record = model.__dict__.pop(_KEY, None)
+        if record is not None and record.is_quantized is not None:
+            model.__dict__["is_quantized"] = record.is_quantized
 
 
 def is_statistic(buffer: Tensor) -> bool:

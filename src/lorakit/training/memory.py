@@ -4,8 +4,8 @@ Counted: one step, forward and backward, runs on tensors that have shapes and no
 operation makes is noted, and when it dies. The peak of what lives at once is what a GPU's allocator reports.
 
 A process on a CPU holds more, and `margin` says how much: the allocator leaves holes where tensors were freed between
-others that are kept, oneDNN keeps the kernels that it makes (`few_kernels` keeps them few), and autograd and Python have
-small objects.
+others that are kept, oneDNN keeps the kernels that it makes (`few_kernels` keeps them few), and autograd and Python
+have small objects.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Storages:
 
     @property
     def in_heap(self) -> int:
-        """Bytes of all storages that the forward pass makes, freed or not, without those that get pages of their own."""
+        """Bytes of all storages that the forward pass makes, freed or not, without those with pages of their own."""
         return sum(size for _, size in self.events[: self.forward] if 0 < size < _OWN_PAGES)
 
 

@@ -111,8 +111,9 @@ def plain_matrix(module: Any) -> Tensor:
 
 def linear_size(module: Any) -> tuple[int, int]:
     """(out, in) of a linear layer. Raises LoraError where neither its attributes nor its weight tell."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.out_features, module.in_features
+    for outputs, inputs in (("out_features", "in_features"), ("outfeatures", "infeatures")):  # AutoGPTQ's names
+        if hasattr(module, outputs) and hasattr(module, inputs):
+            return getattr(module, outputs), getattr(module, inputs)
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
         raise LoraError(
