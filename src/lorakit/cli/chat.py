@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..core.errors import LoraError
-from .generate import add_model_arguments, add_sampling_arguments
+from .generate import add_model_arguments, add_quantize_argument, add_sampling_arguments
 
 if TYPE_CHECKING:
     from ..training.models import Loaded
@@ -20,6 +20,7 @@ _OF_AN_ADAPTER = "/base switches the adapter off and on, "
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_quantize_argument(parser)
     add_sampling_arguments(parser)
 
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history, where the platform has them
 
-    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
+    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype, quantize=args.quantize)
     style = Style.recorded(adapter or base, loaded.tokenizer, system=args.system, plain=args.plain)
     if not style.chat:
         why = "was trained" if loaded.tokenizer.chat_template and not args.plain else "is asked"

@@ -20,6 +20,7 @@ _CLASSES_SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_quantize_argument(parser)
     add_sampling_arguments(parser)
     parser.add_argument(
         "--prompt", "-p", required=True, help="what to ask, or the text to classify; - reads it from standard input"
@@ -43,6 +44,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto: bfl
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
         help=f"dtype of the weights ({dtype})",
+    )
+
+
+def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize",
+        choices=["none", "nf4", "int8", "gguf"],
+        help="how to quantise the base model's weights (default: as in training)",
     )
 
 
@@ -96,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"--pair is the second text for a classifier of pairs, and {args.model} is {task}.")
     if not task.answers and not prompt.strip():
         raise LoraError(f"--prompt is empty: {args.model} is {task} and needs a text.")
-    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
+    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype, quantize=args.quantize)
     if args.base and loaded.new_parameters and not task.answers:
         raise LoraError(f"--base: {base} has no trained head for {task}; only the adapter has one.")
     with disabled(loaded.model) if args.base else contextlib.nullcontext():

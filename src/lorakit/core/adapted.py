@@ -333,9 +333,13 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def _dense(self) -> Tensor:
         return dense_update(*self.factors())
 
+    def base_matrix(self) -> Tensor:
+        """The stored weight as a matrix (out, in), in float32 at least."""
+        return self.matrix(precise(self.own_weight))
+
     def adapted_matrix(self) -> Tensor:
         """g ⊙ (W + s·ΔW) as a matrix (out, in), in float32 at least."""
-        total = self.matrix(precise(self.own_weight)) + self.scaling * self._dense()
+        total = self.base_matrix() + self.scaling * self._dense()
         if "lora_magnitude" in self._parameters:
             # Here the sum is at hand, so its norm is taken of it: not as the sum of squares that `row_norm` adds up,
             # which loses digits where the update cancels the weight.

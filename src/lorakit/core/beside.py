@@ -25,7 +25,8 @@ from .adapted import AdaptedLayer
 from .errors import LoraError
 from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Linear, linear_size
 from .layouts import Layout
-from .quantised import has_weight_of_a_class, is_known, is_quantised, working_like
+from .matrix import precise
+from .quantised import dequantised_weight, is_known, is_quantised, working_like
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 _QUANTISED = 0.1  # where the layer may round its input to 8 bits
@@ -96,6 +97,11 @@ class AddsBeside(AdaptedLayer):
     def size(self) -> tuple[int, int]:
         A, B = self._factor_matrices()
         return B.shape[0], A.shape[1]
+
+    def base_matrix(self) -> Tensor:
+        if not is_quantised(self):
+            return super().base_matrix()
+        return precise(dequantised_weight(self._base, self.size()[1], self.like))
 
     def fits(self) -> bool:
         return True  # a computed weight has no shape of its own
@@ -197,7 +203,7 @@ def trial(module: nn.Module) -> str | None:
     """Why the equation does not hold for a layer of a class of its own, or None: tried on a few random inputs."""
     kind = f"{type(module).__module__}.{type(module).__name__}"
     like = working_like(module)
-    if like.is_meta or has_weight_of_a_class(module):
+    if like.is_meta or _has_no_numbers(module):
         return None
     tolerance = _QUANTISED if is_quantised(module) else _TOLERANCE.get(like.dtype, 1e-3)
     try:
@@ -218,6 +224,11 @@ def trial(module: nn.Module) -> str | None:
     except Exception as error:  # whatever a class of another's raises
         return f"{kind} is a subclass that could not be tried: {type(error).__name__}: {error}"
     return None
+
+
+def _has_no_numbers(module: nn.Module) -> bool:
+    """Whether it is made of tensors that cannot be looked into: fake ones, and those of other classes."""
+    return any(type(tensor) not in (Tensor, nn.Parameter) for tensor in module.parameters())
 
 
 def module_kernel(module: Any) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from .layers import Linear, is_transposed, plain_matrix
 from .layouts import Layout
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, parameter_factor_shapes
+from .quantised import is_quantised
 from .targets import matrices
 
 
@@ -76,11 +77,14 @@ class Host:
         return bool(getattr(self.modules[name.rpartition(".")[0]], "is_transposed", False))
 
     def weight(self, name: str) -> Tensor | None:
-        """The base weight (out, in) of the linear layer of this name, unmerged. None where there is no such layer."""
+        """The base weight (out, in) of the linear layer of this name, unmerged. None where there is no such layer, or a
+        quantised one.
+        """
         module = self.modules.get(name)
-        if isinstance(module, AdaptedLayer):
+        if isinstance(module, AdaptedLayer) and not is_quantised(module):
             weight = module.weight if module._base_weight is None else module._base_weight
             return module.matrix(weight) if isinstance(module, Linear) else None
-        if module is None or not issubclass(layer_class(module) or nn.Module, Linear):
+        kind = layer_class(module) if module is not None else None
+        if module is None or kind is None or not issubclass(kind, Linear) or is_quantised(module):
             return None
         return plain_matrix(module)

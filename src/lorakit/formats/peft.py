@@ -322,7 +322,9 @@ def _at_the_base(name: str, update: Update, config: PeftConfig, host: Host | Non
         raise LoraError(f"{config.path}: {what} counts from a part of the base weights: read it for a model.")
     weight = host.weight(name)
     if weight is None or not isinstance(update.layout, Matrix):
-        raise LoraError(f"{config.path}: {what}: {name} is no linear layer of {type(host.model).__name__}.")
+        raise LoraError(
+            f"{config.path}: {what}: {name} is no linear layer of {type(host.model).__name__} with a plain weight."
+        )
     if weight.shape != (update.B.shape[0], update.A.shape[1]):
         return update  # does not fit, which is said where it is put in
     weight = weight.detach().cpu()

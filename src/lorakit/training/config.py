@@ -130,6 +130,11 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", help="dtype of the base weights; auto: bfloat16 if the device is fast at it", group=_TRAINING
     )
+    quantize: Literal["none", "nf4", "int8", "gguf"] = setting(
+        "none",
+        help="quantise the frozen weights: nf4 (4 bits) or int8, with bitsandbytes; gguf: keep a .gguf file's blocks",
+        group=_TRAINING,
+    )
     seed: int = setting(0, help="random seed", group=_TRAINING, at_least=0, at_most=2**32 - 1)
 
     eval_steps: int | None = setting(

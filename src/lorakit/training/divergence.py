@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attach import adapted_layers
-from ..core.matrix import precise
 from ..core.switching import disabled
 
 Batch = dict[str, Any]
@@ -107,7 +106,7 @@ def relative_change(model: nn.Module) -> float:
     moved = weights = 0.0
     with torch.no_grad():
         for layer in adapted_layers(model).values():
-            weight = layer.matrix(precise(layer.weight))
+            weight = layer.base_matrix()
             moved += float((layer.adapted_matrix() - weight).double().square().sum())
             weights += float(weight.double().square().sum())
     return math.sqrt(moved) / max(math.sqrt(weights), 1e-30)

@@ -174,10 +174,13 @@ def _leave_nothing_unless_trained(out: OutputFolder, folder: OutputFolder) -> No
 
 
 def _load(prepared: Prepared) -> Loaded:
-    labels, dtype = labels_of(prepared.data), weights_dtype(prepared.config, prepared.data)
+    config, labels = prepared.config, labels_of(prepared.data)
+    how: dict[str, Any] = dict(
+        dtype=weights_dtype(config, prepared.data), quantize=config.quantize, tokenizer=prepared.tokenizer
+    )
     if labels is None:
-        return load_causal_lm(prepared.config.model, dtype=dtype, tokenizer=prepared.tokenizer)
-    return load_classifier(prepared.config.model, labels=labels, dtype=dtype, tokenizer=prepared.tokenizer)
+        return load_causal_lm(config.model, **how)
+    return load_classifier(config.model, labels=labels, **how)
 
 
 def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:

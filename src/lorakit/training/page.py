@@ -12,7 +12,6 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from ..core.attach import adapted_layers
-from ..core.matrix import precise
 from . import html
 from .colours import LIGHT
 from .report import Evaluation, Sample, metrics_table
@@ -32,7 +31,7 @@ def weight_changes(model: nn.Module) -> list[Change]:
     """The relative change of each adapted layer's weight, in the model's order."""
     changes = []
     for name, layer in adapted_layers(model).items():
-        weight = layer.matrix(precise(layer.weight))
+        weight = layer.base_matrix()
         changes.append(Change(name, float((layer.adapted_matrix() - weight).norm() / weight.norm().clamp_min(1e-30))))
     return changes
 

@@ -26,6 +26,7 @@ from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
 from .plan import Plan, make_plan, processes
 from .positions import check_vocabulary, longest_row
 from .preflight import check_reporters
+from .quantize import heads
 from .rows import DataError
 from .style import Style
 from .task import ordered
@@ -69,7 +70,7 @@ def prepare(config: TrainConfig) -> Prepared:
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
     dtype = weights_dtype(config, data)
     with FakeTensorMode() as fake:
-        model = skeleton(config.model, labels=labels_of(data), dtype=dtype)
+        model = skeleton(config.model, labels=labels_of(data), dtype=dtype, quantize=config.quantize)
     notes = list(data.notes)
     limit = longest_row(config.max_seq_length, model, tokenizer)
     rows = _causal_rows if data.task == "causal-lm" else _labelled_rows
@@ -103,7 +104,7 @@ def start_block(prepared: Prepared) -> str:
         "",
         *_example_lines(prepared),
         report.heading("model"),
-        f"{config.model}: {weights_dtype(config, data)} on {best_device()}",
+        f"{config.model}: {_weights(config, data)} on {best_device()}",
         str(prepared.attached),
         report.heading("plan"),
         f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
@@ -111,6 +112,11 @@ def start_block(prepared: Prepared) -> str:
         f"{_memory(plan)}; the time is told after the first steps of training",
     ]
     return "\n".join(lines)
+
+
+def _weights(config: TrainConfig, data: Data) -> str:
+    dtype = weights_dtype(config, data)
+    return dtype if config.quantize == "none" else f"linear layers in {config.quantize}, the rest in {dtype}"
 
 
 def _rows_a_step(config: TrainConfig) -> int:
@@ -126,7 +132,7 @@ def _memory(plan: Plan) -> str:
 
 def attach_as(config: TrainConfig, model: nn.Module, *, new_head: bool) -> Report:
     """`attach` with a run's settings. new_head: train what lies beside the base model (a classifier's head) whole."""
-    whole = [*config.also_train, *(_head_modules(model) if new_head else [])]
+    whole = [*config.also_train, *(heads(model) if new_head else [])]
     # The configuration's dtype is that of the base weights.
     return attach(model, dataclasses.replace(LoRASettings.of(config), dtype=None, also_train=whole))
 
@@ -294,8 +300,3 @@ def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: An
 
 def _tokens(rows: list[dict[str, Any]]) -> int:
     return sum(len(row["input_ids"]) for row in rows)
-
-
-def _head_modules(model: nn.Module) -> list[str]:
-    prefix = getattr(model, "base_model_prefix", "")
-    return [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .data import Example
+    from .quantize import Quantize
 
 FILE = "style.json"  # beside an adapter, and in a merged model's folder
 
@@ -72,6 +73,13 @@ def longest_text(folder: str | Path) -> int:
     path = beside(folder, "config.yaml")
     found = {} if path is None else recorded(TrainConfig, path, ["max_seq_length"])
     return int(found.get("max_seq_length", TrainConfig.max_seq_length))
+
+
+def trained_on(folder: str | Path) -> Quantize:
+    """How the weights were quantised that an adapter was trained on."""
+    path = beside(folder, "config.yaml")
+    found: Quantize = ({} if path is None else recorded(TrainConfig, path, ["quantize"])).get("quantize", "none")
+    return found
 
 
 def _of_folder(folder: str | Path) -> Style | None:
