@@ -230,6 +230,12 @@ def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selectio
         for name in hits:
             if name in held:
                 raise LoraError(f"also_train={pattern!r} cannot be trained: {held_refusal(held[name])}.")
+            stored = {p.dtype for p in model.get_submodule(name).parameters() if not p.is_floating_point()}
+            if stored:
+                raise LoraError(
+                    f"also_train={pattern!r} cannot be trained: {name!r} has weights stored as {stored.pop()}, which "
+                    "take no gradient. Adapt it instead."
+                )
             inside = [target for target in selection.targets if f"{target}.".startswith(f"{name}.")]
             if inside:
                 raise LoraError(
