@@ -1,4 +1,4 @@
-"""What an optimizer takes: the adapter's parameters, all alike or with a larger learning rate for B (LoRA+)."""
+"""What an optimizer takes: the adapter's parameters, with one learning rate or with a larger one for B (LoRA+)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def parameter_groups(
 
         torch.optim.AdamW(lorakit.parameter_groups(model, 2e-4))
 
-    Hayou et al. 2024, section 4: B starts at zero and A does not, so that with one rate for both, A's is too large or
-    B's too small the wider the model. An embedding's B, whose A starts at zero, belongs to the others.
+    Hayou et al. 2024, section 4: B starts at zero and A does not, so one rate for both is too large for A or too small
+    for B, the more so the wider the model. In an embedding it is A that starts at zero, so its B gets lr.
     weight_decay: of both groups.
     """
     factors = lora_names(model)
