@@ -144,7 +144,7 @@ class Stack(Layout):
     rank_dim = 1
 
     def pair(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
-        raise LoraError(f"an update of {len(A)} experts' matrices is no pair of layers.")
+        raise LoraError(f"an update of {len(A)} experts' matrices cannot be written as a pair of layers.")
 
     def matrices(self, A: Tensor, B: Tensor) -> dict[str, Factors]:
         return {f"[{expert}]": own for expert, own in enumerate(zip(A, B, strict=True))}
