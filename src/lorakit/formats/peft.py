@@ -7,11 +7,10 @@
     trained whole                  <parameter>;  a bias of an adapted layer: .base_layer.bias
 
 Every key begins with `base_model.model.`. Parameters that are adapted without a layer have other names there
-(`peft_names.py`). Some updates are written as the PEFT layer that computes the same:
-
-- a MergedLinear as one pair with a block-diagonal B; its rank is the sum of the blocks' ranks
-- a grouped convolution, whose groups share A, with A repeated along the diagonal; its rank is r times the groups
-- experts with A (experts·r, in), expert by expert, and B (out, r·experts), whose columns run over the experts first
+(`peft_names.py`). Some updates are written as the PEFT layer that computes the same. A MergedLinear is one pair with a
+block-diagonal B, whose rank is the sum of its blocks' ranks. A grouped convolution, whose groups share A, has A
+repeated along the diagonal, and its rank is r times the groups. Experts have A (experts·r, in), expert by expert, and B
+(out, r·experts), whose columns run over the experts first.
 
 Reading refuses what it cannot place. PEFT itself drops unknown tensors silently.
 """
@@ -79,8 +78,7 @@ def write(adapter: Adapter, folder: str | Path) -> None:
 def read(path: str | Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
     """The adapter in a folder, which may be given by one of its files. With a host, names are those of the model.
 
-    Raises FileNotFoundError, or LoraError naming the file and what is wrong with it. alpha: ignored, because the
-    configuration has it.
+    Raises FileNotFoundError, or LoraError naming the file and what is wrong with it. alpha: the folder has it; ignored.
 
     host: the model that it is read for. Without one, an attention is named instead of its parameter, experts'
     parameters come in the order of the configuration, and an update relative to W less a part of it is refused.
