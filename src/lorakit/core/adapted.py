@@ -1,6 +1,6 @@
 """What every adapted layer has: the settings, the update's parameters, exact merging, a state dict free of the mode.
 
-A layer kind (`layers/`) is a subclass that says everything about itself; nobody else asks which kind a layer is.
+A layer kind (`layers/`) is a subclass that says everything about itself; no other code asks which kind a layer is.
 
     forward           y = base(x) + s · up(down(drop(x))), by `factors()`, `scaling` and `acting_dropout`; it calls
                       `mark()`, and `guard(y)` where the update is not `active`
@@ -132,7 +132,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         del self.__dict__["weight"]
 
     def read(self) -> Tensor:
-        """g ⊙ (W + s·ΔW) for whoever computes with it, in the weight's layout.
+        """g ⊙ (W + s·ΔW) for code that computes with it, in the weight's layout.
 
         A plain tensor, because kernels and autograd functions of others take no other. Where text is generated, a layer
         that is called as well is read for its dtype alone (T5), so there the sum is not formed before it is used.
@@ -409,7 +409,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         self.merged = True
 
     def bake(self) -> None:
-        """Merge, and let go of the weight as it was: `unmerge` changes nothing afterwards."""
+        """Merge, and drop the old weight: afterwards `unmerge` changes nothing."""
         if self.disabled_by:
             raise LoraError("the model is inside lorakit.disabled, where it is the base model. Leave that first.")
         self.merge()
@@ -417,7 +417,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
             self.__dict__.pop(name, None)
 
     def unmerge(self) -> None:
-        """The weight as it was before `merge`, the same object, bit for bit."""
+        """Put back the weight as it was before `merge`: the same object, bit for bit."""
         if self.disabled_by:
             self._merge_later = False
             return
@@ -555,7 +555,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         return self
 
     def guard(self, y: Tensor) -> Tensor:
-        """`y` from a merged weight: a backward pass through it would leave the adapter without a gradient, in silence.
+        """`y` from a merged weight: a backward pass through it would silently leave the adapter without a gradient.
 
         So it raises instead (problem 17). Costs nothing where no gradient is recorded.
         """

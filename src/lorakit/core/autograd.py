@@ -40,7 +40,7 @@ def is_transformed() -> bool:
 
 
 def cast(x: Tensor) -> Tensor:
-    """`x` as autocast would cast it, once: left to itself autocast casts, and keeps, a copy for each product."""
+    """`x` cast once, as autocast would cast it. Without this, autocast casts and keeps a copy for each product."""
     return x.to(product_dtype(x))
 
 

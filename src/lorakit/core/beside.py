@@ -181,7 +181,7 @@ def convolved(module: Any, cls: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def trial(module: nn.Module) -> str | None:
-    """Why the equation does not hold for a layer of a class of its own, or None: tried on a few random inputs."""
+    """Why the equation does not hold for a layer of another class, or None. It is tried on a few random inputs."""
     kind = f"{type(module).__module__}.{type(module).__name__}"
     stored = stored_weight(module)
     if stored.is_meta or type(stored) not in (Tensor, nn.Parameter):

@@ -61,7 +61,7 @@ def can_draw(dropout: Dropout | None) -> bool:
 
 
 class Mask:
-    """M over rows x (T, in), with nothing dropped. `packed` is what is kept of a mask, p the probability of a zero."""
+    """A mask M over rows x (T, in) that drops nothing. packed: what is kept of a mask. p: the probability of a zero."""
 
     def __init__(self, packed: Tensor | None = None, p: float = 0.0) -> None:
         self.packed, self.p = packed, p
@@ -114,7 +114,7 @@ class Bits(Mask):
 
     @classmethod
     def of(cls, dense: Tensor, p: float) -> Bits:
-        """From zeros and ones."""
+        """The mask of these zeros and ones."""
         mask = cls(pack(dense), p)
         mask._dense = dense
         return mask
@@ -140,10 +140,10 @@ class Gaps(Mask):
 
     @classmethod
     def draw(cls, size: int, p: float) -> Gaps:
-        """Of a mask with `size` elements.
+        """Draw a mask with `size` elements.
 
-        A gap is 1 + ⌊ln u / ln(1 − p)⌋, u uniform in [0, 1]. Fewer than one in 100,000 is too large for its bytes, and
-        is cut.
+        A gap is 1 + ⌊ln u / ln(1 − p)⌋, with u uniform in [0, 1]. Fewer than one gap in 100,000 is too large for its
+        bytes, and is cut.
         """
         log_keep = math.log1p(-p)
         dtypes = (torch.uint8, torch.int16, torch.int32)

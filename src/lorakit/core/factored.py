@@ -46,7 +46,7 @@ class Factored(Tensor):
         return self
 
     def dense(self) -> Tensor:
-        """The matrix formed: in float32 at least, rounded once."""
+        """The matrix, formed in float32 at least and rounded once."""
         return (precise(self.base) + precise(self.left) @ precise(self.right)).to(self.base.dtype)
 
     @classmethod

@@ -26,13 +26,13 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 def parameter_groups(
     model: nn.Module, lr: float, *, ratio: float = 16.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: every B with the learning rate ratio · lr, all else with lr (LoRA+).
+    """Groups for an optimizer: every B with the learning rate ratio · lr, all else with lr (LoRA+).
 
         torch.optim.AdamW(lorakit.parameter_groups(model, 2e-4))
 
     Hayou et al. 2024, section 4: B starts at zero and A does not, so one rate for both is too large for A or too small
     for B, the more so the wider the model. In an embedding it is A that starts at zero, so its B gets lr.
-    weight_decay: of both groups.
+    weight_decay: that of both groups. A group without parameters is left out.
     """
     factors = lora_names(model)
     embedded = {id(module.lora_B) for module in model.modules() if isinstance(module, Embedding) and module.has_update}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def expanded(path: str | Path) -> str:
-    """`path` with a leading ~ replaced by the home folder. A shell does this only for unquoted words.
+    """`path` with a leading ~ replaced by the home folder. A shell does so only at the start of unquoted words.
 
     The result is text: a Path would drop what tells a path from a hub id: the dot of ./name, the slash of name/.
     """

@@ -45,7 +45,7 @@ def bias_names(model: nn.Module, bias: Bias) -> set[str]:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
-    """Freeze every parameter but the adapter's, and the biases that `bias` selects ("none", "lora_only", "all")."""
+    """Train the adapter and the biases that `bias` selects ("none", "lora_only", "all"), and freeze all else."""
     trainable = lora_names(model) | bias_names(model, bias)
     for name, parameter in named_parameters(model):
         parameter.requires_grad = name in trainable
