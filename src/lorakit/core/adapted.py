@@ -1,6 +1,6 @@
 """What every adapted layer has: the settings, the update's parameters, exact merging, a state dict free of the mode.
 
-A layer kind (`layers/`) is a subclass that says everything about itself; nobody else asks which kind a layer is.
+A layer kind (`layers/`) is a subclass that says everything about itself; no other code asks which kind a layer is.
 
     forward           y = base(x) + s · up(down(drop(x))), by `factors()`, `scaling` and `acting_dropout`; it calls
                       `mark()`, and `guard(y)` where the update is not `active`
@@ -16,9 +16,9 @@ and `AdaptedLayer` does the rest. A weight of another name than "weight" needs `
 
 Merging  W ← g ⊙ (W + s·B A)  puts a new Parameter in the place of `weight` and keeps the old one aside; unmerging puts
 the old one back. So the base weight is restored bit for bit in every dtype, however often, and a weight that is tied
-to another module's (lm_head and embedding) is not changed under that module. The price is the merged layers' weights
-twice in memory until `unmerge`, or `detach`, which keeps the merged one alone. What a program writes to the merged
-weight is kept as in loralib: unmerging subtracts the update from it.
+to another module's (lm_head and embedding) is not changed under that module. The price is memory: merged layers hold
+their weight twice until `unmerge`, or until `detach`, which keeps only the merged one. What a program writes to the
+merged weight is kept as in loralib: unmerging subtracts the update from it.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         del self.__dict__["weight"]
 
     def read(self) -> Tensor:
-        """g ⊙ (W + s·ΔW) for whoever computes with it, in the weight's layout.
+        """g ⊙ (W + s·ΔW) for code that computes with it, in the weight's layout.
 
         A plain tensor, because kernels and autograd functions of others take no other. Where text is generated, a layer
         that is called as well is read for its dtype alone (T5), so there the sum is not formed before it is used.
@@ -160,7 +160,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
             object.__setattr__(self, "was_recorded", True)
 
     def forget(self) -> None:
-        """Take the marks back."""
+        """Clear the marks."""
         self.was_called = self.was_read = self.was_recorded = False
         self._forgotten = self._factor_state()
 
@@ -171,7 +171,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     @property
     def has_gradient(self) -> bool:
-        """Whether a gradient did, and is still there."""
+        """Whether a gradient reached the factors since `forget`, and is still there."""
         return bool(self._forgotten) and any(
             now[1] not in (None, before[1]) for now, before in zip(self._factor_state(), self._forgotten, strict=True)
         )
@@ -269,9 +269,9 @@ class AdaptedLayer(LoRALayer, nn.Module):
         self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
 
     def construct(self, rank: int, shapes: Callable[[int], tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
-        """The end of a kind's constructor: factors beside a weight that is frozen then, or none for rank 0; all drawn.
+        """End a kind's constructor: make factors and freeze the weight (not for rank 0), then initialise all of it.
 
-        shapes: of A and B for a rank.
+        shapes: gives the shapes of A and B for a rank.
         """
         if rank > 0:
             A_shape, B_shape = shapes(rank)
@@ -279,7 +279,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
             self.lora_B = nn.Parameter(self.weight.new_zeros(B_shape))
             self.set_scale(rank, self.lora_alpha)
             self.weight.requires_grad = False
-        kind: Any = self  # which draws the weight as torch's class does, and the factors
+        kind: Any = self  # its method draws the weight as torch's class does, and the factors
         kind.reset_parameters()
 
     def create_update(
@@ -326,7 +326,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         return dora_gain(self.lora_magnitude, row_norm(self.matrix(self.own_weight.detach()), A, B, self.scaling))
 
     def _factor_matrices(self) -> tuple[Tensor, Tensor]:
-        """The same as matrices."""
+        """The factors as matrices A (r, in) and B (out, r)."""
         A, B = self.factors()
         return A.flatten(1), B.flatten(1)
 
@@ -341,13 +341,13 @@ class AdaptedLayer(LoRALayer, nn.Module):
         """g ⊙ (W + s·ΔW) as a matrix (out, in), in float32 at least."""
         total = self.base_matrix() + self.scaling * self._dense()
         if "lora_magnitude" in self._parameters:
-            # Here the sum is at hand, so its norm is taken of it: not as the sum of squares that `row_norm` adds up,
-            # which loses digits where the update cancels the weight.
+            # The sum is at hand here, so its norm is computed directly. The sum of squares in `row_norm` loses digits
+            # where the update cancels the weight.
             total = total * dora_gain(self.lora_magnitude, torch.linalg.vector_norm(total, dim=1))[:, None]
         return total
 
     def adapted_weight(self) -> Tensor:
-        """The same laid out as the weight, rounded once to its dtype."""
+        """g ⊙ (W + s·ΔW) laid out as the weight, rounded once to its dtype."""
         if torch.is_grad_enabled() or "lora_magnitude" in self._parameters:
             return self.from_matrix(self.adapted_matrix()).to(
                 self.own_weight.dtype, memory_format=torch.contiguous_format
@@ -413,7 +413,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         self.merged = True
 
     def bake(self) -> None:
-        """Merge, and let go of the weight as it was: `unmerge` changes nothing afterwards."""
+        """Merge, and drop the old weight: afterwards `unmerge` changes nothing."""
         if self.disabled_by:
             raise LoraError("the model is inside lorakit.disabled, where it is the base model. Leave that first.")
         self.merge()
@@ -421,7 +421,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
             self.__dict__.pop(name, None)
 
     def unmerge(self) -> None:
-        """The weight as it was before `merge`, the same object, bit for bit."""
+        """Put back the weight as it was before `merge`: the same object, bit for bit."""
         if self.disabled_by:
             self._merge_later = False
             return
@@ -446,7 +446,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
     def _is_written(self) -> bool:
         """Whether the weight is no longer what `merge` put in its place: written on, assigned, resized.
 
-        A weight that was tied anew meanwhile (`tie_weights`) is no write: it is another layer's merged one or the base.
+        A weight tied again meanwhile (`tie_weights`) is no write: it is another layer's merged one or the base.
         """
         tied = self.own_weight is not self._merged_weight and MERGED in self.own_weight.__dict__
         if self._merged_mark is None or self.own_weight is self._base_weight or tied:
@@ -456,7 +456,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
     @torch.no_grad()
     def _without_update(self) -> tuple[Tensor, Tensor | None]:
-        """The base weight that what was written on the merged one stands for, and DoRA's magnitude to it.
+        """The base weight that belongs to what was written on the merged one, and DoRA's magnitude for it.
 
         W ← W' − s·ΔW where W' was written, which loses nothing but the last digits; the old bits elsewhere. With DoRA
         the magnitude of a row that was written is its norm, so that the adapted row is what was written.
@@ -509,7 +509,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
         New rows get zeros beside what is there, so they begin without an update. The parameters stay the same objects,
         and become trainable: transformers' `resize_token_embeddings` freezes the whole module like its weight. Raises
-        ValueError where the shape has changed in another way. Does nothing where it fits.
+        LoraError if the shape has changed in another way. Does nothing if it fits.
         """
         if self.fits():
             return
@@ -559,7 +559,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
         return self
 
     def guard(self, y: Tensor) -> Tensor:
-        """`y` from a merged weight: a backward pass through it would leave the adapter without a gradient, in silence.
+        """`y` from a merged weight: a backward pass through it would silently leave the adapter without a gradient.
 
         So it raises instead (problem 17). Costs nothing where no gradient is recorded.
         """
@@ -589,7 +589,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
             super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        # .to(), .half(), .cuda(): move the base weight, then merge anew, so that it is rounded once.
+        # .to(), .half(), .cuda(): move the base weight, then merge again, so that it is rounded once.
         with unmerged(self):
             return super()._apply(*args, **kwargs)
 
@@ -599,7 +599,7 @@ class AdaptedLayer(LoRALayer, nn.Module):
 
 
 class unmerged:
-    """Context in which a layer is not merged; afterwards it is again what it was."""
+    """A context in which a layer is not merged. Afterwards it is as before."""
 
     def __init__(self, layer: AdaptedLayer) -> None:
         self.layer, self.was_merged = layer, layer.merged

@@ -7,8 +7,8 @@ that the layer has: a subclass with a forward of its own (Falcon's, a static pad
 (weight_norm, parametrisations) or quantised (`quantised.py`). The adapted class is joined from both. Its output is the
 base's as long as the update is zero, whatever the base does.
 
-`trial` tells before anything is changed whether the output is linear in x, as the equation supposes; `merge_refusal`,
-whether the weight is used as it is, so that W + s·ΔW in its place does the same.
+Before anything is changed, `trial` tells whether the output is linear in x, as the equation supposes. `merge_refusal`
+tells whether the weight is used as it is, so that W + s·ΔW in its place does the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SIZES = (1e-2, 1.0, 1e2)  # a clamp or a rounding shows at one of them
 
 
 class AddsBeside(AdaptedLayer):
-    """What comes before a kind's class: its forward pass, and when it can be merged."""
+    """The base class put before a kind's: the forward pass, and when it can be merged."""
 
     takes_weight = False
     # bitsandbytes packs a 4-bit weight for inference in the first forward pass in `eval()`, on CPUs with bfloat16
@@ -129,7 +129,7 @@ class AddsBeside(AdaptedLayer):
                     self._parameters["weight"] = nn.Parameter(own, requires_grad=False)
                     outputs.append(self._base(x))
                 wanted = self._plain(x, first)
-        except Exception as error:  # whatever a class of another's raises
+        except Exception as error:  # another program's class may raise anything
             return f"{kind} could not be tried: {type(error).__name__}: {error}"
         one, other, both, none = outputs
         tolerance = _TOLERANCE.get(one.dtype, 1e-3)
@@ -143,7 +143,7 @@ class AddsBeside(AdaptedLayer):
 
     @contextmanager
     def _tried(self) -> Iterator[Tensor]:
-        """An input to try the base with, which is afterwards as before."""
+        """An input to try the base with. Afterwards the base is as before."""
         with tried(self) as x:
             yield x
 
@@ -200,7 +200,7 @@ def convolved(module: Any, cls: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def trial(module: nn.Module) -> str | None:
-    """Why the equation does not hold for a layer of a class of its own, or None: tried on a few random inputs."""
+    """Why the equation does not hold for a layer of another class, or None. It is tried on a few random inputs."""
     kind = f"{type(module).__module__}.{type(module).__name__}"
     like = working_like(module)
     if like.is_meta or _has_no_numbers(module):
@@ -237,7 +237,7 @@ def module_kernel(module: Any) -> tuple[int, ...]:
 
 
 def _called(module: Any, forward: Any, x: Tensor) -> Tensor:
-    """The module's output, its pre-hooks (weight_norm) included and nothing else that programs hang on it."""
+    """The module's output, with torch's own pre-hooks (weight_norm) and no other hooks."""
     for hook in module._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils"):
             hook(module, (x,))
@@ -247,8 +247,8 @@ def _called(module: Any, forward: Any, x: Tensor) -> Tensor:
 
 @contextmanager
 def tried(module: nn.Module) -> Iterator[Tensor]:
-    """An input for the module, which is in `eval()` meanwhile; its attributes, buffers and torch's generator are
-    afterwards as before.
+    """An input for the module, which is in `eval()` meanwhile. Afterwards its attributes, its buffers and torch's
+    generator are as before.
     """
     inner = [(own, dict(own.__dict__), dict(own._parameters), dict(own._buffers)) for own in module.modules()]
     values = [(buffer, buffer.clone()) for buffer in module.buffers()]

@@ -1,4 +1,4 @@
-"""`Host`: what a model tells a format about the file that is read for it.
+"""`Host`: what a format can ask the model for which it reads a file.
 
 A file leaves out what its writer knew from the model: which matrices a module owns, how a stack of experts is laid out,
 the base weight that PiSSA's factors were taken from. A format asks for these by name; it sees no layer.
@@ -39,16 +39,16 @@ class Host:
 
     @functools.cached_property
     def matrices(self) -> Mapping[str, tuple[str, ...]]:
-        """The matrices that each module owns and that are no layer's, in the module's order."""
+        """The matrices that each module owns and that belong to no layer, in the module's order."""
         return {name: own for name, module in self.modules.items() if (own := matrices(module))}
 
     @functools.cached_property
     def layouts(self) -> Mapping[str, Layout]:
-        """The layout of the factors of each layer that is, or could be, adapted and that loralib has."""
+        """The layout of the factors of each adapted layer, and of each plain layer of a kind that loralib has."""
         found: dict[str, Layout] = {}
         for name, module in named_modules(self.model):
             if isinstance(module, AdaptedParameter):
-                continue  # loralib has none
+                continue  # loralib adapts no parameters
             if isinstance(module, AdaptedLayer) and module.has_update:
                 found[name] = module.layout
             elif name and (kind := layer_class(module)) is not None and kind.plain_layout.of_loralib:
@@ -70,7 +70,7 @@ class Host:
         return A, B
 
     def stored_transposed(self, name: str) -> bool:
-        """Whether the layer of this name is stored as (in, out), the stack of this name as (experts, in, out)."""
+        """Whether the layer of this name is stored as (in, out), or the stack of this name as (experts, in, out)."""
         if name in self.modules:
             module = self.modules[name]
             return is_transposed(type(module)) or bool(getattr(module, "fan_in_fan_out", False))

@@ -4,9 +4,9 @@
     lorakit.adapts(MyQuantised, lorakit.Beside)     any module whose output is linear in x
     lorakit.adapts(Theirs, MyKind)                  MyKind is a subclass of lorakit.AdaptedLayer (see `adapted.py`)
 
-A module of a registered class gets the adapted class. A module of a subclass may compute in a way of its own, and so
-may one that stores no weight, or a quantised one: they get the kind that adds beside whatever they compute, where there
-is one.
+A module of a registered class gets the adapted class. A module of a subclass, or one that stores no weight or a
+quantised one, may compute its output differently. It gets the kind that adds the update beside that output, if there is
+one.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _beside: dict[type[nn.Module], type[AdaptedLayer]] = {
 def adapts(plain: type[nn.Module] | str, kind: type[AdaptedLayer]) -> None:
     """From now on, `attach` and `load` adapt modules of the class `plain` as `kind`.
 
-    plain: the class, or "package.module.Class" where it is not to be imported. A subclass of it is not meant.
+    plain: the class, or its name "package.module.Class", which avoids importing it. Its subclasses are not included.
 
-    Raises TypeError for what is no such class. A class that is registered again gets the new kind.
+    Raises TypeError if `plain` or `kind` is not such a class. A class that is registered again gets the new kind.
     """
     if not isinstance(plain, str) and not (isinstance(plain, type) and issubclass(plain, nn.Module)):
         raise TypeError(f"adapts({plain!r}, …): expected a subclass of torch.nn.Module, or its name.")
@@ -64,7 +64,7 @@ def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
 
 
 def class_of(kind: type[AdaptedLayer], plain: type[nn.Module]) -> type[AdaptedLayer]:
-    """The class for a module of the class `plain` that becomes one of this kind: it is still a `plain`."""
+    """The class for a module of class `plain` that becomes one of this kind. It is a subclass of `plain`."""
     beside = issubclass(kind, AddsBeside)
     if issubclass(kind, plain) and not beside:
         return kind

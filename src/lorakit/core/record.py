@@ -30,7 +30,7 @@ class Record:
 
     @staticmethod
     def note(model: nn.Module) -> None:
-        """Add to the record of `model` the statistics that are not in it."""
+        """Add to the record of `model` the statistics that are not in it yet."""
         model = unwrapped(model)
         record = Record.of(model)
         if record is None:
@@ -50,13 +50,13 @@ class Record:
 
 
 def is_statistic(buffer: Tensor) -> bool:
-    """Whether a buffer of this kind may be a running mean, a variance, a count."""
+    """Whether the buffer may be a running mean, a variance or a count."""
     if is_lazy(buffer):  # it has no values yet
         return False
     return not buffer.is_meta and buffer.numel() <= _LARGEST and buffer.dtype != torch.bool
 
 
 def _is_stored(model: nn.Module, name: str) -> bool:
-    """Whether a buffer of the base model is part of its state dict; others are made anew."""
+    """Whether this is a buffer of the base model that its state dict holds. Models compute the other buffers again."""
     owner, _, local = name.rpartition(".")
     return not local.startswith("lora_") and local not in model.get_submodule(owner)._non_persistent_buffers_set

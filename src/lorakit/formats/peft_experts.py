@@ -1,10 +1,11 @@
-"""Stacks of experts' matrices in PEFT's files, and the turn that PEFT made.
+"""Stacks of experts' matrices in PEFT's files, whose layout PEFT has changed.
 
     A (experts·r, in), expert by expert        B (out, r·experts), whose columns run over the experts first
 
-That is how PEFT writes an update of a weight (experts, out, in) since 0.19.1. Until 0.18.1 it took every such weight
-for (experts, in, out), so A and B are those of ΔWᵀ: A (experts·r, out), B (in, r·experts). The shapes tell which it is,
-but of a square matrix; then another stack of the same file does, or the version of PEFT in the configuration.
+PEFT has written an update of a weight (experts, out, in) in this way since 0.19.1. Until 0.18.1 it took every such
+weight for (experts, in, out), so A and B are those of ΔWᵀ: A (experts·r, out), B (in, r·experts). The shapes tell which
+it is, unless the matrices are square. Then another stack of the same file tells, or the version of PEFT in the
+configuration.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _LAST_BEFORE, _FIRST_AFTER = (0, 18, 1), (0, 19, 1)  # versions between changed 
 
 
 def stacked(A: Tensor, B: Tensor, experts: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A (experts, r, in) and B (experts, out, r) of the tensors in a file."""
+    """A (experts, r, in) and B (experts, out, r), from the two tensors in a file."""
     return A.unflatten(0, (experts, rank)), B.unflatten(1, (rank, experts)).permute(2, 0, 1)
 
 
@@ -43,10 +44,10 @@ class StackLayout:
     def upright(self, name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """A (experts, r, in) and B (experts, out, r) in today's layout.
 
-        Raises LoraError for a square matrix where nothing tells its layout.
+        Raises LoraError for a square matrix if nothing tells its layout.
         """
         if self.host is None or self.host.stack(name) is None or self.host.stored_transposed(name):
-            return A, B  # nothing to compare with, or stored as PEFT has always taken it
+            return A, B  # nothing to compare with, or stored in the way that PEFT has always assumed
         old = self._by_shape(name, A, B)
         if old is None and A.shape[-1] == B.shape[-2]:
             old = self.old_of_file
@@ -59,7 +60,7 @@ class StackLayout:
         return (B.mT, A.mT) if old else (A, B)
 
     def _by_shape(self, name: str, A: Tensor, B: Tensor) -> bool | None:
-        """True for the old layout, False for today's, None where the shapes fit both or neither."""
+        """True for the old layout, False for today's, None if the shapes fit both or neither."""
         shapes = None if self.host is None else self.host.stack(name)
         if self.host is None or shapes is None or self.host.stored_transposed(name):
             return None

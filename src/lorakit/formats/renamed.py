@@ -1,16 +1,16 @@
-"""Adapters made before transformers renamed or fused modules, by the names that the model has today.
+"""Adapters that are older than a renaming or fusing of modules in transformers, translated to today's names.
 
-transformers 5 moved the text towers of vision models and fused experts into one stack of matrices. It keeps, for each
-architecture, the rules by which it reads older base models (`transformers.conversion_mapping`); the same rules say
-where an older update belongs:
+transformers 5 moved the text towers of vision models and fused experts into one stack of matrices. For each
+architecture it keeps the rules by which it reads older base models (`transformers.conversion_mapping`). The same rules
+say where an older update belongs:
 
-    renamed         another name
-    chunked         one layer became several: each takes its rows of B, all of them A
+    renamed         a layer has another name
+    chunked         one layer became several: each takes its own rows of B, and all of A
     concatenated    several layers became one: A = [A₁; A₂], B = diag(B₁, B₂)
-    merged          a layer for each expert became a stack: A (experts, r, in), B (experts, out, r); what was
-                    concatenated besides, as above for each expert. A layer that the adapter left alone counts as zero.
+    merged          a layer for each expert became a stack: A (experts, r, in), B (experts, out, r). Layers that were
+                    concatenated as well are treated as above for each expert. A layer without an update counts as zero.
 
-PEFT translates the same, where all of the layers that became one were adapted.
+PEFT makes the same translation if all the layers that became one were adapted.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _WEIGHT = ".weight"
 
 
 def translated(adapter: Adapter, host: Host) -> Adapter:
-    """`adapter` with the updates and tensors that the model does not know by their names under those that it does.
+    """`adapter` with updates and tensors under the names that the model has today.
 
-    What no rule leads to a module of the model keeps its name. Raises LoraError for what is led to one that it does
-    not fit, and for a magnitude (DoRA) of a layer that is now in a stack.
+    What no rule leads to a module of the model keeps its name. Raises LoraError if a rule leads an update to a module
+    that it does not fit, and for DoRA's magnitude of a layer that is now a part of another.
     """
     known = {*host.modules, *host.parameters}
     routers = {name for name in adapter.updates if "weight" in host.matrices.get(name, ())}
@@ -75,7 +75,7 @@ class _Source:
     """An update that became a part of another."""
 
     name: str
-    key: str  # its weight's, where all but the fusing is done
+    key: str  # its weight's, after all rules but the fusing
     pattern: str  # of the rule
     update: Update
 
@@ -90,10 +90,12 @@ _Rename = Callable[[str], tuple[str, str, "str | None"]]
 
 
 def _rules_of(model: Any) -> tuple[_Rename, Mapping[str, Any]] | None:
-    """transformers' rules for this model: a key → its name today, the same before fusing, the pattern of the rule that
-    fuses it; and the rule for each such pattern. None for a model that is not of transformers.
+    """transformers' rules for this model, or None for a model that is not of transformers.
+
+    The first result maps a key to its name today, its name before fusing, and the pattern of the rule that fuses it.
+    The second one maps each such pattern to its rule.
     """
-    # Nothing is imported: a model of transformers has brought these along, if its version knows them (5 and later).
+    # Nothing is imported: a model of transformers has imported these already, if its version has them (5 and later).
     rules_of, loading, modeling = (
         sys.modules.get(f"transformers.{name}")
         for name in ("conversion_mapping", "core_model_loading", "modeling_utils")
@@ -113,7 +115,7 @@ def _rules_of(model: Any) -> tuple[_Rename, Mapping[str, Any]] | None:
 
 
 def _fused(target: str, sources: Sequence[_Source], rule: Any, host: Host) -> dict[str, Update]:
-    """The updates that `sources` became by `rule`, by name."""
+    """The updates that `rule` makes of `sources`, by name."""
     operations = [type(operation).__name__ for operation in rule.operations]
     dims = [getattr(operation, "dim", None) for operation in rule.operations]
     if operations == ["Chunk"] and dims == [0]:
@@ -176,9 +178,9 @@ def _merged(target: str, sources: Sequence[_Source], patterns: Sequence[str], ho
 def _blocks(
     sources: Mapping[str, _Source], patterns: Sequence[str], outputs: int, inputs: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A (Σrᵢ, inputs) and B (outputs, Σrᵢ) of the layers that became one, in the rule's order, for one scale of all.
+    """A (Σrᵢ, inputs) and B (outputs, Σrᵢ) of the layers that became one, in the rule's order, with one common scale.
 
-    A layer without an update takes what the others leave of the outputs.
+    The layers without an update share the outputs that the others leave.
     """
     scale = next(iter(sources.values())).update.scale if scale is None else scale
     given = {pattern: source.update.B.shape[0] for pattern, source in sources.items()}
@@ -207,7 +209,7 @@ def _blocks(
 
 
 def _own_weight(name: str, host: Host) -> str:
-    """The name of the parameter, where a layer became a module that multiplies by a weight of its own (a router)."""
+    """The name, or that of the weight if a layer became a module that multiplies by its own weight (a router)."""
     return name + _WEIGHT if "weight" in host.matrices.get(name, ()) else name
 
 
@@ -220,5 +222,5 @@ def _moved_module(module: str, moved: Mapping[str, str]) -> str:
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    """Sorts "2" before "10"."""
+    """A key by which "2" sorts before "10"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

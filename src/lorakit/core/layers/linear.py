@@ -13,7 +13,7 @@ from ..init import init_of
 from ..layouts import Blocks, Layout
 from ..linear import lora_linear
 
-# Named, not imported: transformers' linear layer with a transposed weight (GPT-2).
+# transformers' linear layer with a transposed weight (GPT-2), by name, because it is not imported.
 TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
