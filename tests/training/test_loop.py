@@ -90,7 +90,7 @@ def test_resume_auto_starts_anew_goes_on_and_ends(config: TrainConfig, capsys: p
     """One command for the first start and every later one."""
     again = dataclasses.replace(config, resume="auto")
     train(again)
-    assert "holds no checkpoint; the run starts anew" in capsys.readouterr().out
+    assert "holds no checkpoint; the run starts from the beginning" in capsys.readouterr().out
     first = tree(config.output_dir)
     train(again)
     assert "finished after 4 steps: nothing remains to be done" in capsys.readouterr().out
@@ -252,7 +252,7 @@ def test_a_checkpoint_begins_a_run_in_another_folder(config: TrainConfig, tmp_pa
 def test_resume_and_overwrite_contradict_each_other(config: TrainConfig) -> None:
     train(config)
     for given in ("auto", str(Path(config.output_dir) / "checkpoint-4")):
-        with pytest.raises(UsageError, match="--resume goes on with a run and --overwrite starts anew"):
+        with pytest.raises(UsageError, match="--resume goes on with a run and --overwrite starts a new"):
             train(dataclasses.replace(config, resume=given, overwrite=True))
 
 
@@ -284,7 +284,7 @@ def test_a_signal_saves_the_step_and_names_the_way_on(
 def test_a_second_interrupt_ends_at_once_and_leaves_nothing_half(config: TrainConfig, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         interrupt_at(patch, 1, KeyboardInterrupt())
-        with pytest.raises(Interrupted, match="interrupted before the first checkpoint: the same command starts anew"):
+        with pytest.raises(Interrupted, match="interrupted before the first checkpoint: the same command starts over"):
             train(config)
     assert not Path(config.output_dir).exists()
     train(config)
@@ -321,7 +321,7 @@ def test_a_run_that_diverged_behind_a_checkpoint_says_what_is_kept(config: Train
         return loss_of(self, *args, **rest) * (torch.nan if self.state.global_step >= 2 else 1.0)
 
     monkeypatch.setattr(CausalTrainer, "loss_of", spoilt)
-    with pytest.raises(Diverged, match=r"is nan at step 3.*out keeps its checkpoints; --overwrite trains anew in its"):
+    with pytest.raises(Diverged, match=r"is nan at step 3.*out keeps its checkpoints; --overwrite replaces it by"):
         train(dataclasses.replace(config, save_steps=1))
     assert 2 in calls and (Path(config.output_dir) / "checkpoint-2").is_dir()
     monkeypatch.undo()

@@ -1,7 +1,7 @@
-"""Loading the base model and its tokenizer, and a base model together with an adapter.
+"""Load the base model and its tokenizer, or a base model together with an adapter.
 
-A .gguf file is loaded dequantised: LoRA's factors need a weight of plain numbers beside them. `locating.py` says where
-a model lies, `task.py` what it is for.
+A .gguf file is loaded dequantised, because LoRA needs a plain weight. `locating.py` finds a model, and `task.py` finds
+what it is for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Loaded:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    new_parameters: tuple[str, ...] = ()  # drawn at random because the files do not hold them: a new head
+    new_parameters: tuple[str, ...] = ()  # random, because the files do not hold them: a new head
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +44,7 @@ class Loaded:
 
 def best_device() -> torch.device:
     if torch.cuda.is_available():
-        # One process a device under torchrun; accelerate moves the model where it belongs.
+        # Under torchrun each process has one device; accelerate moves the model to it.
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
 
@@ -59,7 +59,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of the base weights: bfloat16 where it is fast, otherwise float32."""
+    """The dtype that a name means. "auto": bfloat16 if it is fast on the device, otherwise float32."""
     if dtype == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     resolved: torch.dtype = getattr(torch, dtype)
@@ -75,7 +75,7 @@ def load_causal_lm(
 ) -> Loaded:
     """A causal language model and its tokenizer from a folder, a .gguf file or a hub id.
 
-    tokenizer: the model's own, where it is loaded already.
+    tokenizer: the model's tokenizer, if it is loaded already.
     """
     from transformers import AutoModelForCausalLM
 
@@ -91,9 +91,9 @@ def load_classifier(
     device: torch.device | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Loaded:
-    """A sequence classifier with a head for `labels`; no labels make it a regression on one number.
+    """A sequence classifier with a head for `labels`; without labels, a regression on one number.
 
-    named=False: the labels are no names that the model's configuration should hold.
+    named=False: do not write the labels into the model's configuration.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -105,9 +105,9 @@ def load_classifier(
 
 
 def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTrainedModel:
-    """The model as its configuration describes it, with no weights read; labels=None: a causal LM.
+    """The model as its configuration describes it, without reading weights. labels=None: a causal LM.
 
-    Called under FakeTensorMode it holds no memory: for counting what a run will take.
+    Called under FakeTensorMode it takes no memory. It is used to count the memory that a run will take.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -138,10 +138,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 def load_with_adapter(
     name: str, adapter: str | None, *, dtype: str = "auto", device: torch.device | None = None
 ) -> Loaded:
-    """A language model or a classifier, with `adapter` put in.
+    """A language model or a classifier, with `adapter` loaded into it.
 
-    name: a base model; or an adapter's folder, whose base is then the one it names. dtype: "base" is the one in which
-    the base's files hold its weights. The adapter's files are read before the base is loaded.
+    name: a base model, or an adapter's folder, which names its base. dtype: "base" is the dtype of the base model's
+    files. The adapter's files are read before the base is loaded.
     """
     base, adapter = base_and_adapter(name, adapter)
     task = task_of(base, adapter)
