@@ -306,7 +306,7 @@ def test_problem_30_a_resumed_run_equals_the_uninterrupted_one(tiny_lm: Path, tm
     options = ["--epochs", "4", "--eval-samples", "0", "--save-steps", "3", "--lr", "0.01"]
     assert main(train_args(tiny_lm, data, tmp_path / "straight", *options)) == 0
     assert main(train_args(tiny_lm, data, tmp_path / "resumed", *options)) == 0
-    # what an interruption after step 9 of 12 leaves
+    # as an interruption after step 9 of 12 leaves it
     (tmp_path / "resumed" / "adapter_model.safetensors").unlink()
     import shutil
 

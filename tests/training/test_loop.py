@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("few_objects")
 
 @pytest.fixture(autouse=True)
 def _unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting the memory takes longer than these trainings."""
+    """Counting the memory takes longer than these training runs."""
 
     def not_counted(*_: object) -> None:
         raise NotImplementedError("not counted")
@@ -69,7 +69,7 @@ def settings(folder: str | Path) -> dict[str, Any]:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException | int) -> None:
-    """A signal, or an error, in the training's step of that number."""
+    """Send a signal, or raise an error, in this step of training."""
     training_step = CausalTrainer.training_step
 
     def step_of(self: Any, *args: Any, **named: Any) -> Any:
@@ -98,7 +98,7 @@ def test_resume_auto_starts_anew_goes_on_and_ends(config: TrainConfig, capsys: p
 
 
 def test_a_finished_run_without_checkpoints_is_not_begun_anew(config: TrainConfig) -> None:
-    """What is to become longer has nothing to go on from; its adapter stays."""
+    """A longer run has no checkpoint to continue from; the adapter stays."""
     train(config)
     for path in Path(config.output_dir).glob("checkpoint-*"):
         shutil.rmtree(path)
@@ -418,7 +418,7 @@ def test_what_train_did_not_write_is_never_touched(
 
 
 def test_a_user_s_file_in_a_run_s_folder(config: TrainConfig) -> None:
-    """It is in nobody's way while the run goes on, and keeps the folder from being replaced."""
+    """The file does not disturb the run, and it prevents that the folder is replaced."""
     train(config)
     out = Path(config.output_dir)
     (out / "notes.txt").write_text("mine")

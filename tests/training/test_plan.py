@@ -1,4 +1,4 @@
-"""What a run is said to take before it starts."""
+"""The planned memory and steps of a run, before it starts."""
 
 import json
 from collections import Counter
@@ -86,7 +86,7 @@ def test_each_process_takes_its_share_of_the_rows(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_counted_and_what_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the step's storages, weights and moments alone; on a CPU the process and a margin besides."""
+    """On a GPU only the step's storages, weights and moments; on a CPU also the process and a margin."""
     monkeypatch.setattr("lorakit.training.plan.resident_memory", lambda: 5_000_000)
     counted = 1208 + 400 + 800  # of two batches, see above; 100 weights; two moments of each
     found = plan()
@@ -156,7 +156,7 @@ def test_the_start_block_says_why_memory_is_not_planned(
 
 
 def test_the_plan_sees_checkpointing_and_the_largest_batch(tiny_lm: Path, tmp_path: Path, monkeypatch) -> None:
-    """With one row of 600 characters the step is larger than without it, and smaller where it is checkpointed."""
+    """With one row of 600 characters the step is larger than without it, and smaller with checkpointing."""
     peaks: dict[str, list[tuple[int, int]]] = {}
 
     def spy(*arguments: Any) -> list[tuple[int, int]]:
@@ -177,7 +177,7 @@ def test_the_plan_sees_checkpointing_and_the_largest_batch(tiny_lm: Path, tmp_pa
     assert live["short"] * 5 < live["long"]
     assert live["checkpointed"] < 0.7 * live["long"]
     made = {name: sum(size for _, size in events if size > 0) for name, events in peaks.items()}
-    assert made["checkpointed"] > made["long"]  # what is dropped is made again
+    assert made["checkpointed"] > made["long"]  # dropped activations are computed again
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets a peak")

@@ -143,7 +143,7 @@ class CompareConfig:
     )
     methods: tuple[str | dict[str, Any], ...] = setting(
         ("full", "bitfit", "adapter-h", "prefix-layer", "lora"),
-        help='methods to compare, with settings: "full,lora rank=4,lora rank=64 targets=q_proj+v_proj"',
+        help='methods to compare, with optional settings: "full,lora rank=4,lora rank=64 targets=q_proj+v_proj"',
         group=_METHODS,
         parse=_methods,
     )
