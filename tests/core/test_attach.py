@@ -211,7 +211,7 @@ def test_problem_15_the_trainable_parameters_are_exactly_these() -> None:
     lorakit.merge(model)
     lorakit.unmerge(model)
     assert trainable_names(model) == adapters | {"classifier.weight", "classifier.bias"}
-    # a model frozen as a whole before: the adapter trains all the same
+    # the whole model was frozen before; the adapter is still trained
     frozen = models.bert().requires_grad_(False)
     lorakit.attach(frozen, ["query"], bias="lora_only")
     expected = {

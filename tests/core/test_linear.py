@@ -208,7 +208,7 @@ def test_the_shapes_that_the_source_shows() -> None:
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
-    """x once, and the thin product; not y, not a copy, whatever the dtype of the factors."""
+    """x once, and the thin product; not y and not a copy, for every dtype of the factors."""
     x = torch.randn(2, 50, 64, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(32, 64, dtype=torch.bfloat16)
     A, B = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)

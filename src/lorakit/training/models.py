@@ -124,7 +124,7 @@ def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTra
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer alone: rows are checked with it before any weight is loaded."""
+    """Load only the tokenizer, with which rows are checked before any weight is loaded."""
     from transformers import AutoTokenizer
 
     folder, options = locate(name)
