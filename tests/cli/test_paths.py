@@ -1,4 +1,4 @@
-"""Paths on the command line and in files of settings: ~ is the home folder wherever a path may stand."""
+"""Paths on the command line and in files of settings: ~ is the home folder wherever a path is allowed."""
 
 import argparse
 import dataclasses

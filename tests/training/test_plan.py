@@ -1,4 +1,4 @@
-"""What a run is said to take before it starts."""
+"""The planned memory and steps of a run, before it starts."""
 
 import json
 from collections import Counter
@@ -95,7 +95,7 @@ def test_each_process_takes_its_share_of_the_rows(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_counted_and_what_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the step's storages, weights and moments alone; on a CPU the process and a margin besides."""
+    """On a GPU only the step's storages, weights and moments; on a CPU also the process and a margin."""
     monkeypatch.setattr("lorakit.training.plan.resident_memory", lambda: 5_000_000)
     counted = 1208 + 400 + 800  # of two batches, see above; 100 weights; two moments of each
     found = plan()

@@ -1,4 +1,4 @@
-"""`lorakit eval`: base model and adapter on labelled rows, side by side."""
+"""`lorakit eval`: score the base model and the adapter side by side on a data file."""
 
 from __future__ import annotations
 

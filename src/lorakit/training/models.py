@@ -1,4 +1,4 @@
-"""Loading the base model and its tokenizer, and a base model together with an adapter.
+"""Load the base model and its tokenizer, or a base model together with an adapter.
 
 A .gguf file is loaded dequantised, unless `--quantize` asks for something else (`quantize.py`). `locating.py` says
 where a model lies, `task.py` what it is for.
@@ -37,7 +37,7 @@ class Loaded:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    new_parameters: tuple[str, ...] = ()  # drawn at random because the files do not hold them: a new head
+    new_parameters: tuple[str, ...] = ()  # random, because the files do not hold them: a new head
 
     @property
     def device(self) -> torch.device:
@@ -47,7 +47,7 @@ class Loaded:
 
 def best_device() -> torch.device:
     if torch.cuda.is_available():
-        # One process a device under torchrun; accelerate moves the model where it belongs.
+        # Under torchrun each process has one device; accelerate moves the model to it.
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
 
@@ -62,7 +62,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of the base weights: bfloat16 where it is fast, otherwise float32."""
+    """The dtype that a name means. "auto": bfloat16 if it is fast on the device, otherwise float32."""
     if dtype == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     resolved: torch.dtype = getattr(torch, dtype)
@@ -79,7 +79,7 @@ def load_causal_lm(
 ) -> Loaded:
     """A causal language model and its tokenizer from a folder, a .gguf file or a hub id.
 
-    tokenizer: the model's own, where it is loaded already.
+    tokenizer: the model's tokenizer, if it is loaded already.
     """
     return _load(None, name, dtype, quantize, device, tokenizer)
 
@@ -94,9 +94,9 @@ def load_classifier(
     device: torch.device | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Loaded:
-    """A sequence classifier with a head for `labels`; no labels make it a regression on one number.
+    """A sequence classifier with a head for `labels`; without labels, a regression on one number.
 
-    named=False: the labels are no names that the model's configuration should hold.
+    named=False: do not write the labels into the model's configuration.
     """
     settings: dict[str, Any] = {"num_labels": len(labels) or 1}
     settings["problem_type"] = "single_label_classification" if labels else "regression"
@@ -106,9 +106,9 @@ def load_classifier(
 
 
 def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str, quantize: Quantize = "none") -> PreTrainedModel:
-    """The model as its configuration describes it, with no weights read; labels=None: a causal LM.
+    """The model as its configuration describes it, without reading weights. labels=None: a causal LM.
 
-    Called under FakeTensorMode it holds no memory: for counting what a run will take.
+    Called under FakeTensorMode it takes no memory. It is used to count the memory that a run will take.
     """
     from transformers import AutoConfig
 
@@ -129,7 +129,7 @@ def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str, quantize:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer alone: rows are checked with it before any weight is loaded."""
+    """Load only the tokenizer, with which rows are checked before any weight is loaded."""
     from transformers import AutoTokenizer
 
     folder, options = locate(name)
@@ -148,11 +148,11 @@ def load_with_adapter(
     quantize: Quantize | None = "none",
     device: torch.device | None = None,
 ) -> Loaded:
-    """A language model or a classifier, with `adapter` put in.
+    """A language model or a classifier, with `adapter` loaded into it.
 
-    name: a base model; or an adapter's folder, whose base is then the one it names. dtype: "base" is the one in which
-    the base's files hold its weights. quantize: None is how the adapter was trained. The adapter's files are read
-    before the base is loaded.
+    name: a base model, or an adapter's folder, which names its base. dtype: "base" is the dtype of the base model's
+    files. quantize: None loads the base as it was loaded to train the adapter. The adapter's files are read before the
+    base is loaded.
     """
     base, adapter = base_and_adapter(name, adapter)
     task = task_of(base, adapter)
