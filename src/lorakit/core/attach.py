@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .adapted import AdaptedLayer, LoRALayer
+from .adapted import AdaptedLayer
 from .dropout import QuickDropout
 from .errors import LoraError
 from .kinds import class_of, layer_class
 from .layouts import Layout
+from .lora_layer import LoRALayer
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .record import Record

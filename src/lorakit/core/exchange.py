@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLayer, copied
+from .adapted import AdaptedLayer
 from .adapter import Adapter, Update
 from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, note_adapted, trained_whole
 from .errors import LoraError
+from .lora_layer import copied
 from .names import named_modules, unwrapped
 from .report import numberless
 from .targets import Target, candidates, closest, matching, refusal

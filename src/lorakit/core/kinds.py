@@ -2,7 +2,7 @@
 
     lorakit.adapts(MyLinear, lorakit.Linear)        MyLinear computes x Wᵀ + b from its .weight and .bias
     lorakit.adapts(MyQuantised, lorakit.Beside)     any module whose output is linear in x
-    lorakit.adapts(Theirs, MyKind)                  MyKind is a subclass of lorakit.AdaptedLayer (see `adapted.py`)
+    lorakit.adapts(Theirs, MyKind)                  MyKind is a subclass of lorakit.AdaptedLayer (see `lora_layer.py`)
 
 A module of a registered class gets the adapted class. A module of a subclass, or one that stores no weight or a
 quantised one, may compute its output differently. It gets the kind that adds the update beside that output, if there is

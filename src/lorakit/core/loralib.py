@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import layers, trainable
-from .adapted import LoRALayer
+from .lora_layer import LoRALayer
 
 _LAYERS = ("LoRALayer", "Embedding", "Linear", "MergedLinear", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d")
 _UTILS = ("mark_only_lora_as_trainable", "lora_state_dict")

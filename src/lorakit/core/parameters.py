@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from . import layouts
-from .adapted import AdaptedLayer, LoRALayer, unmerged
+from .adapted import AdaptedLayer, unmerged
 from .factored import Factored
 from .init import Init
 from .layouts import Layout
+from .lora_layer import LoRALayer
 from .matrix import precise
 from .running import model_is_running
 

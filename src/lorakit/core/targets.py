@@ -24,11 +24,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .adapted import AdaptedLayer, weight_refusal
+from .adapted import AdaptedLayer
 from .errors import LoraError
 from .kinds import layer_class
 from .layers import Linear
 from .layouts import Layout
+from .lora_layer import weight_refusal
 from .names import named_modules
 from .parameters import AdaptedParameter, adapted_parameters, parameter_factor_shapes, parameter_layout
 from .settings import Filter

@@ -12,8 +12,8 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from .adapted import LoRALayer
 from .errors import LoraError
+from .lora_layer import LoRALayer
 from .names import named_modules, named_parameters, plain, unwrapped
 
 Bias = Literal["none", "lora_only", "all"]

@@ -8,7 +8,7 @@ everything that worked on the module before works after. What they share, mainly
 Not here: choosing layers (`targets.py`), files (`lorakit.formats`).
 """
 
-from ..adapted import LoRALayer as LoRALayer
+from ..lora_layer import LoRALayer as LoRALayer
 from .blocks import MergedLinear as MergedLinear
 from .blocks import block_sizes as block_sizes
 from .conv import Conv1d as Conv1d

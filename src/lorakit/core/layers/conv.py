@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import layouts
-from ..adapted import AdaptedLayer, LoRALayer
+from ..adapted import AdaptedLayer
 from ..conv import Geometry, lora_conv
 from ..init import init_of
 from ..joined import joined
 from ..layouts import Layout
+from ..lora_layer import LoRALayer
 from ..matrix import forms
 
 

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import layouts
-from ..adapted import AdaptedLayer, LoRALayer
+from ..adapted import AdaptedLayer
 from ..embedding import lora_embedding
 from ..errors import LoraError
 from ..init import Init, init_of
+from ..lora_layer import LoRALayer
 
 
 class Embedding(AdaptedLayer, nn.Embedding):

@@ -7,11 +7,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapted import AdaptedLayer, LoRALayer
+from ..adapted import AdaptedLayer
 from ..errors import LoraError
 from ..init import init_of
 from ..layouts import Blocks, Layout
 from ..linear import lora_linear
+from ..lora_layer import LoRALayer
 
 # transformers' linear layer with a transposed weight (GPT-2), by name, because it is not imported.
 TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
