@@ -16,6 +16,7 @@ import lorakit
 import models
 from lorakit.cli.main import main
 from lorakit.training.config import TrainConfig
+from lorakit.training.merging import merge_to_folder
 from lorakit.training.models import load_causal_lm, load_classifier, load_with_adapter, skeleton
 from lorakit.training.prepare import prepare, start_block
 from lorakit.training.quantize import quantise_layers
@@ -179,3 +180,65 @@ def test_transformers_trainer_takes_the_model(tiny_lm: Path, tmp_path: Path) -> 
     assert all(layer.lora_B.detach().abs().max() > 0 for layer in lorakit.adapted_layers(model).values())
     lorakit.detach(model)
     assert model.is_quantized
+
+
+def trained_adapter(base: Path, tmp_path: Path, *more: str) -> Path:
+    """An adapter that was trained on the base, and whose data is still there."""
+    out = tmp_path / "out"
+    assert main([*flags(base, tmp_path, "--max-steps", "12", *more), "--holdout", "0.25"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("onto", [None, "original", "dequantised"])
+def test_merging_tells_how_far_each_base_is(
+    onto: str | None, tiny_lm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    adapter = trained_adapter(tiny_lm, tmp_path, "--quantize", "nf4")
+    trained: Any = load_with_adapter(str(adapter), None, dtype="float32", quantize=None).model
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        wanted = trained(ids).logits
+        original: Any = load_with_adapter(str(adapter), None, dtype="float32").model
+        far = (original(ids).logits - wanted).abs().max()
+    capfd.readouterr()
+    words = [] if onto is None else ["--onto", onto]
+    assert main(["merge", "--model", str(adapter), "--output-dir", str(tmp_path / "merged"), *words]) == 0
+    printed = capfd.readouterr().out
+    assert f"against base + adapter as trained, on rows of {tmp_path / 'd.jsonl'}:" in printed
+    shown = re.findall(r"onto (\w+): largest logit difference (\S+) .*, (\d+)% of the greedy answers equal", printed)
+    assert [name for name, *_ in shown] == (["original", "dequantised"] if onto is None else [onto])
+    merged: Any = load_causal_lm(str(tmp_path / "merged"), dtype="float32").model
+    assert kinds(merged) == {"Linear"} and not hasattr(merged.config, "quantization_config")
+    with torch.no_grad():
+        off = (merged(ids).logits - wanted).abs().max()
+    # The dequantised weights are those that were trained beside; the original ones are not.
+    assert off < 1e-4 * wanted.abs().max() if onto != "original" else off > 0.5 * far
+    written = re.findall(r"onto (\w+):.*\(written\)", printed)
+    assert written == [onto or "dequantised"]
+
+
+def test_the_base_that_is_not_there_is_refused(tiny_lm: Path, tmp_path: Path) -> None:
+    adapter = trained_adapter(tiny_lm, tmp_path)
+    with pytest.raises(lorakit.LoraError, match="--onto dequantised: .* is not quantised"):
+        merge_to_folder(str(adapter), None, str(tmp_path / "merged"), onto="dequantised")
+    folder = tmp_path / "packed"
+    loaded = load_causal_lm(str(tiny_lm), dtype="float32", quantize="nf4")
+    loaded.model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    with pytest.raises(lorakit.LoraError, match="--onto original: .* is quantised in its files. Name the original"):
+        merge_to_folder(str(folder), str(adapter), str(tmp_path / "merged"), onto="original")
+    merged = merge_to_folder(str(folder), str(adapter), str(tmp_path / "merged"))
+    assert list(merged.tried) == ["dequantised"] and merged.tried["dequantised"].relative < 1e-3
+    assert not (tmp_path / "merged" / "config.json").read_text().count("quantization_config")
+
+
+def test_rows_to_compare_on_may_be_named(tiny_lm: Path, tmp_path: Path) -> None:
+    adapter = trained_adapter(tiny_lm, tmp_path, "--quantize", "int8")
+    (tmp_path / "d.jsonl").rename(tmp_path / "moved.jsonl")
+    merged = merge_to_folder(str(adapter), None, str(tmp_path / "one"), onto="dequantised")
+    assert merged.rows == "random tokens" and merged.tried["dequantised"].same_answers is None
+    data = str(tmp_path / "moved.jsonl")
+    merged = merge_to_folder(str(adapter), None, str(tmp_path / "two"), onto="dequantised", data=data)
+    assert merged.rows == data and merged.tried["dequantised"].same_answers == 1.0
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
+        merge_to_folder(str(adapter), None, str(tmp_path / "three"), data=str(tmp_path / "gone.jsonl"))

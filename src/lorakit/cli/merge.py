@@ -6,7 +6,7 @@ import argparse
 
 from ..core.paths import expanded
 from ..training.settings import number
-from .generate import add_model_arguments
+from .generate import add_model_arguments, add_quantize_argument
 
 HELP = "fold an adapter into its base model and write a plain transformers folder"
 
@@ -26,6 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(float, above=0),
         help="largest allowed difference of logits, relative to the largest logit (default by dtype)",
     )
+    add_quantize_argument(parser)
+    parser.add_argument(
+        "--onto",
+        choices=["original", "dequantised"],
+        help="after training on a quantised base: merge onto its original weights, or onto the quantised ones as "
+        "numbers (default: the nearer to base + adapter)",
+    )
+    parser.add_argument(
+        "--data", type=expanded, help="rows to compare on (default: those that training held out, or random tokens)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,9 +52,16 @@ def run(args: argparse.Namespace) -> None:
         args.adapter,
         args.output_dir,
         dtype="base" if args.dtype == "auto" else args.dtype,
+        quantize=args.quantize,
+        onto=args.onto,
+        data=args.data,
         overwrite=args.overwrite,
         tolerance=args.tolerance,
     )
+    if merged.tried:
+        print(f"against base + adapter as trained, on rows of {merged.rows}:")
+        for onto, difference in merged.tried.items():
+            print(f"  onto {onto}: {difference}" + (" (written)" if onto == merged.onto else ""))
     print(f"written: {args.output_dir} ({merged.dtype})")
     for note in merged.notes:
         print(f"note: {note}")

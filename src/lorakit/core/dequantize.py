@@ -14,7 +14,8 @@ from .layers import linear_size
 from .names import named_modules, unwrapped
 from .quantised import dequantised_weight, is_known, is_quantised, working_like
 
-# How transformers notes on a model that it is quantised.
+# transformers' notes on a model that is quantised, and on how the model's files became its parameters.
+_CONVERSIONS = "_weight_conversions"
 _NOTES = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
@@ -38,14 +39,29 @@ def dequantize(model: nn.Module, *, dtype: torch.dtype | None = None) -> list[st
     dtype = dtype or _dtype_beside(model, names)
     for name in names:
         model.set_submodule(name, _plain(model.get_submodule(name), dtype))
-    for noted in _NOTES:
-        model.__dict__.pop(noted, None)
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    _forget_quantisation(model)
     if adapter is not None:
         insert(model, adapter)
     return names
+
+
+def _forget_quantisation(model: Any) -> None:
+    """Take back what transformers notes on a model that is quantised, so that it saves the model as a plain one."""
+    for noted in _NOTES:
+        model.__dict__.pop(noted, None)
+    if hasattr(getattr(model, "config", None), "quantization_config"):
+        del model.config.quantization_config
+    if conversions := model.__dict__.get(_CONVERSIONS):
+        model.__dict__[_CONVERSIONS] = [own for own in conversions if _can_be_reversed(own)]
+
+
+def _can_be_reversed(conversion: Any) -> bool:
+    """Whether transformers can undo this change of the files' tensors, to save the model. It cannot pack a weight."""
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _is_quantised_linear(module: nn.Module) -> bool:
