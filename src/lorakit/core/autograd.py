@@ -47,7 +47,7 @@ def cast(x: Tensor) -> Tensor:
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of products with x: its own, or autocast's."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+    if _autocasts(device) and x.is_floating_point() and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -55,7 +55,12 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which products keep the dtypes they are given, also when backward() is called inside autocast."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is on. torch refuses the question for tensors without data."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def reshaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:

@@ -26,6 +26,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from .adapted import AdaptedLayer
 from .errors import LoraError
+from .hooked import forward_refusal
 from .kinds import layer_class
 from .layers import Linear
 from .layouts import Layout
@@ -232,9 +233,7 @@ def _layer_refusal(module: nn.Module) -> str | None:
         inside += matrices(module)
         hint = f"; inside it: {', '.join(inside[:6])}" if inside else ""
         return f"{kind} is no linear, embedding or convolution layer{hint}"
-    if "forward" in module.__dict__:
-        return "its forward is replaced on the instance (a device_map hook?), so changing its class would do nothing"
-    return cls.refusal_of(module)
+    return forward_refusal(module) or cls.refusal_of(module)
 
 
 def _by_filter(model: nn.Module, named: dict[str, Target], wanted: Filter) -> Selection:

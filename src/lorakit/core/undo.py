@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .adapted import MERGED, AdaptedLayer
 from .errors import LoraError
+from .hooked import follow_class
 from .names import unwrapped
 
 _NOTE, _ADAPTED = "_lorakit_undo", "_lorakit_adapted"
@@ -67,6 +68,7 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
         undo.original_class = type(module)
         undo.attributes = frozenset(module.__dict__) - {_NOTE}
     module.__class__ = cls
+    follow_class(module)
 
 
 def restore(module: nn.Module, keep_trained: bool) -> None:
@@ -85,6 +87,7 @@ def restore(module: nn.Module, keep_trained: bool) -> None:
             parameter.__dict__.pop(MERGED, None)
     if undo.original_class is not None:
         module.__class__ = undo.original_class
+        follow_class(module)
         for registry in (module._parameters, module._buffers, module._modules):
             for name in [name for name in registry if name.startswith("lora_")]:
                 del registry[name]

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.study.comparison.config import CompareConfig, TaskConfig
+from lorakit.study.comparison.config import CompareConfig, MethodConfig, TaskConfig
 from lorakit.study.comparison.fit import steps_of
-from lorakit.study.comparison.tasks import Answers, Sequences, task_of
+from lorakit.study.comparison.plan import TaskPlan
+from lorakit.study.comparison.tasks import Answers, Sequences, served, task_of
 from lorakit.study.methods.baselines import Full, LoRA
 
 Rows = Iterable[dict[str, Any]]
@@ -380,3 +381,30 @@ def test_plain_text_is_scored_by_perplexity_alone(tiny_lm: Path, tmp_path: Path)
 def test_one_model_of_answers_serves_all_seeds(tiny_lm: Path, tmp_path: Path) -> None:
     task = answering(tiny_lm, tmp_path)
     assert task.model(0) is task.model(1)
+
+
+@pytest.mark.parametrize("make_rows", [pairs, sentences])
+def test_methods_on_a_quantised_base(make_rows: Any, tiny_lm: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    model = tiny_lm if make_rows is pairs else tiny_encoder
+    data = write(tmp_path / "d.jsonl", make_rows(24))
+    plain, task = make(model, data), make(model, data, quantize="nf4")
+    assert plain.fingerprint != task.fingerprint
+    loaded = task.model(0)
+    layers = [module for module in loaded.modules() if type(module).__name__ == "Linear4bit"]
+    assert layers and all(layer.compute_dtype == torch.float32 for layer in layers)
+    costs = TaskPlan(task, [MethodConfig(method, task.settings) for method in (Full(), LoRA(rank=2))]).costs
+    assert costs["full"].left_out.endswith("which is quantised and takes no gradient.")
+    applied = LoRA(rank=2).apply(loaded, task.head)
+    assert costs["lora rank=2"].parameters == applied.parameter_count
+    batch = task.collate(list(task.train)[:4])
+    loss = task.loss(loaded)
+    before = loss(batch)
+    before.backward()
+    with torch.no_grad():
+        for parameter in applied.parameters():
+            assert parameter.grad is not None
+            parameter.sub_(0.02 * parameter.grad / (parameter.grad.norm() + 1e-9))
+    assert loss(batch) < before
+    scores = task.test(applied)
+    assert scores.keys() == set(task.metrics)
+    task.serve(served(applied, half=True))

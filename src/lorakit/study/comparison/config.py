@@ -208,6 +208,11 @@ class CompareConfig:
         help="dtype of the products; auto: bfloat16 if the device is fast at it. Weights are float32",
         group=_DATA,  # the same for every method of a task
     )
+    quantize: Literal["none", "nf4", "int8", "gguf"] = setting(
+        "none",
+        help="quantise the frozen weights: nf4 (4 bits) or int8, with bitsandbytes; gguf: keep a .gguf file's blocks",
+        group=_DATA,
+    )
     published: dict[str, Any] = setting(
         help="published scores to show beside, by label",
         group=_DATA,

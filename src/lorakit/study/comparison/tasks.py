@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...core.attach import adapted_layers
 from ...core.errors import LoraError
 from ...core.paths import expanded
+from ...core.quantised import is_quantised
 from ...core.switching import merge
 from ...training.data import Data, Example, read
 from ...training.evaluate import predict
@@ -144,11 +145,20 @@ class _Text(StudyTask):
             *("no_repeat_ngram", "dtype"),
         )
         said = {name: getattr(settings, name) for name in decides}
+        if settings.quantize != "none":
+            said["quantize"] = settings.quantize
         self.fingerprint = fingerprint(model, self.metrics, said, *map(asdict, (*data.train, *data.valid, *data.test)))
 
     def blueprint(self) -> nn.Module:
-        model: nn.Module = skeleton(self._model_name, labels=labels_of(self.data), dtype="float32")
+        labels = labels_of(self.data)
+        model: nn.Module = skeleton(self._model_name, labels=labels, dtype="float32", quantize=self.settings.quantize)
         return model
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the base is loaded."""
+        settings: dict[str, Any] = {"dtype": "float32", "quantize": self.settings.quantize}
+        return settings | {"device": self.device, "tokenizer": self.tokenizer}
 
     def products(self) -> AbstractContextManager[Any]:
         """The context in which products have the precision of the settings."""
@@ -177,9 +187,7 @@ class Sequences(_Text):
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        loaded = load_classifier(
-            self._model_name, labels=self.data.labels, dtype="float32", device=self.device, tokenizer=self.tokenizer
-        )
+        loaded = load_classifier(self._model_name, labels=self.data.labels, **self.loading)
         model: nn.Module = loaded.model
         return model
 
@@ -256,7 +264,7 @@ class Answers(_Text):
 
     def model(self, seed: int) -> nn.Module:
         if self._model is None:  # there is no new head, so one model serves all seeds
-            loaded = load_causal_lm(self._model_name, dtype="float32", device=self.device, tokenizer=self.tokenizer)
+            loaded = load_causal_lm(self._model_name, **self.loading)
             self._model = loaded.model
         return self._model
 
@@ -346,9 +354,11 @@ class Answers(_Text):
 
 
 def served(applied: Applied, half: bool) -> nn.Module:
-    """A copy of the model as it is used after training: LoRA merged. half: with weights in bfloat16."""
+    """A copy of the model as it is used after training: LoRA merged, on a quantised base beside it. half: with weights
+    in bfloat16.
+    """
     model = copy.deepcopy(applied).model
-    if adapted_layers(model):
+    if adapted_layers(model) and not any(is_quantised(module) for module in model.modules()):
         merge(model)
     return halved(model) if half else model
 
@@ -356,7 +366,8 @@ def served(applied: Applied, half: bool) -> nn.Module:
 def halved(model: nn.Module) -> nn.Module:
     """The model with its weights in bfloat16. Buffers keep float32, which rotary frequencies and running means need."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 

@@ -96,6 +96,10 @@ class Method:
         inserted = _Inserted()
         trained = self._install(model, modules, inserted)
         names = tuple(name for name, _ in model.named_parameters() if name in trained and name not in head_names)
+        packed = [name for name in (*names, *head_names) if not model.get_parameter(name).is_floating_point()]
+        if packed:
+            inserted.remove()
+            raise LoraError(f"{self} trains {packed[0]}, which is quantised and takes no gradient.")
         values = {
             name: model.get_parameter(name).detach().clone() for name in (*names, *head_names) if name in requires_grad
         }
