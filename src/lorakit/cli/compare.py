@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
 def _compare(config: CompareConfig, *, as_json: bool) -> None:
     from ..formats.folder import OutputFolder
     from ..study.comparison import table
-    from ..study.comparison.files import COMPARISON, record_of, refuse_other, write
+    from ..study.comparison.files import COMPARISON, comparison_record, refuse_other, write
     from ..study.comparison.plan import plan_block, plans_of, refuse_too_large
     from ..study.comparison.run import compare
     from ..training.preflight import check_output
@@ -47,7 +47,7 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
     check_output(out.path)
     out.refuse_unusable()
     plans = plans_of(config)
-    record = record_of(config.model, plans)
+    record = comparison_record(config.model, plans)
     refuse_other(out, record)
     if not as_json or config.dry_run:
         print(plan_block(config, plans), flush=True)

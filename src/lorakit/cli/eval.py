@@ -52,12 +52,12 @@ def run(args: argparse.Namespace) -> None:
     from ..training.prepare import fields_of
     from ..training.report import comparison
     from ..training.style import Style, longest_text
-    from ..training.task import task_of
+    from ..training.task import model_task
 
     if args.json:
         check_result(Path(args.json), "--json")
     base, adapter = base_and_adapter(args.model, args.adapter)
-    task = task_of(base, adapter)
+    task = model_task(base, adapter)
     data = read(args.data, fields=fields_of(args), holdout=0.0, model=task)
     if data.task != task.kind:
         raise LoraError(f"{args.data} holds {data.shape} rows, and {args.model} is {task}: give it text and label.")

@@ -95,11 +95,11 @@ def run(args: argparse.Namespace) -> None:
     from ..training.generation import room, stream
     from ..training.models import load_with_adapter
     from ..training.style import Style
-    from ..training.task import task_of
+    from ..training.task import model_task
     from ..training.tokens import prompt_ids
 
     base, adapter = base_and_adapter(args.model, args.adapter)
-    task = task_of(base, adapter)
+    task = model_task(base, adapter)
     prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
     if args.pair is not None and task.answers:
         raise UsageError(f"--pair is the second text for a classifier of pairs, and {args.model} is {task}.")

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.merging import merge_to_folder
     from ..training.preflight import check_output
     from ..training.report import next_commands
-    from ..training.task import task_of
+    from ..training.task import model_task
 
     check_output(Path(args.output_dir))
     merged = merge_to_folder(
@@ -49,4 +49,4 @@ def run(args: argparse.Namespace) -> None:
     for note in merged.notes:
         print(f"note: {note}")
     print(f"verified by loading it back: {merged.difference}")
-    print(next_commands(Path(args.output_dir), answers=task_of(args.output_dir, None).answers, merge=False))
+    print(next_commands(Path(args.output_dir), answers=model_task(args.output_dir, None).answers, merge=False))

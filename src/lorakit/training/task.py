@@ -120,7 +120,7 @@ class Task:
         return f"{rows[0].where}: {label!r} is no class of this model{also}. Its classes: {_listed(self.labels)}.{hint}"
 
 
-def task_of(base: str | None, adapter: str | None) -> Task:
+def model_task(base: str | None, adapter: str | None) -> Task:
     """What a base model, or an adapter on it, is for. base=None: the base is unknown, so only the adapter decides.
 
     Raises ValueError for a task that lorakit does not support, and for a labels.json that is not a list of names.

@@ -31,7 +31,7 @@ def _is_released(folder: Path) -> bool:
 COMPARISON = OutputKind("compare", names=_FILES, released=_is_released)
 
 
-def record_of(model: str, plans: Sequence[TaskPlan]) -> dict[str, Any]:
+def comparison_record(model: str, plans: Sequence[TaskPlan]) -> dict[str, Any]:
     """What identifies a comparison: the model, and for each task the source of its rows and their fingerprint."""
     return {"model": model, "tasks": {plan.task.name: [plan.task.source, _rows(plan.task)] for plan in plans}}
 

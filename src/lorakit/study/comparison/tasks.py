@@ -107,7 +107,7 @@ class StudyTask(ABC):
         """The model without its weights, called under FakeTensorMode, to count parameters."""
 
 
-def task_of(task: TaskConfig, model: str) -> Sequences | Answers:
+def read_task(task: TaskConfig, model: str) -> Sequences | Answers:
     """Read and check the data of a task. Loads the model's tokenizer, no weights. Raises what `read` raises."""
     settings = task.data
     assert settings.data is not None

@@ -50,7 +50,16 @@ from ...core.switching import unmerge
 from ...core.trainable import bias_names, lora_names
 from ...formats.files import replacing
 from .inserted import Bottleneck, Span, Vectors, given_to
-from .structure import attention_of, base_of, blocks_of, ends_of, head_of, norm_after_mlp, norms_of, query_and_value
+from .structure import (
+    attention_of,
+    base_model_of,
+    blocks_of,
+    ends_of,
+    head_of,
+    norm_after_mlp,
+    norms_of,
+    query_and_value,
+)
 
 Head = str | Iterable[str] | None
 _A_SIZE = {"limits": {"at_least": 1}}  # metadata of a field: the values that a person may write
@@ -357,7 +366,7 @@ class PrefixLayer(Method):
         blocks = [block.module for block in blocks_of(model)]
         words = torch.randint(embedding.num_embeddings, (1, self.length))
         with given_to(blocks) as seen, torch.no_grad(), _evaluating(model):
-            base_of(model)(input_ids=words.to(embedding.weight.device))
+            base_model_of(model)(input_ids=words.to(embedding.weight.device))
         _hook_span(model, span, inserted)
         for block, states in zip(blocks, seen, strict=True):
             vectors = Vectors(states[0], span)
@@ -443,7 +452,7 @@ def _open_span(model: nn.Module, length: int) -> tuple[Span, nn.Embedding]:
 
 
 def _hook_span(model: nn.Module, span: Span, inserted: _Inserted) -> None:
-    base = base_of(model)
+    base = base_model_of(model)
     inserted.handles.append(base.register_forward_pre_hook(span.open, with_kwargs=True))
     inserted.handles.append(base.register_forward_hook(span.close, always_call=True))
 
