@@ -12,7 +12,7 @@ import torch
 
 from adapters import classifier_adapter, labelled_rows, language_adapter
 from lorakit.training.adapter_folder import base_and_adapter
-from lorakit.training.data import read
+from lorakit.training.data import read_data
 from lorakit.training.evaluate import evaluate
 from lorakit.training.models import load_with_adapter
 from lorakit.training.style import Style
@@ -44,7 +44,7 @@ def numbers(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def score(adapter: Path, data: Path) -> tuple[str, float]:
     task = model_task(*base_and_adapter(str(adapter), None))
-    rows = read(str(data), holdout=0.0, model=task)
+    rows = read_data(str(data), holdout=0.0, model=task)
     loaded = load_with_adapter(str(adapter), None, dtype="float32")
     result = evaluate(loaded, rows, "train", rows.train, Style(chat=False), max_length=64)
     ((name, (_, after)),) = result.metrics.items()
@@ -178,7 +178,7 @@ def test_a_language_model_is_one_whatever_lies_beside_it(tiny_lm: Path, tmp_path
     (adapter / "labels.json").write_text('["stale", "names"]')
     assert model_task(str(tiny_lm), str(adapter)) == Task("causal-lm")
     with pytest.raises(ValueError, match=r"d\.jsonl:1: a row with a label, but the model is no classifier"):
-        read(str(labelled_rows(tmp_path / "d.jsonl", ["a", "b"])), model=Task("causal-lm"))
+        read_data(str(labelled_rows(tmp_path / "d.jsonl", ["a", "b"])), model=Task("causal-lm"))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..core.paths import expanded
-from ..training.settings import number
+from ..training.settings import number_type
 from .generate import add_model_arguments
 
 HELP = "fold an adapter into its base model and write a plain transformers folder"
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the merged model in --output-dir")
     parser.add_argument(
         "--tolerance",
-        type=number(float, above=0),
+        type=number_type(float, above=0),
         help="largest allowed difference of logits, relative to the largest logit (default by dtype)",
     )
 

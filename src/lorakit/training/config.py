@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .settings import check, setting
+from .settings import check_settings, setting
 
 _DATA, _ADAPTER, _TRAINING, _OUTPUT = "model and data", "adapter", "training", "output"
 
@@ -164,7 +164,7 @@ class TrainConfig:
     dry_run: bool = setting(False, help="check and plan only, without training", group=_OUTPUT)
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
 
 
 def warnings_for(config: TrainConfig) -> list[str]:

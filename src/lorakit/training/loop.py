@@ -29,7 +29,7 @@ from .memory import few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .pace import Pace, padded_tokens
 from .plan import processes
-from .preflight import refuse_too_large
+from .preflight import refuse_large_run
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
 from .quiet import quiet_libraries
@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> Path:
     _say(start_block(prepared))
     for line in start.said:
         _say(line)
-    refuse_too_large(prepared)
+    refuse_large_run(prepared)
     if config.dry_run:
         return Path(config.output_dir)
 

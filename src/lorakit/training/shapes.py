@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.words import suggestion
-from .conversations import BadRow, Conversation, as_json, conversation, is_empty, is_missing, tools_of
+from .conversations import BadRow, Conversation, conversation, is_empty, is_missing, parsed_json, tools_of
 from .rows import Row, kind
 
 SHAPES = "messages | conversations | prompt+completion | instruction+output | text+label | text"
@@ -218,7 +218,7 @@ def _mapping(values: Mapping[str, Any]) -> str:
         wanted = [key for name in names for key in keys if key.strip().lower() == name and key != besides]
         return next(iter(wanted), None)
 
-    if chat := next((key for key in keys if _are_turns(as_json(values[key]))), None):
+    if chat := next((key for key in keys if _are_turns(parsed_json(values[key]))), None):
         return f"--messages-field {_quoted(chat)}"
     pair = next((pair for pair in _PAIRS if all(named([name]) for name in pair)), None)
     label = named(_LABELS)

@@ -153,7 +153,7 @@ def model_task(base: str | None, adapter: str | None) -> Task:
     return _of_names(names) if len(names) == rows else _unnamed(rows)
 
 
-def ordered(labels: tuple[str, ...], base: str) -> tuple[str, ...]:
+def in_model_order(labels: tuple[str, ...], base: str) -> tuple[str, ...]:
     """The classes in the order of the base model, if it is a classifier of the same classes; otherwise unchanged.
 
     The base model's trained head then keeps its meaning. Upper and lower case are equal.

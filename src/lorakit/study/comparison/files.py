@@ -19,7 +19,7 @@ from ...training.svg import standalone
 from . import page, plots, table
 from .plan import TaskPlan
 from .results import Comparison
-from .tasks import StudyTask, fingerprint
+from .tasks import StudyTask, digest_of
 
 _FILES = r"runs\.jsonl|machine\.json|config\.yaml|compare\.(json|md|html)|compare-[\w-]+\.svg"
 
@@ -68,7 +68,7 @@ def _rows(task: StudyTask) -> str:
     if data is None:
         return task.fingerprint
     rows = (*data.train, *data.valid, *data.test)
-    return fingerprint(*({**asdict(row), "where": None} for row in rows))
+    return digest_of(*({**asdict(row), "where": None} for row in rows))
 
 
 def _released_record(folder: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _same_place(one: str, other: str) -> bool:
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
-def write(found: Comparison, folder: Path) -> list[Path]:
+def write_results(found: Comparison, folder: Path) -> list[Path]:
     """Write the tables as JSON and Markdown, the page, and the plot of each task as SVG; return their paths."""
     contents = {
         "compare.json": table.as_json(found),

@@ -100,7 +100,7 @@ def most_runs_of(plans: Sequence[TaskPlan], seeds: int, trials: int) -> int:
     return sum(most_runs(method, seeds, trials) for plan in plans for method in plan.methods)
 
 
-def refuse_too_large(config: CompareConfig, plans: Sequence[TaskPlan]) -> None:
+def refuse_large_comparison(config: CompareConfig, plans: Sequence[TaskPlan]) -> None:
     """Raise ValueError for a method that needs more memory than the machine has, unless --ignore-memory is set."""
     if config.ignore_memory:
         return

@@ -30,7 +30,7 @@ from ...core.attach import adapted_layers
 from ...core.errors import LoraError
 from ...core.paths import expanded
 from ...core.switching import merge
-from ...training.data import Data, Example, read
+from ...training.data import Data, Example, read_data
 from ...training.evaluate import predict
 from ...training.folders import no_split, split_files
 from ...training.generation import answers
@@ -118,7 +118,7 @@ def read_task(task: TaskConfig, model: str) -> Sequences | Answers:
     splits = {"train": settings.train_split, "valid": settings.valid_split, "test": settings.test_split}
     fields = fields_of(settings) | ({"references": settings.references_field} if settings.references_field else {})
     hub = Hub(settings.subset, settings.revision, splits)
-    data = read(settings.data, fields=fields, task=settings.task, holdout=0.0, hub=hub)
+    data = read_data(settings.data, fields=fields, task=settings.task, holdout=0.0, hub=hub)
     check_task(settings, data)
     kind = Answers if data.task == "causal-lm" else Sequences
     return kind(task.name, model, settings, _split(data, settings))
@@ -144,7 +144,7 @@ class _Text(StudyTask):
             *("no_repeat_ngram", "dtype"),
         )
         said = {name: getattr(settings, name) for name in decides}
-        self.fingerprint = fingerprint(model, self.metrics, said, *map(asdict, (*data.train, *data.valid, *data.test)))
+        self.fingerprint = digest_of(model, self.metrics, said, *map(asdict, (*data.train, *data.valid, *data.test)))
 
     def blueprint(self) -> nn.Module:
         model: nn.Module = skeleton(self._model_name, labels=labels_of(self.data), dtype="float32")
@@ -360,7 +360,7 @@ def halved(model: nn.Module) -> nn.Module:
     return model
 
 
-def fingerprint(*parts: Any) -> str:
+def digest_of(*parts: Any) -> str:
     """A short hash (16 hexadecimal digits) of the parts, as JSON."""
     digest = hashlib.sha256()
     for part in parts:
