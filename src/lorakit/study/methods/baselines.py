@@ -45,6 +45,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...core.attach import adapted_layers, attach, detach
 from ...core.errors import LoraError
+from ...core.evaluating import evaluating
 from ...core.settings import LoRASettings
 from ...core.switching import unmerge
 from ...core.trainable import bias_names, lora_names
@@ -365,7 +366,7 @@ class PrefixLayer(Method):
         span, embedding = _open_span(model, self.length)
         blocks = [block.module for block in blocks_of(model)]
         words = torch.randint(embedding.num_embeddings, (1, self.length))
-        with given_to(blocks) as seen, torch.no_grad(), _evaluating(model):
+        with given_to(blocks) as seen, torch.no_grad(), evaluating(model):
             base_model_of(model)(input_ids=words.to(embedding.weight.device))
         _hook_span(model, span, inserted)
         for block, states in zip(blocks, seen, strict=True):
@@ -422,20 +423,6 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 
 ADAPTER, PREFIX = "lorakit_adapter", "lorakit_prefix"
-
-
-class _evaluating:
-    """Within the block, every module is in eval mode; afterwards each is in its earlier mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None:
-        for module, mode in self.modes:
-            module.training = mode
 
 
 def _open_span(model: nn.Module, length: int) -> tuple[Span, nn.Embedding]:
