@@ -60,7 +60,7 @@ class Example:
 def parse(row: Row, fields: Mapping[str, str]) -> tuple[str, Example, set[str]]:
     """The shape of a row, its example, and the row's keys that hold something but were not read. Raises BadRow.
 
-    fields: the file's keys for roles, as `read` takes them.
+    fields: the file's keys for roles, as `read_data` takes them.
     """
     values = _renamed(row.values, fields)
     keys = values.keys()

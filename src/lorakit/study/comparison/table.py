@@ -1,7 +1,7 @@
 """A comparison as tables: for the terminal, as Markdown, and as JSON for a program.
 
 Each task has a table with a line for each method. With several tasks there is also a table of their first metrics. The
-contents (`Table`, `facts`, `notes`) are made once; `text`, `markdown` and `page.py` only lay them out.
+contents (`Table`, `facts`, `notes`) are made once; `tables_text`, `markdown` and `page.py` only lay them out.
 """
 
 from __future__ import annotations

@@ -108,12 +108,12 @@ class StudyTask(ABC):
 
 
 def read_task(task: TaskConfig, model: str) -> Sequences | Answers:
-    """Read and check the data of a task. Loads the model's tokenizer, no weights. Raises what `read` raises."""
+    """Read and check the data of a task. Loads the model's tokenizer, no weights. Raises what `read_data` raises."""
     settings = task.data
     assert settings.data is not None
     folder = Path(expanded(settings.data))
     if folder.is_dir() and not split_files(folder)["train"]:
-        # `read` takes such a folder for one to evaluate on, and calls its test rows train.
+        # `read_data` takes such a folder for one to evaluate on, and calls its test rows train.
         raise no_split(folder, "train")
     splits = {"train": settings.train_split, "valid": settings.valid_split, "test": settings.test_split}
     fields = fields_of(settings) | ({"references": settings.references_field} if settings.references_field else {})
