@@ -24,7 +24,7 @@ from torch import nn
 
 import lorakit
 from lorakit.study.methods.baselines import METHODS
-from lorakit.study.methods.structure import base_of
+from lorakit.study.methods.structure import base_model_of
 
 THREADS = 2
 SMOLLM2 = [(batch, length) for batch in (1, 8, 32) for length in (128, 256, 512)]
@@ -42,7 +42,7 @@ def smollm2(dtype: torch.dtype) -> Any:
     """The blocks of SmolLM2-135M, without its head."""
     from lorakit.training.models import load_causal_lm
 
-    return base_of(load_causal_lm(measure.smollm2(), dtype=str(dtype).removeprefix("torch.")).model)
+    return base_model_of(load_causal_lm(measure.smollm2(), dtype=str(dtype).removeprefix("torch.")).model)
 
 
 def gpt2_medium(dtype: torch.dtype) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lorakit
+from lorakit.cli.main import VERBS
 from lorakit.core.attach import adopt
 
 ROOT = Path(__file__).parents[1]
@@ -142,13 +143,36 @@ def test_equation_gradient_layer_and_class_swap_are_three_files_from_readme() ->
     assert sum(len(part.splitlines()) for part in read) < 400
 
 
-def test_the_name_of_a_class_means_one_thing() -> None:
-    homes: dict[str, list[str]] = {}
+def homes_of_two(kind: type[ast.ClassDef] | type[ast.FunctionDef]) -> dict[str, set[str]]:
+    """The public names of module-level definitions of this kind that several modules define, and these modules."""
+    homes: dict[str, set[str]] = {}
     for path in sorted(SOURCE.rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                homes.setdefault(node.name, []).append(path.relative_to(SOURCE).as_posix())
-    assert {name: own for name, own in homes.items() if len(own) > 1} == {}
+            if isinstance(node, kind) and not node.name.startswith("_"):
+                homes.setdefault(node.name, set()).add(path.relative_to(SOURCE).as_posix())
+    return {name: own for name, own in homes.items() if len(own) > 1}
+
+
+def test_the_name_of_a_class_means_one_thing() -> None:
+    assert homes_of_two(ast.ClassDef) == {}
+
+
+def test_the_name_of_a_function_means_one_thing() -> None:
+    """Except where several modules define the same thing on purpose: what a verb, a format and a page each have."""
+    verbs = {f"cli/{verb}.py" for verb in VERBS}
+    formats = {"formats/loralib.py", "formats/peft.py"}
+    kernels = {
+        "core/kernels.py",
+        "core/triton_code.py",
+    }  # a kernel, and the function that imports Triton only when it runs
+    results = {"study/analysis/report.py", "study/comparison/table.py"}
+    assert homes_of_two(ast.FunctionDef) == {
+        **dict.fromkeys(("add_arguments", "run"), verbs),
+        **dict.fromkeys(("recognises", "read", "write"), formats),
+        **dict.fromkeys(("mask", "shrink", "grad_A", "grad_S_B", "add_expand_"), kernels),
+        **dict.fromkeys(("tables_text", "as_json"), results),
+        "render": {"training/page.py", "study/analysis/page.py", "study/comparison/page.py"},
+    }
 
 
 def test_what_the_library_refuses_is_a_lora_error() -> None:

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import models
-from lorakit.study.methods.structure import base_of
+from lorakit.study.methods.structure import base_model_of
 
 
 def llama() -> nn.Module:
-    return base_of(models.llama())
+    return base_model_of(models.llama())
 
 
 def gpt2() -> nn.Module:

@@ -132,8 +132,8 @@ def test_nothing_is_no_name(words: list[str], expected: str, capsys) -> None:
 
 
 def test_a_parser_of_its_own_has_the_same_flags() -> None:
-    from lorakit.training.settings import add_arguments
+    from lorakit.training.settings import add_setting_flags
 
     parser = argparse.ArgumentParser()
-    add_arguments(TrainConfig, parser)
+    add_setting_flags(TrainConfig, parser)
     assert {a.dest for a in parser._actions} >= {field.name for field in dataclasses.fields(TrainConfig)}

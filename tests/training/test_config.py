@@ -9,14 +9,14 @@ import yaml
 
 from lorakit.cli.parser import Parser
 from lorakit.training.config import TrainConfig, warnings_for
-from lorakit.training.settings import UsageError, add_arguments, commented_yaml, from_args, to_yaml
+from lorakit.training.settings import UsageError, add_setting_flags, commented_yaml, from_args, to_yaml
 
 REQUIRED = ["--model", "m", "--data", "d", "--output-dir", "o"]
 
 
 def parse(*words: str) -> TrainConfig:
     parser = Parser(prog="lorakit train")
-    add_arguments(TrainConfig, parser)
+    add_setting_flags(TrainConfig, parser)
     return from_args(TrainConfig, parser.parse_args(words))
 
 
@@ -144,7 +144,7 @@ def test_learning_rates_out_of_range_are_pointed_out() -> None:
 
 def test_no_argument_is_taken_for_another_parsers(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    add_arguments(TrainConfig, parser)
+    add_setting_flags(TrainConfig, parser)
     parser.print_help()
     out = capsys.readouterr().out
     assert "(default: 16)" in out and "--model-name-or-path" in out

@@ -440,14 +440,14 @@ def test_a_second_process_is_refused(config: TrainConfig, tmp_path: Path) -> Non
 
 def test_a_folder_that_changed_meanwhile(config: TrainConfig, monkeypatch) -> None:
     """Two runs begin in an empty folder; the other one has finished when this one has loaded its model."""
-    base_of = vars(loop)["base_of"]
+    base_fingerprint = vars(loop)["base_fingerprint"]
 
     def late(loaded: Any) -> str:
-        monkeypatch.setattr(loop, "base_of", base_of)
+        monkeypatch.setattr(loop, "base_fingerprint", base_fingerprint)
         train(config)
-        return base_of(loaded)
+        return base_fingerprint(loaded)
 
-    monkeypatch.setattr(loop, "base_of", late)
+    monkeypatch.setattr(loop, "base_fingerprint", late)
     with pytest.raises(FileExistsError, match="was changed by another process meanwhile|is not empty"):
         train(config)
     assert (Path(config.output_dir) / "README.md").exists()

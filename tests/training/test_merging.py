@@ -14,7 +14,7 @@ import lorakit
 from adapters import classifier_adapter, language_adapter
 from conftest import tiny_tokenizer
 from lorakit.training.merging import merge_to_folder
-from lorakit.training.task import Task, task_of
+from lorakit.training.task import Task, model_task
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -129,7 +129,7 @@ def test_a_merged_classifier_knows_its_classes(labels: tuple[str, ...], tiny_enc
     merged = merge_to_folder(str(tiny_encoder), str(adapter), str(tmp_path / "merged"))
     assert merged.difference.same_choice == 1
     expected = Task("classification", labels) if labels else Task("regression")
-    assert task_of(str(tmp_path / "merged"), None) == expected
+    assert model_task(str(tmp_path / "merged"), None) == expected
 
 
 def test_the_style_travels_with_the_merged_model(tiny_lm: Path, tmp_path: Path) -> None:

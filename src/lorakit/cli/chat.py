@@ -35,10 +35,10 @@ def run(args: argparse.Namespace) -> None:
     from ..training.generation import room, stream
     from ..training.models import load_with_adapter
     from ..training.style import Style
-    from ..training.task import task_of
+    from ..training.task import model_task
 
     base, adapter = base_and_adapter(args.model, args.adapter)
-    task = task_of(base, adapter)
+    task = model_task(base, adapter)
     if not task.answers:
         put_in = f" --adapter {shlex.quote(args.adapter)}" if args.adapter else ""
         raise LoraError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 
+from ..core.words import first_line
 from ..training.settings import UsageError
 
 _SCORES = ("sacrebleu", "rouge_score", "sklearn", "scipy")
@@ -38,17 +39,12 @@ def _message(error: BaseException) -> str:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror.lower()}."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
-        reason = _first_line(error) or type(error).__name__
+        reason = first_line(error) or type(error).__name__
         return f"out of memory ({reason}). Smaller batches and shorter rows need less."
     if isinstance(error, ValueError | OSError | FloatingPointError) and str(error):
         # lorakit's messages may have several lines. In other libraries' messages, later lines are links and versions.
-        return str(error) if _is_ours(error) else f"{_first_line(error)} (--debug shows where)"
-    return f"{type(error).__name__}: {_first_line(error)} (--debug shows where)"
-
-
-def _first_line(error: BaseException) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return line if len(line) <= 300 else f"{line[:300]}…"
+        return str(error) if _is_ours(error) else f"{first_line(error)} (--debug shows where)"
+    return f"{type(error).__name__}: {first_line(error)} (--debug shows where)"
 
 
 def _is_ours(error: BaseException) -> bool:

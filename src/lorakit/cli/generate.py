@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import LoraError
 from ..core.paths import expanded
-from ..training.settings import UsageError, number
+from ..training.settings import UsageError, number_type
 
 if TYPE_CHECKING:
     from ..training.models import Loaded
@@ -68,20 +68,24 @@ def add_style_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say how to answer."""
     add_style_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=number(int, at_least=1), default=256, help="longest answer in tokens")
+    parser.add_argument(
+        "--max-new-tokens", type=number_type(int, at_least=1), default=256, help="longest answer in tokens"
+    )
     parser.add_argument(
         "--temperature",
-        type=number(float, at_least=0),
+        type=number_type(float, at_least=0),
         default=0.0,
         help="sampling temperature; 0 always takes the likeliest token",
     )
     parser.add_argument(
         "--top-p",
-        type=number(float, above=0, at_most=1),
+        type=number_type(float, above=0, at_most=1),
         default=1.0,
         help="sample only from the likeliest tokens that together have this probability",
     )
-    parser.add_argument("--seed", type=number(int, at_least=0), help="random seed (default: a different one each time)")
+    parser.add_argument(
+        "--seed", type=number_type(int, at_least=0), help="random seed (default: a different one each time)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -95,11 +99,11 @@ def run(args: argparse.Namespace) -> None:
     from ..training.generation import room, stream
     from ..training.models import load_with_adapter
     from ..training.style import Style
-    from ..training.task import task_of
+    from ..training.task import model_task
     from ..training.tokens import prompt_ids
 
     base, adapter = base_and_adapter(args.model, args.adapter)
-    task = task_of(base, adapter)
+    task = model_task(base, adapter)
     prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
     if args.pair is not None and task.answers:
         raise UsageError(f"--pair is the second text for a classifier of pairs, and {args.model} is {task}.")

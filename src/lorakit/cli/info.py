@@ -55,11 +55,11 @@ def _use(folder: str, base: str | None) -> str:
     """What the adapter is for, as far as local files tell. Nothing is downloaded."""
     from pathlib import Path
 
-    from ..training.task import task_of
+    from ..training.task import model_task
 
     here = base if base and Path(expanded(base)).exists() else None
     try:
-        return str(task_of(here, folder))
+        return str(model_task(here, folder))
     except (ImportError, OSError, ValueError) as problem:
         return str(problem)
 

@@ -58,7 +58,7 @@ def _run(words: list[str]) -> int:
     module = _module(verb)
     args = _parser(verb).parse_args(words[1:])
     if extra := getattr(module, "EXTRA", "train"):
-        requirements.check(extra)
+        requirements.check_packages(extra)
     return module.run(args) or 0
 
 

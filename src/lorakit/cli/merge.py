@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..core.paths import expanded
-from ..training.settings import number
+from ..training.settings import number_type
 from .generate import add_model_arguments, add_quantize_argument
 
 HELP = "fold an adapter into its base model and write a plain transformers folder"
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the merged model in --output-dir")
     parser.add_argument(
         "--tolerance",
-        type=number(float, above=0),
+        type=number_type(float, above=0),
         help="largest allowed difference of logits, relative to the largest logit (default by dtype)",
     )
     add_quantize_argument(parser)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.merging import merge_to_folder
     from ..training.preflight import check_output
     from ..training.report import next_commands
-    from ..training.task import task_of
+    from ..training.task import model_task
 
     check_output(Path(args.output_dir))
     merged = merge_to_folder(
@@ -66,4 +66,4 @@ def run(args: argparse.Namespace) -> None:
     for note in merged.notes:
         print(f"note: {note}")
     print(f"verified by loading it back: {merged.difference}")
-    print(next_commands(Path(args.output_dir), answers=task_of(args.output_dir, None).answers, merge=False))
+    print(next_commands(Path(args.output_dir), answers=model_task(args.output_dir, None).answers, merge=False))

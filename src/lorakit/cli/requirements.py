@@ -13,7 +13,7 @@ _IMPORTED = {"pyyaml": "yaml"}  # package → the module's name, where it differ
 _REQUIREMENT = re.compile(r"^([\w.-]+)\s*\(?>=\s*([\d.]+)\)?[^;]*;.*extra\s*==\s*['\"]([\w-]+)['\"]")
 
 
-def check(extra: str) -> None:
+def check_packages(extra: str) -> None:
     """Raise ImportError naming each package of an extra that is missing or too old."""
     wrong = []
     for name, least in _needed(extra):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .adapter import Update
 from .autograd import reshaped
 from .errors import LoraError
-from .fingerprint import fingerprint
+from .fingerprint import tensor_fingerprint
 from .lora_layer import LayerWithUpdate
 from .matrix import precise
 
@@ -66,7 +66,11 @@ class AdaptedLayer(LayerWithUpdate):
             merged = nn.Parameter(self.adapted_weight(), requires_grad=base.requires_grad)
             merged.__dict__[MERGED] = True
             # Past nn.Module's __setattr__: the weights must not appear among the parameters a second time.
-            self.__dict__ |= {"_base_weight": base, "_merged_weight": merged, "_merged_mark": fingerprint(merged)}
+            self.__dict__ |= {
+                "_base_weight": base,
+                "_merged_weight": merged,
+                "_merged_mark": tensor_fingerprint(merged),
+            }
             self._put_weight(merged)
         self.merged = True
 
@@ -109,7 +113,7 @@ class AdaptedLayer(LayerWithUpdate):
         tied = self.own_weight is not self._merged_weight and MERGED in self.own_weight.__dict__
         if self._merged_mark is None or self.own_weight is self._base_weight or tied:
             return False
-        mark = fingerprint(self.own_weight)
+        mark = tensor_fingerprint(self.own_weight)
         return mark is None or bool(mark != self._merged_mark)
 
     @torch.no_grad()

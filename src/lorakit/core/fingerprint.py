@@ -15,7 +15,7 @@ _SMALL = 1 << 13  # words; mixing so few takes almost no time
 
 
 @torch.no_grad()
-def fingerprint(tensor: Tensor) -> Tensor | None:
+def tensor_fingerprint(tensor: Tensor) -> Tensor | None:
     """An integer () of the tensor's bits, or None for a tensor without bits to read (meta, fake, sharded, quantised).
 
     The bits are read as words of 64 bits. The words of each block are added up, and each sum is multiplied by a number

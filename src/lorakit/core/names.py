@@ -31,7 +31,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def plain(name: str) -> str:
+def unwrapped_name(name: str) -> str:
     """`name` without the parts that wrappers add."""
     if not any(wrapper in name for wrapper in WRAPPERS):
         return name
@@ -41,10 +41,10 @@ def plain(name: str) -> str:
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """The modules by plain name. A wrapper comes before the module inside it, which has the same name."""
     for name, module in unwrapped(model).named_modules(remove_duplicate=remove_duplicate):
-        yield plain(name), module
+        yield unwrapped_name(name), module
 
 
 def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters by plain name."""
     for name, parameter in unwrapped(model).named_parameters(remove_duplicate=remove_duplicate):
-        yield plain(name), parameter
+        yield unwrapped_name(name), parameter

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import LoraError
 from .lora_layer import LoRALayer
-from .names import named_modules, named_parameters, plain, unwrapped
+from .names import named_modules, named_parameters, unwrapped, unwrapped_name
 
 Bias = Literal["none", "lora_only", "all"]
 BIASES: tuple[str, ...] = get_args(Bias)
@@ -22,11 +22,15 @@ BIASES: tuple[str, ...] = get_args(Bias)
 
 def lora_names(model: nn.Module) -> set[str]:
     """Full names of the adapter's parameters and buffers: `lora_A`, `lora_B`, `lora_magnitude`, …"""
-    names = {plain(name) for name, _ in _named_tensors(unwrapped(model)) if name.rpartition(".")[2].startswith("lora_")}
+    names = {
+        unwrapped_name(name)
+        for name, _ in _named_tensors(unwrapped(model))
+        if name.rpartition(".")[2].startswith("lora_")
+    }
     for prefix, module in named_modules(model):
         for child, inner in module.named_children():
             if isinstance(module, LoRALayer) and child.startswith("lora_"):
-                names |= {_join(prefix, plain(f"{child}.{name}")) for name, _ in _named_tensors(inner)}
+                names |= {_join(prefix, unwrapped_name(f"{child}.{name}")) for name, _ in _named_tensors(inner)}
     return names & _state(model).keys()
 
 
@@ -68,12 +72,12 @@ def _is_bias(name: str) -> bool:
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers that a state dict holds, by each of their names."""
     model = unwrapped(model)
-    persistent = {plain(name) for name in model.state_dict(keep_vars=True)}
-    return {own: tensor for name, tensor in _named_tensors(model) if (own := plain(name)) in persistent}
+    persistent = {unwrapped_name(name) for name in model.state_dict(keep_vars=True)}
+    return {own: tensor for name, tensor in _named_tensors(model) if (own := unwrapped_name(name)) in persistent}
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {plain(name): tensor for name, tensor in unwrapped(model).state_dict().items()}
+    return {unwrapped_name(name): tensor for name, tensor in unwrapped(model).state_dict().items()}
 
 
 def _named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What an error says about a misspelt word and about a value, on one line. Imports nothing heavy."""
+"""What an error says about a misspelt word, a value and another error, on one line. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -30,3 +30,9 @@ def shown(value: Any) -> str:
     """A value as an error repeats it: its `repr`, cut if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:60]}… ({len(text):,} characters)"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not blank, cut if it is long. It is empty without a message."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return line if len(line) <= 300 else f"{line[:300]}…"

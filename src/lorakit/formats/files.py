@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core.errors import LoraError
 from ..core.reading import bytes_of
+from ..core.words import first_line
 
 # What libraries in other languages say about a failed write. None of them names the file.
 _FAILED_WRITES = ("os error", "I/O error", "inline_container", "PytorchStreamWriter", "unexpected pos")
@@ -49,7 +50,7 @@ def naming(path: Path) -> Iterator[None]:
                 raise
             reason = error.strerror
         elif any(sign in str(error) for sign in _FAILED_WRITES):
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         else:
             raise
         existing = next(parent for parent in path.absolute().parents if parent.exists())

@@ -123,7 +123,7 @@ def _of_an_adapted_layer(key: str, updates: Mapping[str, Update]) -> bool:
 def _by_plain_names(tensors: Mapping[str, Tensor], path: str | Path, layers: Iterable[str]) -> dict[str, Tensor]:
     """The tensors by the names of the plain model (`core/names.py`). layers: the names of the model's layers."""
     wrapper = "" if any(name.startswith("module.") for name in layers) else "module."
-    found = {names.plain(key).removeprefix(wrapper): tensor for key, tensor in tensors.items()}
+    found = {names.unwrapped_name(key).removeprefix(wrapper): tensor for key, tensor in tensors.items()}
     if len(found) < len(tensors):
         raise LoraError(f"{path}: two of its names are the same tensor of the model.")
     return found

@@ -16,7 +16,7 @@ from ..core import names
 from ..core.errors import LoraError
 from .foreign import format_by_keys
 from .peft_config import PeftConfig
-from .peft_names import plain
+from .peft_names import without_peft_wrappers
 
 PREFIX = "base_model.model."
 _FACTORS: dict[str, tuple[str, bool]] = {  # end of the key → (Update field, of an embedding)
@@ -66,7 +66,7 @@ def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: C
         elif (".token_adapter." in path or _of_a_layer(path)) and not _saved(path, config):
             homeless.append(key)
         else:
-            found.trained[plain(path)] = tensors[key]
+            found.trained[without_peft_wrappers(path)] = tensors[key]
     for name, parts in list(found.factors.items()):
         if not {"A", "B"} <= parts.keys():
             homeless.append(f"{name}.lora_*")
@@ -106,7 +106,7 @@ def _without_wrappers(tensors: Mapping[str, Tensor], where: str, known: Collecti
     found: dict[str, str] = {}
     adapters: set[str] = set()
     for key in tensors:
-        path, adapter = _without_adapter_name(names.plain(key))
+        path, adapter = _without_adapter_name(names.unwrapped_name(key))
         adapters |= {adapter} if adapter else set()
         path = _without_prefixes(path, known)
         if path in found:

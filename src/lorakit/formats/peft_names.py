@@ -119,7 +119,7 @@ class Names:
         return [local for module, _, local in split if module and matching(module, [owner])]
 
 
-def plain(path: str) -> str:
+def without_peft_wrappers(path: str) -> str:
     """A parameter's name in the plain model, from its name under PEFT's wrappers."""
     return re.sub(r"(\.base_layer)+(?=\.)", "", path).replace(".modules_to_save.", ".")
 

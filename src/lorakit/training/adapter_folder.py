@@ -35,12 +35,12 @@ def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
         _refuse_no_model(name)
         return name, adapter
     if is_adapter(name):
-        return base_of(name), name
+        return base_named_by(name), name
     _refuse_no_model(name)
     return name, None
 
 
-def base_of(adapter: str) -> str:
+def base_named_by(adapter: str) -> str:
     """The base model that an adapter's folder names. Raises ValueError if it names none, or one that is not found."""
     base = adapter_config(adapter).get("base_model_name_or_path")
     give = f"give it: --model BASE --adapter {shlex.quote(adapter)}"

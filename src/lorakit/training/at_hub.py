@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.reading import missing
-from ..core.words import nearest, suggestion
+from ..core.words import first_line, nearest, suggestion
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -102,11 +102,7 @@ def _ask(name: str, kind: HubKind, hint: str) -> None:
     except RepositoryNotFoundError:
         raise FileNotFoundError(f"{nothing}, and the hub has no such {kind.word}.{hint}") from None
     except HfHubHTTPError as error:
-        raise FileNotFoundError(f"{nothing}, and the hub answers: {_first_line(error)}{hint}") from None
+        raise FileNotFoundError(f"{nothing}, and the hub answers: {first_line(error)}{hint}") from None
     except Exception as error:  # each HTTP library has its own error for a missing network
-        why = _first_line(error) or type(error).__name__
+        why = first_line(error) or type(error).__name__
         raise FileNotFoundError(f"{nothing}, and the hub is not reached ({why}).{hint}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")[:200]

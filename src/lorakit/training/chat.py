@@ -41,7 +41,7 @@ class Rendered:
     changed: int = 0  # assistant turns that the template changes once others follow: read, not learnt
 
 
-def render(
+def conversation_text(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, *, answer: bool, tools: Tools = (), **options: Any
 ) -> str:
     """The text of a conversation. answer: add the prompt for an answer. options: arguments of apply_chat_template.
@@ -70,14 +70,14 @@ def rendered(
     """
     messages = as_template_takes_them(messages, tokenizer, tools)
     always = _always(tokenizer)
-    full = render(messages, tokenizer, answer=False, tools=tools).removesuffix(always.tail)
+    full = conversation_text(messages, tokenizer, answer=False, tools=tools).removesuffix(always.tail)
     _refuse_loss(messages, tokenizer, tools, full)
     spans, changed = [], 0
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index in unlearnt:
             continue
         start = opening(messages[:index], tokenizer, tools)
-        end = render(messages[: index + 1], tokenizer, answer=False, tools=tools).removesuffix(always.tail)
+        end = conversation_text(messages[: index + 1], tokenizer, answer=False, tools=tools).removesuffix(always.tail)
         if full.startswith(end):
             spans.append((_begin(start, end, message["content"]), len(end)))
         else:
@@ -87,13 +87,15 @@ def rendered(
 
 def opening(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools = ()) -> str:
     """The text that an answer follows."""
-    return render(messages, tokenizer, answer=True, tools=tools) + (_always(tokenizer).gap if messages else "")
+    return conversation_text(messages, tokenizer, answer=True, tools=tools) + (
+        _always(tokenizer).gap if messages else ""
+    )
 
 
 def unprinted(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools) -> set[str]:
     """Keys of messages that the template does not print. `rendered` already refuses those that change the meaning."""
     messages = as_template_takes_them(messages, tokenizer, tools)
-    full = render(messages, tokenizer, answer=False, tools=tools)
+    full = conversation_text(messages, tokenizer, answer=False, tools=tools)
     keys = {key for message in messages for key in message} - {"role", "content", "tool_calls"}
     return {key for key in keys if _without(key, messages, tokenizer, tools) == full}
 
@@ -103,7 +105,7 @@ def prints_date(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: T
     own = tokenizer.get_chat_template(tools=list(tools) or None)
     another_day = "{% macro strftime_now(format) %}" + _WORD + "{% endmacro %}"
     today, later = (
-        render(messages, tokenizer, answer=False, tools=tools, chat_template=template)
+        conversation_text(messages, tokenizer, answer=False, tools=tools, chat_template=template)
         for template in (own, another_day + own)
     )
     return today != later
@@ -119,7 +121,9 @@ def as_template_takes_them(
     for content in ("", None):
         for as_text in (False, True):
             try:
-                probe = render(_recast(messages, content, as_text, _stand_in), tokenizer, answer=False, tools=tools)
+                probe = conversation_text(
+                    _recast(messages, content, as_text, _stand_in), tokenizer, answer=False, tools=tools
+                )
             except BadRow as bad:
                 refused = refused or bad
                 continue
@@ -152,9 +156,9 @@ def _always_of(tokenizer: PreTrainedTokenizerBase, template: str) -> _Always:
     asked = [{"role": "user", "content": one}]
     answered = [*asked, {"role": "assistant", "content": two}]
     try:
-        plain, prompt = (render(asked, tokenizer, answer=answer) for answer in (False, True))
-        whole = render(answered, tokenizer, answer=False)
-        followed = render([*answered, *asked], tokenizer, answer=False)
+        plain, prompt = (conversation_text(asked, tokenizer, answer=answer) for answer in (False, True))
+        whole = conversation_text(answered, tokenizer, answer=False)
+        followed = conversation_text([*answered, *asked], tokenizer, answer=False)
     except BadRow:
         return _Always()
     after, before_next = whole.rpartition(two)[2], followed.rpartition(two)[2]
@@ -181,7 +185,7 @@ def _begin(start: str, end: str, content: str) -> int:
 
 def _refuse_loss(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools, full: str) -> None:
     """Raise BadRow if the template does not print something that changes the meaning of the row."""
-    if tools and render(messages, tokenizer, answer=False).removesuffix(_always(tokenizer).tail) == full:
+    if tools and conversation_text(messages, tokenizer, answer=False).removesuffix(_always(tokenizer).tail) == full:
         raise BadRow("the chat template does not print tools; use a model whose template knows tools")
     for key in _THOUGHTS:
         # A template that knows the key leaves earlier thoughts out on purpose.
@@ -194,13 +198,13 @@ def _refuse_loss(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: 
         if message["role"] == "assistant" or not text or text in full:
             continue
         other = [*messages[:index], {**message, "content": _WORD}, *messages[index + 1 :]]
-        if _WORD not in render(other, tokenizer, answer=False, tools=tools):
+        if _WORD not in conversation_text(other, tokenizer, answer=False, tools=tools):
             raise BadRow(f"the chat template does not print the turn of the role {message['role']!r}")
 
 
 def _without(key: str, messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools) -> str:
     rest = [{name: value for name, value in message.items() if name != key} for message in messages]
-    return render(rest, tokenizer, answer=False, tools=tools)
+    return conversation_text(rest, tokenizer, answer=False, tools=tools)
 
 
 def _recast(

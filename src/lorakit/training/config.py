@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .settings import check, setting
+from .settings import check_settings, setting
 
 _DATA, _ADAPTER, _TRAINING, _OUTPUT = "model and data", "adapter", "training", "output"
 
@@ -132,7 +132,7 @@ class TrainConfig:
     )
     quantize: Literal["none", "nf4", "int8", "gguf"] = setting(
         "none",
-        help="quantise the frozen weights: nf4 (4 bits) or int8, with bitsandbytes; gguf: keep a .gguf file's blocks",
+        help="quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file",
         group=_TRAINING,
     )
     seed: int = setting(0, help="random seed", group=_TRAINING, at_least=0, at_most=2**32 - 1)
@@ -164,7 +164,7 @@ class TrainConfig:
     dry_run: bool = setting(False, help="check and plan only, without training", group=_OUTPUT)
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
 
 
 def warnings_for(config: TrainConfig) -> list[str]:

@@ -42,7 +42,7 @@ def conversation(value: Any, *, read_only: int = 0) -> Conversation:
 
     read_only: how many of the first turns are only a prompt, so that nothing of them is learnt.
     """
-    turns = as_json(value)
+    turns = parsed_json(value)
     if turns is None:
         raise BadRow("messages is null")
     if not isinstance(turns, list) or not turns:
@@ -68,7 +68,7 @@ def conversation(value: Any, *, read_only: int = 0) -> Conversation:
 
 def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
     """The tools that a row offers, from a list of objects or such a list as JSON text. Empty without such a key."""
-    tools = as_json(value, "tools")
+    tools = parsed_json(value, "tools")
     if is_empty(tools):
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -86,7 +86,7 @@ def is_empty(value: Any) -> bool:
     return is_missing(value) or value in ("", [], {})
 
 
-def as_json(value: Any, name: str = "") -> Any:
+def parsed_json(value: Any, name: str = "") -> Any:
     """Parse a list or an object that is given as JSON text, as in the cells of a table. Other values are unchanged.
 
     name: what BadRow calls text that is not JSON; without a name such text is returned unchanged.
@@ -116,7 +116,7 @@ def _turn(turn: Any) -> tuple[dict[str, Any], bool]:
     if rest.pop("function_call", None):
         raise BadRow("function_call is the old way to call a tool; write tool_calls")
     content = turn.get(content_key)
-    if str(turn[role_key]).lower() == "function_call" and isinstance(called := as_json(content), dict | list):
+    if str(turn[role_key]).lower() == "function_call" and isinstance(called := parsed_json(content), dict | list):
         rest["tool_calls"], content = (called if isinstance(called, list) else [called]), None
     calls = _calls(rest.pop("tool_calls", None))
     if calls and role != "assistant":
@@ -170,7 +170,7 @@ def _part(part: Any, number: int) -> str:
 
 def _calls(value: Any) -> list[dict[str, Any]]:
     """Tool calls as chat templates take them: {"type", "function": {"name", "arguments"}}, with parsed arguments."""
-    calls = as_json(value, "tool_calls")
+    calls = parsed_json(value, "tool_calls")
     if is_empty(calls):
         return []
     if not isinstance(calls, list):
@@ -182,6 +182,6 @@ def _call(call: Any, number: int) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow(f"tool_calls {number}: expected {{'function': {{'name', 'arguments'}}}}")
-    arguments = as_json(function.get("arguments"), f"tool_calls {number}: arguments")
+    arguments = parsed_json(function.get("arguments"), f"tool_calls {number}: arguments")
     around = {} if function is call else {key: own for key, own in call.items() if not is_missing(own)}
     return {"type": "function", **around, "function": {**function, "arguments": {} if arguments is None else arguments}}

@@ -45,7 +45,7 @@ class Data:
         return ("test", self.test) if self.test else ("valid", self.valid)
 
 
-def read(
+def read_data(
     data: str,
     *,
     fields: Mapping[str, str] | None = None,

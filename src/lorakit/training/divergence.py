@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attach import adapted_layers
+from ..core.evaluating import evaluating
 from ..core.switching import disabled
 
 Batch = dict[str, Any]
@@ -52,7 +53,7 @@ def why_no_number(
     said = f"the loss is {loss} at step {step}"
     broken = _not_finite(model, trained=False)
     rows = _rows_of(batch)
-    with torch.no_grad(), disabled(model), _evaluating(model):
+    with torch.no_grad(), disabled(model), evaluating(model):
         bad = [row for row in rows if not torch.isfinite(loss_of(row)).all()]
     if broken:
         met = f" This step met it in: {_listed(bad, name_of)}." if bad else ""
@@ -83,7 +84,7 @@ def refuse_diverged(
     change = relative_change(model)
     if not change <= _RUN_AWAY:
         raise too_high(f"the run has diverged after {step} steps: ‖ΔW‖ is {change:.3g} times ‖W‖", rate)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         after = _mean(loss_of(batch) for batch in batches)
         with disabled(model):
             before = _mean(loss_of(batch) for batch in batches)
@@ -142,16 +143,3 @@ def _names(names: Sequence[str]) -> str:
 def _mean(losses: Any) -> float:
     found = [float(loss.mean()) for loss in losses]
     return sum(found) / len(found) if found else 0.0
-
-
-class _evaluating:
-    """Within the block, the model is in eval mode (without dropout)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.training)

@@ -20,6 +20,6 @@ _TEMPLATES = Environment(
 )
 
 
-def render(template: str, **values: Any) -> str:
+def fill_template(template: str, **values: Any) -> str:
     """A page as one self-contained HTML file, light or dark like its reader's screen."""
     return _TEMPLATES.get_template(template).render(style=f"{colours.rules()}\n{svg.RULES}", **values)

@@ -13,6 +13,7 @@ from typing import Any
 from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..core.reading import json_of, refuse_pointer
+from ..core.words import first_line
 from .at_hub import HubKind, id_at_hub
 
 _JSON = (
@@ -105,6 +106,6 @@ def _refuse_broken(folder: Path) -> None:
             with safetensors.safe_open(path, framework="pt"):
                 pass
         except (safetensors.SafetensorError, OSError) as error:
-            raise LoraError(f"{path}: no complete safetensors file: {str(error).splitlines()[0]}.") from None
+            raise LoraError(f"{path}: no complete safetensors file: {first_line(error)}.") from None
     for path in sorted([*folder.glob("*.gguf"), *folder.glob("*.bin"), *folder.glob("*.model")]):
         refuse_pointer(path)

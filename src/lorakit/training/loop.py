@@ -29,11 +29,11 @@ from .memory import few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .pace import Pace, padded_tokens
 from .plan import processes
-from .preflight import refuse_too_large
+from .preflight import refuse_large_run
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
 from .quiet import quiet_libraries
-from .record import base_of, longer_or_shorter, record_of, refuse_differences
+from .record import base_fingerprint, longer_or_shorter, refuse_differences, run_record
 from .settings import to_yaml
 from .start import TRAINING, Start, decided, start_of
 from .tokens import encode, encode_text
@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> Path:
     """
     start = start_of(config) if is_main() and not config.dry_run else Start()
     prepared = prepare(config)
-    record = record_of(prepared)
+    record = run_record(prepared)
     if is_main() and start.record is not None:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
         if start.finished and start.checkpoint is None and start.record.get("steps") != record["steps"]:
@@ -70,13 +70,13 @@ def train(config: TrainConfig) -> Path:
     _say(start_block(prepared))
     for line in start.said:
         _say(line)
-    refuse_too_large(prepared)
+    refuse_large_run(prepared)
     if config.dry_run:
         return Path(config.output_dir)
 
     torch.manual_seed(config.seed)
     loaded = _load(prepared)
-    record["base"] = base_of(loaded)
+    record["base"] = base_fingerprint(loaded)
     if is_main() and start.record is not None:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
     if prepared.data.task == "causal-lm":

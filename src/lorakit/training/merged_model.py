@@ -21,7 +21,7 @@ from ..core.quantised import is_quantised
 from ..core.switching import merge
 from .adapter_folder import base_and_adapter, beside
 from .config import TrainConfig
-from .data import Example, read
+from .data import Example, read_data
 from .generation import answers
 from .models import Loaded, load_with_adapter
 from .positions import longest_row
@@ -29,7 +29,7 @@ from .prepare import fields_of
 from .quantize import Quantize
 from .settings import recorded
 from .style import Style
-from .task import Task, task_of
+from .task import Task, model_task
 from .tokens import encode_all, encode_text, prompt_ids
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def merged_model(
             f"{adapter or model}"
         )
     asks = packed or data is not None
-    heldout = heldout_rows(trained, folder, data, task_of(base, folder)) if asks else random_rows(trained)
+    heldout = heldout_rows(trained, folder, data, model_task(base, folder)) if asks else random_rows(trained)
     reference = Reference(trained, heldout)
     tried: dict[Onto, Difference] = {}
 
@@ -202,7 +202,7 @@ def heldout_rows(loaded: Loaded, adapter: str, data: str | None, task: Task) -> 
     own = data or found.get("data")
     try:
         config = TrainConfig(model="", output_dir="", **{**found, "data": own or ""})
-        rows = read(own or "", fields=fields_of(config), holdout=config.holdout, seed=config.seed, model=task)
+        rows = read_data(own or "", fields=fields_of(config), holdout=config.holdout, seed=config.seed, model=task)
     except (OSError, LoraError):
         if data is not None:
             raise

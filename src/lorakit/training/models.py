@@ -18,14 +18,13 @@ from ..core.errors import LoraError
 from ..formats import load as load_adapter
 from ..formats import peft
 from .adapter_folder import base_and_adapter, beside
-from .adapter_folder import base_of as base_of
 from .adapter_folder import is_adapter as is_adapter
 from .locating import locate, reading
 from .quantize import Quantize, heads, keep_as_stored, loading_options, quantise_layers, refuse_unusable, stand_in
 from .quiet import quietly
 from .style import trained_on
 from .task import LABELS as LABELS
-from .task import task_of
+from .task import model_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -155,7 +154,7 @@ def load_with_adapter(
     base is loaded.
     """
     base, adapter = base_and_adapter(name, adapter)
-    task = task_of(base, adapter)
+    task = model_task(base, adapter)
     if quantize is None:
         quantize = "none" if adapter is None else trained_on(adapter)
     trained = peft.read(adapter).trained if adapter is not None else {}

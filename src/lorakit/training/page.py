@@ -45,7 +45,7 @@ def render(
     changes: Sequence[Change],
 ) -> str:
     """The page as HTML. summary: the text that a run starts with. history: the lines of metrics.jsonl."""
-    return html.render(
+    return html.fill_template(
         "report.html.j2",
         title=title,
         summary=summary,

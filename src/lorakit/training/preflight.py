@@ -79,7 +79,7 @@ def check_reporters(names: Sequence[str]) -> None:
         raise LoraError(f"--report-to {name}: expected one of {', '.join(known)}.{suggestion(name, known)}")
 
 
-def refuse_too_large(prepared: Prepared) -> None:
+def refuse_large_run(prepared: Prepared) -> None:
     """Raise ValueError if the plan needs more memory than the machine has, unless --ignore-memory is set."""
     config, peak = prepared.config, prepared.plan.peak_bytes
     if config.ignore_memory or peak is None:

@@ -19,7 +19,7 @@ from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
 from .config import TrainConfig, warnings_for
-from .data import Data, Example, read
+from .data import Data, Example, read_data
 from .gradient_checkpointing import begin_checkpointing
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
@@ -29,7 +29,7 @@ from .preflight import check_reporters
 from .quantize import heads
 from .rows import DataError
 from .style import Style
-from .task import ordered
+from .task import in_model_order
 from .tokens import encode_all, encode_text, preview
 
 if TYPE_CHECKING:
@@ -62,10 +62,10 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises DataError listing every bad row, and ValueError for settings that do not fit the model or the data.
     """
     check_reporters(config.report_to or ())
-    data = read(config.data, fields=fields_of(config), task=config.task, holdout=config.holdout, seed=config.seed)
+    data = read_data(config.data, fields=fields_of(config), task=config.task, holdout=config.holdout, seed=config.seed)
     check_task(config, data)
     if data.labels:
-        data = dataclasses.replace(data, labels=ordered(data.labels, config.model))
+        data = dataclasses.replace(data, labels=in_model_order(data.labels, config.model))
     tokenizer = load_tokenizer(config.model)
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
     dtype = weights_dtype(config, data)

@@ -34,7 +34,7 @@ _PROBED = 64  # numbers of each weight that go into its fingerprint
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "pad_token_id")
 
 
-def record_of(prepared: Prepared) -> dict[str, Any]:
+def run_record(prepared: Prepared) -> dict[str, Any]:
     """The record of a run, without its base model's weights."""
     config, data = prepared.config, prepared.data
     settings = dataclasses.asdict(config)
@@ -53,7 +53,7 @@ def record_of(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def base_of(loaded: Loaded) -> str:
+def base_fingerprint(loaded: Loaded) -> str:
     """A fingerprint of a base model that is not adapted yet: its configuration, names, shapes and some of its weights.
 
     The values of a randomly initialised head are left out, because the seed decides them.

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..core.errors import LoraError
 from ..core.reading import bytes_of, decoded
+from ..core.words import first_line
 from . import tables
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -268,7 +269,7 @@ def _read_parquet(path: Path, findings: Findings) -> Iterator[Row]:
         table = pyarrow.parquet.read_table(io.BytesIO(_bytes_of(path)))
         rows = table.to_pylist(maps_as_pydicts="strict")
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        findings.problems.append(f"{path.name}: cannot be read as Parquet: {str(error).splitlines()[0]}")
+        findings.problems.append(f"{path.name}: cannot be read as Parquet: {first_line(error)}")
         return
     if twice := tables.twice(table.column_names):
         findings.problems.append(f"{path.name}: the column {twice!r} stands there twice")

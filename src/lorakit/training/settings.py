@@ -21,7 +21,7 @@ from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..core.words import suggestion
 from .values import converted, describe
-from .yaml_files import Yaml, line_of, plain, root_of
+from .yaml_files import Yaml, line_of, root_of, value_of
 
 if TYPE_CHECKING:
     import yaml
@@ -72,7 +72,7 @@ def setting(
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
-def add_arguments(config: type, parser: argparse.ArgumentParser) -> None:
+def add_setting_flags(config: type, parser: argparse.ArgumentParser) -> None:
     """A flag for each setting of the dataclass, in groups, and -c/--config."""
     parser.add_argument("-c", "--config", metavar="FILE", type=expanded, help="YAML file with settings; flags beat it")
     groups: dict[str, Any] = {}
@@ -91,7 +91,7 @@ def add_arguments(config: type, parser: argparse.ArgumentParser) -> None:
         groups[title].add_argument(*flags, **options)
 
 
-def number(kind: type[int] | type[float], **limits: float) -> Callable[[str], int | float]:
+def number_type(kind: type[int] | type[float], **limits: float) -> Callable[[str], int | float]:
     """argparse's `type` for a flag that is not a setting: a number within limits, with the errors of a setting."""
 
     def read(text: str) -> int | float:
@@ -104,7 +104,7 @@ def number(kind: type[int] | type[float], **limits: float) -> Callable[[str], in
     return read
 
 
-def check(config: Any) -> None:
+def check_settings(config: Any) -> None:
     """Convert each field of a dataclass of settings to its type. Raises UsageError listing what is wrong.
 
     The dataclass calls it in `__post_init__`, so Python gets the same checks as flags and files.
@@ -290,7 +290,7 @@ def _value(own: _Setting, path: Path, node: yaml.Node, where: str, problems: lis
     if own.meta["parse"] is not None:
         return own.convert(Yaml(path, node), where, problems)
     before = len(problems)
-    value = plain(node, where, problems)
+    value = value_of(node, where, problems)
     return own.convert(value, where, problems) if len(problems) == before else None
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.words import suggestion
-from .conversations import BadRow, Conversation, as_json, conversation, is_empty, is_missing, tools_of
+from .conversations import BadRow, Conversation, conversation, is_empty, is_missing, parsed_json, tools_of
 from .rows import Row, kind
 
 SHAPES = "messages | conversations | prompt+completion | instruction+output | text+label | text"
@@ -60,7 +60,7 @@ class Example:
 def parse(row: Row, fields: Mapping[str, str]) -> tuple[str, Example, set[str]]:
     """The shape of a row, its example, and the row's keys that hold something but were not read. Raises BadRow.
 
-    fields: the file's keys for roles, as `read` takes them.
+    fields: the file's keys for roles, as `read_data` takes them.
     """
     values = _renamed(row.values, fields)
     keys = values.keys()
@@ -218,7 +218,7 @@ def _mapping(values: Mapping[str, Any]) -> str:
         wanted = [key for name in names for key in keys if key.strip().lower() == name and key != besides]
         return next(iter(wanted), None)
 
-    if chat := next((key for key in keys if _are_turns(as_json(values[key]))), None):
+    if chat := next((key for key in keys if _are_turns(parsed_json(values[key]))), None):
         return f"--messages-field {_quoted(chat)}"
     pair = next((pair for pair in _PAIRS if all(named([name]) for name in pair)), None)
     label = named(_LABELS)

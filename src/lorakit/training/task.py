@@ -120,7 +120,7 @@ class Task:
         return f"{rows[0].where}: {label!r} is no class of this model{also}. Its classes: {_listed(self.labels)}.{hint}"
 
 
-def task_of(base: str | None, adapter: str | None) -> Task:
+def model_task(base: str | None, adapter: str | None) -> Task:
     """What a base model, or an adapter on it, is for. base=None: the base is unknown, so only the adapter decides.
 
     Raises ValueError for a task that lorakit does not support, and for a labels.json that is not a list of names.
@@ -153,7 +153,7 @@ def task_of(base: str | None, adapter: str | None) -> Task:
     return _of_names(names) if len(names) == rows else _unnamed(rows)
 
 
-def ordered(labels: tuple[str, ...], base: str) -> tuple[str, ...]:
+def in_model_order(labels: tuple[str, ...], base: str) -> tuple[str, ...]:
     """The classes in the order of the base model, if it is a classifier of the same classes; otherwise unchanged.
 
     The base model's trained head then keeps its meaning. Upper and lower case are equal.

@@ -47,7 +47,7 @@ def root_of(path: Path) -> yaml.MappingNode | None:
     return root
 
 
-def plain(node: yaml.Node, where: str, problems: list[str]) -> Any:
+def value_of(node: yaml.Node, where: str, problems: list[str]) -> Any:
     """The value of a node: a number, text, list or mapping. If it cannot be read: None, and a problem with `where`."""
     import yaml
 

@@ -386,7 +386,7 @@ def test_an_adapter_without_a_change_has_dashes_and_no_intruders() -> None:
         assert (module.singular_values, module.norm, module.effective_rank, module.directions_90) == ((), 0, 0, 0)
         assert (module.base.change, module.base.amplification, module.base.energy_within) == (0, None, {})
         assert module.base.intruders == 0 and min(module.base.cosines) > 0.999
-    text = report.text(report.Study("a", "base", tuple(modules)))
+    text = report.tables_text(report.Study("a", "base", tuple(modules)))
     assert " – " in text
     with torch.no_grad():
         model.get_parameter("model.layers.0.self_attn.q_proj.weight").zero_()

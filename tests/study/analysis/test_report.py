@@ -17,10 +17,10 @@ from PIL import Image
 
 import lorakit
 import models
-from lorakit.core.numbers import number
+from lorakit.core.numbers import short_number
 from lorakit.study.analysis import page, plots
 from lorakit.study.analysis.measures import analyze, similarities
-from lorakit.study.analysis.report import Study, as_json, grouped, text
+from lorakit.study.analysis.report import Study, as_json, grouped, tables_text
 from lorakit.study.analysis.run import local_base, study_of
 from models import train_a_little
 
@@ -42,7 +42,7 @@ def study() -> Study:
 
 
 def test_the_table_groups_layers_and_puts_the_most_changed_first(study: Study) -> None:
-    printed = text(study)
+    printed = tables_text(study)
     assert max(map(len, printed.splitlines())) <= 100
     tables = printed.split("most changed, each by itself:\n")
     assert re.search(
@@ -53,7 +53,7 @@ def test_the_table_groups_layers_and_puts_the_most_changed_first(study: Study) -
     assert tables[1].splitlines()[1].startswith("1.mlp.down_proj")
     assert "note: a note <&>" in printed
     assert "φ with theirs" in printed and re.search(r"^mlp.down_proj +×2 +4, 3 ", printed, re.M)
-    every = text(study, every=True)
+    every = tables_text(study, every=True)
     assert "each by itself" not in every
     assert every.splitlines()[3].startswith("1.mlp.down_proj")
     # A mean over the layers, each of which is in the table of all.
@@ -70,7 +70,7 @@ def test_the_table_groups_layers_and_puts_the_most_changed_first(study: Study) -
 
 def test_without_base_weights_the_columns_that_need_them_are_gone(study: Study) -> None:
     modules = tuple(dataclasses.replace(module, base=None) for module in study.modules)
-    printed = text(Study("ours", None, modules))
+    printed = tables_text(Study("ours", None, modules))
     assert "amplified" not in printed and "intruders" not in printed and "99%" in printed
     assert "Amplification" not in page.render(Study("ours", None, modules))
 
@@ -113,7 +113,7 @@ def test_groups_keep_shapes_and_ranks_apart_and_experts_together(study: Study) -
     [(None, "–"), (0.0, "0"), (0.12, "0.120"), (12.34, "12.3"), (123.4, "123"), (1234.5, "1.23e+03"), (2e-5, "2e-05")],
 )
 def test_numbers_have_three_digits(value: float | None, shown: str) -> None:
-    assert number(value) == shown
+    assert short_number(value) == shown
 
 
 class Balanced(HTMLParser):

@@ -8,7 +8,7 @@ import pytest
 
 from lorakit.study.comparison.config import CompareConfig, config_of, tasks_of
 from lorakit.study.methods.baselines import BitFit, Full, Houlsby, LoRA, PrefixLayer
-from lorakit.training.settings import UsageError, add_arguments, to_yaml
+from lorakit.training.settings import UsageError, add_setting_flags, to_yaml
 
 FILE = """\
 model: base
@@ -37,7 +37,7 @@ methods:
 
 def read(*flags: str) -> CompareConfig:
     parser = argparse.ArgumentParser()
-    add_arguments(CompareConfig, parser)
+    add_setting_flags(CompareConfig, parser)
     return config_of(parser.parse_args(flags))
 
 

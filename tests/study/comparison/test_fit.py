@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.study.comparison.config import CompareConfig, TaskConfig
 from lorakit.study.comparison.fit import Fitted, fit, steps_of
-from lorakit.study.comparison.tasks import StudyTask, task_of
+from lorakit.study.comparison.tasks import StudyTask, read_task
 from lorakit.study.methods.baselines import Applied, Full, Houlsby, LoRA, Method
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -27,7 +27,7 @@ def task_for(model: Path, folder: Path, train: int = 22, **changes: Any) -> Any:
     for name, some in (("train", rows[:train]), ("valid", rows[train:]), ("test", rows[train:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
     config = dataclasses.replace(CONFIG, data=str(folder), **changes)
-    return task_of(TaskConfig("task", config, ()), str(model))
+    return read_task(TaskConfig("task", config, ()), str(model))
 
 
 def nothing() -> None: ...

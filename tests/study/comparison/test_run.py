@@ -248,7 +248,7 @@ def test_what_is_finished_so_far_is_shown_without_making_more(
     tested = [run for run in lines(tmp_path) if run["test"]]
     assert (row.method, row.seeds, found.finished) == ("lora rank=1", 2, False)
     assert row.scores["accuracy"].values == tuple(run["test"]["accuracy"] for run in tested)
-    assert table.text(found).startswith("Unfinished")
+    assert table.tables_text(found).startswith("Unfinished")
     made.stop = None
     whole = comparison(tiny_encoder, classes, tmp_path, **settings)
     assert whole.finished and len(made.calls) == 4 + 1 + 4

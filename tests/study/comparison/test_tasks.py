@@ -14,7 +14,7 @@ from torch import Tensor
 from lorakit.study.comparison.config import CompareConfig, MethodConfig, TaskConfig
 from lorakit.study.comparison.fit import steps_of
 from lorakit.study.comparison.plan import TaskPlan
-from lorakit.study.comparison.tasks import Answers, Sequences, served, task_of
+from lorakit.study.comparison.tasks import Answers, Sequences, read_task, served
 from lorakit.study.methods.baselines import Full, LoRA
 
 Rows = Iterable[dict[str, Any]]
@@ -27,7 +27,7 @@ def write(path: Path, rows: Rows) -> Path:
 
 def make(model: Path, data: Path, **settings: Any) -> Any:
     config = CompareConfig(model=str(model), output_dir="unused", data=str(data), dtype="float32", **settings)
-    return task_of(TaskConfig("task", config, ()), str(model))
+    return read_task(TaskConfig("task", config, ()), str(model))
 
 
 def sentences(count: int, begin: int = 0) -> list[dict[str, Any]]:

@@ -329,13 +329,13 @@ def test_a_causal_prefix_begins_as_words_before_the_text(model, kind) -> None:
     base = make(model)
     torch.manual_seed(5)
     words = torch.randint(VOCAB, (3,)).expand(len(IDS), -1)
-    expected = structure.base_of(base)(torch.cat((words, IDS), 1)).last_hidden_state[:, 3:]
+    expected = structure.base_model_of(base)(torch.cat((words, IDS), 1)).last_hidden_state[:, 3:]
     torch.manual_seed(5)
     kind(length=3).apply(base)
-    out = structure.base_of(base)(IDS, output_hidden_states=True)
+    out = structure.base_model_of(base)(IDS, output_hidden_states=True)
     torch.testing.assert_close(out.last_hidden_state, expected)
     assert {state.shape for state in out.hidden_states} == {(4, 7, D)}
-    plain = structure.base_of(base)(IDS, return_dict=False)
+    plain = structure.base_model_of(base)(IDS, return_dict=False)
     torch.testing.assert_close(plain[0], expected)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ...core.numbers import NONE, number, percent, rounded
+from ...core.numbers import NONE, percent, rounded, short_number
 from ...core.report import numberless
 from ...core.table import Table
 from ...training.report import heading
@@ -44,7 +44,7 @@ class Column:
     cell: Callable[[Sequence[Any]], str]
 
 
-def text(study: Study, every: bool = False) -> str:
+def tables_text(study: Study, every: bool = False) -> str:
     """The tables as text. every: print a line for each matrix."""
     count = len(study.modules)
     matrices = f"{count} {'matrix' if count == 1 else 'matrices'}"
@@ -96,7 +96,7 @@ def change_of(module: Analysis) -> float:
     return module.norm if module.base is None else module.base.change or 0.0
 
 
-def ordered(groups: dict[str, list[Item]], key: Callable[[Item], float]) -> dict[str, list[Item]]:
+def largest_first(groups: dict[str, list[Item]], key: Callable[[Item], float]) -> dict[str, list[Item]]:
     """The groups by the mean of `key`, largest first."""
     return dict(sorted(groups.items(), key=lambda group: sum(map(key, group[1])) / len(group[1]), reverse=True))
 
@@ -107,7 +107,7 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def table(groups: Mapping[str, Sequence[Item]], columns: Sequence[Column]) -> Table:
+def grouped_table(groups: Mapping[str, Sequence[Item]], columns: Sequence[Column]) -> Table:
     """A table with a line for each group, and the number of its matrices if it has several."""
     rows = (
         (name, f"×{len(own)}" if len(own) > 1 else "", *(column.cell(own) for column in columns))
@@ -135,16 +135,18 @@ def change_columns(study: Study) -> list[Column]:
         Column("rank", lambda modules: str(modules[0].rank)),
         Column("eff.", lambda modules: f"{mean(m.effective_rank for m in modules):.1f}"),
         Column("90%", lambda modules: f"{mean(m.directions_90 for m in modules):.1f}"),
-        Column("‖ΔW‖", lambda modules: number(mean(m.norm for m in modules))),
+        Column("‖ΔW‖", lambda modules: short_number(mean(m.norm for m in modules))),
     ]
     if study.base is None:
         columns.insert(3, Column("99%", lambda modules: f"{mean(m.directions_99 for m in modules):.1f}"))
-        columns.append(Column("σ₁", lambda modules: number(mean(max(m.singular_values, default=0.0) for m in modules))))
+        columns.append(
+            Column("σ₁", lambda modules: short_number(mean(max(m.singular_values, default=0.0) for m in modules)))
+        )
         return columns
     return [
         *columns,
         Column("/‖W‖", lambda modules: percent(base(modules, lambda b: b.change))),
-        Column("amplified", lambda modules: number(base(modules, lambda b: b.amplification))),
+        Column("amplified", lambda modules: short_number(base(modules, lambda b: b.amplification))),
         Column("in top r", within),
         Column("intruders", intruders),
     ]
@@ -215,13 +217,13 @@ def _sections(items: Sequence[Item], columns: Sequence[Column], every: bool, tit
         return _lines({item.name: [item] for item in items}, columns)
     key: Any = change_of if isinstance(items[0], Analysis) else likeness
     few = {item.name: [item] for item in items[:_MOST]}
-    return [*_lines(ordered(groups, key), columns), "", f"{title}:", *_lines(few, columns)]
+    return [*_lines(largest_first(groups, key), columns), "", f"{title}:", *_lines(few, columns)]
 
 
 def _lines(groups: dict[str, list[Item]], columns: Sequence[Column]) -> list[str]:
     """A line for each group. The common beginning of all names is in the head, so that lines fit a terminal."""
     prefix = _common_prefix(list(groups))
-    found = table(groups, columns)
+    found = grouped_table(groups, columns)
     rows = tuple((name.removeprefix(prefix), *cells) for name, *cells in found.rows)
     return replace(found, head=(f"{prefix}…" if prefix else "module", *found.head[1:]), rows=rows).lines()
 

@@ -26,8 +26,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...training.settings import UsageError, check, from_args, read_mapping, setting
-from ...training.yaml_files import Yaml, line_of, plain
+from ...training.settings import UsageError, check_settings, from_args, read_mapping, setting
+from ...training.yaml_files import Yaml, line_of, value_of
 
 if TYPE_CHECKING:
     from ..methods.baselines import Method
@@ -45,7 +45,7 @@ def _methods(value: str | Yaml, where: str, problems: list[str]) -> tuple[str | 
         for node in nodes:
             own = Yaml(value.path, node)
             has_settings = isinstance(node, yaml.MappingNode)
-            items.append((_method_item(own, problems) if has_settings else plain(node, where, problems), own.place))
+            items.append((_method_item(own, problems) if has_settings else value_of(node, where, problems), own.place))
     else:
         text = value.node.value if isinstance(value, Yaml) else value
         items = [(word.strip(), where) for word in text.split(",") if word.strip()]
@@ -67,7 +67,7 @@ def _method_item(source: Yaml, problems: list[str]) -> dict[str, Any]:
         return {"method": "full"}
     mapping = yaml.MappingNode(source.node.tag, rest, source.node.start_mark, source.node.end_mark)
     settings = read_mapping(CompareConfig, Yaml(source.path, mapping), problems, groups=(_TRAINING,))
-    return {"method": plain(names[0], source.place, problems), **settings}
+    return {"method": value_of(names[0], source.place, problems), **settings}
 
 
 def _check_method(text: Any, where: str, problems: list[str]) -> None:
@@ -89,7 +89,7 @@ def _tasks(value: str | Yaml, where: str, problems: list[str]) -> dict[str, dict
     tasks: dict[str, dict[str, Any]] = {}
     lines: dict[str, int] = {}
     for key, settings in value.node.value:
-        name, line = str(plain(key, where, problems)), line_of(key)
+        name, line = str(value_of(key, where, problems)), line_of(key)
         if name in tasks:
             problems.append(f"{value.path}:{line}: the task {name!r} stands here and in line {lines[name]}.")
         lines[name] = line
@@ -102,7 +102,7 @@ def _tasks(value: str | Yaml, where: str, problems: list[str]) -> dict[str, dict
 def _published(value: str | Yaml, where: str, problems: list[str]) -> dict[str, Any]:
     """Published scores of a task, by label: a number for its first metric, or a number for each metric."""
     assert isinstance(value, Yaml)
-    found = plain(value.node, where, problems)
+    found = value_of(value.node, where, problems)
 
     def is_number(score: Any) -> bool:
         return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
@@ -210,7 +210,7 @@ class CompareConfig:
     )
     quantize: Literal["none", "nf4", "int8", "gguf"] = setting(
         "none",
-        help="quantise the frozen weights: nf4 (4 bits) or int8, with bitsandbytes; gguf: keep a .gguf file's blocks",
+        help="quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file",
         group=_DATA,
     )
     published: dict[str, Any] = setting(
@@ -260,7 +260,7 @@ class CompareConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
 
 
 @dataclass(frozen=True)

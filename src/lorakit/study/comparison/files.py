@@ -19,7 +19,7 @@ from ...training.svg import standalone
 from . import page, plots, table
 from .plan import TaskPlan
 from .results import Comparison
-from .tasks import StudyTask, fingerprint
+from .tasks import StudyTask, digest_of
 
 _FILES = r"runs\.jsonl|machine\.json|config\.yaml|compare\.(json|md|html)|compare-[\w-]+\.svg"
 
@@ -31,7 +31,7 @@ def _is_released(folder: Path) -> bool:
 COMPARISON = OutputKind("compare", names=_FILES, released=_is_released)
 
 
-def record_of(model: str, plans: Sequence[TaskPlan]) -> dict[str, Any]:
+def comparison_record(model: str, plans: Sequence[TaskPlan]) -> dict[str, Any]:
     """What identifies a comparison: the model, and for each task the source of its rows and their fingerprint."""
     return {"model": model, "tasks": {plan.task.name: [plan.task.source, _rows(plan.task)] for plan in plans}}
 
@@ -68,7 +68,7 @@ def _rows(task: StudyTask) -> str:
     if data is None:
         return task.fingerprint
     rows = (*data.train, *data.valid, *data.test)
-    return fingerprint(*({**asdict(row), "where": None} for row in rows))
+    return digest_of(*({**asdict(row), "where": None} for row in rows))
 
 
 def _released_record(folder: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _same_place(one: str, other: str) -> bool:
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
-def write(found: Comparison, folder: Path) -> list[Path]:
+def write_results(found: Comparison, folder: Path) -> list[Path]:
     """Write the tables as JSON and Markdown, the page, and the plot of each task as SVG; return their paths."""
     contents = {
         "compare.json": table.as_json(found),

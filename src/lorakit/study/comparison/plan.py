@@ -19,7 +19,7 @@ from ..methods.naming import name_of
 from ..methods.structure import positions_of
 from .config import CompareConfig, MethodConfig, tasks_of
 from .fit import steps_of
-from .tasks import StudyTask, task_of
+from .tasks import StudyTask, read_task
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def plans_of(config: CompareConfig) -> list[TaskPlan]:
     """Read and check the data of every task, before any weight is loaded."""
     plans = []
     for task in tasks_of(config):
-        made = task_of(task, config.model)
+        made = read_task(task, config.model)
         published = {
             label: score if isinstance(score, dict) else {made.metrics[0]: score}
             for label, score in task.data.published.items()
@@ -100,7 +100,7 @@ def most_runs_of(plans: Sequence[TaskPlan], seeds: int, trials: int) -> int:
     return sum(most_runs(method, seeds, trials) for plan in plans for method in plan.methods)
 
 
-def refuse_too_large(config: CompareConfig, plans: Sequence[TaskPlan]) -> None:
+def refuse_large_comparison(config: CompareConfig, plans: Sequence[TaskPlan]) -> None:
     """Raise ValueError for a method that needs more memory than the machine has, unless --ignore-memory is set."""
     if config.ignore_memory:
         return

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from ...core.numbers import number, short_count
+from ...core.numbers import short_count, short_number
 from ...training.colours import LIGHT
 from ...training.svg import new_figure, styled, svg
 from .labels import LINE, Box, Spot, placed
@@ -69,7 +69,7 @@ def points_of(comparison: Comparison, task: TaskFacts) -> list[Point]:
         if not math.isfinite(interval.mean):
             continue
         name, size, others = _parts(row.method)
-        half = f" ± {number(interval.half)}" if interval.half is not None else ""
+        half = f" ± {short_number(interval.half)}" if interval.half is not None else ""
         points.append(
             Point(
                 label=_shortened(size if (name, others) in labelled else row.method),
@@ -78,7 +78,7 @@ def points_of(comparison: Comparison, task: TaskFacts) -> list[Point]:
                 parameters=row.parameters,
                 value=interval.mean,
                 half=interval.half,
-                title=f"{row.method}: {number(interval.mean, 4)}{half}, {row.parameters:,} parameters",
+                title=f"{row.method}: {short_number(interval.mean, 4)}{half}, {row.parameters:,} parameters",
             )
         )
         labelled.add((name, others))

@@ -35,7 +35,7 @@ from .plan import TaskPlan, apply, most_runs, most_runs_of
 from .progress import RunsProgress
 from .results import Comparison, Ledger, MethodRow, Run, TaskFacts, row_of
 from .search import best_rate, next_rate
-from .tasks import StudyTask, fingerprint, halved, served
+from .tasks import StudyTask, digest_of, halved, served
 
 RUNS, MACHINE = "runs.jsonl", "machine.json"
 _TURNS = 7  # timings of each of the two models, in alternation; the shortest of each counts
@@ -242,7 +242,7 @@ class _Runs:
     def _key(self, seed: int, rate: float) -> str:
         training = {name: getattr(self.config.training, name) for name in _DECIDES}
         method: Method = self.config.method
-        return fingerprint(self.task.fingerprint, self.task.name, method.name, method.settings, training, seed, rate)
+        return digest_of(self.task.fingerprint, self.task.name, method.name, method.settings, training, seed, rate)
 
 
 def _made_on(folder: Path, now: bool) -> dict[str, str]:

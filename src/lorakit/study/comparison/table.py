@@ -1,7 +1,7 @@
 """A comparison as tables: for the terminal, as Markdown, and as JSON for a program.
 
 Each task has a table with a line for each method. With several tasks there is also a table of their first metrics. The
-contents (`Table`, `facts`, `notes`) are made once; `text`, `markdown` and `page.py` only lay them out.
+contents (`Table`, `facts`, `notes`) are made once; `tables_text`, `markdown` and `page.py` only lay them out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WIDTH = 120  # columns of a terminal
 _NAME = 40  # columns for a method's name; a longer name continues in the next line
 
 
-def text(comparison: Comparison) -> str:
+def tables_text(comparison: Comparison) -> str:
     """The tables for a terminal of 120 columns; a wider table continues below."""
     lines = [] if comparison.finished else [UNFINISHED]
     lines += _wrapped(about(comparison))
@@ -35,7 +35,13 @@ def text(comparison: Comparison) -> str:
             *_wrapped(summary_notes(comparison, "*")),
         ]
     for task in comparison.tasks:
-        lines += [heading(task.name), *_wrapped(facts(task)), "", *table(comparison, task).lines(_WIDTH, _NAME), ""]
+        lines += [
+            heading(task.name),
+            *_wrapped(facts(task)),
+            "",
+            *task_table(comparison, task).lines(_WIDTH, _NAME),
+            "",
+        ]
         lines += _wrapped(notes(comparison, task, "*"))
     return "\n".join(lines)
 
@@ -47,7 +53,7 @@ def markdown(comparison: Comparison) -> str:
     if len(comparison.tasks) > 1:
         parts += ["## All tasks", summary(comparison).markdown(), _listed(summary_notes(comparison, "Bold"))]
     for task in comparison.tasks:
-        parts += [f"## {escaped(task.name)}", *map(escaped, facts(task)), table(comparison, task).markdown()]
+        parts += [f"## {escaped(task.name)}", *map(escaped, facts(task)), task_table(comparison, task).markdown()]
         parts.append(_listed(notes(comparison, task, "Bold")))
     return "\n\n".join(parts) + "\n"
 
@@ -76,7 +82,7 @@ def facts(task: TaskFacts) -> list[str]:
     return [f"{task.kind}; data: {task.source}; rows: {rows}.", *([f"Training: {training}."] if training else [])]
 
 
-def table(comparison: Comparison, task: TaskFacts) -> Table:
+def task_table(comparison: Comparison, task: TaskFacts) -> Table:
     """A line for each method, then one for each published number."""
     rows = rows_of(comparison, task)
     published = [

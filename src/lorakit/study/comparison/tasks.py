@@ -31,7 +31,7 @@ from ...core.errors import LoraError
 from ...core.paths import expanded
 from ...core.quantised import is_quantised
 from ...core.switching import merge
-from ...training.data import Data, Example, read
+from ...training.data import Data, Example, read_data
 from ...training.evaluate import predict
 from ...training.folders import no_split, split_files
 from ...training.generation import answers
@@ -108,18 +108,18 @@ class StudyTask(ABC):
         """The model without its weights, called under FakeTensorMode, to count parameters."""
 
 
-def task_of(task: TaskConfig, model: str) -> Sequences | Answers:
-    """Read and check the data of a task. Loads the model's tokenizer, no weights. Raises what `read` raises."""
+def read_task(task: TaskConfig, model: str) -> Sequences | Answers:
+    """Read and check the data of a task. Loads the model's tokenizer, no weights. Raises what `read_data` raises."""
     settings = task.data
     assert settings.data is not None
     folder = Path(expanded(settings.data))
     if folder.is_dir() and not split_files(folder)["train"]:
-        # `read` takes such a folder for one to evaluate on, and calls its test rows train.
+        # `read_data` takes such a folder for one to evaluate on, and calls its test rows train.
         raise no_split(folder, "train")
     splits = {"train": settings.train_split, "valid": settings.valid_split, "test": settings.test_split}
     fields = fields_of(settings) | ({"references": settings.references_field} if settings.references_field else {})
     hub = Hub(settings.subset, settings.revision, splits)
-    data = read(settings.data, fields=fields, task=settings.task, holdout=0.0, hub=hub)
+    data = read_data(settings.data, fields=fields, task=settings.task, holdout=0.0, hub=hub)
     check_task(settings, data)
     kind = Answers if data.task == "causal-lm" else Sequences
     return kind(task.name, model, settings, _split(data, settings))
@@ -147,7 +147,7 @@ class _Text(StudyTask):
         said = {name: getattr(settings, name) for name in decides}
         if settings.quantize != "none":
             said["quantize"] = settings.quantize
-        self.fingerprint = fingerprint(model, self.metrics, said, *map(asdict, (*data.train, *data.valid, *data.test)))
+        self.fingerprint = digest_of(model, self.metrics, said, *map(asdict, (*data.train, *data.valid, *data.test)))
 
     def blueprint(self) -> nn.Module:
         labels = labels_of(self.data)
@@ -371,7 +371,7 @@ def halved(model: nn.Module) -> nn.Module:
     return model
 
 
-def fingerprint(*parts: Any) -> str:
+def digest_of(*parts: Any) -> str:
     """A short hash (16 hexadecimal digits) of the parts, as JSON."""
     digest = hashlib.sha256()
     for part in parts:

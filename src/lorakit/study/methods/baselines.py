@@ -45,12 +45,22 @@ from torch.utils.hooks import RemovableHandle
 
 from ...core.attach import adapted_layers, attach, detach
 from ...core.errors import LoraError
+from ...core.evaluating import evaluating
 from ...core.settings import LoRASettings
 from ...core.switching import unmerge
 from ...core.trainable import bias_names, lora_names
 from ...formats.files import replacing
 from .inserted import Bottleneck, Span, Vectors, given_to
-from .structure import attention_of, base_of, blocks_of, ends_of, head_of, norm_after_mlp, norms_of, query_and_value
+from .structure import (
+    attention_of,
+    base_model_of,
+    blocks_of,
+    ends_of,
+    head_of,
+    norm_after_mlp,
+    norms_of,
+    query_and_value,
+)
 
 Head = str | Iterable[str] | None
 _A_SIZE = {"limits": {"at_least": 1}}  # metadata of a field: the values that a person may write
@@ -360,8 +370,8 @@ class PrefixLayer(Method):
         span, embedding = _open_span(model, self.length)
         blocks = [block.module for block in blocks_of(model)]
         words = torch.randint(embedding.num_embeddings, (1, self.length))
-        with given_to(blocks) as seen, torch.no_grad(), _evaluating(model):
-            base_of(model)(input_ids=words.to(embedding.weight.device))
+        with given_to(blocks) as seen, torch.no_grad(), evaluating(model):
+            base_model_of(model)(input_ids=words.to(embedding.weight.device))
         _hook_span(model, span, inserted)
         for block, states in zip(blocks, seen, strict=True):
             vectors = Vectors(states[0], span)
@@ -419,20 +429,6 @@ METHODS: dict[str, Callable[..., Method]] = {
 ADAPTER, PREFIX = "lorakit_adapter", "lorakit_prefix"
 
 
-class _evaluating:
-    """Within the block, every module is in eval mode; afterwards each is in its earlier mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None:
-        for module, mode in self.modes:
-            module.training = mode
-
-
 def _open_span(model: nn.Module, length: int) -> tuple[Span, nn.Embedding]:
     """A span of `length` positions for a transformers model, and the model's token embedding. Changes nothing."""
     _check_size("length", length)
@@ -447,7 +443,7 @@ def _open_span(model: nn.Module, length: int) -> tuple[Span, nn.Embedding]:
 
 
 def _hook_span(model: nn.Module, span: Span, inserted: _Inserted) -> None:
-    base = base_of(model)
+    base = base_model_of(model)
     inserted.handles.append(base.register_forward_pre_hook(span.open, with_kwargs=True))
     inserted.handles.append(base.register_forward_hook(span.close, always_call=True))
 

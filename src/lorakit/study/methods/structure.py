@@ -157,7 +157,7 @@ def head_of(model: nn.Module, head: str | Iterable[str] | None) -> list[str]:
                 raise LoraError(f"head={pattern!r} matches no module. {closest(pattern, names)}".rstrip())
             chosen += hits
         return chosen
-    base = base_of(model)
+    base = base_model_of(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if base is model or output is not None:
         return []
@@ -166,7 +166,7 @@ def head_of(model: nn.Module, head: str | Iterable[str] | None) -> list[str]:
     ]
 
 
-def base_of(model: nn.Module) -> nn.Module:
+def base_model_of(model: nn.Module) -> nn.Module:
     """The base model of a transformers model, without the head; any other model is returned itself."""
     base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
     return base if isinstance(base, nn.Module) else model
