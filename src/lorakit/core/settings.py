@@ -22,9 +22,11 @@ Filter = Callable[[nn.Module, str], bool]
 class LoRASettings:
     """How `attach` adapts a model: y = W x + b becomes y = W x + b + (alpha/rank) · B A x in every target layer.
 
-    targets: "all-linear" (every linear layer but the head), a name's end ("q_proj"), a glob over whole names
-        ("*.q_proj"), a list of these, or a function (module, name) → bool. The name of a parameter that no layer
-        calls adapts it too ("experts.gate_up_proj"); that of an nn.MultiheadAttention, all its projections.
+    targets: "all-linear" (every linear layer but the head), "all-linear+experts" (and the stacked matrices of a
+        mixture's experts), a name's end ("q_proj"), a glob over whole names ("*.q_proj"), a list of these, or a
+        function (module, name) → bool. The name of a parameter that no layer calls adapts it too
+        ("experts.gate_up_proj"); that of an nn.MultiheadAttention, all its projections; that of a module with the
+        stacked matrices of experts, all of these.
     exclude: ends of names and globs of what is left out of them ("*.layers.0.*").
     rank, alpha: r and α; alpha=None means 2·rank. rank_pattern, alpha_pattern: other values for matching modules;
         a module with a rank of its own and no alpha of its own takes 2·rank when alpha is None.

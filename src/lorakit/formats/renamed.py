@@ -27,7 +27,7 @@ from torch import Tensor
 from ..core.adapter import Adapter, Update
 from ..core.errors import LoraError
 from ..core.host import Host
-from ..core.layouts import Matrix, Stack
+from ..core.layouts import Matrix
 
 _WEIGHT = ".weight"
 
@@ -152,12 +152,12 @@ def _concatenated(target: str, sources: Sequence[_Source], patterns: Sequence[st
 
 
 def _merged(target: str, sources: Sequence[_Source], patterns: Sequence[str], host: Host) -> Update:
-    shapes = host.stack(target)
-    if shapes is None:
+    stack = host.stack(target)
+    if stack is None:
         raise LoraError(f"{sources[0].name}: it is a part of {target} now, which {type(host.model).__name__} lacks.")
     if any(source.update.magnitude is not None for source in sources):
         raise LoraError(f"{sources[0].name}: DoRA has no meaning in {target}, the stack of all experts.")
-    (experts, _, inputs), (_, outputs, _) = shapes
+    layout, (experts, outputs, inputs) = stack
     by_expert: dict[int, dict[str, _Source]] = {}
     for source in sources:
         by_expert.setdefault(source.expert, {})[source.pattern] = source
@@ -170,7 +170,7 @@ def _merged(target: str, sources: Sequence[_Source], patterns: Sequence[str], ho
     A, B = like.new_zeros(experts, rank, inputs), like.new_zeros(experts, outputs, rank)
     for expert, (own_A, own_B) in pairs.items():
         A[expert, : len(own_A)], B[expert, :, : len(own_A)] = own_A, own_B
-    return Update(Stack(), A, B, rank, scale * rank, parameter=target.rpartition(".")[2])
+    return Update(layout, A, B, rank, scale * rank, parameter=target.rpartition(".")[2])
 
 
 def _blocks(
