@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def sums(name: str, model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def of_sums(name: str, model: nn.Module) -> Callable[..., Tensor]:
+def of_sums(name: str, model: nn.Module) -> Callable[..., Any]:
     """The plain model as a function, with these in the place of its stacks."""
     return lambda *args, **kwargs: torch.func.functional_call(plain(name), sums(name, model), args, kwargs)
 

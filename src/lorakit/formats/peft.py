@@ -40,7 +40,6 @@ from .peft_config import PeftConfig, first_match, read_config
 from .peft_experts import VERSIONS, Era, FileOfStacks, flattened, stacked, turned
 from .peft_keys import PREFIX, Sorted, saved_whole, sort
 from .peft_names import Names, Place, places, target_names, wrapped
-from .renamed import translated
 from .tensors import write_tensors
 
 TENSORS, LEGACY_TENSORS = "adapter_model.safetensors", "adapter_model.bin"
@@ -63,11 +62,11 @@ def write(adapter: Adapter, folder: str | Path) -> None:
     Raises LoraError for what the format cannot hold: loralib's convolutions (another rank), DoRA on some modules
     only, a tensor that is empty, not finite or of integers.
     """
-    write_as(adapter, folder, "new")
+    write_of(adapter, folder, "new")
 
 
-def write_as(adapter: Adapter, folder: str | Path, era: Era) -> None:
-    """The same; with the stacks of experts as the PEFT of that time has them."""
+def write_of(adapter: Adapter, folder: str | Path, era: Era) -> None:
+    """The same, with the stacks of experts as the PEFT of that time has them."""
     updates = {name: _as_peft(name, update, era) for name, update in adapter.updates.items()}
     where = places(adapter.updates)
     tensors = _tensors(updates, where, adapter, folder)
@@ -81,7 +80,7 @@ def write_as(adapter: Adapter, folder: str | Path, era: Era) -> None:
 
 
 def read(path: str | Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
-    """The adapter in a folder, or the one that a file of it belongs to; for a model, by the names that it has.
+    """The adapter in a folder, or the one that a file of it belongs to, by the names in the file.
 
     Raises FileNotFoundError, or LoraError naming the file and what is wrong with it. alpha: the configuration has it.
 
@@ -104,7 +103,7 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
     except ValueError as error:
         raise LoraError(f"{path}: {error}") from None
     targets = config.target_modules
-    adapter = Adapter(
+    return Adapter(
         updates=updates,
         trained=found.trained,
         also_train=saved_whole(config, found.trained),
@@ -116,7 +115,6 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
         base_model=config.base_model,
         task_type=config.task_type,
     )
-    return adapter if host is None else translated(adapter, host)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------

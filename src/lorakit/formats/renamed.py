@@ -10,6 +10,8 @@ where an older update belongs:
     merged          a layer for each expert became a stack: A (experts, r, in), B (experts, out, r); what was
                     concatenated besides, as above for each expert. A layer that the adapter left alone counts as zero.
 
+Where A₁ = A₂, they are taken once: A = A₁, B = [B₁; B₂].
+
 PEFT translates the same, where all of the layers that became one were adapted.
 """
 
@@ -45,7 +47,7 @@ def translated(adapter: Adapter, host: Host) -> Adapter:
     adapter = dataclasses.replace(
         adapter, updates={_own_weight(name, host): update for name, update in adapter.updates.items()}
     )
-    rules = _rules_of(host.model)
+    rules = renaming(host.model)
     if rules is None:
         return adapter
     rename, converters = rules
@@ -86,21 +88,32 @@ class _Source:
         return int(match[1]) if match and match.groups() else 0
 
 
-_Rename = Callable[[str], tuple[str, str, "str | None"]]
+Rename = Callable[[str], tuple[str, str, "str | None"]]
 
 
-def _rules_of(model: Any) -> tuple[_Rename, Mapping[str, Any]] | None:
-    """transformers' rules for this model: a key → its name today, the same before fusing, the pattern of the rule that
-    fuses it; and the rule for each such pattern. None for a model that is not of transformers.
+def rules_of(model: Any, **wanted: Any) -> tuple[Any, list[Any]] | None:
+    """transformers' module that applies rules to names, and the rules for this model. None where there are none.
+
+    wanted: arguments of transformers' `get_model_conversion_mapping`.
     """
     # Nothing is imported: a model of transformers has brought these along, if its version knows them (5 and later).
-    rules_of, loading, modeling = (
+    mapping, loading, modeling = (
         sys.modules.get(f"transformers.{name}")
         for name in ("conversion_mapping", "core_model_loading", "modeling_utils")
     )
-    if rules_of is None or loading is None or modeling is None or not isinstance(model, modeling.PreTrainedModel):
+    if mapping is None or loading is None or modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return None
-    rules = rules_of.get_model_conversion_mapping(model)
+    return loading, mapping.get_model_conversion_mapping(model, **wanted)
+
+
+def renaming(model: Any) -> tuple[Rename, Mapping[str, Any]] | None:
+    """By transformers' rules for this model: a key → its name today, the same before fusing, the pattern of the rule
+    that fuses it; and the rule for each such pattern. None for a model that has no rules.
+    """
+    found = rules_of(model)
+    if found is None:
+        return None
+    loading, rules = found
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, loading.WeightConverter)]
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -178,13 +191,15 @@ def _blocks(
 ) -> tuple[Tensor, Tensor]:
     """A (Σrᵢ, inputs) and B (outputs, Σrᵢ) of the layers that became one, in the rule's order, for one scale of all.
 
-    A layer without an update takes what the others leave of the outputs.
+    A layer without an update takes what the others leave of the outputs. Layers with the same A need it once.
     """
     scale = next(iter(sources.values())).update.scale if scale is None else scale
     given = {pattern: source.update.B.shape[0] for pattern, source in sources.items()}
     missing = len(patterns) - len(given)
     left = (outputs - sum(given.values())) // missing if missing else 0
-    row, parts_A, parts_B = 0, [], []
+    row = 0
+    parts_A: list[Tensor] = []
+    parts_B: list[Tensor] = []
     for pattern in patterns:
         source = sources.get(pattern)
         if source is not None:
@@ -200,8 +215,12 @@ def _blocks(
                 )
             B = update.B.new_zeros(outputs, update.rank)
             B[row : row + update.B.shape[0]] = update.B * (update.scale / scale)
-            parts_A.append(update.A)
-            parts_B.append(B)
+            same = next((part for part, A in enumerate(parts_A) if torch.equal(A, update.A)), None)
+            if same is None:
+                parts_A.append(update.A)
+                parts_B.append(B)
+            else:
+                parts_B[same] += B
         row += given.get(pattern, left)
     return torch.cat(parts_A), torch.cat(parts_B, 1)
 
