@@ -5,7 +5,8 @@
     X.experts.down_proj     A (experts, r, inner), B (experts, out, r)     X.experts.3.down_proj   A₃, B₃
 
 with the names that transformers' rules for older base models start from: Mixtral's are block_sparse_moe.experts.3.w1.
-The update is the same to the last bit, and has the same rank; what two layers share stands in the file twice.
+The update is the same to the last bit and has the same rank, or less: columns of B that are zero for all experts of a
+layer are left out, with their rows of A. What two layers share stands in the file twice.
 """
 
 from __future__ import annotations
@@ -90,14 +91,15 @@ def _experts(name: str, update: Update, rules: list[Any], older: Callable[[str],
             f"{name}: transformers has never had a layer for each expert of {type(host.model).__name__}, so there are "
             "no names for a file of single experts. Save it with experts='stacked'."
         )
-    patterns = [pattern.lstrip("^") for pattern in rule.target_patterns]
+    patterns = rule.target_patterns
     found: dict[str, Update] = {}
-    for expert, (A, B) in enumerate(zip(update.A, update.B, strict=True)):
-        for pattern, rows in zip(patterns, B.chunk(len(patterns)), strict=True):
+    for pattern, rows in zip(patterns, update.B.chunk(len(patterns), 1), strict=True):
+        # A pair that was read from such a file has zeros where the other one of the two is.
+        used = rows.ne(0).any(1).any(0)
+        used = used if used.any() else ~used
+        for expert, (A, B) in enumerate(zip(update.A[:, used], rows[:, :, used], strict=True)):
             key = older(first.replace(patterns[0], pattern).replace("*", str(expert)))
-            found[key.removesuffix(_WEIGHT)] = dataclasses.replace(
-                update, layout=Matrix(), A=A.clone(), B=rows.clone(), parameter=""
-            )
+            found[key.removesuffix(_WEIGHT)] = update.with_factors(Matrix(), A.clone(), B.clone(), parameter="")
     return found
 
 
