@@ -179,12 +179,13 @@ def test_shapes_tell_the_layout_whatever_the_version(version: str | None, turn: 
     torch.testing.assert_close(outputs(tmp_path, 5, 6), expected)
 
 
+@pytest.mark.parametrize("stored", ["out-in", "in-out"])
 @pytest.mark.parametrize("turn", [False, True])
-@pytest.mark.parametrize("version", ["0.18.1", "0.19.0", "0.21.2"])
-def test_a_square_stack_is_as_the_others_of_its_file(version: str, turn: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [None, "0.18.1", "0.19.0", "0.21.2"])
+def test_a_square_stack_is_as_the_others_of_its_file(version: str, turn: bool, stored: str, tmp_path: Path) -> None:
     """inner = width: down is square, up is not."""
-    expected = saved(tmp_path, BOTH, version, True, turn, 6, 6)
-    torch.testing.assert_close(outputs(tmp_path, 6, 6), expected)
+    expected = saved(tmp_path, BOTH, version, version is not None, turn, 6, 6, stored)
+    torch.testing.assert_close(outputs(tmp_path, 6, 6, stored), expected)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ model's checkpoint, and transformers loads that.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from transformers.core_model_loading import revert_weight_conversion
 import lorakit
 from architectures import ARCHITECTURES, _causal
 from folders import CONFIG, TENSORS, factors, folder, read_in_peft
+from lorakit.core.adapter import Adapter, Update
+from lorakit.core.host import Host
+from lorakit.core.layouts import Matrix, Stack
+from lorakit.formats.unfused import unfused
 from models import train_a_little
 
 TOKENS = torch.arange(2, 16).view(2, 7)
@@ -156,3 +161,22 @@ def test_a_model_without_experts_is_written_as_it_is(tmp_path: Path) -> None:
     lorakit.save(model, tmp_path / "per-expert", experts="per-expert")
     for file in (CONFIG, TENSORS):
         assert (tmp_path / "stacked" / file).read_bytes() == (tmp_path / "per-expert" / file).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "jamba", "minimax_m2", "nemotron_h", "longcat_flash", "qwen3_next"])
+def test_the_names_are_those_of_the_base_models_checkpoint(kind: str) -> None:
+    """By transformers' own way of writing checkpoints, for models with other rules: w1, feed_forward, backbone, …"""
+    config = transformers.AutoConfig.for_model(kind)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    stacks = [name for name, p in model.named_parameters() if p.dim() == 3 and ".experts." in name][-2:]
+    layers = [f"{name}.weight" for name, module in model.named_modules() if name.endswith("q_proj")][:1]
+    updates = {name: Update(Stack("out-in"), torch.ones(2, 1, 1), torch.ones(2, 2, 1), 1, 1.0) for name in stacks}
+    updates |= {name[:-7]: Update(Matrix(), torch.ones(1, 1), torch.ones(1, 1), 1, 1.0) for name in layers}
+    found = unfused(Adapter(updates), Host(model)).updates
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in (*stacks, *layers)}
+    expected = {
+        key for key in revert_weight_conversion(model, state) if not re.search(r"experts\.([2-9]|\d\d+)\.", key)
+    }
+    assert {f"{name}.weight" for name in found} == expected
+    assert len(found) == len(layers) + 2 * (2 if kind == "nemotron_h" else 3)  # no gate there

@@ -61,7 +61,8 @@ class FileOfStacks:
         """stacks: the name in the model, A (experts, r, …) and B (experts, …, r) of each, as they are in the file."""
         self.config, self.host = config, host
         told = {era for stack in stacks if (era := self._by_shape(*stack)) is not None}
-        self.era = told.pop() if len(told) == 1 else self._by_version()
+        self.shapes_tell = len(told) == 1
+        self.era = told.pop() if self.shapes_tell else self._by_version()
 
     def read(self, name: str, A: Tensor, B: Tensor) -> tuple[Stack, Tensor, Tensor]:
         """The layout, A (experts, r, in) and B (experts, out, r).
@@ -86,7 +87,7 @@ class FileOfStacks:
                 "turned their layout: the file does not tell W from Wᵀ. Load it with the PEFT that wrote it, "
                 "save it again with PEFT 0.19.1 or later."
             )
-        if self.config.peft_version is None and not self.config.by_peft:
+        if not self.shapes_tell and self.config.peft_version is None and not self.config.by_peft:
             warnings.warn(
                 f"{self.config.path}: the matrices of {name} are square and no peft_version says how they lie: they "
                 "are read as PEFT has written them since 0.19.1, and lorakit always. Before, they were those of Wᵀ.",
