@@ -2,8 +2,8 @@
 
 A target is a glob over whole dotted names ("*.q_proj", "model.layers.[0-3].*"), the end of a name as PEFT takes it
 ("q_proj", "attn.q_proj"), or a word: "all-linear", or "all-linear+experts", which takes the matrices of a mixture's
-experts too. Every one of them must match something: a misspelt name among good
-ones is the commonest way to train less than was meant (problem 4).
+experts too. Every one of them must match something: a misspelt name among good ones is the commonest way to train less
+than was meant (problem 4).
 
 Dispatch is on the exact type. A subclass of `nn.Linear` or of a convolution may compute its output in a way of its own:
 the update is added beside that (`beside.py`), after a trial; one that stores its weight in integers, or is not linear,
