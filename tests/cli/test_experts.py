@@ -57,6 +57,11 @@ def test_problem_29_experts_are_trained_and_written(moe: Path, tmp_path: Path, c
     assert all(adapter.updates[name].B.abs().max() > 0 for name in stacks)
     assert main(["info", str(tmp_path / "out")]) == 0
     assert "4 × experts rank 2" in capsys.readouterr().out
+    lorakit.save(model, tmp_path / "single", experts="per-expert")
+    assert main(["info", str(tmp_path / "single")]) == 0
+    shown = {line.split()[0]: line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()}
+    assert shown["targets"].startswith("experts.*.down_proj ×4, experts.*.gate_proj ×4, experts.*.up_proj ×4, k_proj, ")
+    assert shown["model.layers.*.mlp.experts.*.gate_proj"].split() == ["×8", "2", f"{8 * 2 * (32 + 24):,}"]
 
 
 def test_a_comparison_takes_them_too() -> None:
