@@ -1,10 +1,10 @@
-"""A network that knows digits learns clothes: all of it, its head, its biases, or LoRA on its convolutions.
+"""Adapt a network from digits to clothes: train all of it, its head, its biases, or LoRA on its convolutions.
 
     python benchmarks/experiments/prepare.py images
     python benchmarks/experiments/vision.py
-    python benchmarks/experiments/fashion.py        a quarter of an hour on one thread; writes results/fashion
+    python benchmarks/experiments/fashion.py        15 minutes on one thread; writes results/fashion
 
-`lorakit compare` reads text. Anything else is compared by saying what a task is, as `Clothes` does here.
+`lorakit compare` reads text. To compare methods on anything else, define a task, as `Clothes` does here.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from lorakit.training.settings import UsageError
 
 NEEDED = {"--model": "m", "--data": "d", "--output-dir": "o", "--prompt": "p"}
 CONFIGS: dict[str, type[Any]] = {"train": TrainConfig, "check": TrainConfig, "compare": CompareConfig}
-# No flag means anything by one of these.
+# None of these is a valid value of any flag.
 BAD = ["nan", "inf", "-inf", "-1e9", "1e400", "abc", "", " ", "1,5", "0x10", "3 4"]
 
 

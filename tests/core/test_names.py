@@ -1,4 +1,4 @@
-"""An adapter's names are those of the plain model, however it is wrapped."""
+"""An adapter's names are those of the plain model, with every kind of wrapper."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -69,7 +69,7 @@ TARGETS = ["body.first", "middle"]
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> None:
-    """torch compiles a function only so often, and these models share one."""
+    """torch limits how often it compiles a function, and these models share one."""
     torch._dynamo.reset()
 
 

@@ -1,4 +1,4 @@
-"""What is written on a merged weight stays, minus the update, as in loralib; what is not written, bit for bit."""
+"""What is written on a merged weight stays, minus the update, as in loralib; the rest stays bit for bit."""
 
 import copy
 import io
@@ -97,7 +97,7 @@ def test_a_part_that_is_not_written_keeps_every_bit(name: str, write) -> None:
     update = value[1] - layer.weight.detach()[1] + before[1]  # 7 minus the update of that row
     write(layer, value)
     layer.train()
-    exact = write is not optimizer_step  # which rounds what it does not change
+    exact = write is not optimizer_step  # it rounds values that it does not change
     close: dict[str, Any] = {"rtol": 0, "atol": 0} if exact else {}
     rest = [index for index in range(len(before)) if index != 1]
     torch.testing.assert_close(layer.weight[rest], before[rest], **close)
@@ -107,7 +107,7 @@ def test_a_part_that_is_not_written_keeps_every_bit(name: str, write) -> None:
 
 @every_write
 def test_of_attached_layers_parameters_and_experts(write) -> None:
-    """The function before and after unmerging is the one that was written."""
+    """Before and after unmerging, the model computes with the written weights."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:

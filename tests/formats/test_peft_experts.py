@@ -1,4 +1,4 @@
-"""Stacks of experts in the files of PEFT before 0.19.1, which took every one for (experts, in, out), and after."""
+"""Stacks of experts in PEFT's files. PEFT up to 0.18.1 treated every stack as (experts, in, out)."""
 
 import json
 import warnings
@@ -40,7 +40,7 @@ def make(width: int, inner: int, stored: str = "out-in") -> nn.ModuleDict:
 
 
 def saved(tmp_path: Path, targets: list[str], version: str | None, by_peft: bool, turn: bool, *shape) -> torch.Tensor:
-    """An adapter in today's layout, or turned as PEFT wrote it then; returns the outputs."""
+    """Write an adapter in today's layout or in PEFT's old one; return the outputs."""
     model = make(*shape)
     lorakit.attach(model, targets, rank=2, alpha=3)
     train_a_little(model)
@@ -50,7 +50,7 @@ def saved(tmp_path: Path, targets: list[str], version: str | None, by_peft: bool
     config |= ({"auto_mapping": None} if by_peft else {}) | ({"peft_version": version} if version else {})
     (tmp_path / CONFIG).write_text(json.dumps(config))
     if turn:
-        # Then: A (experts·r, out) of the columns of B, expert by expert, and B (in, r·experts) of the rows of A.
+        # The old layout: A (experts·r, out) has B's columns, expert by expert, and B (in, r·experts) has A's rows.
         tensors = safetensors.torch.load_file(tmp_path / TENSORS)
         for path in {key.partition(".lora_")[0] for key in tensors}:
             A, B = tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"]

@@ -1,4 +1,4 @@
-"""Data files as people have them: which are read as meant, and which are refused with their line."""
+"""Real-world data files: some are read as intended, others are refused with the line."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""What rows mean: marks, optional columns, keys that are not read, labels, and rows that occur more than once."""
+"""The meaning of rows: marks, optional columns, keys that are not read, labels, and repeated rows."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A repository cloned without git-lfs holds pointers: whatever is read names them, and what to do."""
+"""A repository cloned without git-lfs holds pointers: every reader names the file and says what to do."""
 
 import json
 from pathlib import Path

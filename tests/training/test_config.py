@@ -1,4 +1,4 @@
-"""One declaration of the settings: flags, YAML, defaults, and what is said about wrong ones."""
+"""One declaration of the settings: flags, YAML, defaults, and the messages for wrong ones."""
 
 import argparse
 import dataclasses
@@ -61,7 +61,7 @@ def test_flags_and_the_aliases_people_type(words: list[str], name: str, value: o
             "--init: expected one of kaiming, gaussian, pissa, olora, found 'pisa'. Did you mean 'pissa'",
         ),
         (["--learning-rte", "1"], "unknown argument '--learning-rte'. Did you mean '--learning-rate'"),
-        (["--epoch", "1"], "unknown argument '--epoch'. Did you mean '--epochs'"),  # no guessing of abbreviations
+        (["--epoch", "1"], "unknown argument '--epoch'. Did you mean '--epochs'"),  # abbreviations are not accepted
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Data sets of the hub, without one: what is asked of `datasets`, and which rows and splits come of it."""
+"""Data sets of the hub, without a hub: the calls of `datasets`, and the resulting rows and splits."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What load_dataset was called with; it answers with GLUE's tables."""
+    """The arguments of load_dataset, which returns GLUE's tables."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def load_dataset(*args: Any, **settings: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_a_split_that_is_not_there_is_an_error_with_those_that_are(
 
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for the hub's Parquet copies: NAME/SUBSET/SPLIT/*.parquet below it."""
+    """A folder in place of the hub's Parquet copies: NAME/SUBSET/SPLIT/*.parquet below it."""
     monkeypatch.setattr(module, "_CONVERTED_FOLDER", f"{tmp_path}/copies/{{name}}")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "copies"
@@ -159,7 +159,7 @@ def test_of_a_converted_revision_the_files_of_the_named_splits_are_read(
 def test_of_a_converted_revision_another_subset_is_another_folder(copies: Path) -> None:
     restaurants(copies)
     assert pairs(read("owner/name", fields=FIELDS, hub=Hub("other", CONVERTED))) == [("name[x]", "It is x.")]
-    # A data set without subsets stands in a folder `default`.
+    # A data set without subsets is in a folder `default`.
     assert len(read("owner/name", fields=FIELDS, hub=Hub(None, CONVERTED, SPLITS)).train) == 3
 
 

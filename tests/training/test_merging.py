@@ -51,7 +51,7 @@ def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
         (torch.bfloat16, "base", "bfloat16"),
         (torch.float16, "base", "float16"),
         (torch.float32, "base", "float32"),
-        (None, "base", "float16"),  # told by the weights
+        (None, "base", "float16"),  # the weights decide
         (torch.float32, "bfloat16", "bfloat16"),
         (torch.float16, "float32", "float32"),
     ],

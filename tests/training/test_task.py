@@ -1,4 +1,4 @@
-"""What a model is for is told by the adapter, whatever the rows that are scored hold."""
+"""The adapter decides what a model is for; the scored rows do not."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def fruits(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def marks(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter whose classes are whole numbers, not from 0 and not in the order of their letters."""
+    """An adapter whose classes are whole numbers, not from 0 and not in alphabetical order."""
     return classifier_adapter(tiny_encoder, tmp_path_factory.mktemp("task") / "marks", ("2", "3", "10"), always=2)
 
 
@@ -103,7 +103,7 @@ def test_an_unknown_label_is_named_with_its_place_and_the_classes(
 
 
 def made_by_peft(base: Path, folder: Path, count: int, names: tuple[str, ...] = ()) -> Path:
-    """PEFT's adapter of a classifier on `base`, and in `folder`/base the base, with names of classes where given."""
+    """PEFT's adapter of a classifier on `base`, and the base in `folder`/base, with class names if given."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     shutil.copytree(base, folder / "base")

@@ -1,4 +1,4 @@
-"""`lorakit analyze`: what an adapter did to the weights, alone or beside another adapter."""
+"""`lorakit analyze`: what an adapter did to the weights, alone or compared with another adapter."""
 
 from __future__ import annotations
 

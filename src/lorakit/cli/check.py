@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.settings import from_args
 
     if not hasattr(args, "output_dir"):
-        args.output_dir = "-"  # nothing is written, so it need not be said where
+        args.output_dir = "-"  # nothing is written, so no folder is needed
     config = from_args(TrainConfig, args)
     from ..training.preflight import refuse_too_large
     from ..training.prepare import prepare, start_block

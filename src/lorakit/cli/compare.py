@@ -1,4 +1,4 @@
-"""`lorakit compare`: methods × seeds × tasks on a model and data of the user's."""
+"""`lorakit compare`: run methods × seeds × tasks on the user's model and data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..study.comparison.config import CompareConfig
     from ..training.settings import add_arguments
 
-    parser.add_argument("file", nargs="?", type=expanded, help="YAML file with settings, as --config")
+    parser.add_argument("file", nargs="?", type=expanded, help="YAML file with settings, same as --config")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of the tables")
     add_arguments(CompareConfig, parser)
 
@@ -57,7 +57,7 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
         return
     with out.held():
         out.begin(record)
-        if not config.so_far:  # the folder's settings are those that its runs are made with
+        if not config.so_far:  # config.yaml holds the settings of the folder's runs, and --so-far makes no run
             with out.writing() as part:
                 (part / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         found = compare(config.model, plans, out.path, seeds=config.seeds, trials=config.trials, so_far=config.so_far)

@@ -1,4 +1,4 @@
-"""`lorakit eval`: base model and adapter on labelled rows, side by side."""
+"""`lorakit eval`: score the base model and the adapter side by side on a data file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import argparse
 from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..training.settings import number
-from .generate import add_model_arguments, add_style_arguments
+from .generate import add_model_arguments, add_quantize_argument, add_style_arguments
 
 HELP = "score a model or an adapter on a data file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_quantize_argument(parser)
     add_style_arguments(parser)
     parser.add_argument(
         "--data", "--dataset-name", required=True, type=expanded, help="file, folder (its test split) or hub id"
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         raise LoraError(f"{args.data} holds {data.shape} rows, and {args.model} is {task}: give it text and label.")
     splits = {"test": data.test, "valid": data.valid, "train": data.train}
     split = next(name for name, rows in splits.items() if rows)
-    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
+    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype, quantize=args.quantize)
     result = evaluate(
         loaded,
         data,

@@ -7,7 +7,7 @@ import argparse
 from ..core.paths import expanded
 
 HELP = "show what an adapter holds"
-EXTRA = ""  # needs no more than the library
+EXTRA = ""  # needs no extra packages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     from ..formats import peft
     from ..training.adapter_folder import check_adapter
 
-    check_adapter(args.adapter)  # says more of a folder that is none
+    check_adapter(args.adapter)  # its message explains what the folder is instead
     adapter = peft.read(args.adapter)
     updates = adapter.updates
     count = sum(tensor.numel() for update in updates.values() for tensor in update.tensors().values())
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _use(folder: str, base: str | None) -> str:
-    """What the adapter is for, as far as this machine knows: nothing is fetched for it."""
+    """What the adapter is for, as far as local files tell. Nothing is downloaded."""
     from pathlib import Path
 
     from ..training.task import task_of

@@ -1,4 +1,4 @@
-"""`lorakit merge`: base model and adapter as one plain model, verified before it is called done."""
+"""`lorakit merge`: write base model and adapter as one plain model, and verify it by loading it back."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         required=True,
         type=expanded,
-        help="folder to write: new, empty, or with --overwrite a merged model's",
+        help="folder to write: new or empty; with --overwrite it may hold a merged model",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the merged model in --output-dir")
     parser.add_argument(
         "--tolerance",
         type=number(float, above=0),
-        help="largest difference of logits allowed, relative to their size (default by dtype)",
+        help="largest allowed difference of logits, relative to the largest logit (default by dtype)",
     )
 
 

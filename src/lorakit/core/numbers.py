@@ -53,9 +53,7 @@ def short_count(count: float) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """`value` with every float in it, keys too, to six digits, for JSON. A number that does not exist is None, and a
-    tuple is a list.
-    """
+    """`value` for JSON: floats, in keys too, have six digits. NaN and infinity become None, and tuples become lists."""
     if isinstance(value, float):
         return float(f"{value:.{_STORED}g}") if math.isfinite(value) else None
     if isinstance(value, dict):

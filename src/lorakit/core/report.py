@@ -11,7 +11,7 @@ from .table import Table
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One adapted module in a report: shape is (in, out) as the update sees it."""
+    """One adapted module in a report. shape: (in, out) as the update sees it."""
 
     name: str
     kind: str
@@ -22,7 +22,7 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What `attach` did. Printed, it is a table with one line for modules that differ in their numbers alone."""
+    """What `attach` did. Print it: a table in which modules that differ only in a layer's index share a line."""
 
     rows: tuple[ModuleRow, ...]
     trained: tuple[str, ...]  # parameters trained whole

@@ -1,15 +1,15 @@
-"""Choosing modules by name, and refusing those an adapter would silently miss.
+"""Choosing modules by name, and refusing those on which an adapter would silently do nothing.
 
 A target is a glob over whole dotted names ("*.q_proj", "model.layers.[0-3].*"), the end of a name as PEFT takes it
 ("q_proj", "attn.q_proj"), or a word: "all-linear", or "all-linear+experts", which takes the matrices of a mixture's
 experts too. Every one of them must match something: a misspelt name among good ones is the commonest way to train less
 than was meant (problem 4).
 
-Dispatch is on the exact type. A subclass of `nn.Linear` or of a convolution may compute its output in a way of its own:
-the update is added beside that (`beside.py`), after a trial; one that stores its weight in integers, or is not linear,
-is refused with the reason. Where a weight is read and no layer of its own is called, the parameter itself
-is the target: attention's `in_proj_weight`, the layers whose weights torch's attention and encoder layer read, and, by
-their names alone, any other matrix or stack of matrices ("experts.gate_up_proj").
+Dispatch is on the exact type. A subclass of `nn.Linear` or of a convolution may compute its output differently, so the
+update is added beside that output (`beside.py`), after a trial. A subclass that stores its weight in integers, or is
+not linear, is refused with the reason. If a weight is read and no layer is called with it, the parameter itself is the
+target: attention's `in_proj_weight`, the layers whose weights torch's attention and encoder layer read, and any other
+matrix or stack of matrices, only if it is named ("experts.gate_up_proj").
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .adapted import AdaptedLayer, weight_refusal
+from .adapted import AdaptedLayer
 from .errors import LoraError
 from .kinds import layer_class
 from .layers import Linear
 from .layouts import Layout
+from .lora_layer import weight_refusal
 from .names import named_modules
 from .parameters import AdaptedParameter, adapted_parameters, parameter_factor_shapes, parameter_layout
 from .settings import Filter
@@ -51,22 +52,22 @@ class Target:
 
     module: nn.Module
     parameter: str = ""  # empty: the module is a layer
-    read_whole: bool = False  # an embedding that is no lookup
-    held_for: tuple[str, ...] = ()  # embeddings that are called in the place of this one, which only holds their table
+    read_whole: bool = False  # an embedding whose whole table is read
+    held_for: tuple[str, ...] = ()  # embeddings that are called instead of this one, which only holds their table
 
     @property
     def weight(self) -> Any:
         return self.module._parameters.get(self.parameter or "weight")
 
     def class_for(self, layout: Layout) -> type[AdaptedLayer] | None:
-        """The adapted class that holds an update of this layout. None where there is none."""
+        """The adapted class that holds an update of this layout, or None."""
         if self.parameter:
             return AdaptedParameter if parameter_layout(self.module, self.weight).holds(layout) else None
         kind = layer_class(self.module)
         return None if kind is None else kind.class_for(layout)
 
     def shapes(self, rank: int, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B of such an update."""
+        """Shapes of A and B of an update of this layout."""
         if self.parameter:
             return parameter_factor_shapes(self.module, self.weight, rank)
         kind = layer_class(self.module)
@@ -76,19 +77,19 @@ class Target:
 
 @dataclass
 class Selection:
-    """What to adapt by name, and what "all-linear" passed over with the reason."""
+    """What to adapt, by name, and what was passed over, with the reason."""
 
     targets: dict[str, Target] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
 def candidates(model: nn.Module) -> dict[str, Target]:
-    """Every name that a target can match: those of modules, and those of matrices that are no layer's."""
+    """Every name that a target can match: those of modules, and those of matrices that belong to no layer."""
     found: dict[str, Target] = {}
     held = held_tables(model)
     read: set[int] = set()  # layers whose weight is read by their parent
-    inside: tuple[str, ...] = ()  # of parametrisations: what weights are computed from
-    tables: set[int] = set()  # embeddings of which it reads all rows
+    inside: tuple[str, ...] = ()  # prefixes of parametrisations, which hold what weights are computed from
+    tables: set[int] = set()  # embeddings whose rows are all read
     for name, module in named_modules(model, remove_duplicate=False):
         if isinstance(module, ParametrizationList):
             inside = (*inside, f"{name}.")
@@ -185,7 +186,7 @@ def closest(pattern: str, names: Iterable[str]) -> str:
     for name in names:
         by_suffix.setdefault(".".join(name.split(".")[-depth:]), []).append(name)
     near = nearest(wanted, by_suffix, cutoff=0.5)
-    if not near or wanted in by_suffix:  # spelt rightly: what is wrong is something else
+    if not near or wanted in by_suffix:  # the spelling is right, so something else is wrong
         return ""
     first, *more = by_suffix[near]
     others = f" and {len(more)} like it" if more else ""
@@ -254,8 +255,8 @@ def _by_pattern(
 ) -> None:
     hits = matching(pattern, named)
     if is_glob(pattern):
-        # A glob such as "*.attn*" may run over containers, norms and position tables; what it must not do is pass over
-        # a layer.
+        # A glob such as "*.attn*" may also match containers, norms and position tables, which are ignored. But it must
+        # not pass over a layer.
         hits = [name for name in hits if _is_layer(named[name])]
     if not hits:
         adaptable = [name for name, target in named.items() if _is_layer(target)]
@@ -277,7 +278,7 @@ def _take(named: dict[str, Target], name: str, selection: Selection) -> None:
     target = named[name]
     if inside := _inside(target):
         for inner in (f"{name}.{own}" for own in inside):
-            if inner in named:  # else it is excluded
+            if inner in named:  # if not, it is excluded
                 _take(named, inner, selection)
         return
     reason = refusal(target)
@@ -339,7 +340,7 @@ def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection
 
 
 def _is_layer(target: Target) -> bool:
-    """Whether this is a layer of a kind that is adapted, or one's weight, or attention's: not any matrix."""
+    """Whether this is a layer of a kind that can be adapted, its weight, or a weight of attention; not any matrix."""
     kinds = (*_ADAPTABLE, nn.MultiheadAttention)
     return layer_class(target.module) is not None or isinstance(target.module, kinds)
 
@@ -349,7 +350,7 @@ def _is_torchs(module: nn.Module) -> bool:
 
 
 def _refuse_peft(model: nn.Module) -> None:
-    """PEFT's own factors are linear layers too, and its wrappers stand where the layers were."""
+    """Raise LoraError for a model with PEFT's adapters: its factors are linear layers too, its wrappers hide layers."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
             raise LoraError(
@@ -380,7 +381,7 @@ def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
 
 
 def _without_duplicates(targets: dict[str, Target]) -> dict[str, Target]:
-    """Each one once, under its first name: layers may be shared (ALBERT)."""
+    """Each target once, under its first name, because layers may be shared (ALBERT)."""
     names: dict[tuple[int, str], str] = {}
     for name, target in targets.items():
         names.setdefault((id(target.module), target.parameter), name)

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from ..core.adapter import Adapter as Adapter  # with the formats below, that its own `load` and `save` know
+from ..core.adapter import Adapter as Adapter  # with the formats below, which its `load` and `save` use
 from ..core.attach import adapted_layers
 from ..core.errors import LoraError
 from ..core.exchange import extract, insert
@@ -42,12 +42,12 @@ def save(
 ) -> None:
     """Write the adapter of `model`: a folder in PEFT's format, or loralib's when `path` ends in .pt (.pth, .bin).
 
-    format: its name, by default told by the path. experts: "per-expert" writes a pair for each layer of each expert,
-    by the names of transformers 4, as vLLM (for most models) and llama.cpp's converter read them.
+    format: its name; by default the path tells. experts: "per-expert" writes a pair for each layer of each expert, with
+    the names of transformers 4, as vLLM (for most models) and llama.cpp's converter read them.
 
-    The same whether the model is merged or not. Other files in the folder are left alone. Raises LoraError where
-    training passed over an adapted layer, or one is gone (see `diagnose`); with force the rest is written all the same.
-    Warns of parts of the model that training never used.
+    The file is the same whether the model is merged or not. Other files in the folder are left alone. Raises LoraError
+    if training passed over an adapted layer, or if one is gone (see `diagnose`); with force, the adapter is written
+    without the layers that are gone. Warns of parts of the model that training never used.
     """
     if not force:
         layers = adapted_layers(model)
@@ -71,11 +71,11 @@ def load(
     dtype: torch.dtype | None = None,
     force: bool = False,
 ) -> Adapter:
-    """Put the adapter at `path` into `model`, which may be adapted already or not; returns what was read.
+    """Put the adapter at `path` into `model`, which may be adapted already or not. Returns the adapter that was read.
 
-    format: its name, by default told by the path. alpha: needed for loralib's files, which do not hold it. dtype: of
+    format: its name; by default the path tells. alpha: needed for loralib's files, which do not hold it. dtype: that of
     the factors, see `insert`. force: leave out what does not fit the model instead of refusing it. Nothing is fetched
-    from a network.
+    from a network. Raises FileNotFoundError, or LoraError for what cannot be read and for what does not fit.
     """
     adapter = read_for(model, path, format=format, alpha=alpha)
     try:
@@ -86,6 +86,6 @@ def load(
 
 
 def read_for(model: nn.Module, path: str | Path, *, format: str | None = None, alpha: float | None = None) -> Adapter:
-    """The adapter at `path`, by the names that `model` has."""
+    """The adapter at `path`, under the names that `model` has."""
     host = Host(model)
     return translated(format_of(path, format).read(Path(path), host, alpha), host)

@@ -6,13 +6,13 @@
     DoRA                           .lora_magnitude_vector (out); convolution (1, out, 1, …)
     trained whole                  <parameter>;  a bias of an adapted layer: .base_layer.bias
 
-Every key begins with `base_model.model.`; parameters that are adapted without a layer have names of their own there
-(`peft_names.py`). Some updates are written as the PEFT layer of the same function: a MergedLinear as one pair with a
-block-diagonal B, of the sum of its blocks' ranks; a grouped convolution, whose groups share A, with A repeated along
-the diagonal, of rank times the groups; experts with A (experts·r, in), expert by expert, and B (out, r·experts), whose
-columns run over the experts first.
+Every key begins with `base_model.model.`. Parameters that are adapted without a layer have other names there
+(`peft_names.py`). Some updates are written as the PEFT layer that computes the same. A MergedLinear is one pair with a
+block-diagonal B, whose rank is the sum of its blocks' ranks. A grouped convolution, whose groups share A, has A
+repeated along the diagonal, and its rank is r times the groups. Experts have A (experts·r, in), expert by expert, and B
+(out, r·experts), whose columns run over the experts first.
 
-Reading refuses what it cannot place: PEFT itself drops unknown tensors without a word.
+Reading refuses what it cannot place. PEFT itself drops unknown tensors silently.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ FILES = (CONFIG, TENSORS, LEGACY_TENSORS)
 name = "peft"
 limits = (
     "It holds no loralib convolution (another rank), no DoRA on some modules only, and no update of an attention's "
-    "out_proj without its in_proj; these two have one rank and alpha. PEFT itself passes over what it cannot place."
+    "out_proj without its in_proj; these two must have one rank and alpha. PEFT itself ignores what it cannot place."
 )
 
 
 def recognises(path: Path) -> bool:
-    """Whatever no other format takes for its own: `read` says what is wrong with it."""
+    """Always true: this format gets what no other one recognises, and `read` says what is wrong with it."""
     return True
 
 
@@ -80,12 +80,12 @@ def write_of(adapter: Adapter, folder: str | Path, era: Era) -> None:
 
 
 def read(path: str | Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
-    """The adapter in a folder, or the one that a file of it belongs to, by the names in the file.
+    """The adapter in a folder, which may be given by one of its files. The names are those in the file.
 
-    Raises FileNotFoundError, or LoraError naming the file and what is wrong with it. alpha: the configuration has it.
+    Raises FileNotFoundError, or LoraError naming the file and what is wrong with it. alpha: the folder has it; ignored.
 
     host: the model that it is read for. Without one, an attention is named instead of its parameter, experts'
-    parameters come in the order of the configuration, and what counts from a part of the base weight is refused.
+    parameters come in the order of the configuration, and an update relative to W less a part of it is refused.
     """
     path = Path(path)
     if host is not None and not path.exists():
@@ -121,7 +121,7 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
 
 
 def _as_peft(name: str, update: Update, era: Era) -> Update:
-    """`update` as the layers that PEFT has."""
+    """`update` with its factors as PEFT's layers have them."""
     if isinstance(update.layout, Stack):
         A, B = flattened(*turned(name, update.A, update.B, update.layout, era))
         return dataclasses.replace(update, A=A, B=B)
@@ -159,7 +159,7 @@ def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: 
     if with_dora and len(with_dora) < len(updates):
         raise LoraError("PEFT's folder holds DoRA for all modules or for none; here some modules have it and some not.")
     rslora = bool(updates) and all(update.rslora for update in updates.values())
-    # Where the two scales are mixed, α/r says it for all.
+    # If some updates use rsLoRA's scale and some do not, all are written with the scale α/r.
     alphas = {n: u.alpha if u.rslora == rslora else u.scale * u.rank for n, u in updates.items()}
     rank, rank_pattern = _default_and_pattern({where[name].key: update.rank for name, update in updates.items()})
     alpha, alpha_pattern = _default_and_pattern({where[name].key: alpha for name, alpha in alphas.items()})
@@ -189,7 +189,7 @@ def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: 
 def _default_and_pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """The commonest value, and the others by module name. Whole numbers are written as integers.
 
-    A name is a pattern on the end of names; one that would select another module with another value is anchored.
+    A name is a pattern for the end of names. If it would also select a module with another value, it is anchored.
     """
     tidy = {name: int(value) if float(value).is_integer() else value for name, value in values.items()}
     default = Counter(tidy.values()).most_common(1)[0][0] if tidy else 8
@@ -215,7 +215,7 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _check_saved(config: PeftConfig, trained: Mapping[str, Tensor], host: Host) -> None:
-    """Refuse a file without the tensors of a module of the model that `modules_to_save` names."""
+    """Raise LoraError if `modules_to_save` names a module of the model and the file has no tensors of it."""
     owners = {name.rpartition(".")[0] for name in trained}
     for end in config.modules_to_save:
         named = [
@@ -250,7 +250,7 @@ def _update(
 ) -> Update:
     A, B, magnitude = parts["A"], parts["B"], parts.get("magnitude")
     if A.dim() != B.dim() or A.dim() < 2:
-        raise LoraError(f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no pair of factors.")
+        raise LoraError(f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} are not a pair of factors.")
     if (magnitude is not None) != config.use_dora:
         has = "has a magnitude" if magnitude is not None else "has no magnitude"
         raise LoraError(f"{name} {has}, and {CONFIG} says use_dora={config.use_dora}.")
@@ -271,8 +271,8 @@ def _update(
 def _as_grouped(name: str, update: Update, groups: int) -> Update:
     """PEFT's grouped convolution as an update of the grouped kernel, if it is one.
 
-    PEFT's A (r, in, *k) reads all channels, and each group of B (out, r/groups, 1, …) reads r/groups rows of it. It is
-    an update of the kernel where the rows of a group read that group's channels alone.
+    PEFT's A (r, in, *k) reads all channels, and each group of B (out, r/groups, 1, …) reads r/groups rows of it. This
+    is an update of the kernel only if the rows of each group read only that group's channels.
     """
     total, channels, *kernel = update.A.shape
     outputs, own_rank = update.B.shape[:2]
@@ -280,7 +280,7 @@ def _as_grouped(name: str, update: Update, groups: int) -> Update:
         raise LoraError(f"{name}: {channels} channels and {outputs} outputs do not divide into {groups} groups.")
     A = update.A.view(groups, own_rank, groups, channels // groups, *kernel)
     B = update.B.reshape(groups, outputs // groups, own_rank)
-    # A row that no output of its group uses may read what it likes.
+    # A row that no output of its group uses may read any channel.
     A = A * B.ne(0).any(1).view(groups, own_rank, 1, 1, *(1 for _ in kernel))
     own = torch.stack([A[group, :, group] for group in range(groups)])  # (groups, r/groups, in/groups, *k)
     full = torch.zeros_like(A)
@@ -316,9 +316,9 @@ def _as_grouped(name: str, update: Update, groups: int) -> Update:
 
 
 def _at_the_base(name: str, update: Update, config: PeftConfig, host: Host | None) -> Update:
-    """An update that counts from W − s·B₀A₀ as the one that counts from W: [A; A₀] and [B, −B₀], of twice the rank.
+    """An update that is added to W − s·B₀A₀, as one that is added to W: [A; A₀] and [B, −B₀], with twice the rank.
 
-    B₀A₀ is a part of the base weight, and PEFT computes it anew each time that it reads such a folder.
+    B₀A₀ is a part of the base weight. PEFT computes it again each time that it reads such a folder.
     """
     assert config.residual
     what = f"init_lora_weights={config.residual!r}"
@@ -326,12 +326,14 @@ def _at_the_base(name: str, update: Update, config: PeftConfig, host: Host | Non
         raise LoraError(f"{config.path}: {what} counts from a part of the base weights: read it for a model.")
     weight = host.weight(name)
     if weight is None or not isinstance(update.layout, Matrix):
-        raise LoraError(f"{config.path}: {what}: {name} is no linear layer of {type(host.model).__name__}.")
+        raise LoraError(
+            f"{config.path}: {what}: {name} is not a linear layer of {type(host.model).__name__} with a plain weight."
+        )
     if weight.shape != (update.B.shape[0], update.A.shape[1]):
-        return update  # does not fit, which is said where it is put in
+        return update  # it does not fit, and `insert` says so
     weight = weight.detach().cpu()
     if config.residual == "olora" and host.stored_transposed(name):
-        # PEFT takes the factors of the matrix as it is stored, and they are those of the transposed one.
+        # PEFT takes the factors of the matrix as it is stored, which is the transposed one.
         B, A = (part.T for part in olora(weight.T, update.rank, update.scale))
     elif config.residual == "olora":
         A, B = olora(weight, update.rank, update.scale)

@@ -1,9 +1,9 @@
-"""Stacks of experts' matrices in PEFT's files, and the turn that PEFT made.
+"""Stacks of experts' matrices in PEFT's files, whose layout PEFT has changed.
 
     A (experts·r, in), expert by expert        B (out, r·experts), whose columns run over the experts first
 
-That is how PEFT writes an update of a stack, with its own idea of what "in" and "out" are. A turned file holds the
-factors of ΔWᵀ: A (experts·r, out), B (in, r·experts).
+PEFT writes an update of a stack in this way, but PEFT's "in" and "out" are not always those of the layer. A turned file
+holds the factors of ΔWᵀ: A (experts·r, out), B (in, r·experts).
 
     the weight is stored                                 PEFT ≤ 0.18.1    PEFT ≥ 0.19.1
     (experts, out, in)                                   turned           as it is
@@ -11,7 +11,7 @@ factors of ΔWᵀ: A (experts·r, out), B (in, r·experts).
     (experts, in, out), the module does not say so       as it is         turned
 
 The shapes tell whether a stack is turned, unless its matrices are square. Then another stack of the same file tells
-which PEFT it was, or the version in the configuration does.
+which PEFT wrote it, or else the version of PEFT in the configuration.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TURNED: dict[Era, Stored] = {"old": "out-in", "new": "in-out"}
 
 
 def stacked(A: Tensor, B: Tensor, experts: int, rank: int) -> tuple[Tensor, Tensor]:
-    """A (experts, r, in) and B (experts, out, r) of the tensors in a file."""
+    """A (experts, r, in) and B (experts, out, r), from the two tensors in a file."""
     return A.unflatten(0, (experts, rank)), B.unflatten(1, (rank, experts)).permute(2, 0, 1)
 
 
@@ -67,7 +67,8 @@ class FileOfStacks:
     def read(self, name: str, A: Tensor, B: Tensor) -> tuple[Stack, Tensor, Tensor]:
         """The layout, A (experts, r, in) and B (experts, out, r).
 
-        Without a model they stay as they are in the file. Raises LoraError for a square matrix where nothing tells.
+        Without a model they stay as they are in the file. Raises LoraError for a square matrix if nothing tells its
+        layout.
         """
         stack = None if self.host is None else self.host.stack(name)
         if stack is None:
@@ -96,7 +97,7 @@ class FileOfStacks:
         return self.era
 
     def _by_shape(self, name: str, A: Tensor, B: Tensor) -> Era | None:
-        """Which PEFT's layout the shapes fit. None where they fit both or neither, or both are the same."""
+        """Which PEFT's layout the shapes fit. None if they fit both or neither, or if both layouts are the same."""
         stack = None if self.host is None else self.host.stack(name)
         if stack is None or stack[0].stored == "is_transposed":
             return None

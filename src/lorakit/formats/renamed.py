@@ -1,18 +1,18 @@
-"""Adapters made before transformers renamed or fused modules, by the names that the model has today.
+"""Adapters that are older than a renaming or fusing of modules in transformers, translated to today's names.
 
-transformers 5 moved the text towers of vision models and fused experts into one stack of matrices. It keeps, for each
-architecture, the rules by which it reads older base models (`transformers.conversion_mapping`); the same rules say
-where an older update belongs:
+transformers 5 moved the text towers of vision models and fused experts into one stack of matrices. For each
+architecture it keeps the rules by which it reads older base models (`transformers.conversion_mapping`). The same rules
+say where an older update belongs:
 
-    renamed         another name
-    chunked         one layer became several: each takes its rows of B, all of them A
+    renamed         a layer has another name
+    chunked         one layer became several: each takes its own rows of B, and all of A
     concatenated    several layers became one: A = [A₁; A₂], B = diag(B₁, B₂)
-    merged          a layer for each expert became a stack: A (experts, r, in), B (experts, out, r); what was
-                    concatenated besides, as above for each expert. A layer that the adapter left alone counts as zero.
+    merged          a layer for each expert became a stack: A (experts, r, in), B (experts, out, r). Layers that were
+                    concatenated as well are treated as above for each expert. A layer without an update counts as zero.
 
-Where A₁ = A₂, they are taken once: A = A₁, B = [B₁; B₂].
+If A₁ = A₂, the factor is taken once: A = A₁, B = [B₁; B₂].
 
-PEFT translates the same, where all of the layers that became one were adapted.
+PEFT makes the same translation if all the layers that became one were adapted.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _WEIGHT = ".weight"
 
 
 def translated(adapter: Adapter, host: Host) -> Adapter:
-    """`adapter` with the updates and tensors that the model does not know by their names under those that it does.
+    """`adapter` with updates and tensors under the names that the model has today.
 
-    What no rule leads to a module of the model keeps its name. Raises LoraError for what is led to one that it does
-    not fit, and for a magnitude (DoRA) of a layer that is now in a stack.
+    What no rule leads to a module of the model keeps its name. Raises LoraError if a rule leads an update to a module
+    that it does not fit, and for DoRA's magnitude of a layer that is now a part of another.
     """
     known = {*host.modules, *host.parameters}
     routers = {name for name in adapter.updates if "weight" in host.matrices.get(name, ())}
@@ -77,7 +77,7 @@ class _Source:
     """An update that became a part of another."""
 
     name: str
-    key: str  # its weight's, where all but the fusing is done
+    key: str  # its weight's, after all rules but the fusing
     pattern: str  # of the rule
     update: Update
 
@@ -92,11 +92,12 @@ Rename = Callable[[str], tuple[str, str, "str | None"]]
 
 
 def rules_of(model: Any, **wanted: Any) -> tuple[Any, list[Any]] | None:
-    """transformers' module that applies rules to names, and the rules for this model. None where there are none.
+    """transformers' module that applies rules to names, and the rules for this model.
 
+    None for a model that is not of transformers, or if its version is older than 5 and has no rules.
     wanted: arguments of transformers' `get_model_conversion_mapping`.
     """
-    # Nothing is imported: a model of transformers has brought these along, if its version knows them (5 and later).
+    # Nothing is imported: a model of transformers has imported these already, if its version has them (5 and later).
     mapping, loading, modeling = (
         sys.modules.get(f"transformers.{name}")
         for name in ("conversion_mapping", "core_model_loading", "modeling_utils")
@@ -107,8 +108,10 @@ def rules_of(model: Any, **wanted: Any) -> tuple[Any, list[Any]] | None:
 
 
 def renaming(model: Any) -> tuple[Rename, Mapping[str, Any]] | None:
-    """By transformers' rules for this model: a key → its name today, the same before fusing, the pattern of the rule
-    that fuses it; and the rule for each such pattern. None for a model that has no rules.
+    """What transformers' rules for this model say about names, or None as `rules_of`.
+
+    The first result maps a key to its name today, its name before fusing, and the pattern of the rule that fuses it.
+    The second one maps each such pattern to its rule.
     """
     found = rules_of(model)
     if found is None:
@@ -126,7 +129,7 @@ def renaming(model: Any) -> tuple[Rename, Mapping[str, Any]] | None:
 
 
 def _fused(target: str, sources: Sequence[_Source], rule: Any, host: Host) -> dict[str, Update]:
-    """The updates that `sources` became by `rule`, by name."""
+    """The updates that `rule` makes of `sources`, by name."""
     operations = [type(operation).__name__ for operation in rule.operations]
     dims = [getattr(operation, "dim", None) for operation in rule.operations]
     if operations == ["Chunk"] and dims == [0]:
@@ -189,9 +192,9 @@ def _merged(target: str, sources: Sequence[_Source], patterns: Sequence[str], ho
 def _blocks(
     sources: Mapping[str, _Source], patterns: Sequence[str], outputs: int, inputs: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A (Σrᵢ, inputs) and B (outputs, Σrᵢ) of the layers that became one, in the rule's order, for one scale of all.
+    """A (Σrᵢ, inputs) and B (outputs, Σrᵢ) of the layers that became one, in the rule's order, with one common scale.
 
-    A layer without an update takes what the others leave of the outputs. Layers with the same A need it once.
+    The layers without an update share the outputs that the others leave. Layers with the same A need it only once.
     """
     scale = next(iter(sources.values())).update.scale if scale is None else scale
     given = {pattern: source.update.B.shape[0] for pattern, source in sources.items()}
@@ -226,7 +229,7 @@ def _blocks(
 
 
 def _own_weight(name: str, host: Host) -> str:
-    """The name of the parameter, where a layer became a module that multiplies by a weight of its own (a router)."""
+    """The name, or that of the weight if a layer became a module that multiplies by its own weight (a router)."""
     return name + _WEIGHT if "weight" in host.matrices.get(name, ()) else name
 
 
@@ -239,5 +242,5 @@ def _moved_module(module: str, moved: Mapping[str, str]) -> str:
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    """Sorts "2" before "10"."""
+    """A key by which "2" sorts before "10"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

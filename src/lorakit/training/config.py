@@ -130,6 +130,11 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", help="dtype of the base weights; auto: bfloat16 if the device is fast at it", group=_TRAINING
     )
+    quantize: Literal["none", "nf4", "int8", "gguf"] = setting(
+        "none",
+        help="quantise the frozen weights: nf4 (4 bits) or int8, with bitsandbytes; gguf: keep a .gguf file's blocks",
+        group=_TRAINING,
+    )
     seed: int = setting(0, help="random seed", group=_TRAINING, at_least=0, at_most=2**32 - 1)
 
     eval_steps: int | None = setting(
@@ -163,14 +168,12 @@ class TrainConfig:
 
 
 def warnings_for(config: TrainConfig) -> list[str]:
-    """What is allowed but seldom meant."""
+    """Warnings about settings that are allowed but seldom intended."""
     if config.learning_rate < 2e-5:
         return [
-            f"learning rate {config.learning_rate:g} is what full fine-tuning uses; LoRA's factors start at zero and "
-            "need about ten times more: 1e-4 to 5e-4."
+            f"learning rate {config.learning_rate:g} is what full fine-tuning uses; LoRA's factor B starts at zero and "
+            "needs about ten times more: 1e-4 to 5e-4."
         ]
     if config.learning_rate > 5e-3:
-        return [
-            f"learning rate {config.learning_rate:g} is far above what LoRA stands (1e-4 to 1e-3); expect divergence."
-        ]
+        return [f"learning rate {config.learning_rate:g} is far above LoRA's usual 1e-4 to 1e-3; expect divergence."]
     return []

@@ -1,7 +1,7 @@
-"""A list of turns, as the usual programs write them, to messages for a chat template, and which of them are learnt.
+"""Convert a list of turns, as common programs write them, to messages for a chat template, and find the learnt ones.
 
 A turn is {"role", "content"} or ShareGPT's {"from", "value"}. Tool calls, thoughts and whatever else a turn holds stay
-in the message: the chat template prints them, and `chat.py` finds out whether it does.
+in the message. The chat template should print them; `chat.py` checks whether it does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .rows import kind
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
           "system": "system", "tool": "tool", "observation": "tool", "function_call": "assistant",
           "developer": "developer"}  # fmt: skip
-# Keys by which programs say whether a turn is learnt, and the ones that say it the other way round.
+# Keys that mark a turn as learnt, and keys that mark it as not learnt.
 _LEARNT = ("weight", "train", "training", "trainable", "train_on_turn", "learn", "loss", "loss_mask", "loss_weight",
            "step_loss_mask")  # fmt: skip
 _NOT_LEARNT = ("mask", "masked", "ignore_loss")
@@ -31,16 +31,16 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them, and the indices of those assistant turns that are read, not learnt."""
+    """Messages as a chat template takes them, and the indices of the assistant turns that are read, not learnt."""
 
     messages: tuple[dict[str, Any], ...]
     unlearnt: frozenset[int] = frozenset()
 
 
 def conversation(value: Any, *, read_only: int = 0) -> Conversation:
-    """The conversation in a list of turns, or in such a list as JSON text. Nothing of the first turns is learnt.
+    """The conversation in a list of turns, or in such a list as JSON text. Raises BadRow.
 
-    read_only: how many turns are only a prompt. Raises BadRow.
+    read_only: how many of the first turns are only a prompt, so that nothing of them is learnt.
     """
     turns = as_json(value)
     if turns is None:
@@ -67,7 +67,7 @@ def conversation(value: Any, *, read_only: int = 0) -> Conversation:
 
 
 def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
-    """The tools that a row offers: a list of objects, or one as JSON text; none where the key is missing or empty."""
+    """The tools that a row offers, from a list of objects or such a list as JSON text. Empty without such a key."""
     tools = as_json(value, "tools")
     if is_empty(tools):
         return ()
@@ -77,7 +77,7 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for none: null, or NaN as pandas writes it."""
+    """Whether a value is missing: null, or NaN as pandas writes it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -87,7 +87,10 @@ def is_empty(value: Any) -> bool:
 
 
 def as_json(value: Any, name: str = "") -> Any:
-    """A list or an object that is given as JSON text, as cells of a table hold it; any other value as it is."""
+    """Parse a list or an object that is given as JSON text, as in the cells of a table. Other values are unchanged.
+
+    name: what BadRow calls text that is not JSON; without a name such text is returned unchanged.
+    """
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
     try:
@@ -166,7 +169,7 @@ def _part(part: Any, number: int) -> str:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Tool calls as chat templates take them: {"type", "function": {"name", "arguments"}}, arguments no text."""
+    """Tool calls as chat templates take them: {"type", "function": {"name", "arguments"}}, with parsed arguments."""
     calls = as_json(value, "tool_calls")
     if is_empty(calls):
         return []

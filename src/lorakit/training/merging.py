@@ -1,4 +1,4 @@
-"""A merged model as a plain transformers folder, checked by loading it back before it is given its name."""
+"""Write a merged model as a plain transformers folder, and check it by loading it back before it gets its name."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .style import Style
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# A product of 16-bit numbers keeps 8 (bfloat16) or 11 (float16) bits; the logits of many layers, a few less.
+# A product of 16-bit numbers keeps 8 (bfloat16) or 11 (float16) bits. Logits, after many layers, keep a few less.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
 
 
-# What 0.1.0 merged has no note and cannot be told from any other model, so it is never replaced.
+# A folder that lorakit 0.1.0 merged has no note and looks like any other model, so it is never replaced.
 MERGING = OutputKind("merge", keystone="config.json")
 
 
@@ -48,7 +48,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written: how far from base + adapter, in which dtype, and what its reader must know."""
+    """What was written: its difference from base + adapter, its dtype, and notes for the user."""
 
     difference: Difference
     dtype: str
@@ -66,11 +66,11 @@ def merge_to_folder(
 ) -> Merged:
     """Merge `adapter` into `model`, write a folder that `from_pretrained` loads, load it and compare the logits.
 
-    dtype: of the merged weights; "base" is the one that the base's files have.
+    dtype: dtype of the merged weights; "base" is that of the base model's files.
 
     The folder is filled only when the comparison is within `tolerance`; until then, what an earlier merge wrote there
-    stays. Raises FileExistsError for a folder in use, or one that holds anything that no merge wrote; ValueError when
-    there is nothing to merge or the difference is too large.
+    stays. Raises FileExistsError for a folder in use, or one that holds files that no merge wrote; ValueError if there
+    is nothing to merge or the difference is too large.
     """
     base, folder = base_and_adapter(model, adapter)
     if folder is None:
@@ -112,11 +112,10 @@ def _notes(base: str, dtype: str) -> tuple[str, ...]:
 
 
 def _write_model(loaded: Loaded, folder: Path) -> None:
-    """The weights, and generation_config.json as the base has it, with where answers end: what was learnt may not be
-    the base's own end.
+    """Write the weights, and the base's generation_config.json with the end tokens of the adapted model.
 
-    That file is written here, since transformers refuses to write settings that contradict each other, as those of
-    well-known models do.
+    Training may have taught another end token than the base's. The file is written here because transformers refuses
+    to write settings that contradict each other, as those of well-known models do.
     """
     model = loaded.model
     if not model.can_generate():
@@ -131,7 +130,9 @@ def _write_model(loaded: Loaded, folder: Path) -> None:
 
 
 def _refuse_used(out: OutputFolder, inputs: list[str], overwrite: bool) -> None:
-    """Raise FileExistsError where the folder holds what is merged, or anything else that no merge wrote."""
+    """Raise FileExistsError if the folder holds an input of the merge, files that no merge wrote, or, without
+    `overwrite`, an earlier merged model.
+    """
     out.refuse_unusable(inputs)
     out.recover()
     out.refuse_others()
@@ -143,13 +144,13 @@ def _refuse_used(out: OutputFolder, inputs: list[str], overwrite: bool) -> None:
 
 
 def _bake(model: PreTrainedModel) -> None:
-    """Merge and detach one layer after another, so that no more than one weight is held twice."""
+    """Merge and detach one layer after another, so that at most one weight is held twice."""
     *others, last = adapted_layers(model).values()
     for layer in others:
         merge(layer)
         detach(layer)
     merge(last)
-    detach(model)  # with a layer merged: a head trained whole keeps its trained values
+    detach(model)  # while a layer is merged, so that a head trained in full keeps its trained values
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if outputs is not None and inputs.weight is not outputs.weight:
         # Otherwise a reload would tie them again and undo the merge of one of the two.

@@ -117,7 +117,7 @@ def test_numbers_have_three_digits(value: float | None, shown: str) -> None:
 
 
 class Balanced(HTMLParser):
-    """Fails on a tag that is closed and was not opened, or the reverse."""
+    """Fails if a tag is closed without being opened, or opened without being closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def test_only_the_most_changed_of_many_matrices_are_drawn_and_the_page_says_so(
 
 
 def test_layers_are_drawn_in_the_order_of_their_numbers(study: Study) -> None:
-    """A file holds them in the order of their names, the tenth behind the first."""
+    """A file holds matrices in the order of their names, so layer 10 comes after layer 1."""
     like = next(module for module in study.modules if "q_proj" in module.name)
     modules = tuple(dataclasses.replace(like, name=f"layers.{layer}.q_proj") for layer in (0, 1, 10, 2))
     drawn = re.findall(r"\[(\d+)\]: ", page.render(dataclasses.replace(study, modules=modules, similarities=())))
@@ -177,7 +177,7 @@ def test_a_heat_map_has_each_number_in_its_place() -> None:
     encoded = image.attrib["href"].removeprefix("data:image/png;base64,")
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
     assert pixels.shape == (2, 3, 4)
-    # Its opacity, in 255 steps; the first row lies on top.
+    # The opacity of a cell, in 255 steps; the first row is at the top.
     assert pixels[:, :, 3] / 255 == pytest.approx(np.array(phi), abs=0.5 / 255)
     assert {tuple(colour) for row in pixels for colour in row[:, :3].tolist()} == {(0x3B, 0x82, 0xF6)}
     # Ten pixels a cell, 24 to the left of them and below.

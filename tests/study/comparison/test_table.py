@@ -1,4 +1,4 @@
-"""A comparison as tables, against cells written by hand."""
+"""A comparison as tables, compared with cells written by hand."""
 
 import json
 import math
@@ -32,7 +32,7 @@ E2E_CELLS = [
 
 
 def cells_below(printed: str, heading: str) -> list[list[str]]:
-    """The cells of the first table below a heading of the text: two spaces or more lie between them."""
+    """The cells of the first table below a heading of the text; two or more spaces separate them."""
     lines = printed[printed.index(f"── {heading} ") :].splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("method"))
     end = lines.index("", start)
@@ -44,7 +44,7 @@ def test_the_text_has_each_number_in_its_cell() -> None:
     assert cells_below(printed, "sst<&>2") == SST_CELLS
     assert cells_below(printed, "e2e") == E2E_CELLS
     assert max(map(len, printed.splitlines())) <= 120
-    # Columns of numbers end under each other.
+    # Columns of numbers are right-aligned.
     lines = [line for line in printed[printed.index("── e2e") :].splitlines() if "1.83 GB" in line]
     assert len(lines) == 4 and len({line.index("1.83 GB") for line in lines}) == len({len(line) for line in lines}) == 1
 

@@ -30,7 +30,7 @@ from .report import (
     table,
 )
 
-_DRAWN = 240  # matrices drawn by themselves, the most changed or most alike ones
+_DRAWN = 240  # matrices with their own plot: the most changed or most similar ones
 _MAPS = (("A", "A"), ("right", "ΔW, input"), ("left", "ΔW, output"))  # of a `Similarity`: field, caption
 
 Figures = list[tuple[Markup, str]]  # each a drawing and what stands below it
@@ -38,7 +38,7 @@ Figures = list[tuple[Markup, str]]  # each a drawing and what stands below it
 
 @dataclass(frozen=True)
 class Measured:
-    """A table, and what its columns mean."""
+    """A table, and the meaning of its columns."""
 
     table: Table
     legend: Sequence[tuple[str, str]]
@@ -85,7 +85,7 @@ def _amplification(groups: dict[str, list[Analysis]]) -> Measured:
 
 
 def _spectra(modules: Iterable[Analysis], drawn: set[str]) -> list[tuple[str, str, Figures]]:
-    """The name of each group, the height of its plots, and the bars of its matrices in the order of their layers."""
+    """For each group: its name, the value at the top of its plots, and the bars of its matrices in layer order."""
     found = []
     for name, own in ordered(grouped(module for module in modules if module.name in drawn), change_of).items():
         ceiling = max((module.singular_values[0] for module in own if module.singular_values), default=1.0)
@@ -98,7 +98,7 @@ def _spectra(modules: Iterable[Analysis], drawn: set[str]) -> list[tuple[str, st
 
 
 def _similarities(found: Sequence[Similarity]) -> dict[str, Any]:
-    """What the page shows of two adapters; nothing of one."""
+    """What the page shows for two adapters; for one adapter there is nothing."""
     if not found:
         return {"similarities": None}
     alike = sorted(found, key=likeness, reverse=True)
@@ -120,7 +120,7 @@ def _maps(own: Sequence[Similarity]) -> Figures:
 
 
 def _mean(maps: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """The mean of the φ's of one shape, which are nearly all: ΔW may be of lower rank than its factors."""
+    """The mean of the φ's of the commonest shape. A few may be smaller: ΔW can have a lower rank than A and B."""
     shapes = [(len(phi), len(phi[0]) if phi else 0) for phi in maps]
     commonest = max(shapes, key=shapes.count)
     same = [phi for phi, shape in zip(maps, shapes, strict=True) if shape == commonest]
@@ -128,5 +128,5 @@ def _mean(maps: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
 
 
 def _numbers(name: str) -> list[int]:
-    """What tells a matrix from the others of its group."""
+    """The numbers in a matrix's name, which distinguish it from the others of its group."""
     return [int(digits) for digits in re.findall(r"(?<=[.\[])\d+(?=[.\]])", f".{name}")]

@@ -1,7 +1,7 @@
-"""The settings of `lorakit compare`, and what they come to for each method on each task.
+"""The settings of `lorakit compare`, and the resulting settings of each method on each task.
 
-A YAML file may hold `tasks:`, a mapping of names to settings, and `methods:`, a list; both may change what stands at
-the top of the file:
+A YAML file may hold `tasks:`, a mapping of names to settings, and `methods:`, a list. Both may override settings at the
+top of the file:
 
     model: path/to/model
     epochs: 3                                   for every task and method
@@ -13,7 +13,8 @@ the top of the file:
       - lora rank=4
       - {method: lora rank=64, learning_rate: 1e-4}
 
-The innermost wins: method, task, top; and a flag of the command line over all of them. Nothing heavy is imported here.
+The innermost setting wins: method, then task, then top. A flag of the command line overrides all of them. Nothing heavy
+is imported here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _MODEL, _METHODS, _DATA, _TRAINING, _SEARCH = "model and output", "methods", "da
 
 
 def _methods(value: str | Yaml, where: str, problems: list[str]) -> tuple[str | dict[str, Any], ...]:
-    """Methods separated by commas, or a list in a file; checked, and left as they were written."""
+    """Methods separated by commas, or a list in a file. They are checked, and returned as written."""
     import yaml
 
     items: list[tuple[Any, str]] = []
@@ -99,7 +100,7 @@ def _tasks(value: str | Yaml, where: str, problems: list[str]) -> dict[str, dict
 
 
 def _published(value: str | Yaml, where: str, problems: list[str]) -> dict[str, Any]:
-    """What was published of a task: a number of its first metric for each label, or one for each metric."""
+    """Published scores of a task, by label: a number for its first metric, or a number for each metric."""
     assert isinstance(value, Yaml)
     found = plain(value.node, where, problems)
 
@@ -142,7 +143,7 @@ class CompareConfig:
     )
     methods: tuple[str | dict[str, Any], ...] = setting(
         ("full", "bitfit", "adapter-h", "prefix-layer", "lora"),
-        help='what to compare, with settings if need be: "full,lora rank=4,lora rank=64 targets=q_proj+v_proj"',
+        help='methods to compare, with optional settings: "full,lora rank=4,lora rank=64 targets=q_proj+v_proj"',
         group=_METHODS,
         parse=_methods,
     )
@@ -280,7 +281,7 @@ def config_of(args: argparse.Namespace) -> CompareConfig:
 
 
 def _overruled(config: CompareConfig, flags: Collection[str]) -> CompareConfig:
-    """The settings named by flags hold for every task and method: flags beat the whole file."""
+    """Remove the settings named by flags from every task and method, because flags override the whole file."""
 
     def rest(settings: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in settings.items() if name not in flags}
@@ -298,7 +299,7 @@ def _overruled(config: CompareConfig, flags: Collection[str]) -> CompareConfig:
 def tasks_of(config: CompareConfig) -> tuple[TaskConfig, ...]:
     """Every task with its methods.
 
-    Raises UsageError when there is no data, a template without its prompt, or two methods are the same.
+    Raises UsageError if there is no data, if a template lacks {prompt}, or if two methods are the same.
     """
     from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""The folder of a comparison: whose it is, and what is left in it besides the runs and the machine they were made on.
+"""The folder of a comparison: which comparison it holds, and the tables, page and plots that are written into it.
 
-A comparison goes on in its own folder, with more seeds, methods or tasks. One of another model or of other rows is
-refused there: its tables would take the place of the first one's.
+A comparison goes on in its own folder, with more seeds, methods or tasks. A comparison of another model or of other
+rows is refused there, because its tables would replace those of the first one.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ COMPARISON = OutputKind("compare", names=_FILES, released=_is_released)
 
 
 def record_of(model: str, plans: Sequence[TaskPlan]) -> dict[str, Any]:
-    """What a comparison is of: a model, and for each task where its rows come from and a fingerprint of them."""
+    """What identifies a comparison: the model, and for each task the source of its rows and their fingerprint."""
     return {"model": model, "tasks": {plan.task.name: [plan.task.source, _rows(plan.task)] for plan in plans}}
 
 
 def refuse_other(folder: OutputFolder, record: dict[str, Any]) -> None:
-    """Raise FileExistsError where the folder holds anything but this comparison, naming what differs."""
+    """Raise FileExistsError if the folder holds anything but this comparison. The message names what differs."""
     folder.refuse_unusable()
     note = folder.note
     if note is None:
         folder.refuse_others()
         return
     if not (folder.path / "runs.jsonl").is_file():
-        return  # it came to nothing
+        return  # the earlier comparison finished no run
     before = note.record or _released_record(folder.path)
     differing = []
     if not _same_place(before["model"], record["model"]):
@@ -72,7 +72,7 @@ def _rows(task: StudyTask) -> str:
 
 
 def _released_record(folder: Path) -> dict[str, Any]:
-    """That of a comparison of lorakit 0.1.0, told by its settings: rows are known by where they came from alone."""
+    """The record of a comparison of lorakit 0.1.0, from its settings. Only the source of its rows is known."""
     settings = settings_in(folder)
     data = settings.get("data")
     tasks = settings.get("tasks") or ({Path(data).resolve().stem: {}} if data else {})
@@ -87,7 +87,7 @@ def _same_place(one: str, other: str) -> bool:
 
 
 def write(found: Comparison, folder: Path) -> list[Path]:
-    """The tables as JSON and Markdown, the page, and the plot of each task as a picture; returns their paths."""
+    """Write the tables as JSON and Markdown, the page, and the plot of each task as SVG; return their paths."""
     contents = {
         "compare.json": table.as_json(found),
         "compare.md": table.markdown(found),

@@ -1,4 +1,4 @@
-"""compare.html: what a comparison found. Tables, a plot for each task, and how the learning rates were chosen."""
+"""compare.html: the tables of a comparison, a plot for each task, and how the learning rates were chosen."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _task(comparison: Comparison, task: TaskFacts) -> dict[str, Any]:
 
 
 def _search(comparison: Comparison, task: TaskFacts) -> Table | None:
-    """Each rate that was tried, and what it gave on the validation rows."""
+    """Each learning rate that was tried, and its score on the validation rows. None if none was tried."""
     rows = rows_of(comparison, task)
     rates = sorted({one for row in rows for one in row.tried})
     if not rates:
