@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"base model    {adapter.base_model or 'not named'}")
     print(f"task          {adapter.task_type or 'not named'}: {_use(args.adapter, adapter.base_model)}")
-    print(f"targets       {', '.join(adapter.targets)}")
+    alike = Counter(map(numberless, adapter.targets))
+    print(f"targets       {', '.join(f'{name} ×{count}' if count > 1 else name for name, count in alike.items())}")
     for (kind, rank, alpha, scale, dora), modules in settings.items():
         print(f"{modules:>4} × {kind:<7} rank {rank}, alpha {alpha}, scale {scale}{', DoRA' if dora else ''}")
     print(f"parameters    {count:,} in factors, {whole:,} trained whole; dtype {_dtypes(adapter)}")

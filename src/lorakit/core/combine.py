@@ -44,7 +44,7 @@ def _sum(name: str, parts: list[tuple[Update, float]]) -> Update:
     for update, _ in plain:
         if update.magnitude is not None:
             raise LoraError(f"{name} is a DoRA update: its magnitudes do not add up. Merge the model instead.")
-        if update.layout != first.layout:
+        if not first.layout.holds(update.layout):
             raise LoraError(f"{name}: a {update.kind} update cannot be added to a {first.kind} one.")
     A, B = first.layout.stacked([(update.A, weight * update.scale * update.B) for update, weight in plain])
     rank = sum(update.rank for update, _ in plain)

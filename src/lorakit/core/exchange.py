@@ -16,8 +16,10 @@ from .adapted import AdaptedLayer
 from .adapter import Adapter, Update
 from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, note_adapted, trained_whole
 from .errors import LoraError
+from .layouts import Layout, Stack
 from .lora_layer import copied
 from .names import named_modules, unwrapped
+from .parameters import parameter_layout
 from .report import numberless
 from .targets import Target, candidates, closest, matching, refusal
 from .task import task_type
@@ -177,8 +179,8 @@ def _torn(model: nn.Module, trained: Mapping[str, Tensor], whole: Sequence[str])
 def _misfit(layer: AdaptedLayer | None, target: Target | None, update: Update) -> str | None:
     if layer is not None:
         present = layer.to_update()
-        if present.kind != update.kind:
-            return f"holds a {update.kind} update, the model has a {present.kind} one"
+        if not present.layout.holds(update.layout):
+            return _of_another_layout(update, present.layout, f"a {present.kind} one")
         expected = {key: tuple(tensor.shape) for key, tensor in present.tensors().items()}
         found = {key: tuple(tensor.shape) for key, tensor in update.tensors().items()}
         return None if expected == found else f"shapes {found}, the model has {expected}"
@@ -188,12 +190,19 @@ def _misfit(layer: AdaptedLayer | None, target: Target | None, update: Update) -
     if reason:
         return reason
     if target.class_for(update.layout) is None:
-        return f"holds a {update.kind} update, the model has {target.parameter or type(target.module).__name__}"
+        own = parameter_layout(target.module, target.weight) if target.parameter else None
+        return _of_another_layout(update, own, target.parameter or type(target.module).__name__)
     shapes = tuple(update.A.shape), tuple(update.B.shape)
     wanted = target.shapes(update.rank, update.layout)
     if shapes != wanted:
         return f"A and B are {shapes[0]} and {shapes[1]}, the layer needs {wanted[0]} and {wanted[1]}"
     return None
+
+
+def _of_another_layout(update: Update, own: Layout | None, has: str) -> str:
+    if isinstance(own, Stack) and isinstance(update.layout, Stack):
+        return "without the model its file does not tell W from Wᵀ: read it with lorakit.load(model, path)"
+    return f"holds a {update.kind} update, the model has {has}"
 
 
 def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from .adapted import AdaptedLayer
 from .kinds import layer_class
 from .layers import Linear, is_transposed, plain_matrix
-from .layouts import Layout
+from .layouts import Layout, Stack
 from .names import named_modules, named_parameters, unwrapped
-from .parameters import AdaptedParameter, parameter_factor_shapes
+from .parameters import AdaptedParameter, parameter_factor_shapes, parameter_layout
 from .quantised import is_quantised
 from .targets import matrices
 
@@ -55,8 +55,8 @@ class Host:
                 found[name] = kind.plain_layout
         return found
 
-    def stack(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """The shapes of A (experts, 1, in) and B (experts, out, 1) for the stack of matrices of this name.
+    def stack(self, name: str) -> tuple[Stack, tuple[int, int, int]] | None:
+        """The layout of the stack of matrices of this name, and its (experts, out, in) as x meets them.
 
         None where the model has no such stack.
         """
@@ -66,15 +66,15 @@ class Host:
         weight = self.modules[owner]._parameters[local]
         if weight is None or weight.dim() != 3:
             return None
-        A, B = parameter_factor_shapes(self.modules[owner], weight, 1)
-        return A, B
+        layout = parameter_layout(self.modules[owner], weight)
+        assert isinstance(layout, Stack)
+        (experts, _, inputs), (_, outputs, _) = parameter_factor_shapes(self.modules[owner], weight, 1)
+        return layout, (experts, outputs, inputs)
 
     def stored_transposed(self, name: str) -> bool:
-        """Whether the layer of this name is stored as (in, out), or the stack of this name as (experts, in, out)."""
-        if name in self.modules:
-            module = self.modules[name]
-            return is_transposed(type(module)) or bool(getattr(module, "fan_in_fan_out", False))
-        return bool(getattr(self.modules[name.rpartition(".")[0]], "is_transposed", False))
+        """Whether the layer of this name is stored as (in, out)."""
+        module = self.modules[name]
+        return is_transposed(type(module)) or bool(getattr(module, "fan_in_fan_out", False))
 
     def weight(self, name: str) -> Tensor | None:
         """The base weight (out, in) of the linear layer of this name, unmerged. None where there is no such layer, or a

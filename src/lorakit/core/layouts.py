@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from .matrix import Blocks as BlockSizes
 from .matrix import block_diagonal
 
 Factors = tuple[Tensor, Tensor]
+Stored = Literal["out-in", "in-out", "is_transposed", "", "?"]  # how a stack's weight is stored, see `Stack`
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class Layout:
     def rank_of(self, A: Tensor, B: Tensor) -> int:
         """r, read from the factors alone."""
         return A.shape[self.rank_dim]
+
+    def holds(self, other: Layout) -> bool:
+        """Whether factors of the other layout mean the same in this one."""
+        return other == self
 
     def simplest(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
         """The same ΔW in a layout whose updates can be added by stacking A and B along the rank."""
@@ -138,10 +143,28 @@ class LoralibKernel(Layout):
 
 @dataclass(frozen=True)
 class Stack(Layout):
-    """The layout for a stack of experts' matrices."""
+    """The layout for a stack of experts' matrices. A and B are always such that the update gives x Aᵀ Bᵀ.
+
+    stored says how the weight is stored, or what a file without a model tells:
+
+    out-in           (experts, out, in), as nn.Linear stores its weight
+    in-out           (experts, in, out), and only the shapes tell (Llama 4)
+    is_transposed    (experts, in, out), and the module has a true `is_transposed`, transformers' attribute (GPT-OSS)
+    (empty)          read from a file without a model: A and B are as PEFT has written them since 0.19.1, which treats
+                     "in-out" as "out-in"
+    ?                read from a file without a model: A and B are the factors of ΔW or of ΔWᵀ
+    """
 
     name = "experts"
     rank_dim = 1
+
+    stored: Stored = ""
+
+    def holds(self, other: Layout) -> bool:
+        if not isinstance(other, Stack):
+            return False
+        both = {self.stored, other.stored}
+        return "?" not in both and both != {"", "in-out"}
 
     def pair(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
         raise LoraError(f"an update of {len(A)} experts' matrices cannot be written as a pair of layers.")

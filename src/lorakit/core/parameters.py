@@ -22,7 +22,7 @@ from . import layouts
 from .adapted import AdaptedLayer, unmerged
 from .factored import Factored
 from .init import Init
-from .layouts import Layout
+from .layouts import Layout, Stored
 from .lora_layer import LoRALayer
 from .matrix import precise
 from .running import model_is_running
@@ -36,8 +36,8 @@ class AdaptedParameter(AdaptedLayer):
     matrix    weight (out, in)              A (r, in)      B (out, r)
     experts   weight (experts, out, in)     A (experts, r, in)   B (experts, out, r)
 
-    The experts' weight may be stored as (experts, in, out). Then their module has a true `is_transposed`, which is
-    transformers' attribute.
+    The experts' weight may be stored as (experts, in, out), see `stored`. A and B have the same shapes then, and A is
+    still the factor that is multiplied by x.
     """
 
     owner: nn.Module
@@ -45,7 +45,7 @@ class AdaptedParameter(AdaptedLayer):
 
     @property
     def layout(self) -> Layout:
-        return parameter_layout(self.weight)
+        return parameter_layout(self.owner, self.weight)
 
     def __init__(self, owner: nn.Module, parameter: str) -> None:
         nn.Module.__init__(self)
@@ -149,9 +149,9 @@ def adapted_parameters(module: nn.Module) -> dict[str, AdaptedParameter]:
     return {child.parameter: child for child in module._modules.values() if isinstance(child, AdaptedParameter)}
 
 
-def parameter_layout(weight: Tensor) -> Layout:
+def parameter_layout(owner: nn.Module, weight: Tensor) -> Layout:
     """The layout of an update of this parameter."""
-    return layouts.Stack() if weight.dim() == 3 else layouts.Matrix()
+    return layouts.Stack(stored(owner)) if weight.dim() == 3 else layouts.Matrix()
 
 
 def parameter_factor_shapes(owner: nn.Module, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -160,9 +160,24 @@ def parameter_factor_shapes(owner: nn.Module, weight: Tensor, rank: int) -> tupl
     return (*experts, rank, inputs), (*experts, outputs, rank)
 
 
+def stored(owner: nn.Module) -> Stored:
+    """How a module stores its experts' matrices.
+
+    By its own word (`is_transposed`, transformers'). Where it says nothing, the shapes of gate_up_proj and down_proj
+    tell: only in one of the two ways does the first give twice of what the second takes, and the other way round.
+    """
+    said = getattr(owner, "is_transposed", None)
+    if said is not None:
+        return "is_transposed" if said else "out-in"
+    up, down = (owner._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    if up is None or down is None or (up.dim(), down.dim()) != (3, 3):
+        return "out-in"
+    return "in-out" if up.shape[1:] == (down.shape[2], 2 * down.shape[1]) else "out-in"
+
+
 def _is_transposed(owner: nn.Module, weight: Tensor) -> bool:
-    """Whether the experts' weight is stored as (experts, in, out)."""
-    return weight.dim() == 3 and bool(getattr(owner, "is_transposed", False))
+    """Whether the weight is a stack that is stored as (experts, in, out)."""
+    return weight.dim() == 3 and stored(owner) != "out-in"
 
 
 @functools.cache

@@ -42,7 +42,8 @@ class Report:
         lines = Table(head, tuple(cells), left=frozenset({0, 2})).lines()
         counts = Counter(numberless(name) for name in self.trained)
         lines += [f"trained whole: {name}  ×{count}" for name, count in counts.items()]
-        lines += [f"passed over: {name}: {reason}" for name, reason in self.skipped.items()]
+        counts = Counter(f"{numberless(name)}: {reason}" for name, reason in self.skipped.items())
+        lines += [f"passed over: {line}" + (f"  ×{count}" if count > 1 else "") for line, count in counts.items()]
         percent = 100 * self.trainable / max(self.total, 1)
         lines.append(f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {percent:.4f}")
         return "\n".join(lines)

@@ -22,10 +22,11 @@ Filter = Callable[[nn.Module, str], bool]
 class LoRASettings:
     """How `attach` adapts a model: y = W x + b becomes y = W x + b + (alpha/rank) · B A x in every target layer.
 
-    targets: "all-linear" (every linear layer but the head), a name's end ("q_proj"), a glob over whole names
-        ("*.q_proj"), a list of these, or a function (module, name) → bool. The name of a parameter that belongs to no
-        layer adapts that parameter ("experts.gate_up_proj"). The name of an nn.MultiheadAttention adapts all its
-        projections.
+    targets: "all-linear" (every linear layer but the head), "all-linear+experts" (and the stacked matrices of a
+        mixture's experts), a name's end ("q_proj"), a glob over whole names ("*.q_proj"), a list of these, or a
+        function (module, name) → bool. The name of a parameter that belongs to no layer adapts that parameter
+        ("experts.gate_up_proj"). The name of an nn.MultiheadAttention adapts all its projections. The name of a module
+        with the stacked matrices of experts adapts all of these.
     exclude: what to leave out of the targets, as ends of names and globs ("*.layers.0.*").
     rank, alpha: r and α; alpha=None means 2·rank. rank_pattern, alpha_pattern: other values for matching modules;
         if alpha is None, a module with its own rank and no alpha of its own takes 2 times its own rank.

@@ -1,8 +1,9 @@
 """Choosing modules by name, and refusing those on which an adapter would silently do nothing.
 
 A target is a glob over whole dotted names ("*.q_proj", "model.layers.[0-3].*"), the end of a name as PEFT takes it
-("q_proj", "attn.q_proj"), or the word "all-linear". Every one of them must match something: a misspelt name among good
-ones is the commonest way to train less than was meant (problem 4).
+("q_proj", "attn.q_proj"), or a word: "all-linear", or "all-linear+experts", which takes the matrices of a mixture's
+experts too. Every one of them must match something: a misspelt name among good ones is the commonest way to train less
+than was meant (problem 4).
 
 Dispatch is on the exact type. A subclass of `nn.Linear` or of a convolution may compute its output differently, so the
 update is added beside that output (`beside.py`), after a trial. A subclass that stores its weight in integers, or is
@@ -38,7 +39,7 @@ from .tables import tables_read_whole
 from .tied import held_refusal, held_tables
 from .words import did_you_mean, nearest
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, WITH_EXPERTS = "all-linear", "all-linear+experts"
 Value = TypeVar("Value")
 
 _ADAPTABLE = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
@@ -62,7 +63,7 @@ class Target:
     def class_for(self, layout: Layout) -> type[AdaptedLayer] | None:
         """The adapted class that holds an update of this layout, or None."""
         if self.parameter:
-            return AdaptedParameter if layout == parameter_layout(self.weight) else None
+            return AdaptedParameter if parameter_layout(self.module, self.weight).holds(layout) else None
         kind = layer_class(self.module)
         return None if kind is None else kind.class_for(layout)
 
@@ -161,11 +162,13 @@ def _selected(model: nn.Module, named: dict[str, Target], targets: list[str] | F
         raise LoraError("targets is empty: name at least one module, or use 'all-linear'.")
     selection = Selection()
     for pattern in targets:
-        if pattern == ALL_LINEAR:
-            _all_linear(model, named, selection)
+        if pattern in (ALL_LINEAR, WITH_EXPERTS):
+            _all_linear(model, named, selection, experts=pattern == WITH_EXPERTS)
         else:
             _by_pattern(model, named, pattern, targets, selection)
     selection.targets = _without_duplicates(selection.targets)
+    taken = {*selection.targets, *(name.rpartition(".")[0] for name, own in selection.targets.items() if own.parameter)}
+    selection.skipped = {name: reason for name, reason in selection.skipped.items() if name not in taken}
     return selection
 
 
@@ -272,8 +275,8 @@ def _by_pattern(
 
 def _take(named: dict[str, Target], name: str, selection: Selection) -> None:
     target = named[name]
-    if isinstance(target.module, nn.MultiheadAttention) and not target.parameter:
-        for inner in (f"{name}.{own}" for own in (*matrices(target.module), "out_proj")):
+    if inside := _inside(target):
+        for inner in (f"{name}.{own}" for own in inside):
             if inner in named:  # if not, it is excluded
                 _take(named, inner, selection)
         return
@@ -283,13 +286,36 @@ def _take(named: dict[str, Target], name: str, selection: Selection) -> None:
     selection.targets[name] = target
 
 
-def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection) -> None:
-    """Every linear layer but the model's head, as PEFT's "all-linear" does, and attention's projections."""
+def _inside(target: Target) -> list[str]:
+    """What is adapted in the place of a module: the projections of an attention, the stacks of a mixture's experts."""
+    module = target.module
+    if target.parameter:
+        return []
+    if isinstance(module, nn.MultiheadAttention):
+        return [*matrices(module), "out_proj"]
+    return [own for own in matrices(module) if _is_of_experts(Target(module, own))]
+
+
+def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection, *, experts: bool) -> None:
+    """Every linear layer but the model's head, as PEFT's "all-linear" does, and attention's projections.
+
+    experts: and the stacked matrices of experts. Raises LoraError where there are none.
+    """
+    of_experts = {name for name, target in named.items() if _is_of_experts(target)}
+    if experts and not of_experts:
+        raise LoraError(
+            f"targets={WITH_EXPERTS!r}: {type(model).__name__} keeps no stack of experts' matrices. Use "
+            f"{ALL_LINEAR!r}, which takes experts that are linear layers, or name what is to be adapted."
+        )
     for name, target in named.items():
         module = target.module
-        if _is_stack(target):
-            what = "is no linear layer" if _is_torchs(module) else "has a matrix for each expert"
-            selection.skipped[name] = f"{type(module).__name__} {what}; name it to adapt them"
+        if name in of_experts and not experts:
+            owner, _, _ = name.rpartition(".")
+            selection.skipped[owner] = (
+                f"{type(module).__name__} has a matrix for each expert; {WITH_EXPERTS!r} takes them"
+            )
+        elif _is_stack(target) and name not in of_experts:
+            selection.skipped[name] = f"{type(module).__name__} is no linear layer; name it to adapt them"
         if isinstance(module, nn.RNNBase) and not target.parameter:
             selection.skipped[name] = refusal(target) or ""
         if isinstance(module, nn.RNNCellBase) and target.parameter:
@@ -297,7 +323,8 @@ def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection
         linear = isinstance(module, nn.Linear | nn.MultiheadAttention) or issubclass(
             layer_class(module) or nn.Module, Linear
         )
-        if not linear or (isinstance(module, nn.MultiheadAttention) and not target.parameter):
+        wanted = linear or (experts and name in of_experts)
+        if not wanted or (isinstance(module, nn.MultiheadAttention) and not target.parameter):
             continue
         if _is_head(model, name, module):
             continue
@@ -308,7 +335,7 @@ def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection
             selection.targets[name] = target
     if not selection.targets:
         why = "".join(f"\n  {name}: {reason}" for name, reason in list(selection.skipped.items())[:5])
-        raise LoraError(f"targets='all-linear' finds no linear layer in {type(model).__name__} to adapt.{why}")
+        raise LoraError(f"targets={ALL_LINEAR!r} finds no linear layer in {type(model).__name__} to adapt.{why}")
 
 
 def _is_layer(target: Target) -> bool:
@@ -333,6 +360,14 @@ def _refuse_peft(model: nn.Module) -> None:
 
 def _is_stack(target: Target) -> bool:
     return bool(target.parameter) and target.weight is not None and target.weight.dim() == 3
+
+
+def _is_of_experts(target: Target) -> bool:
+    """Whether it is a stack with a matrix for each expert: its module counts them, or is called so."""
+    module = target.module
+    if not _is_stack(target) or _is_torchs(module):
+        return False
+    return getattr(module, "num_experts", None) == len(target.weight) or "expert" in type(module).__name__.lower()
 
 
 def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:

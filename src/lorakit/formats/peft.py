@@ -37,10 +37,9 @@ from .files import check_tensors, read_pickled, read_safetensors, replacing
 from .foreign import refuse
 from .peft_config import CONFIG as CONFIG
 from .peft_config import PeftConfig, first_match, read_config
-from .peft_experts import StackLayout, flattened, stacked
+from .peft_experts import VERSIONS, Era, FileOfStacks, flattened, stacked, turned
 from .peft_keys import PREFIX, Sorted, saved_whole, sort
 from .peft_names import Names, Place, places, target_names, wrapped
-from .renamed import translated
 from .tensors import write_tensors
 
 TENSORS, LEGACY_TENSORS = "adapter_model.safetensors", "adapter_model.bin"
@@ -63,10 +62,15 @@ def write(adapter: Adapter, folder: str | Path) -> None:
     Raises LoraError for what the format cannot hold: loralib's convolutions (another rank), DoRA on some modules
     only, a tensor that is empty, not finite or of integers.
     """
-    updates = {name: _as_peft(name, update) for name, update in adapter.updates.items()}
+    write_of(adapter, folder, "new")
+
+
+def write_of(adapter: Adapter, folder: str | Path, era: Era) -> None:
+    """The same, with the stacks of experts as the PEFT of that time has them."""
+    updates = {name: _as_peft(name, update, era) for name, update in adapter.updates.items()}
     where = places(adapter.updates)
     tensors = _tensors(updates, where, adapter, folder)
-    config = _config(updates, where, adapter)
+    config = _config(updates, where, adapter, era)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / TENSORS) as path:
@@ -76,7 +80,7 @@ def write(adapter: Adapter, folder: str | Path) -> None:
 
 
 def read(path: str | Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
-    """The adapter in a folder, which may be given by one of its files. With a host, names are those of the model.
+    """The adapter in a folder, which may be given by one of its files. The names are those in the file.
 
     Raises FileNotFoundError, or LoraError naming the file and what is wrong with it. alpha: the folder has it; ignored.
 
@@ -99,7 +103,7 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
     except ValueError as error:
         raise LoraError(f"{path}: {error}") from None
     targets = config.target_modules
-    adapter = Adapter(
+    return Adapter(
         updates=updates,
         trained=found.trained,
         also_train=saved_whole(config, found.trained),
@@ -111,16 +115,15 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
         base_model=config.base_model,
         task_type=config.task_type,
     )
-    return adapter if host is None else translated(adapter, host)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def _as_peft(name: str, update: Update) -> Update:
+def _as_peft(name: str, update: Update, era: Era) -> Update:
     """`update` with its factors as PEFT's layers have them."""
     if isinstance(update.layout, Stack):
-        A, B = flattened(update.A, update.B)
+        A, B = flattened(*turned(name, update.A, update.B, update.layout, era))
         return dataclasses.replace(update, A=A, B=B)
     try:
         return update.pair()
@@ -151,7 +154,7 @@ def _tensors(
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 
-def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: Adapter) -> dict[str, Any]:
+def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: Adapter, era: Era) -> dict[str, Any]:
     with_dora = {name for name, update in updates.items() if update.magnitude is not None}
     if with_dora and len(with_dora) < len(updates):
         raise LoraError("PEFT's folder holds DoRA for all modules or for none; here some modules have it and some not.")
@@ -178,7 +181,8 @@ def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: 
         "modules_to_save": sorted(adapter.also_train) or None,
         "init_lora_weights": True,
         "inference_mode": True,
-        **({"target_parameters": parameters} if parameters else {}),
+        # The version whose layout the stacks have: it tells W from Wᵀ where the matrices are square.
+        **({"target_parameters": parameters, "peft_version": VERSIONS[era]} if parameters else {}),
     }
 
 
@@ -232,10 +236,10 @@ def _updates(found: Sorted, config: PeftConfig, host: Host | None) -> dict[str, 
         layout = Lookup() if path in found.embeddings else Matrix() if parts["A"].dim() == 2 else Kernel()
         updates[name] = _update(name, layout, parts, config.rank_of(key), config.alpha_of(key), config)
     stacks = {name: update for name, update in updates.items() if isinstance(update.layout, Stack)}
-    turned = StackLayout(config, host, [(name, update.A, update.B) for name, update in stacks.items()])
+    file = FileOfStacks(config, host, [(name, update.A, update.B) for name, update in stacks.items()])
     for name, update in stacks.items():
-        A, B = turned.upright(name, update.A, update.B)
-        updates[name] = dataclasses.replace(update, A=A, B=B)
+        own, A, B = file.read(name, update.A, update.B)
+        updates[name] = dataclasses.replace(update, layout=own, A=A, B=B, parameter=name.rpartition(".")[2])
     if config.residual:
         updates = {name: _at_the_base(name, update, config, host) for name, update in updates.items()}
     return updates

@@ -10,6 +10,8 @@ say where an older update belongs:
     merged          a layer for each expert became a stack: A (experts, r, in), B (experts, out, r). Layers that were
                     concatenated as well are treated as above for each expert. A layer without an update counts as zero.
 
+If A₁ = A₂, the factor is taken once: A = A₁, B = [B₁; B₂].
+
 PEFT makes the same translation if all the layers that became one were adapted.
 """
 
@@ -27,7 +29,7 @@ from torch import Tensor
 from ..core.adapter import Adapter, Update
 from ..core.errors import LoraError
 from ..core.host import Host
-from ..core.layouts import Matrix, Stack
+from ..core.layouts import Matrix
 
 _WEIGHT = ".weight"
 
@@ -45,7 +47,7 @@ def translated(adapter: Adapter, host: Host) -> Adapter:
     adapter = dataclasses.replace(
         adapter, updates={_own_weight(name, host): update for name, update in adapter.updates.items()}
     )
-    rules = _rules_of(host.model)
+    rules = renaming(host.model)
     if rules is None:
         return adapter
     rename, converters = rules
@@ -86,23 +88,35 @@ class _Source:
         return int(match[1]) if match and match.groups() else 0
 
 
-_Rename = Callable[[str], tuple[str, str, "str | None"]]
+Rename = Callable[[str], tuple[str, str, "str | None"]]
 
 
-def _rules_of(model: Any) -> tuple[_Rename, Mapping[str, Any]] | None:
-    """transformers' rules for this model, or None for a model that is not of transformers.
+def rules_of(model: Any, **wanted: Any) -> tuple[Any, list[Any]] | None:
+    """transformers' module that applies rules to names, and the rules for this model.
+
+    None for a model that is not of transformers, or if its version is older than 5 and has no rules.
+    wanted: arguments of transformers' `get_model_conversion_mapping`.
+    """
+    # Nothing is imported: a model of transformers has imported these already, if its version has them (5 and later).
+    mapping, loading, modeling = (
+        sys.modules.get(f"transformers.{name}")
+        for name in ("conversion_mapping", "core_model_loading", "modeling_utils")
+    )
+    if mapping is None or loading is None or modeling is None or not isinstance(model, modeling.PreTrainedModel):
+        return None
+    return loading, mapping.get_model_conversion_mapping(model, **wanted)
+
+
+def renaming(model: Any) -> tuple[Rename, Mapping[str, Any]] | None:
+    """What transformers' rules for this model say about names, or None as `rules_of`.
 
     The first result maps a key to its name today, its name before fusing, and the pattern of the rule that fuses it.
     The second one maps each such pattern to its rule.
     """
-    # Nothing is imported: a model of transformers has imported these already, if its version has them (5 and later).
-    rules_of, loading, modeling = (
-        sys.modules.get(f"transformers.{name}")
-        for name in ("conversion_mapping", "core_model_loading", "modeling_utils")
-    )
-    if rules_of is None or loading is None or modeling is None or not isinstance(model, modeling.PreTrainedModel):
+    found = rules_of(model)
+    if found is None:
         return None
-    rules = rules_of.get_model_conversion_mapping(model)
+    loading, rules = found
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, loading.WeightConverter)]
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -154,12 +168,12 @@ def _concatenated(target: str, sources: Sequence[_Source], patterns: Sequence[st
 
 
 def _merged(target: str, sources: Sequence[_Source], patterns: Sequence[str], host: Host) -> Update:
-    shapes = host.stack(target)
-    if shapes is None:
+    stack = host.stack(target)
+    if stack is None:
         raise LoraError(f"{sources[0].name}: it is a part of {target} now, which {type(host.model).__name__} lacks.")
     if any(source.update.magnitude is not None for source in sources):
         raise LoraError(f"{sources[0].name}: DoRA has no meaning in {target}, the stack of all experts.")
-    (experts, _, inputs), (_, outputs, _) = shapes
+    layout, (experts, outputs, inputs) = stack
     by_expert: dict[int, dict[str, _Source]] = {}
     for source in sources:
         by_expert.setdefault(source.expert, {})[source.pattern] = source
@@ -172,7 +186,7 @@ def _merged(target: str, sources: Sequence[_Source], patterns: Sequence[str], ho
     A, B = like.new_zeros(experts, rank, inputs), like.new_zeros(experts, outputs, rank)
     for expert, (own_A, own_B) in pairs.items():
         A[expert, : len(own_A)], B[expert, :, : len(own_A)] = own_A, own_B
-    return Update(Stack(), A, B, rank, scale * rank, parameter=target.rpartition(".")[2])
+    return Update(layout, A, B, rank, scale * rank, parameter=target.rpartition(".")[2])
 
 
 def _blocks(
@@ -180,13 +194,15 @@ def _blocks(
 ) -> tuple[Tensor, Tensor]:
     """A (Σrᵢ, inputs) and B (outputs, Σrᵢ) of the layers that became one, in the rule's order, with one common scale.
 
-    The layers without an update share the outputs that the others leave.
+    The layers without an update share the outputs that the others leave. Layers with the same A need it only once.
     """
     scale = next(iter(sources.values())).update.scale if scale is None else scale
     given = {pattern: source.update.B.shape[0] for pattern, source in sources.items()}
     missing = len(patterns) - len(given)
     left = (outputs - sum(given.values())) // missing if missing else 0
-    row, parts_A, parts_B = 0, [], []
+    row = 0
+    parts_A: list[Tensor] = []
+    parts_B: list[Tensor] = []
     for pattern in patterns:
         source = sources.get(pattern)
         if source is not None:
@@ -202,8 +218,12 @@ def _blocks(
                 )
             B = update.B.new_zeros(outputs, update.rank)
             B[row : row + update.B.shape[0]] = update.B * (update.scale / scale)
-            parts_A.append(update.A)
-            parts_B.append(B)
+            same = next((part for part, A in enumerate(parts_A) if torch.equal(A, update.A)), None)
+            if same is None:
+                parts_A.append(update.A)
+                parts_B.append(B)
+            else:
+                parts_B[same] += B
         row += given.get(pattern, left)
     return torch.cat(parts_A), torch.cat(parts_B, 1)
 

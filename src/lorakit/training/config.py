@@ -79,7 +79,7 @@ class TrainConfig:
     )
     targets: tuple[str, ...] = setting(
         ("all-linear",),
-        help="modules to adapt: all-linear, ends of names, globs; separated by commas",
+        help="modules to adapt: all-linear, all-linear+experts, ends of names, globs; separated by commas",
         group=_ADAPTER,
         aliases=("target-modules",),
     )
