@@ -21,6 +21,7 @@ from .lora_layer import copied
 from .names import named_modules, unwrapped
 from .parameters import parameter_layout
 from .report import numberless
+from .sharded import sharded_refusal
 from .targets import Target, candidates, closest, matching, refusal
 from .task import task_type
 from .trainable import bias_names, tensors_by_name
@@ -66,6 +67,9 @@ def insert(model: nn.Module, adapter: Adapter, *, dtype: torch.dtype | None = No
     """
     model = unwrapped(model)
     layers, targets = adapted_layers(model), candidates(model)
+    for name, layer in layers.items():
+        if reason := sharded_refusal(layer):
+            raise LoraError(f"{name!r} cannot take an adapter: {reason}.")
     problems = _misfits(model, adapter, layers, targets)
     if problems and not force:
         made_for = f", it was made for {adapter.base_model}" if adapter.base_model else ""

@@ -33,6 +33,7 @@ from .init import Init, init_of
 from .layouts import Layout, Matrix
 from .matrix import add_product, dense_update, dora_gain, precise, row_norm
 from .running import model_is_running
+from .sharded import gathered, is_sharded
 
 
 def no_dropout(x: Tensor) -> Tensor:
@@ -107,7 +108,8 @@ class LayerWithUpdate(LoRALayer, nn.Module):
     def weight(self) -> Tensor:
         """The stored weight; for a model that computes with it instead of calling the layer, W + ΔW."""
         if self.read_as_sum and not self.inside and self.active and model_is_running():
-            return self.read()
+            # FSDP2 looks at its own parts inside the first forward pass. A model sees the whole weight.
+            return self.own_weight if is_sharded(self.own_weight) else self.read()
         return self.own_weight
 
     @weight.setter
@@ -230,6 +232,8 @@ class LayerWithUpdate(LoRALayer, nn.Module):
 
     def merge_refusal(self) -> str | None:
         """Why the update cannot be folded into the weight, or None where it can."""
+        if is_sharded(self.own_weight):
+            return "its weight is sharded (FSDP2 or tensor parallelism). Save the adapter, and merge it in one process"
         return None
 
     # --- the update -----------------------------------------------------------------------------------------------
@@ -420,4 +424,5 @@ def weight_refusal(weight: Any) -> str | None:
 
 def copied(tensor: Tensor) -> Tensor:
     """A copy on the CPU. A tensor without data has nothing to copy; formats refuse it by name."""
-    return tensor.detach() if tensor.is_meta else tensor.detach().to("cpu", copy=True)
+    tensor = gathered(tensor.detach())
+    return tensor if tensor.is_meta else tensor.to("cpu", copy=True)

@@ -35,6 +35,7 @@ from .lora_layer import weight_refusal
 from .names import named_modules
 from .parameters import AdaptedParameter, adapted_parameters, parameter_factor_shapes, parameter_layout
 from .settings import Filter
+from .sharded import sharded_refusal
 from .tables import tables_read_whole
 from .tied import held_refusal, held_tables
 from .words import did_you_mean, nearest
@@ -219,6 +220,8 @@ def refusal(target: Target) -> str | None:
         return "it is adapted already; call lorakit.detach(model) first"
     if isinstance(module, nn.RNNBase):
         return f"{kind} hands over its weights from a list of its own, so an adapter would do nothing"
+    if reason := sharded_refusal(module):
+        return reason
     return weight_refusal(target.weight) if target.parameter else _layer_refusal(module)
 
 

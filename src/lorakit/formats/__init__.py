@@ -20,6 +20,7 @@ from ..core.errors import LoraError
 from ..core.exchange import extract, insert
 from ..core.format import add_format, format_of
 from ..core.host import Host
+from ..core.sharded import writes
 from ..core.unused import idle_note, refuse_silent
 from . import loralib, peft, peft_0_18
 from .renamed import translated
@@ -47,7 +48,8 @@ def save(
 
     The file is the same whether the model is merged or not. Other files in the folder are left alone. Raises LoraError
     if training passed over an adapted layer, or if one is gone (see `diagnose`); with force, the adapter is written
-    without the layers that are gone. Warns of parts of the model that training never used.
+    without the layers that are gone. Warns of parts of the model that training never used. A sharded model (FSDP2) is
+    saved by every process at the same time, and the first one writes.
     """
     if not force:
         layers = adapted_layers(model)
@@ -59,7 +61,8 @@ def save(
     adapter = extract(model, force=force)
     if experts == "per-expert":
         adapter = unfused(adapter, Host(model))
-    adapter.save(path, format=format)
+    if writes(model):
+        adapter.save(path, format=format)
 
 
 def load(
