@@ -53,6 +53,11 @@ def test_relative_links_and_images_point_at_what_exists(page: Path) -> None:
     assert missing == []
 
 
+def test_the_table_of_bases_is_what_happens() -> None:
+    """`python docs/bases.py` writes it."""
+    assert load("bases").main(["--check"]) == 0
+
+
 def test_line_numbers_of_links_into_the_code_are_right(capsys: pytest.CaptureFixture[str]) -> None:
     """`python docs/links.py` corrects stale numbers."""
     status = load("links").main(["--check"])

@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -262,7 +263,7 @@ def test_what_was_read_runs_in_the_grouped_product(layout: str, dtype: torch.dty
     with torch.no_grad():
         for parameter in lorakit.parameters(model):
             parameter.copy_(torch.randn_like(parameter) / 8)
-    how = {"experts": "per-expert"} if layout == "per-expert" else {"format": layout}
+    how: Any = {"experts": "per-expert"} if layout == "per-expert" else {"format": layout}
     lorakit.save(model, tmp_path, force=True, **how)
     again = models.qwen_moe().to(dtype)
     lorakit.load(again, tmp_path)
