@@ -81,6 +81,23 @@ def torchao(config: str) -> Callable[[nn.Linear], nn.Module]:
     return make
 
 
+def gguf_blocks(layer: nn.Linear) -> nn.Module:
+    """transformers' layer for a .gguf file's blocks, with the gguf package's numbers: its kernels are at the hub."""
+    gguf, numbers = library("gguf"), library("gguf.quants")
+    utils = library("transformers.integrations.gguf.utils")
+    kind = gguf.GGMLQuantizationType.Q8_0
+
+    def numbers_of(blocks: Tensor, *_: Any) -> Tensor:
+        return torch.from_numpy(numbers.dequantize(blocks.numpy(), kind))
+
+    utils.dequantize_blocks = lambda blocks, kind, rows, columns, dtype: numbers_of(blocks).to(dtype)
+    utils.mul_mat_vec = lambda blocks, x, *_: x.float() @ numbers_of(blocks).T
+    new = utils.GgufLinear(layer.in_features, layer.out_features, int(kind), bias=layer.bias is not None)
+    new.weight.data = torch.from_numpy(numbers.quantize(layer.weight.detach().numpy(), kind))
+    new.bias, new.numbers = layer.bias, numbers_of
+    return new  # type: ignore[no-any-return]
+
+
 class _Grouped:
     """Codes of four bits with a scale and a zero for each group of a row, as GPTQ, AWQ, HQQ and GGUF's Q4 have them."""
 
@@ -168,7 +185,7 @@ BASES = [
     Base("bitsandbytes int8", eight_bits, eight_bits_weight, digits=-1),
     Base("torchao int8", torchao("Int8WeightOnlyConfig"), lambda layer: layer.weight.dequantize()),
     Base("torchao float8", torchao("Float8WeightOnlyConfig"), lambda layer: layer.weight.dequantize()),
-    _double("GGUF blocks", "transformers.integrations.gguf.utils.GgufLinear", store="weight"),
+    Base("GGUF blocks (transformers' layer)", gguf_blocks, lambda layer: layer.numbers(layer.weight), real=False),
     _double("GPTQ", "gptqmodel.nn_modules.qlinear.BaseQuantLinear"),
     _double("GPTQ (AutoGPTQ)", "auto_gptq.nn_modules.qlinear.qlinear_cuda.QuantLinear", sizes="infeatures outfeatures"),
     _double("AWQ", "awq.modules.linear.gemm.WQLinear_GEMM"),

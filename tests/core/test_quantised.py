@@ -153,7 +153,7 @@ def test_a_weight_that_was_packed_for_inference_passes_on_no_gradient() -> None:
 
 
 def test_a_base_without_a_backward_pass_is_not_trained_in_silence() -> None:
-    class Detached(quantised.BASES[6].make):  # type: ignore[misc]
+    class Detached(quantised.double("hqq.core.quantize.HQQLinear")):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).detach()
 
