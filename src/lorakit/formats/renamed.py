@@ -16,6 +16,7 @@ PEFT translates the same, where all of the layers that became one were adapted.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -45,13 +46,13 @@ def translated(adapter: Adapter, host: Host) -> Adapter:
     adapter = dataclasses.replace(
         adapter, updates={_own_weight(name, host): update for name, update in adapter.updates.items()}
     )
-    rules = _rules_of(host.model)
+    rules = rules_of(host.model)
     if rules is None:
         return adapter
     rename, converters = rules
     updates: dict[str, Update] = {}
     fused: dict[str, list[_Source]] = {}
-    for name, update in sorted(adapter.updates.items(), key=lambda item: _in_order(item[0])):
+    for name, update in sorted(adapter.updates.items(), key=lambda item: in_order(item[0])):
         new, plain, pattern = (name, name, None) if name in known else rename(name + _WEIGHT)
         if pattern is None:
             new = new.removesuffix(_WEIGHT) if name not in known else name
@@ -89,24 +90,25 @@ class _Source:
 _Rename = Callable[[str], tuple[str, str, "str | None"]]
 
 
-def _rules_of(model: Any) -> tuple[_Rename, Mapping[str, Any]] | None:
+def rules_of(model: Any) -> tuple[_Rename, Mapping[str, Any]] | None:
     """transformers' rules for this model: a key → its name today, the same before fusing, the pattern of the rule that
     fuses it; and the rule for each such pattern. None for a model that is not of transformers.
     """
     # Nothing is imported: a model of transformers has brought these along, if its version knows them (5 and later).
-    rules_of, loading, modeling = (
+    mapping, loading, modeling = (
         sys.modules.get(f"transformers.{name}")
         for name in ("conversion_mapping", "core_model_loading", "modeling_utils")
     )
-    if rules_of is None or loading is None or modeling is None or not isinstance(model, modeling.PreTrainedModel):
+    if mapping is None or loading is None or modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return None
-    rules = rules_of.get_model_conversion_mapping(model)
+    rules = mapping.get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, loading.WeightConverter)]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    stored = dict(itertools.chain(*own))
 
     def rename(key: str) -> tuple[str, str, str | None]:
-        new, pattern = loading.rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        new, pattern = loading.rename_source_key(key, renamings, converters, model.base_model_prefix, stored)
         return new, loading.apply_renamings(key, renamings), pattern
 
     return rename, {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -219,6 +221,6 @@ def _moved_module(module: str, moved: Mapping[str, str]) -> str:
     return module
 
 
-def _in_order(name: str) -> list[tuple[int, str]]:
+def in_order(name: str) -> list[tuple[int, str]]:
     """Sorts "2" before "10"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

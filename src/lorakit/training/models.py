@@ -97,10 +97,7 @@ def load_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    settings: dict[str, Any] = {"num_labels": len(labels) or 1}
-    settings["problem_type"] = "single_label_classification" if labels else "regression"
-    if labels and named:
-        settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    settings = _of_labels(labels, named)
     return _load(AutoModelForSequenceClassification, name, dtype, device, tokenizer, **settings)
 
 
@@ -120,6 +117,31 @@ def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTra
             config.num_labels = len(labels) or 1
         with best_device():
             model: PreTrainedModel = auto.from_config(config, dtype=resolve_dtype(dtype, best_device()))
+    return model
+
+
+def structure(name: str, *, labels: tuple[str, ...] | None, named: bool = True) -> PreTrainedModel:
+    """The model on the meta device: names and shapes, no memory.
+
+    labels=None: of the class that its configuration names, or else a causal LM; otherwise a classifier as
+    `load_classifier` makes it.
+    """
+    import transformers
+
+    folder, options = locate(name)
+    with quietly(), reading(name, folder), torch.device("meta"):
+        if labels is not None:
+            config = transformers.AutoConfig.from_pretrained(folder, **options, **_of_labels(labels, named))
+            classifier: PreTrainedModel = transformers.AutoModelForSequenceClassification.from_config(config)
+            return classifier
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        own = next(iter(getattr(config, "architectures", None) or ()), "")
+        # One that ends in Model has no head: a base that was saved without it, which the adapter may bring.
+        headed = "Model" not in own or own.endswith("LMHeadModel")
+        cls = getattr(transformers, own, None) if headed else None
+        model: PreTrainedModel = (
+            transformers.AutoModelForCausalLM.from_config(config) if cls is None else cls._from_config(config)
+        )
     return model
 
 
@@ -164,6 +186,15 @@ def load_with_adapter(
     if adapter is not None:
         load_adapter(loaded.model, adapter)
     return loaded
+
+
+def _of_labels(labels: tuple[str, ...], named: bool) -> dict[str, Any]:
+    """What the configuration of a classifier says of its classes."""
+    settings: dict[str, Any] = {"num_labels": len(labels) or 1}
+    settings["problem_type"] = "single_label_classification" if labels else "regression"
+    if labels and named:
+        settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    return settings
 
 
 def _load(

@@ -1,0 +1,252 @@
+"""An adapter folded into the tensors of its base's files: what changes, and the tensors that take their place.
+
+The adapter is put into the model on the meta device, so all that `lorakit.insert` checks is checked, and each update is
+merged by its own layer: for that time the layer holds the weight that was read, and the numbers are those of a merge in
+memory, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapted import AdaptedLayer
+from ..core.adapter import Adapter, Update
+from ..core.attach import adapted_layers, factor_dtype
+from ..core.beside import AddsBeside
+from ..core.errors import LoraError
+from ..core.exchange import insert
+from ..core.format import format_of
+from ..core.layouts import Lookup
+from ..core.matrix import add_product
+from ..core.parameters import AdaptedParameter
+from ..formats.shards import Entry
+from .merge_check import Rows, Weight
+from .stored import Stored, StoredHost, Unit, part_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Folded:
+    """An update, the layer of the model that it belongs to, and how its weight is stored."""
+
+    layer: AdaptedLayer
+    update: Update
+    transposed: bool
+
+
+class Fold:
+    """What an adapter changes in the files of its base.
+
+    updates: by the name of the weight. values: tensors that are replaced as a whole, by their name. untied: parameters
+    that the model ties, and that are different ones now.
+    """
+
+    def __init__(self, stored: Stored, adapter: Adapter | str | Path) -> None:
+        """Raises LoraError for an adapter that does not fit the model, or a part of it that no file has a place for."""
+        self.stored = stored
+        where = "the adapter" if isinstance(adapter, Adapter) else str(adapter)
+        host = StoredHost(stored)
+        try:
+            if not isinstance(adapter, Adapter):
+                adapter = format_of(adapter, None).read(Path(adapter), host, None)
+            heads = _embeddings(stored)
+            transposed = {
+                name: isinstance(update.layout, Lookup) or host.stored_transposed(name)
+                for name, update in adapter.updates.items()
+                if name in host.modules or name.rpartition(".")[0] in host.modules
+            }
+            adapter = self._without_ties(adapter)
+            insert(stored.model, adapter)
+        except ValueError as error:
+            raise LoraError(f"{where}: {error}") from None
+        layers = adapted_layers(stored.model)
+        self.updates = {
+            stored.names[_weight_name(name, layer)]: Folded(layer, adapter.updates[name], transposed[name])
+            for name, layer in layers.items()
+        }
+        self.values = {stored.names[name]: value for name, value in adapter.trained.items()}
+        self.untied = self._untied(heads)
+        self._refuse_homeless()
+        for name, own in self.updates.items():
+            if isinstance(own.layer, AddsBeside):
+                self._refuse_unmergeable(name, own.layer)
+
+    @property
+    def changed(self) -> set[str]:
+        """The parameters that differ from the base's."""
+        return {*self.updates, *self.values}
+
+    def changes(self, unit: Unit) -> bool:
+        return not self.changed.isdisjoint(unit.targets)
+
+    def tensors(self, unit: Unit, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """The unit's tensors with the adapter in them, by their names in the files.
+
+        dtype: that the base's are rounded to first; None: their own. Raises LoraError for what cannot be taken back.
+        """
+        given = {name: cast(tensor, dtype) for name, tensor in self.stored.read(unit).items()}
+        unit.check(given)
+        parameters = unit.to_model(given)
+        for name in list(parameters):
+            if name in self.values:
+                value = self.values[name]
+                value = value if unit.part is None else value[unit.part : unit.part + 1]
+                parameters[name] = value.to(parameters[name].dtype)
+            elif name in self.updates:
+                own = self.updates[name]
+                parameters[name] = _merged(own.layer, part_of(unit, own.update), parameters[name])
+        return unit.to_files(parameters)
+
+    def check(self, unit: Unit, written: Mapping[str, Entry], dtype: torch.dtype | None) -> dict[str, bool]:
+        """Compare the unit's tensors in the written files with base + adapter: for each weight, whether rows moved.
+
+        written: the entries of the written file, by their names in the base's. Raises LoraError where they differ.
+        """
+        moved: dict[str, bool] = {}
+        for name in set(unit.targets) & self.updates.keys() - self.values.keys():
+            own = self.updates[name]
+            before = self._rows(unit, name, self.stored.shards.tensors, dtype)
+            after = self._rows(unit, name, written, None)
+            shape = self.stored.shapes[name] if unit.part is None else self.stored.shapes[name][1:]
+            weight = Weight(name, own.update, shape, own.transposed, unit.part)
+            moved[name] = weight.check(before, after)
+        for name in set(unit.targets) & self.values.keys():
+            found = unit.to_model({own: written[own].read() for own in unit.names})[name]
+            value = self.values[name] if unit.part is None else self.values[name][unit.part : unit.part + 1]
+            if not torch.equal(found, value.to(found.dtype)):
+                raise LoraError(f"{name}: the file does not hold what was trained. Nothing was put in place.")
+        return moved
+
+    def _rows(self, unit: Unit, name: str, entries: Mapping[str, Entry], dtype: torch.dtype | None) -> Rows:
+        """The rows of a parameter as these files hold it, in another dtype."""
+        if unit.rule is None:
+            entry = entries[unit.names[0]]
+            return lambda first, count: cast(entry.read_rows(first, count), dtype)
+        whole = cast(unit.to_model({own: entries[own].read() for own in unit.names})[name], dtype)
+        whole = whole if unit.part is None else whole[0]
+        return lambda first, count: whole[first : first + count]
+
+    def _without_ties(self, adapter: Adapter) -> Adapter:
+        """The adapter without values that are the base's own: PEFT saves the table of an embedding that it adapts.
+
+        Raises LoraError for another value of one of two tied parameters, none of which is trained whole.
+        """
+        own = tuple(f"{module}." for module in adapter.also_train)
+        trained = dict(adapter.trained)
+        for tie in self.stored.ties:
+            given = [name for name in trained if self.stored.names.get(name) in tie and not name.startswith(own)]
+            if len(given) == len(tie):
+                continue
+            present = [weight for name in tie if (weight := self.stored.parameter(name)) is not None]
+            for name in given:
+                if present and torch.equal(trained[name].to(present[0].dtype), present[0]):
+                    del trained[name]
+                    continue
+                others = ", ".join(sorted(tie - {self.stored.names[name]}))
+                raise LoraError(
+                    f"{name} has a value of its own, and in the model it is tied to {others}. Untie it in memory and "
+                    "merge there (lorakit.load says how)."
+                )
+        return dataclasses.replace(adapter, trained=trained)
+
+    def _untied(self, heads: frozenset[str]) -> frozenset[str]:
+        untied: set[str] = set()
+        for tie in self.stored.ties:
+            if changed := tie & self.changed:
+                if not tie <= heads:
+                    name = min(changed)
+                    others = ", ".join(sorted(tie - {name}))
+                    raise LoraError(
+                        f"{name} is tied to {others}, and no setting of the model unties these, so a merge of one "
+                        "would be undone when the files are loaded. Use the adapter unmerged."
+                    )
+                untied |= tie
+        return frozenset(untied)
+
+    def _refuse_homeless(self) -> None:
+        stored = self.stored
+        if lost := sorted(self.updates.keys() - stored.units_for.keys() - self.untied):
+            raise LoraError(
+                f"{stored.shards.folder} holds no tensor of {lost[0]}, which the adapter updates"
+                + (f", nor of {len(lost) - 1} more." if len(lost) > 1 else ".")
+            )
+        ignored = stored.model._keys_to_ignore_on_load_missing or ()
+        missing = [name for name in stored.missing() if name not in self.values and not matches(ignored, name)]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise LoraError(
+                f"{stored.shards.folder} holds no weights for {missing[0]}{more}, and the adapter brings none."
+            )
+        for unit in stored.units:
+            entry = stored.shards.tensors[unit.names[0]]
+            name = unit.targets[0]
+            if unit.rule is None and entry.shape != stored.shapes[name] and name not in self.values:
+                raise LoraError(
+                    f"{entry.path}: {unit.names[0]} has the shape {entry.shape}, the model has {stored.shapes[name]}."
+                )
+
+    def _refuse_unmergeable(self, name: str, layer: AdaptedLayer) -> None:
+        units = self.stored.units_for.get(name, ())
+        whole = self.stored.parameter(name) if units else None
+        reason = "no file holds it whole"
+        if whole is not None:
+            with _holding(layer, whole):
+                reason = layer.merge_refusal() or ""
+        if reason:
+            raise LoraError(f"{name} cannot be merged: {reason}. Leave the adapter unmerged.")
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In another dtype, where it is a tensor of floating point."""
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _merged(layer: AdaptedLayer, update: Update, weight: Tensor) -> Tensor:
+    """g ⊙ (W + s·ΔW) as `AdaptedLayer.adapted_weight` gives it. Without a gain it is written on the weight itself."""
+    with torch.no_grad(), _holding(layer, weight):
+        layer.take_update(update, factor_dtype(weight))
+        if update.magnitude is not None:
+            return layer.adapted_weight()
+        product = layer.as_product(weight)
+        add_product(product, product, *layer._factor_matrices(), layer.scaling)
+    return weight
+
+
+@contextmanager
+def _holding(layer: AdaptedLayer, weight: Tensor) -> Iterator[None]:
+    """Inside, the layer, which is on the meta device, holds this weight."""
+    owner, local = (layer.owner, layer.parameter) if isinstance(layer, AdaptedParameter) else (layer, "weight")
+    parameters = dict(owner._parameters), dict(layer._parameters)
+    owner._parameters[local] = nn.Parameter(weight, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, before in zip((owner, layer), parameters, strict=True):
+            module._parameters.update(before)
+
+
+def _weight_name(name: str, layer: AdaptedLayer) -> str:
+    """The name of the weight of an adapted layer of this name, or of the parameter itself."""
+    if isinstance(layer, AdaptedParameter) and f".{name}".endswith(f".{layer.parameter}"):
+        return name
+    return f"{name}.weight"
+
+
+def _embeddings(stored: Stored) -> frozenset[str]:
+    """The weights that `tie_word_embeddings` ties or unties."""
+    model = stored.model
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    own = {id(module) for module in modules if module is not None}
+    return frozenset(stored.names[f"{name}.weight"] for name, module in model.named_modules() if id(module) in own)
+
+
+def matches(patterns: Any, name: str) -> bool:
+    """Whether one of transformers' regular expressions is found in the name."""
+    return any(re.search(pattern, name) for pattern in patterns)
