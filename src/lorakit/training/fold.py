@@ -7,10 +7,10 @@ memory, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ def _merged(layer: AdaptedLayer, update: Update, weight: Tensor) -> Tensor:
     return weight
 
 
-@contextmanager
+@contextlib.contextmanager
 def _holding(layer: AdaptedLayer, weight: Tensor) -> Iterator[None]:
     """Inside, the layer, which is on the meta device, holds this weight."""
     owner, local = (layer.owner, layer.parameter) if isinstance(layer, AdaptedParameter) else (layer, "weight")
@@ -240,11 +240,12 @@ def _weight_name(name: str, layer: AdaptedLayer) -> str:
 
 
 def _embeddings(stored: Stored) -> frozenset[str]:
-    """The weights that `tie_word_embeddings` ties or unties."""
-    model = stored.model
-    modules = (model.get_input_embeddings(), model.get_output_embeddings())
-    own = {id(module) for module in modules if module is not None}
-    return frozenset(stored.names[f"{name}.weight"] for name, module in model.named_modules() if id(module) in own)
+    """The weights that `tie_word_embeddings` ties or unties; none of a model that reads no words."""
+    own = set()
+    with contextlib.suppress(NotImplementedError):
+        own = {id(stored.model.get_input_embeddings()), id(stored.model.get_output_embeddings())}
+    tables = [name for name, module in stored.model.named_modules() if id(module) in own]
+    return frozenset(stored.names[f"{name}.weight"] for name in tables)
 
 
 def matches(patterns: Any, name: str) -> bool:

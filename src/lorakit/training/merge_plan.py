@@ -36,16 +36,16 @@ class Output:
     value: Tensor | None = None
 
 
-class Plan:
+class MergePlan:
     """Every file and tensor that will be written. Making it raises all that can be refused."""
 
     def __init__(self, folder: Path, adapter: Adapter | Path, dtype: torch.dtype | None) -> None:
         self.folder, self.adapter = folder, adapter
         self.shards = shards_of(folder)
         self.task = _task(folder, adapter)
-        self.model = structure(
-            str(folder), labels=None if self.task.answers else self.task.labels, named=self.task.named
-        )
+        labels = None if self.task.answers else self.task.labels
+        speaks = _task_type(adapter) == "CAUSAL_LM"
+        self.model = structure(str(folder), labels=labels, named=self.task.named, speaks=speaks)
         self.stored = Stored(self.model, self.shards)
         self.fold = Fold(self.stored, adapter)
         self.dtype = dtype
@@ -125,9 +125,16 @@ class Plan:
         return next(dtype for dtype in dtypes if dtype is not None and dtype.is_floating_point)
 
 
+def _task_type(adapter: Adapter | Path) -> str | None:
+    """PEFT's word for what the adapter was trained for, where it says so."""
+    if isinstance(adapter, Adapter):
+        return adapter.task_type
+    return adapter_config(str(adapter)).get("task_type") if is_adapter(adapter) else None
+
+
 def _task(folder: Path, adapter: Adapter | Path) -> Task:
     """What the merged model is for. The classes of a classifier are told by the adapter's folder."""
-    if isinstance(adapter, Adapter) or not is_adapter(adapter):
-        return task_of(str(folder), None)
-    known = adapter_config(str(adapter)).get("task_type") in (None, "CAUSAL_LM", "SEQ_CLS")
-    return task_of(str(folder), str(adapter) if known else None)
+    told = not isinstance(adapter, Adapter) and is_adapter(adapter)
+    if told and _task_type(adapter) in (None, "CAUSAL_LM", "SEQ_CLS"):
+        return task_of(str(folder), str(adapter))
+    return task_of(str(folder), None)

@@ -10,7 +10,7 @@ from typing import Any
 from ..core.reading import json_of
 from ..formats.shards import INDEX
 from .adapter_folder import beside
-from .merge_plan import Plan
+from .merge_plan import MergePlan
 from .merging import write_generation_config
 from .models import Loaded, load_tokenizer
 from .style import Style
@@ -23,7 +23,7 @@ _WEIGHTS = (
 _OF_CLASSES = ("id2label", "label2id", "problem_type")
 
 
-def carry_rest(plan: Plan, part: Path) -> None:
+def carry_rest(plan: MergePlan, part: Path) -> None:
     """All that a model's folder holds beside its weights, as the merged model needs it."""
     for entry in others(plan.folder):
         if entry.is_dir():
@@ -39,7 +39,7 @@ def carry_rest(plan: Plan, part: Path) -> None:
     _write_json(part / "config.json", _config(config, plan))
 
 
-def _tokenizer(plan: Plan, part: Path) -> Any:
+def _tokenizer(plan: MergePlan, part: Path) -> Any:
     """Write what asks and answers need: the adapter's own tokenizer, its style, where answers end.
 
     Returns the tokenizer, None where neither base nor adapter has one.
@@ -62,7 +62,7 @@ def _tokenizer(plan: Plan, part: Path) -> Any:
     return tokenizer
 
 
-def _config(said: dict[str, Any], plan: Plan) -> dict[str, Any]:
+def _config(said: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
     """The base's config.json, as the merged model needs it: its class, classes, dtype, whether the head is tied."""
     said = said | {"architectures": [type(plan.model).__name__]}
     own = plan.model.config.to_dict()

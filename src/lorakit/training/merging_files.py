@@ -41,7 +41,7 @@ from ..formats.shards import (
 )
 from .adapter_folder import is_adapter
 from .fold import cast
-from .merge_plan import Output, Plan
+from .merge_plan import MergePlan, Output
 from .merge_rest import carry_rest, is_weight, others
 from .merging import MERGING, refuse_used
 from .style import FILE as STYLE
@@ -122,7 +122,7 @@ def merge_files(
     finished = out.note is not None and out.note.state == "finished" and out.note.record == record
     if not finished:
         refuse_used(out, [str(path) for path in inputs], overwrite)
-    plan = Plan(folder, source, wanted)
+    plan = MergePlan(folder, source, wanted)
     if finished and not overwrite:  # interrupted when all that was left was to say so
         return _merged(plan, resumed=len(plan.files), unmoved=0)
     with out.held():
@@ -147,14 +147,14 @@ def merge_files(
     return _merged(plan, len(written), unmoved)
 
 
-def _merged(plan: Plan, resumed: int, unmoved: int) -> MergedFiles:
+def _merged(plan: MergePlan, resumed: int, unmoved: int) -> MergedFiles:
     outputs = [output for own in plan.outputs.values() for output in own.values()]
     changed = sum(output.unit is not None or output.value is not None for output in outputs)
     untied = bool(plan.fold.untied)
     return MergedFiles(len(plan.files), len(outputs), changed, len(plan.fold.updates), resumed, unmoved, untied)
 
 
-def _write(new: OutputFolder, plan: Plan, written: list[str]) -> None:
+def _write(new: OutputFolder, plan: MergePlan, written: list[str]) -> None:
     """Write the safetensors files that are not there yet, and all others, into the new folder."""
     left = [file for file in plan.files if file not in written]
     with _bar("merging", sum(total_size(plan.tensors(file).values()) for file in left)) as bar:
@@ -165,7 +165,7 @@ def _write(new: OutputFolder, plan: Plan, written: list[str]) -> None:
         carry_rest(plan, part)
 
 
-def _write_file(path: Path, plan: Plan, file: str, bar: Any) -> None:
+def _write_file(path: Path, plan: MergePlan, file: str, bar: Any) -> None:
     outputs, tensors = plan.outputs[file], plan.tensors(file)
     ready: dict[str, Tensor] = {}  # of a unit whose other tensors come later in this file
     with ShardWriter(path, tensors, plan.shards.metadata[file]) as writer:
@@ -187,7 +187,7 @@ def _write_file(path: Path, plan: Plan, file: str, bar: Any) -> None:
             bar.update(planned.size)
 
 
-def _check(folder: Path, plan: Plan) -> int:
+def _check(folder: Path, plan: MergePlan) -> int:
     """Read what was written again, and compare it with base + adapter. Returns how many updates moved no row.
 
     Raises LoraError where the two differ.
@@ -211,7 +211,7 @@ def _check(folder: Path, plan: Plan) -> int:
     return list(moved.values()).count(False)
 
 
-def _check_kept(name: str, entry: Entry, output: Output, plan: Plan) -> None:
+def _check_kept(name: str, entry: Entry, output: Output, plan: MergePlan) -> None:
     """Raise LoraError where a tensor that the adapter does not update is not what it was, or was to be."""
     if output.value is not None:
         same = torch.equal(entry.read(), output.value)
@@ -282,7 +282,7 @@ def _digest(adapter: Adapter | Path) -> str:
     return digest.hexdigest()
 
 
-def _refuse_full(out: OutputFolder, plan: Plan, written: list[str]) -> None:
+def _refuse_full(out: OutputFolder, plan: MergePlan, written: list[str]) -> None:
     """Raise LoraError where the disk has no space for what is still to be written."""
     needed = sum(
         len(header_of(plan.tensors(file), plan.shards.metadata[file])) + total_size(plan.tensors(file).values())

@@ -120,29 +120,30 @@ def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTra
     return model
 
 
-def structure(name: str, *, labels: tuple[str, ...] | None, named: bool = True) -> PreTrainedModel:
+def structure(
+    name: str, *, labels: tuple[str, ...] | None, named: bool = True, speaks: bool = False
+) -> PreTrainedModel:
     """The model on the meta device: names and shapes, no memory.
 
-    labels=None: of the class that its configuration names, or else a causal LM; otherwise a classifier as
-    `load_classifier` makes it.
+    labels: makes it a classifier as `load_classifier` does. None: it is of the class that its configuration names, or
+    a causal LM where `speaks` says so and that class has no head: a base that was saved without one.
     """
     import transformers
 
     folder, options = locate(name)
+    settings = {} if labels is None else _of_labels(labels, named)
     with quietly(), reading(name, folder), torch.device("meta"):
-        if labels is not None:
-            config = transformers.AutoConfig.from_pretrained(folder, **options, **_of_labels(labels, named))
-            classifier: PreTrainedModel = transformers.AutoModelForSequenceClassification.from_config(config)
-            return classifier
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        config = transformers.AutoConfig.from_pretrained(folder, **options, **settings)
         own = next(iter(getattr(config, "architectures", None) or ()), "")
-        # One that ends in Model has no head: a base that was saved without it, which the adapter may bring.
-        headed = "Model" not in own or own.endswith("LMHeadModel")
-        cls = getattr(transformers, own, None) if headed else None
-        model: PreTrainedModel = (
-            transformers.AutoModelForCausalLM.from_config(config) if cls is None else cls._from_config(config)
-        )
-    return model
+        cls = getattr(transformers, own, None)
+        if labels is not None:
+            model = transformers.AutoModelForSequenceClassification.from_config(config)
+        elif cls is None or (speaks and own.endswith("Model") and not own.endswith("LMHeadModel")):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        else:
+            model = cls._from_config(config)
+    built: PreTrainedModel = model
+    return built
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
