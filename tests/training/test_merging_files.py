@@ -348,7 +348,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         "stored as U8, so the base is quantised",
     ),
     "quantised": (quantised, r"is quantised \(gptq\)"),
-    "no model": (lambda base, adapter: (base / "config.json").unlink(), r"no config\.json.*hf download"),
+    "no model": (lambda base, adapter: (base / "config.json").unlink(), r"no model folder: it has no config\.json"),
     "no adapter": (lambda base, adapter: shutil.rmtree(adapter), "adapter: no such adapter folder"),
 }
 
@@ -362,6 +362,31 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(
     with pytest.raises((LoraError, FileNotFoundError), match=message):
         lorakit.merge_files(base, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_packed_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "model.gguf").touch()
+    with pytest.raises(LoraError, match=r"packed is a \.gguf file; only safetensors files are merged shard by shard"):
+        lorakit.merge_files(tmp_path / "packed", tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_model_of_the_hub_is_fetched_without_its_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, _ = base_and_adapter(tmp_path, "linear", torch.float32)
+    asked: dict[str, Any] = {}
+
+    def fetched(name: str, **options: Any) -> str:
+        asked[name] = options
+        return str(base)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    monkeypatch.setattr("lorakit.training.merging_files.locate", lambda name: (name, {}))
+    lorakit.merge_files("someone/llama", adapter, tmp_path / "merged")
+    assert {"*.bin", "*.gguf", "consolidated*"} <= set(asked["someone/llama"]["ignore_patterns"])
+    assert "*.safetensors" not in asked["someone/llama"]["ignore_patterns"]
+    assert (tmp_path / "merged" / "config.json").is_file()
 
 
 def test_a_tie_that_no_setting_undoes_is_refused(tmp_path: Path) -> None:
@@ -516,7 +541,7 @@ def test_files_of_another_merge_are_not_gone_on_with(
 
 
 _KILLED = """
-import os, signal, sys, json
+import json, os, shutil, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -537,37 +562,47 @@ def counted(owner, name):
 import transformers, transformers.models.llama.modeling_llama
 for owner, name in ((os, "replace"), (os, "fsync"), (shards.ShardWriter, "_next"), (folder, "remove")):
     counted(owner, name)
-seen = []
-at = 1
-while True:
+def contents(folder):
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and ".lorakit" not in path.parts]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+def merged(at):
+    # The exit status of a process that is killed at the moment of this number, 0 for none.
     child = os.fork()
     if child == 0:
         moment[0] = at
         lorakit.merge_files(base, adapter, out)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    there = sorted(path.name for path in out.iterdir() if path.name != ".lorakit") if out.exists() else []
-    seen.append(there)
+    return os.waitpid(child, 0)[1]
+
+merged(0)
+whole, seen, at = contents(out), [], 1
+while True:
+    shutil.rmtree(out)
+    status = merged(at)
+    there = contents(out)
     if status == 0:
         break
-    at += 7  # each time a little further than the one before came, from where it was left
+    # Whoever finds config.json finds all of the model; before that there is nothing that could be taken for one.
+    assert "config.json" not in there or there == whole, (at, sorted(there))
+    assert merged(0) == 0, at
+    assert contents(out) == whole, at
+    seen.append(len(there))
+    at += 3
 print(json.dumps(seen))
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_merge_that_was_killed_at_any_moment_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    base, adapter, _ = base_and_adapter(tmp_path, "linear", torch.float32)
-    lorakit.merge_files(base, adapter, tmp_path / "whole")
+    """At each third of the moments in which a tensor is written, a file is synced, renamed or removed."""
+    base, adapter, _ = base_and_adapter(tmp_path, "linear", torch.float32, shard="60KB")
     command = [sys.executable, "-c", _KILLED, str(base), str(adapter), str(tmp_path / "merged")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
-    assert len(seen) > 5
-    # Whoever finds config.json finds all of the model; before that there is nothing that could be taken for one.
-    whole = sorted(path.name for path in (tmp_path / "whole").iterdir() if path.name != ".lorakit")
-    assert all("config.json" not in there or there == whole for there in seen)
-    assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+    files = len(list(base.iterdir()))
+    assert seen[0] == 0 and any(0 < there < files for there in seen)  # also while all is put in its place
 
 
 _MEASURED = """

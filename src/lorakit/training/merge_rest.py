@@ -15,11 +15,13 @@ from .merging import write_generation_config
 from .models import Loaded, load_tokenizer
 from .style import Style
 
-# Weights in any form, and what belongs to them: none of them may lie beside the merged ones.
-_WEIGHTS = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"),
-    *(".onnx_data", ".tflite", ".mlmodel", ".nemo"),
+# How the names of weights end in formats that are not merged.
+OTHER_WEIGHTS = (
+    *(".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".tflite", ".mlmodel"),
+    ".nemo",
 )
+# None of them may lie beside the merged ones.
+_WEIGHTS = (".safetensors", ".index.json", *OTHER_WEIGHTS)
 _OF_CLASSES = ("id2label", "label2id", "problem_type")
 
 

@@ -41,8 +41,9 @@ from ..formats.shards import (
 )
 from .adapter_folder import is_adapter
 from .fold import cast
+from .locating import locate
 from .merge_plan import MergePlan, Output
-from .merge_rest import carry_rest, is_weight, others
+from .merge_rest import OTHER_WEIGHTS, carry_rest, is_weight, others
 from .merging import MERGING, refuse_used
 from .style import FILE as STYLE
 from .task import LABELS
@@ -223,15 +224,16 @@ def _check_kept(name: str, entry: Entry, output: Output, plan: MergePlan) -> Non
 
 
 def _folder_of(base: str | Path) -> Path:
-    """The base's folder. Raises FileNotFoundError for what is none, LoraError for one that is quantised."""
-    folder = Path(expanded(base))
-    if is_adapter(folder):
-        raise LoraError(f"{folder} is an adapter's folder; the base is to be a model's.")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{base} is no model folder here: it has no config.json. Only files that are here can be merged shard by "
-            f"shard; a model of the hub is fetched by: hf download {base} --local-dir FOLDER"
-        )
+    """The base's folder; a model of the hub is fetched first, as far as it is not here already.
+
+    Raises FileNotFoundError for what is none, LoraError for one that is quantised or no safetensors.
+    """
+    if is_adapter(expanded(base)):
+        raise LoraError(f"{base} is an adapter's folder; the base is to be a model's.")
+    found, options = locate(str(base))
+    if "gguf_file" in options:
+        raise LoraError(f"{base} is a .gguf file; only safetensors files are merged shard by shard. Merge in memory.")
+    folder = Path(found) if Path(found).is_dir() else _fetched(found)
     config = json_of(folder / "config.json", dict)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if quantised := part.get("quantization_config"):
@@ -240,6 +242,14 @@ def _folder_of(base: str | Path) -> Path:
                 f"{folder} is quantised ({method}). Merge into the base in plain weights (bfloat16, float16, float32)."
             )
     return folder
+
+
+def _fetched(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # Mistral's models have all weights a second time in files of this name.
+    others = ["consolidated*", *(f"*{end}" for end in OTHER_WEIGHTS)]
+    return Path(snapshot_download(hub_id, ignore_patterns=others))
 
 
 def _dtype_of(said: str | torch.dtype | None) -> torch.dtype | None:
