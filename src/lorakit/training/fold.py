@@ -25,7 +25,7 @@ from ..core.errors import LoraError
 from ..core.exchange import insert
 from ..core.format import format_of
 from ..core.layouts import Lookup
-from ..core.matrix import add_product
+from ..core.matrix import add_product, dora_gain, precise
 from ..core.parameters import AdaptedParameter
 from ..formats.shards import Entry
 from .merge_check import Rows, Weight
@@ -209,14 +209,17 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _merged(layer: AdaptedLayer, update: Update, weight: Tensor) -> Tensor:
-    """g ⊙ (W + s·ΔW) as `AdaptedLayer.adapted_weight` gives it. Without a gain it is written on the weight itself."""
+    """g ⊙ (W + s·ΔW), written on the weight itself: the bits of `AdaptedLayer.merge`, which needs a second weight."""
     with torch.no_grad(), _holding(layer, weight):
         layer.take_update(update, factor_dtype(weight))
-        if update.magnitude is not None:
-            return layer.adapted_weight()
-        product = layer.as_product(weight)
-        add_product(product, product, *layer._factor_matrices(), layer.scaling)
-    return weight
+        if update.magnitude is None:
+            product = layer.as_product(weight)
+            add_product(product, product, *layer._factor_matrices(), layer.scaling)
+            return weight
+        total = layer.matrix(precise(weight))
+        total += layer._dense().mul_(layer.scaling)
+        total *= dora_gain(layer.lora_magnitude, torch.linalg.vector_norm(total, dim=1))[:, None]
+        return weight.copy_(layer.from_matrix(total))
 
 
 @contextlib.contextmanager
