@@ -399,6 +399,21 @@ def test_a_tie_that_no_setting_undoes_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_weight_that_is_computed_is_refused(tmp_path: Path) -> None:
+    """Wav2Vec2's positions have weight_norm."""
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, conv_dim=[16],
+        conv_kernel=[3], conv_stride=[2], num_feat_extract_layers=1, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = made(transformers.Wav2Vec2Model, config)
+    model.save_pretrained(tmp_path / "base")
+    lorakit.attach(model, ["pos_conv_embed.conv"], rank=2)
+    lorakit.save(model, tmp_path / "adapter")
+    with pytest.raises(LoraError, match=r"pos_conv_embed\.conv\.weight cannot be merged: .*computes its weight"):
+        lorakit.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 def test_the_bases_folder_and_others_are_no_output(tmp_path: Path) -> None:
     base, adapter, _ = base_and_adapter(tmp_path, "linear", torch.float32)
     before = {path: path.read_bytes() for path in base.iterdir()}
@@ -514,8 +529,9 @@ def test_a_merge_that_was_stopped_goes_on_at_the_file_that_it_was_writing(
         merged = lorakit.merge_files(base, adapter, tmp_path / "merged")
     files = sorted(path.name for path in base.glob("*.safetensors"))
     assert (merged.resumed, begun) == (2, files[2:])
-    assert "2 of 5 files had been written before" in merged.notes[0]
+    assert "2 of 5 files were there already" in merged.notes[0]
     assert contents(tmp_path / "merged") == contents(tmp_path / "whole")
+    assert lorakit.merge_files(base, adapter, tmp_path / "merged").resumed == 5  # and then there is nothing to do
 
 
 @pytest.mark.parametrize("other", ["adapter", "base", "dtype"])

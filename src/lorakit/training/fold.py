@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from ..core.adapted import AdaptedLayer
 from ..core.adapter import Adapter, Update
-from ..core.attach import adapted_layers, factor_dtype
+from ..core.attach import factor_dtype
 from ..core.beside import AddsBeside
 from ..core.errors import LoraError
 from ..core.exchange import insert
 from ..core.format import format_of
 from ..core.layouts import Lookup
 from ..core.matrix import add_product, dora_gain, precise
-from ..core.parameters import AdaptedParameter
+from ..core.parameters import AdaptedParameter, adapted_parameters
 from ..formats.shards import Entry
 from .merge_check import Rows, Weight
 from .stored import Stored, StoredHost, Unit, part_of
@@ -57,26 +57,20 @@ class Fold:
             if not isinstance(adapter, Adapter):
                 adapter = format_of(adapter, None).read(Path(adapter), host, None)
             heads = _embeddings(stored)
-            transposed = {
-                name: isinstance(update.layout, Lookup) or host.stored_transposed(name)
-                for name, update in adapter.updates.items()
-                if name in host.modules or name.rpartition(".")[0] in host.modules
-            }
             adapter = self._without_ties(adapter)
             insert(stored.model, adapter)
         except ValueError as error:
             raise LoraError(f"{where}: {error}") from None
-        layers = adapted_layers(stored.model)
-        self.updates = {
-            stored.names[_weight_name(name, layer)]: Folded(layer, adapter.updates[name], transposed[name])
-            for name, layer in layers.items()
-        }
+        self.updates: dict[str, Folded] = {}
+        for name, update in adapter.updates.items():
+            layer = _layer_of(name, host)
+            weight = _weight_name(name, layer)
+            transposed = isinstance(update.layout, Lookup) or host.stored_transposed(name)
+            self._refuse_unmergeable(weight, layer)
+            self.updates[stored.names[weight]] = Folded(layer, update, transposed)
         self.values = {stored.names[name]: value for name, value in adapter.trained.items()}
         self.untied = self._untied(heads)
         self._refuse_homeless()
-        for name, own in self.updates.items():
-            if isinstance(own.layer, AddsBeside):
-                self._refuse_unmergeable(name, own.layer)
 
     @property
     def changed(self) -> set[str]:
@@ -193,12 +187,17 @@ class Fold:
                 )
 
     def _refuse_unmergeable(self, name: str, layer: AdaptedLayer) -> None:
-        units = self.stored.units_for.get(name, ())
-        whole = self.stored.parameter(name) if units else None
-        reason = "no file holds it whole"
-        if whole is not None:
-            with _holding(layer, whole):
-                reason = layer.merge_refusal() or ""
+        """A layer of another class is tried with its weight: only then it is known whether it uses that as it is."""
+        if not isinstance(layer, AddsBeside):
+            return
+        if name in self.stored.names:
+            weight = self.stored.parameter(name)
+            if weight is None:
+                return  # `_refuse_homeless` says so
+            with _holding(layer, weight):
+                reason = layer.merge_refusal()
+        else:
+            reason = layer.merge_refusal()  # its weight is computed
         if reason:
             raise LoraError(f"{name} cannot be merged: {reason}. Leave the adapter unmerged.")
 
@@ -233,6 +232,15 @@ def _holding(layer: AdaptedLayer, weight: Tensor) -> Iterator[None]:
     finally:
         for module, before in zip((owner, layer), parameters, strict=True):
             module._parameters.update(before)
+
+
+def _layer_of(name: str, host: StoredHost) -> AdaptedLayer:
+    """The layer, or the adapted parameter, of an update of this name."""
+    module = host.modules.get(name)
+    if isinstance(module, AdaptedLayer):
+        return module
+    owner, _, local = name.rpartition(".")
+    return adapted_parameters(host.modules[owner])[local] if module is None else adapted_parameters(module)["weight"]
 
 
 def _weight_name(name: str, layer: AdaptedLayer) -> str:

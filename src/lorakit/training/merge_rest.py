@@ -36,8 +36,8 @@ def carry_rest(plan: MergePlan, part: Path) -> None:
         _write_json(part / INDEX, plan.index())
     config = json_of(plan.folder / "config.json", dict)
     tokenizer = _tokenizer(plan, part)
-    if tokenizer is not None:
-        config.setdefault("pad_token_id", tokenizer.pad_token_id)
+    if tokenizer is not None and config.get("pad_token_id") is None:
+        config["pad_token_id"] = tokenizer.pad_token_id
     _write_json(part / "config.json", _config(config, plan))
 
 

@@ -54,7 +54,7 @@ class MergedFiles:
     """What was written and checked.
 
     files, tensors: how many in all; changed: tensors that are not the base's; updates: of the adapter, each of which
-    found its weight. resumed: files that an interrupted merge had written. unmoved: updates too small to change any of
+    found its weight. resumed: files that an earlier call had written. unmoved: updates too small to change any of
     the rows that were looked at, in the dtype of the weights. untied: whether head and embedding were one and are two.
     """
 
@@ -77,7 +77,9 @@ class MergedFiles:
         """What a reader must know."""
         notes = []
         if self.resumed:
-            notes.append(f"{self.resumed} of {self.files} files had been written before the merge was interrupted.")
+            notes.append(
+                f"{self.resumed} of {self.files} files were there already: they are of an earlier call of this merge."
+            )
         if self.unmoved:
             notes.append(
                 f"{self.unmoved} of {self.updates} updates changed none of the numbers that were looked at: they are "
@@ -125,7 +127,7 @@ def merge_files(
         refuse_used(out, [str(path) for path in inputs], overwrite)
     plan = MergePlan(folder, source, wanted)
     if finished and not overwrite:  # interrupted when all that was left was to say so
-        return _merged(plan, resumed=len(plan.files), unmoved=0)
+        return _merged(plan, resumed=len(plan.files), unmoved=_check(out.path, plan))
     with out.held():
         out.refuse_others()
         new = out.new
