@@ -402,8 +402,8 @@ def test_a_tie_that_no_setting_undoes_is_refused(tmp_path: Path) -> None:
 def test_a_weight_that_is_computed_is_refused(tmp_path: Path) -> None:
     """Wav2Vec2's positions have weight_norm."""
     config = transformers.Wav2Vec2Config(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, conv_dim=[16],
-        conv_kernel=[3], conv_stride=[2], num_feat_extract_layers=1, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, num_feat_extract_layers=1,
+        conv_dim=[16], conv_kernel=[3], conv_stride=[2], num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
     )  # fmt: skip
     model = made(transformers.Wav2Vec2Model, config)
     model.save_pretrained(tmp_path / "base")
