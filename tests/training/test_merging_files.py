@@ -1,5 +1,6 @@
 """An adapter folded into its base's files has the bits of a merge in memory, and the model is never there."""
 
+import errno
 import json
 import os
 import shutil
@@ -207,6 +208,15 @@ def test_older_names_in_the_files_stay(tmp_path: Path) -> None:
     assert_same(loaded(tmp_path / "merged", cls, torch.float32), in_memory(base, adapter, cls, torch.float32))
 
 
+def test_two_tied_tensors_that_both_lie_in_the_files_are_two_afterwards(tmp_path: Path) -> None:
+    base, adapter, cls = base_and_adapter(tmp_path, "blocks, a tied embedding", torch.float32, shard="1GB")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert lorakit.merge_files(base, adapter, tmp_path / "merged").untied
+    assert_same(loaded(tmp_path / "merged", cls, torch.float32), in_memory(base, adapter, cls, torch.float32))
+
+
 def test_tensors_that_the_model_does_not_know_are_carried_over(tmp_path: Path) -> None:
     base, adapter, _ = base_and_adapter(tmp_path, "linear", torch.float32, shard="1GB")
     more = {"mtp.layers.0.weight": torch.randn(3, 3), "scales": torch.arange(4, dtype=torch.uint8)}
@@ -399,6 +409,17 @@ def test_a_tie_that_no_setting_undoes_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize(("targets", "whole"), [(["q_proj"], ["embed_tokens"]), (["embed_tokens"], [])])
+def test_a_vocabulary_that_was_resized_is_refused(targets: list[str], whole: list[str], tmp_path: Path) -> None:
+    model: Any = models.llama()
+    model.save_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(70)
+    lorakit.attach(model, targets, rank=2, also_train=whole)
+    lorakit.save(model, tmp_path / "adapter")
+    with pytest.raises(LoraError, match=r"embed_tokens\.weight has 70 rows, .* 64: .*resize_token_embeddings\(70\)"):
+        lorakit.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
 def test_a_weight_that_is_computed_is_refused(tmp_path: Path) -> None:
     """Wav2Vec2's positions have weight_norm."""
     config = transformers.Wav2Vec2Config(
@@ -495,8 +516,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
-    """From the file of this number on, Ctrl-C comes in its middle. Returns the names of the files that were begun."""
+def interrupted(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException | None = None) -> list[str]:
+    """From the file of this number on, an error comes in its middle. Returns the names of the files that were begun."""
     begun: list[str] = []
     carry, enter = shards.ShardWriter._next, shards.ShardWriter.__enter__
 
@@ -506,7 +527,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
 
     def stopped(self: Any, *args: Any) -> None:
         if len(begun) > after and len(self._left) < len(self.tensors):
-            raise KeyboardInterrupt
+            raise error or KeyboardInterrupt
         carry(self, *args)
 
     monkeypatch.setattr(shards.ShardWriter, "__enter__", entered)
@@ -514,14 +535,22 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> list[str]:
     return begun
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyboardInterrupt(), "the same command goes on"),
+        (OSError(errno.ENOSPC, "No space left on device"), r"could not be written: No space.*MB are free there"),
+    ],
+    ids=["Ctrl-C", "a full disk"],
+)
 def test_a_merge_that_was_stopped_goes_on_at_the_file_that_it_was_writing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter, _ = base_and_adapter(tmp_path, "linear", torch.float32)
     lorakit.merge_files(base, adapter, tmp_path / "whole")
     with monkeypatch.context() as stopping:
-        interrupted(stopping, after=2)
-        with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        interrupted(stopping, 2, error)
+        with pytest.raises(type(error), match=message):
             lorakit.merge_files(base, adapter, tmp_path / "merged")
     assert contents(tmp_path / "merged") == {}
     with monkeypatch.context() as counting:

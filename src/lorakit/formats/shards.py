@@ -80,11 +80,6 @@ class Shards:
     metadata: dict[str, dict[str, str]]  # of each file
     index: dict[str, Any] | None = None  # what the index says beside the files of the tensors
 
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest file."""
-        return max((self.folder / file).stat().st_size for file in self.files)
-
     def inside(self, file: str) -> list[str]:
         """The tensors of a file, in its order."""
         own = self.folder / file

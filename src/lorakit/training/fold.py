@@ -57,6 +57,7 @@ class Fold:
             if not isinstance(adapter, Adapter):
                 adapter = format_of(adapter, None).read(Path(adapter), host, None)
             heads = _embeddings(stored)
+            self._refuse_other_vocabulary(adapter, heads)
             adapter = self._without_ties(adapter)
             insert(stored.model, adapter)
         except ValueError as error:
@@ -126,6 +127,20 @@ class Fold:
         whole = cast(unit.to_model({own: entries[own].read() for own in unit.names})[name], dtype)
         whole = whole if unit.part is None else whole[0]
         return lambda first, count: whole[first : first + count]
+
+    def _refuse_other_vocabulary(self, adapter: Adapter, heads: frozenset[str]) -> None:
+        """Rows of new tokens are drawn at random where the adapter does not bring them, so a model must make them."""
+        found = {name: len(value) for name, value in adapter.trained.items() if name in heads}
+        for name, update in adapter.updates.items():
+            if isinstance(update.layout, Lookup):
+                found[f"{name}.weight"] = update.A.shape[1]
+        for name, rows in found.items():
+            own = self.stored.shapes.get(name)
+            if own is not None and own[0] != rows:
+                raise LoraError(
+                    f"{name} has {rows} rows, one for each token, and the model has {own[0]}: the vocabulary was "
+                    f"resized. Merge in memory: model.resize_token_embeddings({rows}), lorakit.load, lorakit.bake."
+                )
 
     def _without_ties(self, adapter: Adapter) -> Adapter:
         """The adapter without values that are the base's own: PEFT saves the table of an embedding that it adapts.

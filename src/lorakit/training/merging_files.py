@@ -27,6 +27,7 @@ from ..core.numbers import size
 from ..core.paths import expanded
 from ..core.reading import json_of
 from ..formats import peft
+from ..formats.files import remove
 from ..formats.folder import OutputFolder
 from ..formats.shards import (
     CODES,
@@ -135,6 +136,7 @@ def merge_files(
         written = [file for file in plan.files if goes_on and file in new.own]
         if not goes_on:
             out.drop_new()
+        remove(new.hidden / "part")  # half of a file, whose room is needed
         _refuse_full(out, plan, written)
         if not goes_on:
             new.begin(record)
