@@ -159,10 +159,12 @@ def test_one_file_is_merged_like_several(tmp_path: Path) -> None:
         (models.llama, {"target_modules": ["q_proj", "down_proj"]}),
         (models.llama, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
         (models.gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        # PEFT saves the table of the embedding beside its factors.
+        (models.llama, {"target_modules": ["embed_tokens"]}),
         # On the weight as it is: A₀ and B₀ are computed from the one in the file.
         (models.llama, {"target_modules": ["q_proj"], "init_lora_weights": "pissa", "task_type": "CAUSAL_LM"}),
     ],
-    ids=["linear", "DoRA", "Conv1D", "PiSSA"],
+    ids=["linear", "DoRA", "Conv1D", "embedding", "PiSSA"],
 )
 def test_the_numbers_are_those_that_peft_merges(
     make: Callable[[], Any], settings: dict[str, Any], tmp_path: Path

@@ -91,10 +91,8 @@ class Fold:
         parameters = unit.to_model(given)
         for name in list(parameters):
             if name in self.values:
-                value = self.values[name]
-                value = value if unit.part is None else value[unit.part : unit.part + 1]
-                parameters[name] = value.to(parameters[name].dtype)
-            elif name in self.updates:
+                parameters[name] = self._value(name, unit).to(parameters[name].dtype, copy=True)
+            if name in self.updates:
                 own = self.updates[name]
                 parameters[name] = _merged(own.layer, part_of(unit, own.update), parameters[name])
         return unit.to_files(parameters)
@@ -105,17 +103,16 @@ class Fold:
         written: the entries of the written file, by their names in the base's. Raises LoraError where they differ.
         """
         moved: dict[str, bool] = {}
-        for name in set(unit.targets) & self.updates.keys() - self.values.keys():
-            own = self.updates[name]
-            before = self._rows(unit, name, self.stored.shards.tensors, dtype)
+        for name in self.changed.intersection(unit.targets):
             after = self._rows(unit, name, written, None)
-            shape = self.stored.shapes[name] if unit.part is None else self.stored.shapes[name][1:]
-            weight = Weight(name, own.update, shape, own.transposed, unit.part)
-            moved[name] = weight.check(before, after)
-        for name in set(unit.targets) & self.values.keys():
-            found = unit.to_model({own: written[own].read() for own in unit.names})[name]
-            value = self.values[name] if unit.part is None else self.values[name][unit.part : unit.part + 1]
-            if not torch.equal(found, value.to(found.dtype)):
+            if name in self.updates:
+                own = self.updates[name]
+                before = self._rows(unit, name, self.stored.shards.tensors, dtype)
+                if name in self.values:
+                    before = _rows_of(self._value(name, unit).to(after(0, 1).dtype), unit)
+                shape = self.stored.shapes[name] if unit.part is None else self.stored.shapes[name][1:]
+                moved[name] = Weight(name, own.update, shape, own.transposed, unit.part).check(before, after)
+            elif not torch.equal(found := unit.to_model(_read(unit, written))[name], self._value(name, unit).to(found)):
                 raise LoraError(f"{name}: the file does not hold what was trained. Nothing was put in place.")
         return moved
 
@@ -124,9 +121,12 @@ class Fold:
         if unit.rule is None:
             entry = entries[unit.names[0]]
             return lambda first, count: cast(entry.read_rows(first, count), dtype)
-        whole = cast(unit.to_model({own: entries[own].read() for own in unit.names})[name], dtype)
-        whole = whole if unit.part is None else whole[0]
-        return lambda first, count: whole[first : first + count]
+        return _rows_of(cast(unit.to_model(_read(unit, entries))[name], dtype), unit)
+
+    def _value(self, name: str, unit: Unit) -> Tensor:
+        """What takes the place of the unit's part of a parameter."""
+        value = self.values[name]
+        return value if unit.part is None else value[unit.part : unit.part + 1]
 
     def _refuse_other_vocabulary(self, adapter: Adapter, heads: frozenset[str]) -> None:
         """Rows of new tokens are drawn at random where the adapter does not bring them, so a model must make them."""
@@ -151,11 +151,11 @@ class Fold:
         trained = dict(adapter.trained)
         for tie in self.stored.ties:
             given = [name for name in trained if self.stored.names.get(name) in tie and not name.startswith(own)]
-            if len(given) == len(tie):
+            if len(given) in (0, len(tie)):
                 continue
-            present = [weight for name in tie if (weight := self.stored.parameter(name)) is not None]
+            present = next((weight for name in tie if (weight := self.stored.parameter(name)) is not None), None)
             for name in given:
-                if present and torch.equal(trained[name].to(present[0].dtype), present[0]):
+                if present is not None and torch.equal(trained[name].to(present), present):
                     del trained[name]
                     continue
                 others = ", ".join(sorted(tie - {self.stored.names[name]}))
@@ -215,6 +215,16 @@ class Fold:
             reason = layer.merge_refusal()  # its weight is computed
         if reason:
             raise LoraError(f"{name} cannot be merged: {reason}. Leave the adapter unmerged.")
+
+
+def _read(unit: Unit, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    return {name: entries[name].read() for name in unit.names}
+
+
+def _rows_of(whole: Tensor, unit: Unit) -> Rows:
+    """Those of a parameter; of the expert's matrix where it is a part of a stack."""
+    weight = whole if unit.part is None else whole[0]
+    return lambda first, count: weight[first : first + count]
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
