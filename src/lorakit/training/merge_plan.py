@@ -90,7 +90,8 @@ class MergePlan:
     def _added(self) -> dict[str, Output]:
         """What the base's files do not hold: the second of two parameters that were tied, a head that was trained."""
         added: dict[str, Output] = {}
-        for name in sorted(self.fold.untied - self.stored.units_for.keys() - self.fold.values.keys()):
+        values = self.fold.values.keys() - self.fold.updates.keys()
+        for name in sorted(self.fold.untied - self.stored.units_for.keys() - values):
             tie = next(tie for tie in self.stored.ties if name in tie)
             source = next(unit for own in tie for unit in self.stored.units_for.get(own, ()))
             if source.rule is not None:
@@ -99,7 +100,7 @@ class MergePlan:
             entry = self.shards.tensors[unit.names[0]]
             added[name] = Output(self._planned(entry, self._asked(name)), unit.names[0], unit)
         for name, value in self.fold.values.items():
-            if name not in self.stored.units_for:
+            if name not in self.stored.units_for and name not in added:
                 own = self._asked(name) or self._base_dtype()
                 value = value.to(own) if value.is_floating_point() else value
                 added[name] = Output(Planned.of(value), value=value.contiguous())
