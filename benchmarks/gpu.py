@@ -1,14 +1,14 @@
 """The layers of Llama-3-8B on one GPU, forward and backward in bfloat16: time and memory against the frozen layer.
 
     python benchmarks/gpu.py            under eight minutes; writes results/<name of the GPU>.json
-    python benchmarks/gpu.py --quick    two rows, written nowhere
+    python benchmarks/gpu.py --quick    two rows, not written to a file
 
-time: ratio to the floor, the frozen layer whose input needs a gradient; minima of CUDA events, the variants in turns.
-"lorakit" is lorakit as it comes; "lorakit kernels" is the same with LORAKIT_KERNELS=1. kept: bytes kept for the
-backward pass over those of the input. peak: the most memory that a step takes beyond the floor's step, over the bytes
-of the input. TFLOP/s are the floor's.
+time: ratio to the floor, which is the frozen layer whose input needs a gradient. Times are minima by CUDA events, with
+the variants taking turns. "lorakit" is lorakit by default; "lorakit kernels" is lorakit with LORAKIT_KERNELS=1. kept:
+bytes kept for the backward pass, divided by the bytes of the input. peak: the most memory that a step takes beyond the
+floor's step, divided by the bytes of the input. TFLOP/s are the floor's.
 
-Without a GPU every number is "not measured", and says so.
+Without a GPU every number is "not measured".
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ NOT_INSTALLED = "not installed"
 
 
 class EventClock:
-    """Seconds of a step between two CUDA events, behind a gigabyte or two written to memory.
+    """Seconds of a step between two CUDA events, after writing two gigabytes to memory.
 
-    That empties the L2 cache, and takes about a millisecond in which the host runs ahead of the device, as it does in
-    training: what is timed is the device's work, not the launching of it.
+    The writing empties the L2 cache and takes about a millisecond. In that time the host runs ahead of the device, as
+    in training, so the device's work is timed and not its launch.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ def with_kernels(step: Callable[[], Tensor]) -> Tensor:
 
 
 def peak_bytes(step: Callable[[], Any], x: Tensor) -> int:
-    """The most memory in use at any moment of the step, beyond what was before."""
+    """The peak of memory in use during the step, beyond what was in use before it."""
     x.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -105,9 +105,9 @@ def measured(name: str, tokens: int, rank: int, dropout: float, clock: EventCloc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="two rows, written nowhere")
+    parser.add_argument("--quick", action="store_true", help="two rows, not written to a file")
     quick = parser.parse_args().quick
-    os.environ.pop("LORAKIT_KERNELS", None)  # which the caller may have set
+    os.environ.pop("LORAKIT_KERNELS", None)  # the caller may have set it
     clock = EventClock() if torch.cuda.is_available() else None
     rows = []
     for name, tokens, rank, dropout in QUICK if quick and clock else ROWS:

@@ -1,14 +1,15 @@
-"""A forward pass of a model as each method serves it, over one of the model itself (Hu et al. 2021, table 1).
+"""The time of a forward pass with each method, divided by that of the plain model (Hu et al. 2021, table 1).
 
-    python benchmarks/latency.py        a quarter of an hour on two threads fast at bfloat16, else half an hour
+    python benchmarks/latency.py        15 minutes on two threads if bfloat16 is fast, otherwise 30 minutes
 
-LoRA merged has the model's own layers, as has a fully fine-tuned model: its ratio says how far the others' are to be
-trusted. LoRA unmerged is how many adapters share one model. Adapters add layers that run one after the other, which
-costs most where a pass is short. A prefix adds positions: 32 to each sequence.
+LoRA merged has only the model's own layers, like a fully fine-tuned model, so its ratio shows the measurement error of
+the others. LoRA unmerged is used when many adapters share one model. Adapters add layers that run one after the other,
+which costs most if a pass is short. A prefix adds 32 positions to each sequence.
 
-Measured is the transformer without the vocabulary's head, which is the same for all and would hide a part of the
-difference: it is a fifth of SmolLM2's operations. Everything is in the model's dtype, what was inserted too, though it
-trains in float32. GPT-2 medium is the paper's model, here with random weights, which take as long as trained ones.
+The transformer is measured without the vocabulary's head. The head is the same for all methods and would hide a part of
+the difference: it is a fifth of SmolLM2's operations. Everything is in the model's dtype, including inserted modules,
+although they train in float32. GPT-2 medium is the paper's model, here with random weights, which take as long as
+trained ones.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import nn
 
 import lorakit
 from lorakit.study.methods.baselines import METHODS
-from lorakit.study.methods.structure import base_of
+from lorakit.study.methods.structure import base_model_of
 
 THREADS = 2
 SMOLLM2 = [(batch, length) for batch in (1, 8, 32) for length in (128, 256, 512)]
@@ -41,11 +42,11 @@ def smollm2(dtype: torch.dtype) -> Any:
     """The blocks of SmolLM2-135M, without its head."""
     from lorakit.training.models import load_causal_lm
 
-    return base_of(load_causal_lm(measure.smollm2(), dtype=str(dtype).removeprefix("torch.")).model)
+    return base_model_of(load_causal_lm(measure.smollm2(), dtype=str(dtype).removeprefix("torch.")).model)
 
 
 def gpt2_medium(dtype: torch.dtype) -> Any:
-    """A model of GPT-2 medium's sizes, without a head."""
+    """A model with GPT-2 medium's sizes, without a head."""
     from transformers import GPT2Config, GPT2Model
 
     torch.manual_seed(0)
@@ -53,7 +54,7 @@ def gpt2_medium(dtype: torch.dtype) -> Any:
 
 
 def variants(model: nn.Module) -> dict[str, nn.Module]:
-    """The model, and a copy with each method, of the size that METHODS gives it, ready to serve."""
+    """The model, and a copy with each method at its default size in METHODS, ready for inference."""
     dtype = next(model.parameters()).dtype
     made = {"plain": model}
     for name, method in SERVED.items():
@@ -62,7 +63,7 @@ def variants(model: nn.Module) -> dict[str, nn.Module]:
         METHODS[method]().apply(own)
         for local, parameter in own.named_parameters():
             if "lora_B" in local:
-                nn.init.normal_(parameter, std=0.02)  # no longer the update of zeros that it begins as
+                nn.init.normal_(parameter, std=0.02)  # so that the update is not zero
         if name == "LoRA merged":
             lorakit.merge(own)
         for parameter in own.parameters():  # not the buffers: rotary frequencies stay in float32

@@ -2,10 +2,10 @@
 
     python benchmarks/layer.py        about two minutes on one thread
 
-time: ratio to the floor, the frozen layer whose input needs a gradient. kept: bytes for the backward pass over those
-of the input. Each library as it comes: loralib has its factors in the weight's dtype, PEFT and lorakit in float32.
-products alone: torch's eight products without autograd, dropout and casts, over the frozen layer's two: what nothing
-made of the same products can beat.
+time: ratio to the floor, which is the frozen layer whose input needs a gradient. kept: bytes kept for the backward
+pass, divided by the bytes of the input. Each library has its defaults: loralib's factors are in the weight's dtype,
+those of PEFT and lorakit in float32. products alone: torch's eight products without autograd, dropout and casts,
+divided by the frozen layer's two. It is the lower limit for code that computes the same products.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ loralib, peft = measure.optional("loralib"), measure.optional("peft")
 def variants(
     inputs: int, outputs: int, dtype: torch.dtype, dropout: float, rank: int = RANK, device: str = "cpu"
 ) -> dict[str, nn.Module]:
-    """The frozen layer, and the same adapted by each library that is installed; alpha is twice the rank."""
+    """The frozen layer, and copies of it adapted by each installed library; alpha is twice the rank."""
     torch.manual_seed(0)
     floor = nn.Linear(inputs, outputs, device=device).to(dtype).requires_grad_(False)
     made = {"floor": floor}
@@ -41,7 +41,7 @@ def variants(
 
 
 def adapted(floor: nn.Module, dropout: float, rank: int = RANK, dora: bool = False) -> dict[str, nn.Module]:
-    """Copies of a frozen layer, adapted by PEFT, if it is installed, and by lorakit."""
+    """Copies of a frozen layer, adapted by lorakit and, if it is installed, by PEFT."""
     made = {}
     if peft:
         settings = dict(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, use_dora=dora)
@@ -55,7 +55,7 @@ def adapted(floor: nn.Module, dropout: float, rank: int = RANK, dora: bool = Fal
 
 
 def conv_variants(dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
-    """3×3 over 64 channels. loralib's factors make an update of three times the rank, and its dropout does nothing."""
+    """3 × 3 over 64 channels. loralib's factors give an update of three times the rank; its dropout does nothing."""
     torch.manual_seed(0)
     floor = nn.Conv2d(64, 64, 3, padding=1).to(dtype).requires_grad_(False)
     made: dict[str, nn.Module] = {"floor": floor}
@@ -76,7 +76,7 @@ def fused_variants(dtype: torch.dtype, dropout: float) -> dict[str, nn.Module]:
 
 
 def training_steps(layers: dict[str, nn.Module], x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Forward and backward through each layer, its update no longer zero."""
+    """Forward and backward through each layer, with an update that is not zero."""
     for layer in layers.values():
         for local, parameter in layer.named_parameters():
             if "lora_B" in local:
@@ -93,7 +93,7 @@ def training_steps(layers: dict[str, nn.Module], x: Tensor) -> dict[str, Callabl
 
 
 def bare_products(floor: nn.Linear, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """The products of the frozen layer alone, and those with the six thin ones: what is left without autograd."""
+    """The two products of the frozen layer, and these with the six thin ones, both without autograd."""
     X, W = x.detach().flatten(0, -2), floor.weight
     A, B = torch.randn(RANK, X.shape[1]).to(x.dtype), torch.randn(len(W), RANK).to(x.dtype)
     dY = torch.randn(len(X), len(W)).to(x.dtype)
@@ -132,7 +132,7 @@ def row(name: str, layers: dict[str, nn.Module], x: Tensor, dropout: float) -> d
 
 
 def shared_input(dtype: torch.dtype) -> dict[str, Any]:
-    """q, k and v of SmolLM2: what reading X once for the three, their factors A stacked, would save."""
+    """q, k and v of SmolLM2: what it would save to stack their factors A, so that X is read only once."""
     X = torch.randn(TOKENS, 576).to(dtype)
     A = [torch.randn(RANK, 576).to(dtype) for _ in range(3)]
     dS = [torch.randn(TOKENS, RANK).to(dtype) for _ in range(3)]

@@ -1,10 +1,10 @@
-"""Importing, loading and letting go: what it costs to have an adapter, against PEFT.
+"""The cost of importing, loading and removing an adapter, compared with PEFT.
 
-    python benchmarks/load.py        some two minutes
+    python benchmarks/load.py        about two minutes
 
-import: seconds beyond `import torch`, in fresh interpreters. load: an adapter of 100 modules, rank 16, from PEFT's
-folder into a model, over reading its file's bytes with safetensors. rounds: memory of the process after 1,000 rounds of
-load and detach, against after the first hundred.
+import: seconds beyond `import torch`, in new interpreters. load: loading an adapter of 100 modules, rank 16, from
+PEFT's folder into a model and removing it, divided by reading the file's bytes with safetensors. rounds: memory of the
+process after 1,000 rounds of load and detach, minus that after the first hundred.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def model() -> nn.ModuleDict:
 
 
 def saved(folder: Path) -> None:
-    """An adapter of all modules in PEFT's format, its B away from zero."""
+    """Save an adapter of all modules in PEFT's format, with B not zero."""
     net = model()
     lorakit.attach(net, "layer*", rank=16)
     for name, parameter in net.named_parameters():
@@ -44,7 +44,10 @@ def saved(folder: Path) -> None:
 
 
 def import_seconds(package: str, times: int = 5) -> float:
-    """The least of several fresh interpreters, torch already imported; lorakit, which is lazy, with what it does."""
+    """The shortest time in several new interpreters, with torch already imported.
+
+    lorakit imports lazily, so its main functions are looked up too.
+    """
     used = "lorakit.attach; lorakit.save; lorakit.load" if package == "lorakit" else "peft.LoraConfig"
     script = (
         "import torch, time, warnings; warnings.simplefilter('ignore'); began = time.perf_counter();"
@@ -70,7 +73,7 @@ def load_times(folder: Path) -> dict[str, float]:
             peft.PeftModel.from_pretrained(theirs, str(folder)).unload()
 
     def read() -> None:
-        # every byte touched: the file is mapped, not read
+        # clone touches every byte: the file is only mapped into memory
         for tensor in safetensors.torch.load_file(file).values():
             tensor.clone()
 
@@ -83,7 +86,7 @@ def resident() -> int:
 
 
 def growth(folder: Path) -> int:
-    """Bytes of memory that the process holds more after ROUNDS rounds of load and detach than after a tenth of them."""
+    """The bytes by which memory grows from ROUNDS / 10 rounds of load and detach to ROUNDS rounds."""
     net = model()
     early = 0
     for index in range(ROUNDS):

@@ -1,7 +1,7 @@
-"""What the benchmarks share: interleaved minima, the bytes kept for a backward pass, tables, results with their origin.
+"""Shared by the benchmarks: interleaved minima, bytes kept for a backward pass, tables, results with their origin.
 
-Times are ratios to a floor measured in the same process, in turns with it: absolute times say nothing on a machine that
-others use. The minimum of the turns is the one that was disturbed least.
+Times are ratios to a floor that is measured in the same process, in alternation: absolute times say nothing on a
+machine that others use. The minimum is the time that was disturbed least.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def wall_seconds(step: Callable[[], Any]) -> float:
-    """How long one step takes on the wall's clock."""
+    """The wall-clock time of one step, in seconds."""
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin
@@ -40,7 +40,10 @@ def minima(
     least: int = 7,
     clock: Callable[[Callable[[], Any]], float] = wall_seconds,
 ) -> dict[str, float]:
-    """The shortest time of each step in seconds by `clock`, the steps taking turns for about that long each."""
+    """The shortest time of each step in seconds by `clock`. The steps take turns, for about `seconds` each.
+
+    least: the smallest number of turns.
+    """
     best: dict[str, float] = {}
     for step in steps.values():
         step()  # allocators and threads wake up
@@ -61,7 +64,7 @@ def smollm2() -> str:
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor has instructions for it: without them the products are emulated, and say nothing."""
+    """Whether the processor has bfloat16 instructions. Without them products are emulated, and times say nothing."""
     products = {dtype: torch.randn(512, 512).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     times = minima({str(dtype): partial(torch.matmul, own, own) for dtype, own in products.items()}, 0.1)
     ratio = times["torch.bfloat16"] / times["torch.float32"]
@@ -71,7 +74,7 @@ def has_bfloat16() -> bool:
 
 
 def kept_bytes(forward: Callable[[], Any], constants: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward, each storage once, without those of `constants`."""
+    """The bytes that autograd keeps between forward and backward, each storage once and without `constants`."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -80,7 +83,7 @@ def kept_bytes(forward: Callable[[], Any], constants: Iterable[Tensor]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # alive until the sum is taken: a freed storage's address may serve again
+        result = forward()  # kept alive until the sum, because a freed storage's address may be used again
     own = {tensor.untyped_storage().data_ptr() for tensor in constants}
     total = sum(size for pointer, size in kept.items() if pointer not in own)
     del result
@@ -88,8 +91,8 @@ def kept_bytes(forward: Callable[[], Any], constants: Iterable[Tensor]) -> int:
 
 
 def operations(step: Callable[[], Any]) -> int:
-    """Floating-point operations of the products in `step`, a multiplication and an addition counting as two."""
-    # torch's counter does not know the products that add in place: their shapes are those of the sum and the factors.
+    """Floating-point operations of the products in `step`. A multiplication and an addition count as two."""
+    # torch's counter does not know the products that add in place. Their arguments are the sum and the two factors.
     in_place = dict.fromkeys(
         (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_),
         lambda total, left, right, **_: 2 * math.prod(left) * right[-1],
@@ -100,7 +103,7 @@ def operations(step: Callable[[], Any]) -> int:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """One line for each row, columns in the order of the first."""
+    """Print one line for each row, with the columns in the order in which they first occur."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     cells = [columns, *([text(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
@@ -109,7 +112,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def write(name: str, command: str, rows: list[dict[str, Any]]) -> None:
-    """`results/<name>.json`: the rows, with the command, the commit and the machine that they come from."""
+    """Write `results/<name>.json`: the rows, with the command, the commit and the machine that they come from."""
     RESULTS.mkdir(exist_ok=True)
     record = {"command": command, "commit": commit(), "machine": machine(), "rows": rows}
     path = RESULTS / f"{name}.json"
@@ -118,7 +121,7 @@ def write(name: str, command: str, rows: list[dict[str, Any]]) -> None:
 
 
 def optional(name: str) -> ModuleType | None:
-    """The library of that name, if it is installed: what is compared with what there is."""
+    """The library of this name if it is installed, otherwise None."""
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
 
 

@@ -1,10 +1,10 @@
-"""Folding updates into weights: how fast, against copying the weights once.
+"""The time to merge updates into weights, compared with copying the weights once.
 
     python benchmarks/merge.py        about a minute on one thread
 
-copy GB/s: bytes read and written by copying the weight. time: ratio to that copy, which no merge that keeps the
-original can beat. The update of rank 16 is added in float32 and rounded once; loralib adds in place, and so loses the
-original; PEFT's safe_merge=False the same.
+copy GB/s: bytes read and written when the weight is copied. time: ratio to that copy, which is the lower limit for a
+merge that keeps the original. The update of rank 16 is added in float32 and rounded once. loralib, and PEFT with
+safe_merge=False, add in place and lose the original.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHAPES = [(576, 576), (576, 1536), (2048, 2048), (4096, 4096)]
 
 
 def rounds(made: dict[str, nn.Module]) -> dict[str, Callable[[], Any]]:
-    """A merge of each library's layer, taken back where that costs nothing."""
+    """A merge of each library's layer. It is undone if that costs nothing."""
 
     def mine() -> None:
         layer = made["lorakit"][0]  # type: ignore[index]

@@ -1,10 +1,11 @@
-"""Peak memory: what `lorakit train` plans before it starts, against what it measures.
+"""Peak memory: what `lorakit train` plans before it starts, compared with what it measures.
 
-    python benchmarks/plan.py        about five minutes on two cores that do nothing else
+    python benchmarks/plan.py        about five minutes on two idle cores
 
-Each setting trains a few steps in a process of its own; both figures are those that it prints. Measured is the highest
-resident memory from the first step to the end of training, loading the model left out. SmolLM2-135M is real, the other
-models have random weights. It fails if a plan is below what was measured, or more than a quarter above.
+Each setting trains a few steps in a separate process, which prints both numbers. The measured number is the highest
+resident memory from the first step to the end of training, without loading the model. SmolLM2-135M has its real
+weights; the other models have random ones. The benchmark fails if a plan is below what was measured, or more than a
+quarter above it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lorakit.training.models import load_tokenizer
 
 EXAMPLE = measure.ROOT / "examples" / "toolcalls"
 ABOVE = 1.25  # planned ÷ measured, at most
-_VOCABULARY = 49_152  # of SmolLM2's tokenizer, which the random models read with
+_VOCABULARY = 49_152  # of SmolLM2's tokenizer, which the random models use
 
 
 def smollm2(folder: Path) -> str:
@@ -34,7 +35,7 @@ def smollm2(folder: Path) -> str:
 
 
 def gpt2(folder: Path) -> str:
-    """Six layers of 768, learned positions, layers that hold their weight transposed."""
+    """Six layers of width 768, learnt positions, transposed weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=_VOCABULARY, n_layer=6, bos_token_id=0, eos_token_id=0)
@@ -42,7 +43,7 @@ def gpt2(folder: Path) -> str:
 
 
 def qwen2(folder: Path) -> str:
-    """Eight layers of 640 below a vocabulary of 151,936."""
+    """Eight layers of width 640 and a vocabulary of 151,936."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -58,7 +59,7 @@ def qwen2(folder: Path) -> str:
 
 
 def bert(folder: Path) -> str:
-    """Eight layers of 512, a classifier."""
+    """A classifier with eight layers of width 512."""
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
@@ -79,7 +80,7 @@ def _random(model: Any, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """model: makes its folder. tokens: of every row; None takes the demo's rows. flags: further ones."""
+    """model: makes the model's folder. tokens: of every row; None: the demo's rows. flags: further flags."""
 
     model: Callable[[Path], str]
     rows: int
@@ -110,7 +111,7 @@ SETTINGS = [
 
 
 def texts(path: Path, tokens: int, labelled: bool) -> Path:
-    """32 rows of more than so many tokens each: plain text, all of it learnt, or with a label."""
+    """Write 32 rows of more than `tokens` tokens each: plain text, or text with a label."""
     words = " ".join(json.loads(line)["prompt"] for line in (EXAMPLE / "train.jsonl").read_text().splitlines())
     rows: list[dict[str, str]] = [{"text": words[50 * start : 50 * start + 8 * tokens]} for start in range(32)]
     for number, row in enumerate(rows):
@@ -120,7 +121,7 @@ def texts(path: Path, tokens: int, labelled: bool) -> Path:
 
 
 def figures(printed: str) -> tuple[float, float]:
-    """Measured and planned GB out of what a run prints."""
+    """The measured and the planned GB from what a run prints."""
     found = re.search(r"peak memory ([\d.]+) (GB|MB) \(planned ([\d.]+) (GB|MB)\)", printed)
     assert found, printed
     unit = {"GB": 1.0, "MB": 1e-3}
@@ -128,13 +129,13 @@ def figures(printed: str) -> tuple[float, float]:
 
 
 def arguments(setting: Setting, folder: Path) -> list[str]:
-    """Of `lorakit train`."""
+    """The arguments of `lorakit train`."""
     data, tokens = EXAMPLE, setting.tokens
     if tokens is not None:
         data = texts(folder / "text.jsonl", tokens, setting.model is bert)
     flags = ["--model", setting.model(folder / "model"), "--data", str(data), "--output-dir", f"{folder}/out"]
     flags += ["--dtype", setting.dtype, "--batch-size", f"{setting.rows}", "--holdout", "0", "--eval-samples", "0"]
-    # Rows of one length need few steps until memory grows no more; rows of many lengths need more of them.
+    # With rows of one length, memory stops growing after few steps. Rows of many lengths need more steps.
     flags += ["--max-steps", f"{12 if tokens is None else 3}", *setting.flags]
     if tokens is not None:
         flags += ["--max-seq-length", f"{tokens}", "--too-long", "truncate"]
@@ -142,7 +143,7 @@ def arguments(setting: Setting, folder: Path) -> list[str]:
 
 
 def run(setting: Setting) -> tuple[float, float]:
-    """Measured and planned GB."""
+    """The measured and the planned GB of a setting."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "lorakit", "train", *arguments(setting, Path(folder))]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -1,13 +1,13 @@
 """A whole training step of SmolLM2-135M: time and peak memory of lorakit, loralib, PEFT and full fine-tuning.
 
-    python benchmarks/step.py            some ten minutes on two cores; needs 20 GB of memory
+    python benchmarks/step.py            about ten minutes on two cores; needs 20 GB of memory
 
-4 rows of 256 tokens, all linear layers but the head, r = 16, two threads; AdamW takes its step. Each variant lives in a
-process of its own, and the processes take turns, one step each, so that all meet the same disturbances.
+4 rows of 256 tokens, all linear layers except the head, r = 16, two threads, with AdamW's step. Each variant runs in a
+separate process. The processes take turns, one step each, so that all have the same disturbances.
 
-time: the shortest step over the floor's, the frozen model with an input that needs a gradient. Nothing that trains
-through the model can be faster. peak: the most memory that the process held in a step, floor in GB and the others
-beyond it.
+time: the shortest step, divided by that of the floor, which is the frozen model with an input that needs a gradient.
+Nothing that trains through the model can be faster. peak: the most memory that the process held in a step: GB for the
+floor, and GB beyond the floor for the others.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VARIANTS = ["floor", "lorakit", "loralib", "PEFT", "full"]
 
 
 def load(dtype: torch.dtype) -> Any:
-    """SmolLM2-135M-Instruct from its package, with plain weights."""
+    """SmolLM2-135M-Instruct from its package, dequantised."""
     from lorakit.training.models import load_causal_lm
 
     return load_causal_lm(measure.smollm2(), dtype=str(dtype).removeprefix("torch.")).model
@@ -66,7 +66,7 @@ def adapt(variant: str, model: Any, dropout: float) -> Any:
 
 
 def worker(variant: str, dtype: torch.dtype, dropout: float) -> None:
-    """One variant: a step for each line read, its seconds written; at the end, the peak of memory in bytes."""
+    """Run one variant. For each line read, take a step and write its seconds; at the end, write the peak in bytes."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     model = adapt(variant, load(dtype), dropout)
@@ -111,7 +111,7 @@ def compare(dtype: torch.dtype, dropout: float, steps: int) -> list[dict[str, An
         return 0.0 if line == "ready" else float(line)
 
     try:
-        for variant in VARIANTS:  # one after the other: two that load at once take far more than twice as long
+        for variant in VARIANTS:  # one after the other: loading two at once takes more than twice as long
             own = [*command, variant, "--dtype", name, "--dropout", str(dropout)]
             processes[variant] = subprocess.Popen(own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             answer(processes[variant])
@@ -138,9 +138,9 @@ def compare(dtype: torch.dtype, dropout: float, steps: int) -> list[dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8, help="of which the shortest counts")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one of the two alone")
-    parser.add_argument("--dropout", type=float, help="one alone, of 0.05 and 0")
+    parser.add_argument("--steps", type=int, default=8, help="number of steps; the shortest counts")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="measure only this dtype")
+    parser.add_argument("--dropout", type=float, help="measure only this dropout (default: 0.05 and 0)")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -1,7 +1,7 @@
-"""The tables of docs/performance.md and docs/results.md, out of what the benchmarks and the experiments found.
+"""The tables of docs/performance.md and docs/results.md, from the results of the benchmarks and the experiments.
 
     python benchmarks/tables.py            writes them
-    python benchmarks/tables.py --check    says which are not those of the results, and fails
+    python benchmarks/tables.py --check    names the pages whose tables do not match the results, and fails
 
 A table stands between <!-- layer --> and <!-- end -->: benchmarks/results/layer.json, or, in docs/results.md, what
 `lorakit compare` wrote to benchmarks/experiments/results/NAME.
@@ -24,12 +24,12 @@ _TABLE = re.compile(r"<!-- (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def measured(name: str) -> str:
-    """What benchmarks/results holds under this name."""
+    """The table of benchmarks/results/<name>.json."""
     return table(json.loads((measure.RESULTS / f"{name}.json").read_text(encoding="utf-8")))
 
 
 def compared(name: str) -> str:
-    """What a comparison wrote, its headings a level lower."""
+    """The tables that a comparison wrote, with headings one level lower."""
     return re.sub(r"^## ", "### ", (EXPERIMENTS / name / "compare.md").read_text(encoding="utf-8"), flags=re.M).rstrip()
 
 
@@ -37,7 +37,7 @@ PAGES: dict[Path, Callable[[str], str]] = {DOCS / "performance.md": measured, DO
 
 
 def table(record: dict[str, Any]) -> str:
-    """The rows of a benchmark as Markdown, and where they come from. Rows that all say the same make one line."""
+    """The rows of a benchmark as Markdown, and where they come from. If nothing was measured, one line says so."""
     rows = record["rows"]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     said = {value for row in rows for value in row.values() if str(value).startswith("not measured")}
@@ -51,7 +51,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def filled(page: str, content: Callable[[str], str]) -> str:
-    """The page with every table made anew."""
+    """The page with every table replaced by a new one."""
     return _TABLE.sub(lambda match: f"<!-- {match['name']} -->\n{content(match['name'])}\n<!-- end -->", page)
 
 

@@ -1,4 +1,4 @@
-"""Adapters made without training, whose answers are known beforehand."""
+"""Adapters made without training, so that their answers are known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import lorakit
 
 
 def classifier_adapter(base: Path, folder: Path, labels: tuple[str, ...], always: int = 0, value: float = 0.0) -> Path:
-    """An adapter whose head gives class number `always` to every text; without labels it predicts `value`."""
+    """An adapter whose head gives every text the class number `always`; without labels it predicts `value`."""
     from lorakit.training.models import load_classifier
 
     model = load_classifier(str(base), labels=labels, dtype="float32").model
@@ -27,7 +27,7 @@ def classifier_adapter(base: Path, folder: Path, labels: tuple[str, ...], always
 
 
 def language_adapter(base: Path, folder: Path, scale: float = 0.03, **style: Any) -> Path:
-    """An adapter of a language model with factors that say something, and the style it was trained in."""
+    """An adapter of a language model with factors that are not zero, and the style it was trained in."""
     from lorakit.training.models import load_causal_lm
 
     loaded = load_causal_lm(str(base), dtype="float32")

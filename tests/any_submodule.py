@@ -1,8 +1,8 @@
-"""For mypy: in tests, what is read from a module by a name that its class does not declare has any type.
+"""For mypy: in tests, attributes of a module that its class does not declare have the type Any.
 
-torch declares `nn.Module.__getattr__` as Tensor | Module, because either may be there. So `model.encoder.layer.weight`
-is an error at every dot, and a test is full of such names: it made the model, and knows what is there. Without this,
-each would need a cast. lorakit itself is read without it.
+torch declares `nn.Module.__getattr__` as Tensor | Module, because it may be either. So `model.encoder.layer.weight`
+is an error at every dot. Tests are full of such names: a test made the model and knows its attributes. Without this,
+each would need a cast. lorakit itself is checked without it.
 """
 
 from collections.abc import Callable

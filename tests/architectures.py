@@ -15,7 +15,7 @@ PIXELS = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to make a model, what to give it, and which output is compared."""
+    """How to make a model, its inputs, and which output is compared."""
 
     cls: str
     config: str
@@ -37,7 +37,7 @@ class Architecture:
 
 
 def spread(model: nn.Module) -> nn.Module:
-    """The model with weights so large that every layer can be seen in its output."""
+    """The model with weights so large that every layer changes its output."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in name.lower():

@@ -1,4 +1,4 @@
-"""A comparison made by hand: two tasks, six methods, and everything that a table has to say of them."""
+"""A comparison made by hand: two tasks, six methods, and everything that a table has to show."""
 
 from lorakit.study.comparison.results import Comparison, Interval, MethodRow, TaskFacts
 

@@ -14,7 +14,7 @@ def _seeded() -> None:
 
 @pytest.fixture(scope="module")
 def few_objects() -> Iterator[None]:
-    """What is imported by now is passed over by the garbage collector, which each of Trainer's trainings calls."""
+    """Exclude what is imported by now from garbage collection, which every training run of Trainer starts."""
     import trl  # noqa: F401
 
     gc.collect()
@@ -39,7 +39,7 @@ CHATML = (
 
 
 def tiny_tokenizer(chat_template: str | None = CHATML, bos: bool = False):
-    """A byte-level tokenizer of a few hundred tokens, with ChatML's markers and, if asked, a beginning token."""
+    """A byte-level tokenizer of a few hundred tokens, with ChatML's markers and, if asked, a BOS token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -101,7 +101,7 @@ def _flowed(model: Any) -> Tensor:
 
 @functools.cache
 def _timm() -> SimpleNamespace:
-    """Its models. They do not use torchvision, which timm imports beside them and which a CPU's torch cannot load from
+    """timm's models. They do not use torchvision, which timm imports and which a CPU build of torch cannot load from
     the package index.
     """
     absent = [name for name in _TORCHVISION if name not in sys.modules]
@@ -122,12 +122,12 @@ def _convnext() -> nn.Module:
 
 
 def _efficientnet() -> nn.Module:
-    """Its strided convolutions pad as they are called (Conv2dSame), the others as they are made."""
+    """Strided convolutions pad when they are called (Conv2dSame); the others have fixed padding."""
     blocks = _timm().decode_arch_def([["ds_r1_k3_s1_e1_c8_se0.25"], ["ir_r1_k3_s2_e2_c16_se0.25"]])
     model: nn.Module = _timm().EfficientNet(blocks, num_classes=3, stem_size=8, num_features=32, pad_type="same")
     for name, statistic in model.named_buffers():
         if name.endswith("running_var"):
-            statistic.fill_(0.02)  # what thin layers leave of their input, so that they can be seen in the output
+            statistic.fill_(0.02)  # about what small layers leave of their input, so that all layers affect the output
     return model
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 
 def load_in_peft(base: nn.Module, folder: Path, ignored: str | None = None) -> nn.Module:
-    """PEFT's own loading; a warning (missing keys, unknown fields) is an error, its use of a deprecated name is not.
+    """PEFT's own loading. A warning (missing keys, unknown fields) is an error, except that of a deprecated name.
 
-    ignored: the beginning of a warning that says nothing wrong about the folder.
+    ignored: the beginning of a warning that does not concern the folder.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error")

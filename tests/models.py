@@ -102,7 +102,7 @@ class Block(nn.Module):
 
 
 def conv_net() -> nn.Module:
-    """A small residual net in the manner of timm: plain, strided and depthwise convolutions, norms, a head."""
+    """A small residual net in timm's style: plain, strided and depthwise convolutions, norms, a head."""
 
     torch.manual_seed(0)
     return nn.Sequential(
@@ -117,7 +117,7 @@ def conv_net() -> nn.Module:
 
 
 def train_a_little(model: nn.Module) -> None:
-    """Move every trainable parameter away from where it began."""
+    """Change every trainable parameter, so that it differs from its start."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The pages and the notebooks: their links lead somewhere, their line numbers are right, their code runs."""
+"""The pages and the notebooks: their links work, their line numbers are right, their code runs."""
 
 import importlib.util
 import json
@@ -54,7 +54,7 @@ def test_relative_links_and_images_point_at_what_exists(page: Path) -> None:
 
 
 def test_line_numbers_of_links_into_the_code_are_right(capsys: pytest.CaptureFixture[str]) -> None:
-    """Stale ones are put right by `python docs/links.py`."""
+    """`python docs/links.py` corrects stale numbers."""
     status = load("links").main(["--check"])
     assert (capsys.readouterr().out, status) == ("", 0)
 
@@ -91,9 +91,9 @@ def test_links_py_finds_definitions_rewrites_numbers_and_refuses_unknown_names(
 
 @pytest.mark.parametrize("page", [page for page in DOCS if blocks_of(page)], ids=name_of)
 def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
-    """In a process of their own: compatibility.md puts lorakit in the place of loralib.
+    """They run in a separate process, because compatibility.md replaces loralib by lorakit.
 
-    Those of the README are run by test_package.py, each on its own.
+    test_package.py runs those of the README, each separately.
     """
     program = ""
     for line, block in blocks_of(page):
@@ -105,7 +105,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_notebooks_run_and_print_what_they_show() -> None:
-    """In a process of their own. What they print is put right by `python docs/notebooks.py`."""
+    """They run in a separate process. `python docs/notebooks.py` corrects what they print."""
     assert len(NOTEBOOKS) == 2
     done = subprocess.run(
         [sys.executable, "-W", "error", "docs/notebooks.py", "--check"], capture_output=True, text=True, cwd=ROOT

@@ -1,4 +1,4 @@
-"""What belongs to the whole process is after a call what it was before: environment, log levels, warnings, streams."""
+"""A call does not change the state of the process: environment, log levels, warnings, streams."""
 
 import contextlib
 import gc
@@ -56,7 +56,7 @@ def state() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def unchanged() -> Iterator[None]:
-    """A user's own levels before the block, and after it."""
+    """The user's log levels before the block and after it."""
     import sklearn.metrics  # noqa: F401  an import sets up its library, once for the process
     import trl  # noqa: F401
 

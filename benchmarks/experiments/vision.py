@@ -1,4 +1,4 @@
-"""A small convolutional network that knows digits, to be adapted to clothes: MNIST, then Fashion-MNIST.
+"""Train a small convolutional network on digits (MNIST), which is then adapted to clothes (Fashion-MNIST).
 
     python benchmarks/experiments/prepare.py images
     python benchmarks/experiments/vision.py              under two minutes on one thread
@@ -7,9 +7,9 @@
                      mean over the image                                                  (n, 96)
                      head                                                                 (n, classes)
 
-trains the network on 4,000 digits, says how many of the other 1,000 it knows, and writes its weights to
-.data/models/digits.safetensors. `pretrained` gives it back with a new head, `clothes` the images to adapt it to.
-Convolutions have no bias, since the norm behind each would take it away again.
+The program trains the network on 4,000 digits, prints its accuracy on the other 1,000, and writes its weights to
+.data/models/digits.safetensors. `pretrained` returns the network with a new head, `clothes` the images to adapt it to.
+Convolutions have no bias, because the norm after each would remove it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ConvNet(nn.Module):
 
 @dataclass(frozen=True)
 class Images:
-    """Pixels from −1 to 1, (n, 1, 28, 28), and what they show, (n,)."""
+    """Pixels from −1 to 1, (n, 1, 28, 28), and the class of each image, (n,)."""
 
     pixels: Tensor
     labels: Tensor
@@ -82,7 +82,7 @@ def read(name: str, split: str) -> Images:
 
 
 def clothes(train: int, valid: int, test: int, seed: int = 0) -> dict[str, Images]:
-    """So many images of Fashion-MNIST for each split, drawn by the seed; those of the test are the same for all."""
+    """Images of Fashion-MNIST for each split, drawn by the seed. The test images are the same for every seed."""
     drawn = read("fashion", "train").shuffled(seed)
     return {
         "train": drawn[:train],
@@ -92,7 +92,7 @@ def clothes(train: int, valid: int, test: int, seed: int = 0) -> dict[str, Image
 
 
 def pretrained(classes: int = CLASSES, seed: int = 0) -> ConvNet:
-    """The network that knows digits, in `eval()`, with a new head drawn by the seed."""
+    """The network trained on digits, in eval mode, with a new head drawn by the seed."""
     if not WEIGHTS.is_file():
         raise FileNotFoundError(f"there is no {WEIGHTS}: run python benchmarks/experiments/vision.py")
     with torch.random.fork_rng():
@@ -104,9 +104,9 @@ def pretrained(classes: int = CLASSES, seed: int = 0) -> ConvNet:
 
 
 def train(model: nn.Module, images: Images, epochs: int, learning_rate: float, seed: int = 0) -> None:
-    """AdamW over what requires a gradient, in an order drawn by the seed; the rate rises and falls once."""
+    """Train what requires a gradient with AdamW and OneCycleLR, on rows in an order drawn by the seed."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    steps = epochs * (len(images) // BATCH)  # an incomplete batch is left out: a norm of few images is a poor one
+    steps = epochs * (len(images) // BATCH)  # without an incomplete batch, whose norm statistics would be poor
     optimizer = torch.optim.AdamW(parameters, learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()
@@ -123,7 +123,7 @@ def train(model: nn.Module, images: Images, epochs: int, learning_rate: float, s
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images) -> float:
-    """The share of the images that `model`, in `eval()`, knows."""
+    """The share of the images that `model`, in eval mode, classifies correctly."""
     right = 0
     for start in range(0, len(images), 500):
         some = images[start : start + 500]

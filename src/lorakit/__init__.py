@@ -17,13 +17,13 @@ from typing import Any as _Any
 
 if _TYPE_CHECKING:
     from .core.adapted import AdaptedLayer as AdaptedLayer
-    from .core.adapted import LoRALayer as LoRALayer
     from .core.adapter import Update as Update
     from .core.attach import adapted_layers as adapted_layers
     from .core.attach import attach as attach
     from .core.attach import detach as detach
     from .core.beside import Beside as Beside
     from .core.combine import combine as combine
+    from .core.dequantize import dequantize as dequantize
     from .core.diagnose import diagnose as diagnose
     from .core.errors import LoraError as LoraError
     from .core.exchange import extract as extract
@@ -39,6 +39,7 @@ if _TYPE_CHECKING:
     from .core.layers import Embedding as Embedding
     from .core.layers import Linear as Linear
     from .core.layers import MergedLinear as MergedLinear
+    from .core.lora_layer import LoRALayer as LoRALayer
     from .core.loralib import install_as_loralib as install_as_loralib
     from .core.optimizing import parameter_groups as parameter_groups
     from .core.optimizing import parameters as parameters
@@ -56,7 +57,8 @@ if _TYPE_CHECKING:
     from .training.merging_files import merge_files as merge_files
 
 _HOME = {
-    "core.adapted": ("AdaptedLayer", "LoRALayer"),
+    "core.adapted": ("AdaptedLayer",),
+    "core.lora_layer": ("LoRALayer",),
     "core.adapter": ("Update",),
     "core.attach": ("adapted_layers", "attach", "detach"),
     "core.beside": ("Beside",),
@@ -72,6 +74,7 @@ _HOME = {
     "core.optimizing": ("parameter_groups", "parameters"),
     "core.report": ("Report",),
     "core.settings": ("LoRASettings",),
+    "core.dequantize": ("dequantize",),
     "core.switching": ("bake", "disabled", "merge", "unmerge"),
     "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
     "formats": ("Adapter", "load", "save"),

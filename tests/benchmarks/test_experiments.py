@@ -1,4 +1,4 @@
-"""What the experiments read: lines parsed, splits drawn, images and the network, on bytes written here."""
+"""The data of the experiments: parsed lines, drawn splits, images and the network, on bytes written here."""
 
 import argparse
 import gzip
@@ -95,7 +95,7 @@ def write_source(folder: Path) -> None:
 
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that is written to, in place of the repository's, and sizes to fit `write_source`."""
+    """A folder to write to, in place of the repository's, and sizes that fit `write_source`."""
     monkeypatch.setattr(prepare, "DATA", tmp_path / "data")
     monkeypatch.setattr(prepare, "HELD_OUT", 4)
     monkeypatch.setattr(prepare, "E2E_ROWS", {"valid.txt": 39, "test.txt": 2})
@@ -152,7 +152,7 @@ def test_idx_files_are_read_by_their_sizes() -> None:
 
 @pytest.fixture
 def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """50 images for training and 20 for the test, each told by its first pixel; label: the number modulo 10."""
+    """50 images for training and 20 for the test, each identified by its first pixel; label: the number modulo 10."""
     monkeypatch.setattr(vision, "DATA", tmp_path)
     (tmp_path / "images/fashion").mkdir(parents=True)
     for split, first, count in (("train", 0, 50), ("test", 200, 20)):

@@ -1,4 +1,4 @@
-"""What benchmarks/latency.py measures is what it says: the models compared, and the ratios' rows."""
+"""benchmarks/latency.py measures what it says: the models that it compares, and the rows of ratios."""
 
 import latency
 import pytest
@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import models
-from lorakit.study.methods.structure import base_of
+from lorakit.study.methods.structure import base_model_of
 
 
 def llama() -> nn.Module:
-    return base_of(models.llama())
+    return base_model_of(models.llama())
 
 
 def gpt2() -> nn.Module:
@@ -31,7 +31,7 @@ def test_each_method_is_at_work_in_a_copy(make) -> None:
     out = {name: model(input_ids=ids, use_cache=False).last_hidden_state for name, model in served.items()}
     assert all(states.shape == (1, 8, 32) for states in out.values())
 
-    # The merged update is that of the factors, and no small one; the adapters' is zero at first, the prefix's is not.
+    # The merged update is that of the factors, and not small. The adapters' is zero at first, the prefix's is not.
     torch.testing.assert_close(out["LoRA merged"], out["LoRA unmerged"], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(out["LoRA merged"], out["plain"], rtol=1e-3, atol=1e-3)
     assert torch.equal(out["adapter-h"], out["plain"]) and torch.equal(out["adapter-p"], out["plain"])

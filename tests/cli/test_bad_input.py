@@ -1,4 +1,4 @@
-"""What a mistake gets: one clear message, no traceback, exit code 1 or 2, nothing written."""
+"""A mistake gives one clear message, no traceback, exit code 1 or 2, and writes nothing."""
 
 import importlib
 import json

@@ -24,7 +24,7 @@ def data(tmp_path: Path) -> Path:
 
 
 class Ran:
-    """What a command gave back."""
+    """The results of a command."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], *words: object) -> None:
         capsys.readouterr()
@@ -47,7 +47,7 @@ def test_help_lists_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert (ran.code, ran.err) == (0, "")
     for flag in ("--model", "--methods", "--seeds", "--trials", "--dry-run", "--learning-rate", "--json", "--config"):
         assert f"{flag}" in ran.out
-    assert "--tasks" not in ran.out and "--published" not in ran.out  # they stand in a file alone
+    assert "--tasks" not in ran.out and "--published" not in ran.out  # they are settings of a file only
     assert max(map(len, ran.out.splitlines())) <= 110
 
 
@@ -75,7 +75,7 @@ def test_a_method_that_memory_does_not_hold_is_told_before_anything_is_made(
     model = AutoModelForSequenceClassification.from_pretrained(tiny_encoder, num_labels=2)
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    least = 4 * weights + buffers  # float32: itself, its gradient and AdamW's two moments
+    least = 4 * weights + buffers  # float32: the weight, its gradient and AdamW's two moments
     monkeypatch.setattr(module, "fit", never)
     command = words(tiny_encoder, data, tmp_path / "out", "--methods", "bitfit,full")
     monkeypatch.setattr(preflight, "memory_of", lambda device: least - 1)
@@ -118,7 +118,7 @@ def test_a_whole_comparison_and_the_same_again(
             of_table = text.replace("</tr>", "\n").splitlines()
             assert any(all(cell in line for cell in cells) for line in of_table)
     assert table.rstrip().splitlines()[-1].startswith("written: ")
-    assert len(ran.err.splitlines()) == 6  # a line a run
+    assert len(ran.err.splitlines()) == 6  # one line for each run
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["data"], config["methods"], config["seeds"]) == (str(data), ["bitfit", "lora rank=2"], 2)
 

@@ -1,4 +1,4 @@
-"""Paths on the command line and in files of settings: ~ is the home folder wherever a path may stand."""
+"""Paths on the command line and in files of settings: ~ is the home folder wherever a path is allowed."""
 
 import argparse
 import dataclasses
@@ -41,6 +41,7 @@ def flags() -> list[tuple[str, argparse.Action]]:
         for verb in VERBS
         for action in _parser(verb)._actions
         if action.nargs in (None, "?") and names_a_path(action.help) and not isinstance(action.const, bool)
+        if "|" not in f"{action.metavar}"  # a choice of words is no path
     ]
 
 

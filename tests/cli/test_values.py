@@ -17,7 +17,7 @@ from lorakit.training.settings import UsageError
 
 NEEDED = {"--model": "m", "--data": "d", "--output-dir": "o", "--prompt": "p"}
 CONFIGS: dict[str, type[Any]] = {"train": TrainConfig, "check": TrainConfig, "compare": CompareConfig}
-# No flag means anything by one of these.
+# None of these is a valid value of any flag.
 BAD = ["nan", "inf", "-inf", "-1e9", "1e400", "abc", "", " ", "1,5", "0x10", "3 4"]
 
 
@@ -132,8 +132,8 @@ def test_nothing_is_no_name(words: list[str], expected: str, capsys) -> None:
 
 
 def test_a_parser_of_its_own_has_the_same_flags() -> None:
-    from lorakit.training.settings import add_arguments
+    from lorakit.training.settings import add_setting_flags
 
     parser = argparse.ArgumentParser()
-    add_arguments(TrainConfig, parser)
+    add_setting_flags(TrainConfig, parser)
     assert {a.dest for a in parser._actions} >= {field.name for field in dataclasses.fields(TrainConfig)}

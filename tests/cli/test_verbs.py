@@ -116,7 +116,7 @@ def test_chat_answers_each_line_until_the_end(adapter: Path, capsys: pytest.Capt
     monkeypatch.setattr(sys, "stdin", io.StringIO("turn 1\n\n/help\n/base\nturn 1\n/base\n/clear\nturn 1\n/quit\n"))
     assert main(["chat", "--model", str(adapter), "--dtype", "float32", "--max-new-tokens", "3"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("(/clear starts anew") == 2
+    assert printed.count("(/clear starts over") == 2
     assert "(the base model answers)" in printed and "(the adapter answers)" in printed
     answers = [part.partition("\n")[0] for part in printed.split("\n> ")[1:]]
     assert answers[0] == answers[7]  # after /clear the conversation begins again
@@ -133,7 +133,7 @@ def test_a_model_without_an_adapter_is_shown_alone(tiny_lm: Path, tmp_path: Path
     monkeypatch.setattr(sys, "stdin", io.StringIO("/base\n/quit\n"))
     assert main(["chat", "--model", str(tiny_lm), "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("(/clear starts anew, /quit or Ctrl-D ends)") == 2 and "/base" not in printed
+    assert printed.count("(/clear starts over, /quit or Ctrl-D ends)") == 2 and "/base" not in printed
 
 
 def test_eval_compares_base_and_adapter(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +185,7 @@ def test_merge_shard_by_shard_gives_the_same_weights_without_the_model(
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     words.append(str(tmp_path / "again"))
     assert main([*words, "--shard-by-shard", "--tolerance", "0.1"]) == 2
-    assert "--tolerance is for logits" in capsys.readouterr().err
+    assert "--tolerance is for a model in memory" in capsys.readouterr().err
     monkeypatch.setattr("lorakit.training.merging_files._write", stopped)
     assert main([*words, "--shard-by-shard"]) == 130
     assert "interrupted; the same command goes on where it was" in capsys.readouterr().err
@@ -332,7 +332,7 @@ def test_problem_30_a_resumed_run_equals_the_uninterrupted_one(tiny_lm: Path, tm
     options = ["--epochs", "4", "--eval-samples", "0", "--save-steps", "3", "--lr", "0.01"]
     assert main(train_args(tiny_lm, data, tmp_path / "straight", *options)) == 0
     assert main(train_args(tiny_lm, data, tmp_path / "resumed", *options)) == 0
-    # what an interruption after step 9 of 12 leaves
+    # as an interruption after step 9 of 12 leaves it
     (tmp_path / "resumed" / "adapter_model.safetensors").unlink()
     import shutil
 

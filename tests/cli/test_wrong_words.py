@@ -1,4 +1,4 @@
-"""Wrong words on the command line and in a file of settings: each is told what was meant, and where."""
+"""Wrong words on the command line and in a file of settings: the message says what was meant, and where."""
 
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def test_help_fits_80_columns_and_needs_no_colour(monkeypatch: pytest.MonkeyPatc
 
 
 GOOD = "model: m\ndata: d\noutput_dir: o\n"
-# What stands in line 4 → what is said of it.
+# Line 4 of the file → the message about it.
 LINES = {
     "rank: [1, 2]": "rank: expected a whole number, found [1, 2].",
     "rank: {a: 1}": "rank: expected a whole number, found {'a': 1}.",
@@ -112,7 +112,7 @@ LINES = {
 def test_a_wrong_line_of_a_file_is_named(line: str, verb: str, tmp_path: Path, capsys) -> None:
     file = tmp_path / "run.yaml"
     good, message = GOOD, LINES[line]
-    if verb == "compare":  # which has fewer settings
+    if verb == "compare":  # it has fewer settings
         if line.partition(":")[0] in ("rank", "lora-r", "dora", "targets", "seed") and "not YAML" not in message:
             pytest.skip("no setting of lorakit compare")
         message = message.replace("Did you mean 'rank'?", "").strip()
@@ -152,7 +152,7 @@ def test_a_file_may_use_every_name_that_a_flag_has(tmp_path: Path) -> None:
         "model-name-or-path: m\ndataset_name: d\noutput-dir: o\nlr: 1e-3\nlora_r: 4\nlora-alpha: 8\n"
         "target_modules: [q_proj]\nnum_train_epochs: 2\nper-device-train-batch-size: 3\nlora_dropout: 0.1\n"
     )
-    file.write_bytes(b"\xef\xbb\xbf" + text.encode())  # as Windows' editors begin a file
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())  # as editors on Windows begin a file
     config = from_args(TrainConfig, _parser("train").parse_args(["--config", str(file), "--rank", "6"]))
     assert (config.model, config.data, config.output_dir, config.learning_rate) == ("m", "d", "o", 1e-3)
     assert (config.rank, config.alpha, config.targets) == (6, 8.0, ("q_proj",))

@@ -1,6 +1,6 @@
-"""The installed loralib 0.1.2 beside lorakit: the same calls, the same numbers; and what loralib fails, lorakit passes.
+"""The installed loralib 0.1.2 and lorakit: same calls, same numbers; and lorakit passes the tests that loralib fails.
 
-Two layers that should agree are made by `pair`: the same arguments, the same weights, factors away from zero. The
+Two layers that should agree are made by `pair`: the same arguments, the same weights, factors that are not zero. The
 tests named after a problem show both sides of it. What test_merge.py and test_trainable.py show of loralib (drift,
 names matched by substring) is not repeated here.
 """
@@ -65,7 +65,7 @@ def factors(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def compare_in_every_mode(make: Callable[[torch.dtype], tuple[nn.Module, nn.Module]], x: Tensor) -> None:
-    """Train, eval, and train again after eval, in float32 and float64."""
+    """In train mode, in eval mode and in train mode again, in float32 and float64."""
     for dtype in (F32, F64):
         given = x.to(dtype) if x.is_floating_point() else x
         theirs, ours = make(dtype)
@@ -184,7 +184,7 @@ def test_a_seed_gives_the_same_first_parameters(name: str, args: tuple, kwargs: 
     for library in (loralib, lorakit):
         torch.manual_seed(3)
         layers.append(getattr(library, name)(*args, r=r, **kwargs))
-        layers.append(torch.rand(()))  # as many draws were made
+        layers.append(torch.rand(()))  # both drew equally many random numbers
     theirs, after_theirs, ours, after_ours = layers
     expected, actual = without_conv(theirs.state_dict()), ours.state_dict()
     assert actual.keys() == expected.keys()
@@ -315,7 +315,7 @@ def test_merge_ab_and_zero_pad(enabled: list[bool], fan_in_fan_out: bool) -> Non
 
 
 def test_merged_linear_takes_less_than_half_of_the_operations() -> None:
-    """q and v of GPT-2's fused projection: loralib multiplies by a dense ΔW. Counted, forward and backward."""
+    """q and v of GPT-2's fused projection: loralib multiplies by a dense ΔW. Operations of forward and backward."""
     arguments = dict(r=8, enable_lora=[True, False, True])
     theirs, ours = (library.MergedLinear(768, 2304, **arguments) for library in (loralib, lorakit))
     frozen = nn.Linear(768, 2304).requires_grad_(False)
@@ -408,7 +408,7 @@ def test_layers_of_their_own_with_the_mixin(mixin_first: bool) -> None:
 
 def subclass_of_linear(library: ModuleType) -> nn.Module:
     class Scored(library.Linear):  # type: ignore[name-defined]
-        """Its own forward, out of the attributes, as programs that log or gate the update write it."""
+        """Its own forward from the layer's attributes, as in programs that log or gate the update."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -480,7 +480,7 @@ def test_every_layer_is_an_instance_of_what_programs_ask_for(library: ModuleType
 
 @BOTH
 def test_a_weight_handed_over_is_the_one_that_is_used(library: ModuleType) -> None:
-    """The loop that puts lora.Linear in the place of each nn.Linear of a model that is trained already."""
+    """The loop that replaces each nn.Linear of a pretrained model by lora.Linear."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     x = torch.randn(2, 4)
     expected = model(x)
@@ -531,7 +531,7 @@ def test_problem_08_a_state_dict_taken_in_eval_loads_wrong_in_loralib_and_right_
 
 
 def test_problem_08_factors_loaded_in_eval_do_nothing_in_loralib_and_act_in_lorakit() -> None:
-    """`model.eval()` and then the second of the two steps: the merged weight of loralib is left as it was."""
+    """`model.eval()`, then loading the factors: loralib does not update the merged weight."""
     x, errors, drifts = torch.randn(2, 4, dtype=F64), [], []
     for library in (loralib, lorakit):
         torch.manual_seed(0)
@@ -581,7 +581,7 @@ def test_problem_11_loralib_crashes_on_conv1d_and_conv3d_and_lorakit_does_not(na
 def test_problem_11_loralib_refuses_tuple_kernels_and_lorakit_takes_them(r: int) -> None:
     with pytest.raises(AssertionError):
         loralib.Conv2d(4, 6, (3, 3), r=r)
-    # Square, it is the layer that an integer makes.
+    # A square kernel gives the same layer as an integer.
     layers = []
     for kernel in (3, (3, 3)):
         torch.manual_seed(0)

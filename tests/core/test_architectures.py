@@ -32,15 +32,15 @@ CASES = [
     (name, targets)
     for name in MODELS
     for targets in TARGETS
-    if (name, targets) != ("resnet", "all-linear")  # it has no linear layer but the head
+    if (name, targets) != ("resnet", "all-linear")  # its only linear layer is the head
 ]
-# What stands beside the way to the output that is compared has no gradient: `diagnose` names it.
+# Modules that do not contribute to the compared output have no gradient: `diagnose` names them.
 NO_GRADIENT = {
     "sam": ("prompt_encoder.mask_embed.", "prompt_encoder.point_embed.", "mask_decoder.iou_prediction_head."),
     "detr": ("bbox_predictor.",),
     "sentence-transformers": ("0.model.pooler.",),  # it takes the mean of the words
 }
-# Where PEFT does not give the same, and why.
+# Cases in which PEFT gives other results, and why.
 _MAMBA = "PEFT refuses the modules of Mamba's mixer"
 _READS = "PEFT does nothing where a weight is read and its layer is not called"
 NOT_IN_PEFT = {
@@ -61,7 +61,7 @@ def plain(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def fresh(name: str) -> nn.Module:
-    """Another one of the same weights."""
+    """Another model with the same weights."""
     return MODELS[name].make()
 
 

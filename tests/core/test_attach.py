@@ -109,7 +109,7 @@ def test_a_rank_beyond_that_of_the_weight_is_refused_where_the_factors_are_taken
 
 
 class Padded(nn.Conv2d):
-    """A convolution that reads its weight in a way of its own."""
+    """A convolution that uses its weight in its own way."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).relu()
@@ -211,7 +211,7 @@ def test_problem_15_the_trainable_parameters_are_exactly_these() -> None:
     lorakit.merge(model)
     lorakit.unmerge(model)
     assert trainable_names(model) == adapters | {"classifier.weight", "classifier.bias"}
-    # a model frozen as a whole before: the adapter trains all the same
+    # the whole model was frozen before; the adapter is still trained
     frozen = models.bert().requires_grad_(False)
     lorakit.attach(frozen, ["query"], bias="lora_only")
     expected = {
@@ -370,7 +370,7 @@ def test_an_adapter_for_another_model_is_told_in_few_lines() -> None:
         insert(model(6, 12), extract(source))
     lines = str(error.value).splitlines()[1:]
     assert sum(line.startswith("  layers.*.up: A and B are (2, 4) and (8, 2)") and "×" in line for line in lines) == 1
-    assert len(lines) <= 4  # 25 layers, of three kinds; the hint stands with the first
+    assert len(lines) <= 4  # 25 layers of three kinds; only the first has the hint
     assert "Did you mean 'layers" not in str(error.value)  # the names are right
     with pytest.raises(ValueError, match=r"layers\.\*\.up: the model has no such module \(×4\)"):
         insert(model(4, 8), extract(source))
@@ -382,4 +382,4 @@ def test_a_name_that_is_spelt_rightly_is_not_suggested() -> None:
     names = ["layers.0.q_proj", "layers.0.k_proj"]
     assert closest("q_proj", names) == closest("layers.0.q_proj", names) == closest("*.q_proj", names) == ""
     assert "Did you mean 'q_proj'?" in closest("q_prj", names)
-    assert "Did you mean '*.q_proj'?" in closest("*.Q_Proj", names)  # capital letters do not count
+    assert "Did you mean '*.q_proj'?" in closest("*.Q_Proj", names)  # upper and lower case are equal

@@ -1,4 +1,4 @@
-"""Layers with a class or a weight of their own: adapted beside what they compute, which stays, or refused."""
+"""Layers of other classes or with special weights: the update is added to their output, or they are refused."""
 
 import copy
 import pickle
@@ -28,7 +28,7 @@ class Cast(nn.Linear):
 
 
 class Named(nn.Linear):
-    """A forward of torch's, attributes of its own."""
+    """torch's forward method, with additional attributes."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -46,7 +46,7 @@ class Noisy(nn.Linear):
 
 
 class StaticPadding(nn.Conv2d):
-    """EfficientNet-lite's: pads by itself."""
+    """EfficientNet-lite's convolution, which pads its input itself."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, 1, 0, 1))
@@ -54,7 +54,7 @@ class StaticPadding(nn.Conv2d):
 
 
 class Centred(nn.Conv2d):
-    """Its own way with its weight, which an update can go as well."""
+    """It transforms its weight linearly, so an update can be transformed in the same way."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -62,7 +62,7 @@ class Centred(nn.Conv2d):
 
 
 class Standardised(nn.Conv2d):
-    """Weight standardisation (BiT, NFNets): not linear in the weight."""
+    """Weight standardisation (BiT, NFNets), which is not linear in the weight."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = F.normalize(self.weight - self.weight.mean((1, 2, 3), keepdim=True), dim=1)
@@ -134,7 +134,7 @@ def given(model: nn.Sequential) -> Tensor:
 
 
 def expected(base: Tensor, plain: nn.Sequential, model: nn.Sequential, x: Tensor) -> Tensor:
-    """The base's output, and that of torch's own layer with ΔW in the weight's place."""
+    """The base's output plus that of torch's layer with ΔW as its weight."""
     A, B = model[0].lora_A, model[0].lora_B
     delta = 2 * torch.einsum("or,r...->o...", B.flatten(1), A)
     if isinstance(plain[0], nn.Linear):
@@ -185,7 +185,7 @@ def test_output_gradient_merge_and_detach(name: str) -> None:
 
 @every_layer
 def test_attach_moves_nothing_in_training(name: str) -> None:
-    """No vector of spectral_norm, no random number, no mode."""
+    """The vectors of spectral_norm, the random state and the mode stay."""
     model, plain = made(name).train(), made(name).train()
     x = given(model)
     torch.manual_seed(5)

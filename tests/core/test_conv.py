@@ -1,4 +1,4 @@
-"""`lora_conv`: the plain equation, and the gradient written out. What it shares with every kind of layer is in
+"""`lora_conv`: the plain equation, and the gradient written out. What all kinds of layer share is in
 test_gradients.py.
 """
 
@@ -54,7 +54,7 @@ def test_the_shapes_that_the_source_shows() -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("attached", [True, False])
 def test_autocast_does_not_round_an_update_away(attached: bool, groups: int) -> None:
-    """It is far beneath bfloat16's steps at the weight: the sum of the two kernels would not show it."""
+    """The update is far below bfloat16's precision at the weight: a rounded sum of the kernels would lose it."""
     layer: Any = lorakit.Conv2d(4, 4, 1, r=2, groups=groups, bias=False)
     if attached:
         model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=groups, bias=False))
@@ -64,7 +64,7 @@ def test_autocast_does_not_round_an_update_away(attached: bool, groups: int) -> 
     nn.init.normal_(layer.lora_A, std=0.01)
     nn.init.normal_(layer.lora_B, std=0.01)
     plane = torch.randn(2, 1, 20, 20)
-    x = torch.cat((plane, -plane, plane, -plane), 1)  # which the weight alone sums to zero
+    x = torch.cat((plane, -plane, plane, -plane), 1)  # so that the weight's own output is zero
     exact = layer._conv_forward(x, layer.scaling * layer.delta(), None)
     assert 0 < exact.abs().max() < 1e-2
     with torch.autocast("cpu", torch.bfloat16):
@@ -88,7 +88,7 @@ def test_problem_13_a_convolution_drops_by_the_mask_that_torch_draws() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.05, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kept_by_a_convolution_is_its_input_once(dtype: torch.dtype, dropout: float) -> None:
-    """And S, of rank r, and the mask in at most a bit an element."""
+    """Also S, of rank r, and the mask with at most one bit for each element."""
     model = nn.Sequential(nn.Conv2d(8, 32, 3, padding=1)).to(dtype)
     lorakit.attach(model, "0", rank=2, dropout=dropout)
     x = torch.randn(1, 8, 6, 6, dtype=dtype, requires_grad=True)
@@ -105,7 +105,7 @@ def test_kept_by_a_convolution_over_many_positions_is_its_input() -> None:
 
 
 def test_operations_of_a_grouped_convolution_are_those_of_one_kernel() -> None:
-    """In float32 the sum of the kernels is formed: thin already, and one convolution in the place of two."""
+    """In float32 the sum of the kernels is formed, so one convolution replaces two."""
     plain = nn.Conv2d(16, 16, 3, padding=1, groups=16)
     model = nn.Sequential(copy.deepcopy(plain))
     lorakit.attach(model, "0", rank=2)
@@ -116,7 +116,7 @@ def test_operations_of_a_grouped_convolution_are_those_of_one_kernel() -> None:
 
 @pytest.mark.parametrize("size", [3, 32], ids=["few positions", "many positions"])
 def test_operations_of_a_convolution(size: int) -> None:
-    """r channels more and their kernel of ones, forward and for the gradients of x, A and B; or, formed, one kernel."""
+    """Extra: r channels and a 1 × 1 kernel, forward and for the gradients of x, A and B; or forming one kernel."""
     plain = nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False)
     model = nn.Sequential(copy.deepcopy(plain))
     lorakit.attach(model, "0", rank=2)

@@ -1,4 +1,4 @@
-"""An adapter that does nothing is found: by `diagnose`, at `save`, at `merge`; a weight that is read counts as used."""
+"""`diagnose`, `save` and `merge` find an adapter that does nothing; a weight that is read counts as used."""
 
 import copy
 import pickle
@@ -34,7 +34,7 @@ class Reader(nn.Module):
 
 
 class Product(torch.autograd.Function):
-    """A product of somebody else's, with a gradient of its own, as fused losses and kernels are."""
+    """Another library's product with its own gradient, like those of fused losses and kernels."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ READ = ["matrix", "table", "kernel"]
 
 
 def reader(targets: list[str] | None = None, **settings) -> tuple[nn.Module, nn.Module]:
-    """The plain model, and an adapted one of the same weights."""
+    """The plain model, and an adapted one with the same weights."""
     torch.manual_seed(0)
     plain = Reader().double()
     model = copy.deepcopy(plain)
@@ -152,7 +152,7 @@ def test_somebody_elses_function_gives_the_read_weight_a_gradient() -> None:
     model = Fused()
     lorakit.attach(model, ["body", "head"], rank=2)
     with torch.no_grad():
-        model(torch.ones(2, 8), fused=False)  # a layer that was called before is no other matter
+        model(torch.ones(2, 8), fused=False)  # a layer that was called before gives the same result
     model(torch.ones(2, 8)).sum().backward()
     assert model.head.lora_B.grad is not None and model.head.lora_B.grad.abs().max() > 0
 
@@ -167,14 +167,14 @@ def test_whoever_looks_at_a_weight_sees_the_stored_one() -> None:
         layer = model.get_submodule(name)
         assert layer.weight is stored[f"{name}.weight"]
         torch.testing.assert_close(layer.weight, before[f"{name}.weight"], atol=0, rtol=0)
-    model.matrix.weight = nn.Parameter(torch.zeros(8, 8).double())  # as before, it can be set
+    model.matrix.weight = nn.Parameter(torch.zeros(8, 8).double())  # it can still be set
     assert model.matrix.weight is dict(model.named_parameters())["matrix.weight"]
     again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     assert again.matrix.weight.abs().max() == 0 and lorakit.diagnose(again).used == 4
 
 
 class Branches(nn.Module):
-    """A used body with a layer that is skipped, experts that are idle, and a tower that is not asked."""
+    """A used body with a skipped layer, experts that are idle, and a tower that is not called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ def test_a_skipped_layer_is_silent_and_an_idle_part_is_not(tmp_path: Path) -> No
     lorakit.save(model, tmp_path, force=True)
     lorakit.merge(model, force=True)
     lorakit.unmerge(model)
-    lorakit.detach(model.body["skipped"])  # the other way on
+    lorakit.detach(model.body["skipped"])  # the other remedy
     with pytest.warns(
         UserWarning, match=r"2 adapted layers lie in parts of Branches .* not used:\n  tower.0\n  tower.1"
     ):
@@ -215,7 +215,7 @@ def test_a_skipped_layer_is_silent_and_an_idle_part_is_not(tmp_path: Path) -> No
 
 
 def test_idle_parts_alone_are_saved_and_merged(tmp_path: Path) -> None:
-    """Experts of a mixture without a word; a whole tower with a warning."""
+    """Experts of a mixture give no warning; a whole tower gives one."""
     for targets, warned in ((["body.first", "experts.*", "deep_experts.*"], 0), (["body.first", "tower.*"], 1)):
         model = Branches()
         lorakit.attach(model, targets, rank=2)
@@ -268,7 +268,7 @@ def test_statistics_that_move_and_parameters_that_no_file_holds_are_named() -> N
     lorakit.attach(model, ["0", "3"], rank=2)
     assert not lorakit.diagnose(model)
     with torch.no_grad():
-        model[1].running_mean += 1  # whatever moves it
+        model[1].running_mean += 1  # for any reason
     model[3].bias.requires_grad = True
     found = lorakit.diagnose(model)
     assert found.moved == ("1.running_mean",) and found.not_saved == ("3.bias",)
@@ -285,7 +285,7 @@ def test_dropout_that_never_acts_is_named() -> None:
 
 
 def test_a_compiled_graph_leaves_no_note_and_is_whole_with_checkpointing() -> None:
-    """Gradients and steps tell there which layers were used."""
+    """There, gradients and steps show which layers were used."""
     torch._dynamo.reset()
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "skipped": nn.Linear(4, 4)})
     lorakit.attach(model, ["a", "b", "skipped"], rank=2)
@@ -319,7 +319,7 @@ def test_factors_that_something_froze_are_named() -> None:
 
 
 class Doubled(nn.Linear):
-    """A class of its own, so the update stands beside its forward pass."""
+    """A subclass, so the update is added to its forward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 2 * nn.functional.linear(x, self.weight, self.bias)

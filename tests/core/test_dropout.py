@@ -24,7 +24,7 @@ def test_a_mask_packed_and_unpacked_is_itself(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("p", [0.002, 0.05, 0.125, 0.5, 0.9])
 def test_quick_masks_drop_each_element_as_often_as_the_next(p: float) -> None:
-    """Also the first and the last one, and each independently of its neighbours and of the next mask's."""
+    """This includes the first and the last element, and each is independent of its neighbours and of the next mask."""
     torch.manual_seed(0)
     rounds, size = 4000, max(40, round(64 / p)) if p <= 0.125 else 40
     flat = torch.stack([drawn_mask(p, (1, size)).flatten() for _ in range(rounds)])
@@ -73,7 +73,7 @@ def test_an_attached_layer_drops_by_quick_masks_and_its_gradients_are_those_of_t
 
 
 def test_dropout_keeps_the_input_once_and_few_bits_for_each_element() -> None:
-    """A bit for each element, or a byte for each dropped one (and a few to spare), beside x and S."""
+    """Beside x and S: one bit for each element, or one byte for each dropped element (and a few more)."""
     x = torch.randn(2, 50, 64, dtype=torch.bfloat16, requires_grad=True)
     weight, A, B = torch.randn(32, 64).bfloat16(), torch.randn(4, 64), torch.randn(32, 4)
     constants = (weight, A.requires_grad_(), B.requires_grad_())

@@ -1,4 +1,4 @@
-"""`lora_embedding`: the plain equation, and the gradient written out. What it shares with every kind of layer is in
+"""`lora_embedding`: the plain equation, and the gradient written out. What all kinds of layer share is in
 test_gradients.py.
 """
 
@@ -63,7 +63,7 @@ def test_kept_by_an_embedding_is_its_tokens() -> None:
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_dropout_of_an_embedding_drops_the_updates_of_tokens(dora: bool, compiled: bool) -> None:
-    """Its input is a row with a single one: what drops it drops the token's update, and scales the others."""
+    """The input is a one-hot row: dropout drops the update of the whole token, or scales it."""
     model = nn.Sequential(nn.Embedding(7, 5)).double()
     lorakit.attach(model, "0", rank=2, dora=dora, dropout=0.5)
     layer, tokens = model[0], torch.randint(0, 7, (40, 3))

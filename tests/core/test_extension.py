@@ -19,7 +19,7 @@ X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1), dtype=torch.fl
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """What is added here is not there for other tests."""
+    """Remove what is added here before other tests run."""
     assert lorakit.Adapter.load is not None  # its formats are there from then on
     registries: list[dict[Any, Any]] = [kinds._kinds, init._inits, formats._formats]
     before = [dict(registry) for registry in registries]
@@ -33,7 +33,7 @@ def _as_before() -> Iterator[None]:
 
 
 class Their(nn.Module):
-    """A linear layer of another library: no nn.Linear, with attributes of its own."""
+    """A linear layer of another library: not an nn.Linear, and with other attributes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Channels(nn.Module):
 
 
 class AdaptedChannels(lorakit.AdaptedLayer, Channels):
-    """The kind that a program writes for it: all that is said about the layer stands here."""
+    """The kind that a program writes for this layer. It holds everything about it."""
 
     @property
     def own_weight(self) -> Tensor:
@@ -145,7 +145,7 @@ def test_a_kind_is_added_by_one_call(cls: type[nn.Module], kind: Any, targets: s
         for factor in (adapted[0].lora_A, adapted[0].lora_B):
             factor.copy_(torch.randn_like(factor))
     adapter = lorakit.extract(adapted)
-    # The sum by hand: what goes into tanh gets ΔW x more.
+    # The sum by hand: ΔW x is added to the input of tanh.
     plain, more = model(cls)[0](x), torch.einsum("oi,bi->bo", delta(adapter), X)
     expected = torch.tanh(plain + more.view(plain.shape))
     torch.testing.assert_close(adapted(x), expected)
@@ -247,7 +247,7 @@ def test_an_init_that_looks_at_the_weight_is_added_by_one_call(tmp_path: Path) -
     with torch.no_grad():
         adapted[0].lora_B.zero_()
     expected = before - X @ (adapted[0].weight * (torch.arange(5) < 2)[:, None]).T
-    torch.testing.assert_close(adapted(X), expected)  # what was taken out is missing now
+    torch.testing.assert_close(adapted(X), expected)  # what was moved into the factors is missing now
     lorakit.save(adapted, tmp_path)
     again = nn.Sequential(nn.Linear(6, 5).double())
     again.load_state_dict({"0.weight": adapted[0].weight, "0.bias": adapted[0].bias})
@@ -340,5 +340,6 @@ def test_a_format_is_added_by_one_call(tmp_path: Path) -> None:
 
 
 def test_a_format_that_there_is_not_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^format='pef': expected one of 'peft', 'loralib'.*Did you mean 'peft'\?$"):
+    message = r"^format='pef': expected one of 'peft', 'peft-0\.18', 'loralib'\. Did you mean 'peft'\?$"
+    with pytest.raises(ValueError, match=message):
         lorakit.Adapter.load("x", format="pef")

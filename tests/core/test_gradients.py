@@ -1,5 +1,5 @@
-"""What every hand-written gradient has to bear, whatever the layer: second derivatives, autocast, checkpoints,
-torch.func, torch.compile, odd strides, one gradient alone; and what it keeps. Against torch's own layer with the weight
+"""What every hand-written gradient must support, for every layer: second derivatives, autocast, checkpoints,
+torch.func, torch.compile, odd strides, a single gradient; and what it keeps. Reference: torch's layer with the weight
 W + s·ΔW, which tests/reference writes out in float64.
 """
 
@@ -18,7 +18,7 @@ from kinds import F64, LINEAR_AND_CONV, adapted, every_kind, expected, factors, 
 def compare(kind: str, model: nn.Sequential, x: Tensor, loss: Tensor) -> None:
     wanted = inputs_of(model, x)
     exact = torch.autograd.grad(expected(kind, model, x).sin().sum(), wanted)
-    if kind == "padded embedding":  # the reference knows nothing of counts and padding: see the next test
+    if kind == "padded embedding":  # the reference ignores counts and padding: see the next test
         return
     torch.testing.assert_close(torch.autograd.grad(loss, wanted), exact)
 
@@ -79,7 +79,7 @@ def test_checkpointing(kind: str, reentrant: bool) -> None:
     def run(call: Callable[[], Tensor]) -> list[Tensor | None]:
         torch.manual_seed(3)
         loss = call().sin().sum()
-        torch.rand(5)  # whatever is drawn in between
+        torch.rand(5)  # any draws in between
         for tensor in inputs_of(model, x):
             tensor.grad = None
         loss.backward()
@@ -123,7 +123,7 @@ def test_torch_func(kind: str) -> None:
 @every_kind
 def test_problem_27_compiled_whole(kind: str) -> None:
     model, x = adapted(kind), given(kind)
-    torch.compiler.reset()  # the limit on recompilations is of the code, which all these models share
+    torch.compiler.reset()  # all these models share the code and its limit of recompilations
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), model(x))
     wanted = inputs_of(model, x)
@@ -164,7 +164,7 @@ def test_inputs_of_odd_strides(kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in LINEAR_AND_CONV if kind != "fused, q and v"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_dropout(kind: str, channels_last: bool) -> None:
-    """The gradients are those of the mask that was drawn: found out by an update that shows it."""
+    """The gradients use the mask that was drawn; an update that shows the mask proves it."""
     model, x = adapted(kind, dropout=0.5).train(), given(kind)
     if channels_last:
         x = x.detach().movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()

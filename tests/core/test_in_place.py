@@ -1,4 +1,4 @@
-"""Whatever may follow torch's own layer may follow an adapted one: also what writes on the layer's output.
+"""An adapted layer allows everything after it that torch's layer allows, also writing in place on its output.
 
 The gradients are those of torch's own layer with the weight W + s·ΔW, which tests/reference writes out in float64.
 """
@@ -58,7 +58,7 @@ def test_written_on(kind: str, write: Callable[[Tensor], Tensor]) -> None:
     y, exact = write(model(x)), write(expected(kind, model, x))
     torch.testing.assert_close(y, exact)
     if kind == "padded embedding":
-        y.sum().backward()  # the reference knows nothing of counts and padding
+        y.sum().backward()  # the reference ignores counts and padding
         return
     wanted = inputs_of(model, x)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), wanted), torch.autograd.grad(exact.sum(), wanted))
@@ -67,7 +67,7 @@ def test_written_on(kind: str, write: Callable[[Tensor], Tensor]) -> None:
 @every_kind
 @every_write
 def test_written_on_after_dropout_and_under_autocast(kind: str, write: Callable[[Tensor], Tensor]) -> None:
-    """The output is what a copy of it would be, in value and gradient."""
+    """Value and gradient of the output are the same as with a copy of it."""
     settings = {} if "embedding" in kind or kind == "fused, q and v" else {"dropout": 0.5}
     model, x = adapted(kind, torch.float32, **settings).train(), given(kind, torch.float32)
     for enabled in (False, True):
@@ -93,7 +93,7 @@ def test_written_on_where_no_gradient_is_recorded(kind: str, write: Callable[[Te
 
 @every_kind
 def test_made_without_gradients_and_written_on_with_them(kind: str) -> None:
-    """A frozen trunk under `no_grad`, and a head that writes something trained into its output."""
+    """A frozen trunk runs under `no_grad`, and a head writes a trained value into its output."""
     model, x = adapted(kind), given(kind)
     with torch.no_grad():
         y = model(x)
@@ -188,7 +188,7 @@ def test_second_derivatives_after_a_write() -> None:
 
 
 def test_what_is_kept_is_checked_as_by_torch() -> None:
-    """The input is kept for the backward pass: writing on it is an error, as after a trained torch layer."""
+    """The input is kept for the backward pass: writing on it is an error, as with a trained torch layer."""
     model, x = adapted("linear"), given("linear")
     hidden = x * 1
     y = model(hidden)

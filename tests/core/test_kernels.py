@@ -1,8 +1,8 @@
 """The Triton kernels against float64 with the mask written out, and the switch that asks for them.
 
-The mask is derived here once more, from the paper's definition of Philox. Without a GPU the kernels run in Triton's
-interpreter, which has to be asked for before Triton is imported: `test_through_the_interpreter` starts a process that
-does. In that process, and on a GPU, `TestKernels` is collected.
+The mask is computed here again from the paper's definition of Philox. Without a GPU the kernels run in Triton's
+interpreter, which must be turned on before Triton is imported: `test_through_the_interpreter` starts a process that
+does this. `TestKernels` is collected in that process, and on a GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# T, I, O, r: no tile divides them, but for the last, which has several of each kind.
+# T, I, O, r: no tile divides them, except in the last case, which has several tiles in each dimension.
 SHAPES = [(1, 1, 1, 1), (37, 70, 50, 3), (65, 131, 67, 16), (260, 70, 90, 64), (64, 128, 256, 16)]
 SEED = 2**62 + 12345  # both halves of the key count
 
@@ -75,7 +75,7 @@ def test_philox_written_out_is_philox() -> None:
 
 
 def framed(tensor: Tensor) -> Tensor:
-    """The same numbers with NaN before and behind them, where a load beyond an edge would land."""
+    """The same numbers with NaN before and after them, to catch a load beyond an edge."""
     frame = torch.full((tensor.numel() + 2 * 4096,), float("nan"), dtype=tensor.dtype, device=tensor.device)
     inner = frame[4096 : 4096 + tensor.numel()].view(tensor.shape)
     return inner.copy_(tensor)
@@ -86,7 +86,7 @@ def drawn(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Up to the rounding of `dtype`. The interpreter cuts float32 down to bfloat16 where hardware rounds."""
+    """Equal up to the rounding of `dtype`. The interpreter cuts float32 down to bfloat16 where hardware rounds."""
     tolerance = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
@@ -214,7 +214,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("with_gain", [False, True])
     def test_an_attached_layer_in_kernels(self, with_gain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        """All of them together, behind `lora_linear`: values, both derivatives, and eight bytes kept of the mask."""
+        """All of them together in `lora_linear`: values, both derivatives, and eight bytes kept of the mask."""
         T, I, O, r, p = 40, 70, 50, 3, 0.3  # noqa: E741
         x, weight, bias, A, B, gain = (
             drawn(*shape, dtype=torch.float32).requires_grad_()
@@ -315,7 +315,7 @@ class TestKernels:
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter has taken the compiler's place")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_into_96_KiB_of_shared_memory(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Machine code for Ampere and Hopper, made here without either."""
+    """Machine code for Ampere and Hopper, compiled without either GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
 

@@ -146,7 +146,7 @@ def test_problem_19_merged_linear_without_an_enabled_block_is_a_plain_linear() -
 
 
 class OwnConv(lorakit.ConvLoRA):
-    """As loralib's own subclasses are written: ConvLoRA alone is inherited."""
+    """Written like loralib's own subclasses: it inherits only from ConvLoRA."""
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(nn.Conv2d, *args, **kwargs)
@@ -198,7 +198,7 @@ def test_embedding(attached: bool, scale_grad_by_freq: bool) -> None:
     tokens = torch.randint(0, 9, (4, 6))
     check(
         layer,
-        # Rows looked up from the whole adapted table; the factor of the gradient is torch's own for such a table.
+        # Rows of the whole adapted table. torch scales the gradient by its own rule for such a table.
         lambda: layer.weight,
         lambda t, w: (
             F.embedding(t, w)
@@ -281,7 +281,7 @@ def test_problem_10_convolutions_honour_every_setting(settings: dict) -> None:
 
 
 def convolution_in_peft(conv: nn.Conv2d, **settings) -> nn.Module:
-    """PEFT's layer for a convolution, and the update that it says it has."""
+    """PEFT's layer for a convolution, which also reports its update."""
     torch.manual_seed(0)
     config = peft.LoraConfig(target_modules=["0"], init_lora_weights=False, **settings)
     return peft.get_peft_model(nn.Sequential(conv), config).base_model.model[0]
@@ -294,7 +294,7 @@ def test_problem_10_peft_fails_the_same_test(settings: dict) -> None:
     expected = conv._conv_forward(x, conv.weight + layer.get_delta_weight("default"), conv.bias)
     try:
         differs = not torch.allclose(layer(x), expected, atol=1e-3)
-    except RuntimeError:  # the update is of another size than what it is added to
+    except RuntimeError:  # the update has another size than the output
         differs = True
     assert differs
 

@@ -20,7 +20,7 @@ from lorakit.core.linear import lora_linear, plain_linear
 
 
 def inputs(*shape: int, transposed: bool = False, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """x (*shape, 5), weight (4, 5), bias (4), A (2, 5), B (4, 2), all of which want a gradient."""
+    """x (*shape, 5), weight (4, 5), bias (4), A (2, 5), B (4, 2), all of which require a gradient."""
     torch.manual_seed(0)
     weight = torch.randn(5, 4, dtype=dtype).T if transposed else torch.randn(4, 5, dtype=dtype)
     tensors = [torch.randn(*shape, 5, dtype=dtype), weight, torch.randn(4, dtype=dtype)]
@@ -77,7 +77,7 @@ def test_rows_that_do_not_lie_side_by_side() -> None:
 
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside autocast", "backward inside autocast"])
 def test_under_autocast(inside: bool) -> None:
-    """bfloat16 products; every gradient in its parameter's own dtype, and near to the exact one."""
+    """bfloat16 products; every gradient has its parameter's dtype and is close to the exact one."""
     tensors = inputs(64, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y = fast(*tensors)
@@ -155,7 +155,7 @@ def test_compiled_whole() -> None:
 
 
 class OnlyLinear(Tensor):
-    """A weight that knows F.linear and nothing else, as quantised weights do."""
+    """A weight that supports only F.linear, like quantised weights."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -208,7 +208,7 @@ def test_the_shapes_that_the_source_shows() -> None:
 
 
 def test_what_is_kept_for_the_backward_pass() -> None:
-    """x once, and the thin product; not y, not a copy, whatever the dtype of the factors."""
+    """x once, and the thin product; not y and not a copy, for every dtype of the factors."""
     x = torch.randn(2, 50, 64, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(32, 64, dtype=torch.bfloat16)
     A, B = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
@@ -256,7 +256,7 @@ def test_dropout_under_gradient_checkpointing(reentrant: bool) -> None:
         return lora_linear(x, weight, bias, A, B, 0.7, layer)
 
     y = checkpoint(call, *tensors, use_reentrant=reentrant)
-    torch.rand(7)  # whatever is drawn between the two passes
+    torch.rand(7)  # any draws between the two passes
     y.sin().sum().backward()
     got = [tensor.grad for tensor in tensors]
     expected = torch.autograd.grad(dropped_by_torch(*tensors).sin().sum(), tensors)
@@ -299,7 +299,7 @@ def test_gain_value_and_gradients(with_bias: bool, dropout: nn.Dropout | None) -
     if not dropout:
         small = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
         assert torch.autograd.gradcheck(mine, small) and torch.autograd.gradgradcheck(mine, small)
-    for index in (0, 3, 4, 5):  # one gradient alone
+    for index in (0, 3, 4, 5):  # a single gradient
         alone = [tensor.detach().requires_grad_(i == index) for i, tensor in enumerate(tensors)]
         mine(*alone).sin().sum().backward()
         torch.testing.assert_close(
@@ -308,7 +308,7 @@ def test_gain_value_and_gradients(with_bias: bool, dropout: nn.Dropout | None) -
 
 
 def test_second_derivative_of_the_gain_alone() -> None:
-    """Beside a frozen B: S is not kept, and has to be made again."""
+    """B is frozen: S is not kept and must be computed again."""
     tensors = inputs(3)
     gain = torch.randn(4, dtype=torch.float64, requires_grad=True)
     weight, bias, A, B = (tensor.detach() for tensor in tensors[1:])
@@ -317,7 +317,7 @@ def test_second_derivative_of_the_gain_alone() -> None:
 
 
 def test_gain_keeps_the_input_and_one_output() -> None:
-    """u is needed for the gradient of g, and nothing more."""
+    """Beside x and S, only u is kept, for the gradient of g."""
     x, weight = torch.randn(50, 64, requires_grad=True), torch.randn(32, 64)
     A, B, gain = (torch.randn(size, requires_grad=True) for size in ((4, 64), (32, 4), (32,)))
     kept = kept_bytes(lambda: lora_linear(x, weight, torch.randn(32), A, B, 2.0, None, gain), (weight, A, B, gain))
@@ -340,7 +340,7 @@ def test_operations_are_those_of_the_frozen_layer_and_six_thin_products(dropout:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_many_rows_are_multiplied_by_the_sum_of_the_weights(transposed: bool) -> None:
-    """From a number of rows on W + s·B A is formed, where that is the lesser work, with the equation's derivatives."""
+    """From some number of rows on, W + s·B A is formed because it is less work; the derivatives are the equation's."""
     tensors = inputs(40, transposed=transposed)
     expected = torch.autograd.grad(equation(*tensors).sin().sum(), tensors)
     y = fast(*tensors)
@@ -356,10 +356,10 @@ def test_many_rows_are_multiplied_by_the_sum_of_the_weights(transposed: bool) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32 factors", "bfloat16 factors"])
 def test_in_bfloat16_the_sum_of_the_weights_is_never_rounded(dtype: torch.dtype) -> None:
-    """An update of a thousandth of the weights is beneath bfloat16's steps, and has to arrive all the same."""
+    """An update of a thousandth of the weights is below bfloat16's precision, but must not be lost."""
     torch.manual_seed(0)
     x, weight = torch.randn(400, 16).bfloat16(), torch.ones(16, 16).bfloat16()
-    x[:, 8:] = -x[:, :8]  # which the weight alone sums to zero
+    x[:, 8:] = -x[:, :8]  # so that the weight's own output is zero
     A, B = torch.randn(2, 16).to(dtype), (1e-3 * torch.randn(16, 2)).to(dtype)
     exact = 0.7 * x.double() @ A.double().T @ B.double().T
     y = lora_linear(x, weight, None, A, B, 0.7).double()
@@ -370,7 +370,7 @@ def test_in_bfloat16_the_sum_of_the_weights_is_never_rounded(dtype: torch.dtype)
 @pytest.mark.parametrize("rows", [1, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_without_gradients(dtype: torch.dtype, rows: int) -> None:
-    """Rows no more than the rank are multiplied by the factors as they are; the value is the equation's."""
+    """With at most r rows, the unchanged factors are multiplied; the value is the equation's."""
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(size).to(dtype) for size in ((rows, 32), (16, 32), (16,)))
     A, B = (torch.randn(size, dtype=torch.promote_types(dtype, torch.float32)) for size in ((3, 32), (16, 3)))
@@ -387,7 +387,7 @@ def test_without_gradients(dtype: torch.dtype, rows: int) -> None:
 
 
 def test_shared_inputs_are_kept_once() -> None:
-    """q, k and v, and gate and up, read one tensor: a block keeps it once, with dropout as without."""
+    """q, k and v (and gate and up) read one tensor. A block keeps it once, with and without dropout."""
     layers = nn.ModuleDict({name: nn.Linear(64, 64) for name in ("q", "k", "v")})
     lorakit.attach(layers, list(layers), rank=2, dropout=0.05)
     x = torch.randn(4, 50, 64, requires_grad=True)

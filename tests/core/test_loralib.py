@@ -1,4 +1,4 @@
-"""Programs written for loralib, run on lorakit in a process of their own."""
+"""Programs written for loralib, run on lorakit in a separate process."""
 
 import subprocess
 import sys

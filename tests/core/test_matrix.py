@@ -1,4 +1,4 @@
-"""The matrix W + s·B A: the examples that the source shows, and what is formed against the same in float64."""
+"""The matrix W + s·B A: the examples of the source, and the formed matrices compared with float64."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from lorakit.core.matrix import add_product, block_diagonal, dense_update, formi
 
 
 def test_the_blocks_that_the_source_shows() -> None:
-    """q has rank 2, k none, v rank 1; of v's second column of B nothing is read."""
+    """q has rank 2, k none, v rank 1; v's second column of B is not read."""
     B = torch.tensor([[1.0, 2], [3, 4], [5, 6], [7, 8], [9, 0], [10, 0], [11, 0], [12, 0]])
     q, v = [[1, 2, 0], [3, 4, 0], [5, 6, 0], [7, 8, 0]], [[0, 0, 9], [0, 0, 10], [0, 0, 11], [0, 0, 12]]
     blocks = ((4, 2), (4, 0), (4, 1))

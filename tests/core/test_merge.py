@@ -1,4 +1,4 @@
-"""Merging can be taken back exactly, does not disturb tied weights, and leaves no mark on the state dict."""
+"""Merging can be undone exactly, does not disturb tied weights, and does not change the state dict."""
 
 import copy
 import io
@@ -44,7 +44,7 @@ def test_problem_06_a_hundred_rounds_restore_every_bit(index: int, dtype: torch.
 
 
 def test_problem_06_loralib_drifts_in_the_same_test() -> None:
-    """What the test above would find in the installed loralib: the reason why it exists."""
+    """The installed loralib fails the test above, which is why that test exists."""
     loralib = pytest.importorskip("loralib")
     layer = loralib.Linear(64, 64, r=8).bfloat16()
     nn.init.normal_(layer.lora_B)
@@ -114,7 +114,7 @@ def test_problem_21_copies_pickles_moves_and_meta(index: int, merged: bool) -> N
         assert other.merged == layer.merged
         assert torch.equal(other.weight, layer.weight)
         assert torch.equal(other.train().weight, base)
-    # dtype moves convert the base weight, and the merged one is rounded once, from it
+    # a dtype change converts the base weight; the merged one is computed from it and rounded once
     half = copy.deepcopy(layer).to(torch.bfloat16)
     assert half.merged == merged
     reference = copy.deepcopy(layer).train().to(torch.bfloat16).train(not merged)

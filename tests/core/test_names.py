@@ -1,4 +1,4 @@
-"""An adapter's names are those of the plain model, however it is wrapped."""
+"""An adapter's names are those of the plain model, with every kind of wrapper."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -69,7 +69,7 @@ TARGETS = ["body.first", "middle"]
 
 @pytest.fixture(autouse=True)
 def nothing_compiled() -> None:
-    """torch compiles a function only so often, and these models share one."""
+    """torch limits how often it compiles a function, and these models share one."""
     torch._dynamo.reset()
 
 
@@ -116,7 +116,7 @@ def test_a_wrapped_model_gives_loralibs_state_by_plain_names(wrap) -> None:
     assert found.keys() == expected.keys()
     assert {"body.first.lora_A", "middle.bias", "head.bias"} <= found.keys()
     lorakit.mark_only_lora_as_trainable(wrapped)
-    assert {names.plain(name) for name, p in names.named_parameters(wrapped) if p.requires_grad} == {
+    assert {names.unwrapped_name(name) for name, p in names.named_parameters(wrapped) if p.requires_grad} == {
         *("body.first.lora_A", "body.first.lora_B", "middle.lora_A", "middle.lora_B")
     }
 

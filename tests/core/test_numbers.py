@@ -1,4 +1,4 @@
-"""Numbers as they are printed, against text written by hand. Sizes: tests/training/test_report.py."""
+"""Printed numbers, compared with text written by hand. Sizes: tests/training/test_report.py."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What an optimizer takes: all that is trained, and LoRA+'s two groups as PEFT makes them."""
+"""Parameters for an optimizer: all that is trained, and LoRA+'s two groups as PEFT makes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every layer, whatever its kind and settings: hypothesis draws them, and reference/equation.py computes
+"""Properties of every layer, for all kinds and settings. hypothesis draws them, and reference/equation.py computes
 the adapted weight in float64, which torch's own layer then applies.
 """
 
@@ -32,7 +32,7 @@ property_test = settings(derandomize=True, deadline=None, max_examples=50)
 
 @dataclass(frozen=True)
 class Case:
-    """One layer, plain and adapted. Numbers and words alone, so that a failing case can be read."""
+    """One layer, plain and adapted. It holds only numbers and words, so that a failing case can be read."""
 
     layer: type[nn.Module]  # torch's, or transformers' Conv1D
     sizes: tuple[Any, ...]  # its arguments
@@ -40,7 +40,7 @@ class Case:
     shape: tuple[int, ...]  # of the input
     rank: int
     alpha: float
-    attached: bool  # else lorakit's constructor makes it
+    attached: bool  # otherwise lorakit's constructor makes it
     blocks: tuple[tuple[int, int], ...] = ()  # (size, rank) of the parts of a fused output
     fan_in_fan_out: bool = False
     variant: dict[str, Any] = field(default_factory=dict)  # rslora, dora, init
@@ -53,7 +53,7 @@ class Case:
         return layer
 
     def adapted(self, dtype: torch.dtype = F64, seed: int = 1) -> nn.Sequential:
-        """The layer in a model, its factors away from where they began."""
+        """The layer in a model, with factors that differ from their start."""
         plain = self.plain(dtype)
         torch.manual_seed(seed)
         if self.attached:
@@ -213,7 +213,7 @@ def _convolution(draw: st.DrawFn) -> Drawn:
 
 
 def merge(model: nn.Module, case: Case, merged: bool) -> None:
-    """As each of the two ways of adapting has it: by a call, or by the mode."""
+    """Merge or unmerge: an attached layer by a call, a constructed one by the mode."""
     if not case.attached:
         model.train(not merged)
     elif merged:
@@ -265,7 +265,7 @@ def test_merging_rounds_once_and_unmerging_restores_every_bit(
 
 
 def rounding_of(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half a unit in the last place, and what sums in float32 may be off."""
+    """Half a unit in the last place, plus the error of sums in float32."""
     finfo = torch.finfo(dtype)
     unit = torch.ldexp(torch.full_like(exact, finfo.eps), torch.frexp(exact).exponent - 1)
     precise = torch.finfo(dtype if dtype == F64 else torch.float32)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.core.reading import json_of, text_of
-from lorakit.core.words import shown, suggestion
+from lorakit.core.words import first_line, shown, suggestion
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,11 @@ def test_a_suggestion_is_another_word() -> None:
     assert suggestion("xyz", ["train"]) == ""
     assert shown("a\nb") == r"'a\nb'"
     assert len(shown("a" * 10_000)) < 100
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [("", ""), ("\n \n", ""), ("\n  one \ntwo", "one"), ("a" * 300, "a" * 300), ("a" * 301 + "\nb", "a" * 300 + "…")],
+)
+def test_the_first_line_of_an_error(message: str, line: str) -> None:
+    assert first_line(RuntimeError(message)) == line

@@ -118,7 +118,7 @@ def test_a_resized_head_is_a_new_module_and_is_named() -> None:
 
 @pytest.mark.parametrize("rows", [16, 24])
 def test_what_is_saved_between_a_resize_and_unmerging_changes_nothing(rows: int) -> None:
-    """A weight of 20 rows, merged, resized, looked at, unmerged: old rows keep bits and update."""
+    """A weight of 20 rows is merged, resized, read and unmerged: old rows keep their bits and their update."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 4))
     lorakit.attach(model, "0", rank=2)

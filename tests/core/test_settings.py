@@ -61,7 +61,7 @@ def test_a_misspelt_setting_is_named() -> None:
     ("targets", "exclude", "left"),
     [
         ("q_proj", "*.0.*", ["model.layers.1.self_attn.q_proj"]),
-        ("q_proj", "layers.1", ["model.layers.0.self_attn.q_proj"]),  # with all that is inside it
+        ("q_proj", "layers.1", ["model.layers.0.self_attn.q_proj"]),  # including all that is inside it
         (["q_proj", "k_proj"], ["k_proj"], ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
         (lambda module, name: name.endswith("q_proj"), ["*.0.*"], ["model.layers.1.self_attn.q_proj"]),
     ],

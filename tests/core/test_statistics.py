@@ -1,4 +1,4 @@
-"""Base + adapter, read back, equals the model that was trained, whatever the base keeps beside its parameters."""
+"""Base + adapter, read back, equals the trained model, for every kind of buffer that the base has."""
 
 import copy
 import pickle
@@ -26,7 +26,7 @@ every_norm = pytest.mark.parametrize("name", NORMS)
 
 
 class Activated(nn.BatchNorm1d):
-    """As timm's norms: a forward of its own that reads `training`."""
+    """Like timm's norms: its own forward method reads `training`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.running_mean is not None and self.running_var is not None

@@ -1,4 +1,4 @@
-"""`bake`: the adapter as a part of the weights for good, and no weight twice."""
+"""`bake`: the adapter becomes a permanent part of the weights, and no weight is held twice."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_no_weight_is_there_twice() -> None:
     layers = lorakit.adapted_layers(model)
     before = [weakref.ref(layer.weight) for layer in layers.values()]
     most = 0
-    for layer in layers.values():  # what is alive while the next one is merged
+    for layer in layers.values():  # what is in memory while the next one is merged
         bake = type(layer).bake
 
         def counted(own: nn.Module = layer, bake: object = bake) -> None:

@@ -1,4 +1,4 @@
-"""The one table, against text and Markdown written by hand."""
+"""`Table`, compared with text and Markdown written by hand."""
 
 import pytest
 

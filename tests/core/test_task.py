@@ -1,4 +1,4 @@
-"""A file names a task where PEFT's class for it reads the file and runs the model, and no other."""
+"""A file names a task only if PEFT's class for that task reads the file and runs the model."""
 
 from pathlib import Path
 

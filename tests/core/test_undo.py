@@ -1,4 +1,4 @@
-"""An error in the middle leaves the model as it was; `disabled` may be entered again, in any order, from any thread."""
+"""An error in the middle leaves the model unchanged; `disabled` may be nested, in any order, from any thread."""
 
 import copy
 import threading
@@ -45,7 +45,7 @@ def made() -> nn.Module:
 
 
 def state(model: nn.Module) -> list[Any]:
-    """All that can be told of a model: classes, attributes, identities and bits of its tensors."""
+    """The full state of a model: classes, attributes, identities and bits of its tensors."""
     seen: list[Any] = []
     for name, module in model.named_modules():
         own = {key: value for key, value in module.__dict__.items() if not key.startswith("_")}
@@ -87,7 +87,7 @@ def test_attach_that_runs_out_of_memory_at_any_step(name: str) -> None:
 
 
 def state_with_ids_of(model: nn.Module) -> list:
-    """Of a fresh model, with the identities of the tensors of `model`."""
+    """The state of a new model, with the identities of the tensors of `model`."""
     fresh = state(made())
     return [(own[0], mine[1], own[2]) if len(own) == 3 else own for own, mine in zip(fresh, state(model), strict=True)]
 

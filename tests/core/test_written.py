@@ -1,4 +1,4 @@
-"""What is written on a merged weight stays, minus the update, as in loralib; what is not written, bit for bit."""
+"""What is written on a merged weight stays, minus the update, as in loralib; the rest stays bit for bit."""
 
 import copy
 import io
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lorakit
-from lorakit.core.fingerprint import fingerprint
+from lorakit.core.fingerprint import tensor_fingerprint
 
 LAYERS: dict[str, Callable] = {
     "Linear": lambda lib: lib.Linear(6, 8, r=2, lora_alpha=3),
@@ -97,7 +97,7 @@ def test_a_part_that_is_not_written_keeps_every_bit(name: str, write) -> None:
     update = value[1] - layer.weight.detach()[1] + before[1]  # 7 minus the update of that row
     write(layer, value)
     layer.train()
-    exact = write is not optimizer_step  # which rounds what it does not change
+    exact = write is not optimizer_step  # it rounds values that it does not change
     close: dict[str, Any] = {"rtol": 0, "atol": 0} if exact else {}
     rest = [index for index in range(len(before)) if index != 1]
     torch.testing.assert_close(layer.weight[rest], before[rest], **close)
@@ -107,7 +107,7 @@ def test_a_part_that_is_not_written_keeps_every_bit(name: str, write) -> None:
 
 @every_write
 def test_of_attached_layers_parameters_and_experts(write) -> None:
-    """The function before and after unmerging is the one that was written."""
+    """Before and after unmerging, the model computes with the written weights."""
 
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -219,22 +219,22 @@ def test_factors_that_change_while_merged_are_no_write() -> None:
 @pytest.mark.parametrize("shape", [(1,), (5, 3), (7, 64), (33, 129), (128, 64), (3, 5, 7)])
 def test_a_fingerprint_sees_each_element(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = torch.randn(shape).to(dtype)
-    mark = fingerprint(tensor)
-    assert mark == fingerprint(tensor.clone()) and mark == fingerprint(
+    mark = tensor_fingerprint(tensor)
+    assert mark == tensor_fingerprint(tensor.clone()) and mark == tensor_fingerprint(
         tensor.mT.contiguous().mT if len(shape) > 1 else tensor
     )
     for change in (lambda t: t.neg_(), lambda t: t.mul_(2), lambda t: t.zero_(), lambda t: t.copy_(t.flip(0))):
         other = tensor.clone()
         change(other)
-        assert torch.equal(other, tensor) or mark != fingerprint(other)
+        assert torch.equal(other, tensor) or mark != tensor_fingerprint(other)
     for index in range(0, tensor.numel(), 17):
         other = tensor.clone()
         other.view(-1)[index] += 1
-        assert mark != fingerprint(other)
+        assert mark != tensor_fingerprint(other)
 
 
 def test_what_has_no_bits_has_no_fingerprint() -> None:
-    assert fingerprint(torch.empty(3, 3, device="meta")) is None
-    assert fingerprint(torch.ones(3, dtype=torch.int8)) is None
+    assert tensor_fingerprint(torch.empty(3, 3, device="meta")) is None
+    assert tensor_fingerprint(torch.ones(3, dtype=torch.int8)) is None
     layer = lorakit.Linear(4, 3, r=2).to("meta").eval().train()
     assert not layer.merged

@@ -1,4 +1,4 @@
-"""The data set that ships with lorakit keeps its promises: sizes, types, and a test split with nothing of train's."""
+"""The data set that ships with lorakit is as described: sizes, types, a test split that shares nothing with train."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "examples" / "toolcalls"
 TYPES: dict[str, Any] = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list}
-# Arguments that are copied out of the request and can be anything.
+# Arguments that are copied from the request and can be any text.
 OPEN = {
     *(("set_timer", "label"), ("send_message", "to"), ("send_message", "text"), ("create_event", "title")),
     *(("play_music", "artist"), ("get_weather", "city"), ("add_to_list", "items")),

@@ -1,4 +1,4 @@
-"""Files with anything in them: each is read, or refused with an error that names it. Nothing else ever happens."""
+"""Files with random content: each is read, or refused with an error that names it. Nothing else may happen."""
 
 import io
 import json
@@ -21,7 +21,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def bytes_changed(data: bytes, rng: random.Random) -> bytes:
-    """A few bytes set, cut out, put in or repeated; or the end cut off."""
+    """Data with a few bytes changed, removed, inserted or repeated, or with its end cut off."""
     content = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 5, 20))):
         at = rng.randrange(len(content) + 1) if content else 0
@@ -51,7 +51,7 @@ def values_changed(config: dict, rng: random.Random) -> bytes:
 
 
 def tries(path: Path, contents: Iterator[bytes], load, named: str) -> dict[str, int]:
-    """Load each of the contents; counts how it went. The model is untouched by what is refused."""
+    """Load each of the contents and count the outcomes. A refused file does not change the model."""
     counts = {"read": 0, "refused": 0}
     model = small()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -154,7 +154,7 @@ def test_a_tensor_that_cannot_have_been_learnt_is_named(what: str, end: str, tmp
 def test_what_cannot_have_been_learnt_is_not_saved(what: str, name: str, tmp_path: Path) -> None:
     model = small()
     lorakit.attach(model, "0", rank=4, also_train=["2"])
-    # torch lets no other type in by assigning, so it goes in by the back door.
+    # torch refuses another type in an assignment, so the tensor is put in directly.
     model[0]._parameters["lora_A"] = nn.Parameter(ODD[what], requires_grad=False)
     with pytest.raises(ValueError, match=rf"{name} is not saved: .*0.lora_A"):
         lorakit.save(model, tmp_path / name)

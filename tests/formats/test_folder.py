@@ -1,4 +1,4 @@
-"""Output folders: what a command did not write stays, and a change of folders is whole after any interruption."""
+"""Output folders: what a command did not write stays, and an exchange of folders is complete after any interruption."""
 
 import contextlib
 import errno
@@ -77,7 +77,7 @@ def test_a_folder_that_is_read_is_no_output_folder(holds: str, tmp_path: Path) -
     (tmp_path / "link").symlink_to(given)
     with pytest.raises(FileExistsError, match="which this command reads"):
         folder.refuse_unusable([tmp_path / "link"])
-    folder.refuse_unusable([tmp_path, "some/hub-id"])  # a folder inside a folder that is read does no harm
+    folder.refuse_unusable([tmp_path, "some/hub-id"])  # a folder inside an input folder is allowed
 
 
 def test_nothing_is_left_where_nothing_was_written(tmp_path: Path) -> None:
@@ -137,11 +137,11 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """The end of a process, as far as its files are concerned: nothing after it changes them."""
+    """Simulates the end of a process: nothing changes its files after it."""
 
 
-_CHANGES: list[str] = []  # of the file system, while they are watched
-_LAST = [0]  # the number of the one that does not happen; 0: nothing is watched
+_CHANGES: list[str] = []  # changes of the file system while it is watched
+_LAST = [0]  # the number of the change that does not happen; 0: not watching
 
 
 def _watch(event: str, args: tuple[object, ...]) -> None:
@@ -153,12 +153,12 @@ def _watch(event: str, args: tuple[object, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def watched() -> None:
-    sys.addaudithook(_watch)  # it cannot be taken away again
+    sys.addaudithook(_watch)  # it cannot be removed again
 
 
 @contextlib.contextmanager
 def killed_at(moment: int) -> Iterator[None]:
-    """Ends the block before the change of the file system that has this number; later changes do not happen."""
+    """Ends the block before file-system change number `moment`; later changes do not happen."""
     _CHANGES.clear()
     _LAST[0] = moment
     try:
@@ -171,7 +171,7 @@ def killed_at(moment: int) -> Iterator[None]:
 def test_a_new_folder_takes_the_old_ones_place_whole_however_often_it_is_interrupted(
     tmp_path: Path, watched: None
 ) -> None:
-    """At each of the changes that it takes, and again while that is put right."""
+    """Interrupted at each change of the exchange, and again during its repair."""
     old, new = {"key": "k1", "cake": "c1", "candles": "n1"}, {"key": "k2", "cake": "c2", "icing": "i2"}
     for moment in range(1, 100):
         path = tmp_path / f"{moment}"

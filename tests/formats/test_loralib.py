@@ -1,4 +1,4 @@
-"""loralib's .pt files: written as loralib writes them, read with what they lack asked for."""
+"""loralib's .pt files: written as loralib writes them; reading asks for what they lack."""
 
 import copy
 import os
@@ -119,7 +119,7 @@ def test_what_loralib_has_no_layer_for_is_not_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("settings", [dict(rslora=True), dict(init="pissa"), dict(init="olora", rslora=True)])
 def test_read_with_the_alpha_of_training_it_is_the_same_function(settings: dict, tmp_path: Path) -> None:
-    """The file holds factors alone, and loralib's scale is α/r: what differs from that goes into B."""
+    """The file holds only factors, and loralib's scale is α/r. Any other scale is multiplied into B."""
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(8, 6))
     model = copy.deepcopy(plain)

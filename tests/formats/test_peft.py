@@ -136,7 +136,7 @@ def test_merged_linear_in_peft_is_a_block_diagonal_pair(arguments, rank: int, al
 
 
 def test_the_files_byte_for_byte(tmp_path: Path) -> None:
-    """Held so that a change of the format is a decision, not an accident."""
+    """Fixed here, so that a change of the format is a decision and not an accident."""
     model = nn.ModuleDict({"q": nn.Linear(3, 2), "v": nn.Linear(3, 2)})
     lorakit.attach(model, ["q", "v"], rank=1, alpha=2)
     with torch.no_grad():

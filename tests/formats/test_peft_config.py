@@ -1,4 +1,4 @@
-"""adapter_config.json: each field is honoured or refused by name, and has its type checked."""
+"""adapter_config.json: each field is used or refused by name, and its type is checked."""
 
 import dataclasses
 import importlib.util
@@ -33,7 +33,7 @@ def test_the_page_shows_the_rules() -> None:
 
 
 def test_what_peft_writes_by_itself_is_read(tmp_path: Path) -> None:
-    """PEFT writes every field, at its default."""
+    """PEFT writes every field, also those with the default."""
     made_in_peft(small(), tmp_path, r=2, target_modules=["0"])
     assert set(json.loads((tmp_path / CONFIG).read_text())) >= FIELDS.keys() - {
         *("runtime_config", "enable_lora", "merge_weights")

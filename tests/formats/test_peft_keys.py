@@ -1,4 +1,4 @@
-"""Keys as programs in the wild write them, other programs' files, and names that belong to several adapters."""
+"""Keys as real programs write them, other programs' files, and names that belong to several adapters."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_loralibs_keys_too(spelling: str, tmp_path: Path) -> None:
 
 
 class Own(nn.Module):
-    """A model whose own children are called as wrappers and PEFT's prefix are."""
+    """A model whose own children have the names of wrappers and of PEFT's prefix."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""PEFT's folder for weights that no layer of their own calls: experts in PEFT itself, attention by its tensors."""
+"""PEFT's folder for weights without a layer that is called: experts in PEFT itself, attention by its tensors."""
 
 import json
 import warnings
@@ -31,7 +31,7 @@ def test_problem_29_peft_reads_experts_and_back(make, targets: list[str], tmp_pa
     expected = model(TOKENS).logits.detach()
     assert (expected - make()(TOKENS).logits).abs().max() > 0.003
     lorakit.save(model, tmp_path / "ours")
-    # PEFT warns that it ignores the ranks of parameters, and uses them.
+    # PEFT warns that it ignores the ranks of parameters, but it uses them.
     theirs = load_in_peft(make(), tmp_path / "ours", ignored="The following rank_pattern keys")
     torch.testing.assert_close(theirs(TOKENS).logits, expected, atol=1e-5, rtol=1e-5)
     with warnings.catch_warnings():

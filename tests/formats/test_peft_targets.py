@@ -28,7 +28,7 @@ SELECTIONS = [own for count in range(1, 6) for own in itertools.combinations(NAM
 def test_peft_adapts_the_same_modules(names: tuple[str, ...], tmp_path: Path) -> None:
     """PEFT warns of modules that it adapts and the file does not hold: here a warning is an error."""
     model, x = make(), torch.randn(3, 8)
-    # Of every two modules, one has a rank and an alpha of its own.
+    # Every second module has its own rank and alpha.
     ranks = {f"[{name[0]}]{name[1:]}": 3 for name in names[::2]}
     alphas = {f"[{name[0]}]{name[1:]}": 7 for name in names[1::2]}
     lorakit.attach(model, lambda module, name: name in names, rank=2, alpha=4, rank_pattern=ranks, alpha_pattern=alphas)

@@ -1,4 +1,4 @@
-"""What PEFT writes beside plain LoRA: it is read as PEFT reads it, or refused with the reason."""
+"""PEFT's variants of plain LoRA: each is read as PEFT reads it, or refused with the reason."""
 
 import json
 import warnings
@@ -34,7 +34,7 @@ TOKENS = torch.arange(14).view(2, 7)
 def test_a_residual_is_computed_from_the_base_model(init: str, make, settings: dict, tmp_path: Path) -> None:
     targets = ["q_proj", "down_proj"] if make is models.llama else ["c_attn"]
     if init == "olora" and make is models.gpt2:
-        targets = ["attn.c_proj"]  # PEFT takes the factors of the matrix as it is stored: only square ones work
+        targets = ["attn.c_proj"]  # PEFT decomposes the matrix as it is stored, so only square ones work
     settings |= dict(r=2, target_modules=targets, init_lora_weights=init, fan_in_fan_out=make is models.gpt2)
     live = made_in_peft(make(), tmp_path / "theirs", 0.05, **settings)
     expected = live(TOKENS).logits.detach()
@@ -42,11 +42,11 @@ def test_a_residual_is_computed_from_the_base_model(init: str, make, settings: d
     model = make()
     lorakit.load(model, tmp_path / "theirs")
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=3e-5, rtol=1e-4)
-    # Written again it counts from the base model itself, and every reader computes the same.
+    # When it is saved again, it is relative to the base model, and every reader computes the same.
     lorakit.save(model, tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / CONFIG).read_text())["init_lora_weights"] is True
     torch.testing.assert_close(read_in_peft(make(), tmp_path / "ours")(TOKENS).logits, expected, atol=3e-5, rtol=1e-4)
-    lorakit.load(model, tmp_path / "theirs")  # into what is adapted already
+    lorakit.load(model, tmp_path / "theirs")  # into a model that is already adapted
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=3e-5, rtol=1e-4)
     lorakit.merge(model)
     lorakit.load(model, tmp_path / "theirs")  # a merged weight is not the base's
@@ -249,7 +249,7 @@ def test_the_base_weights_of_an_adapted_embedding_travel_with_it(tmp_path: Path)
 
 
 def test_magnitudes_must_agree_with_the_configuration(tmp_path: Path) -> None:
-    """PEFT drops those that its configuration does not know, and draws those that it does not find."""
+    """PEFT drops magnitudes that its configuration does not mention, and initialises missing ones."""
     magnitude = {"base_model.model.0.lora_magnitude_vector": torch.ones(8)}
     with pytest.raises(ValueError, match="0 has a magnitude, and adapter_config.json says use_dora=False"):
         lorakit.load(small(), folder(tmp_path / "more", factors() | magnitude))
@@ -262,7 +262,7 @@ GROUPED = [(4, 6, 2, 4), (6, 6, 3, 6), (4, 4, 4, 4), (4, 4, 4, 8), (4, 8, 4, 4)]
 
 
 def grouped(channels: int, outputs: int, groups: int, own: bool, used: bool) -> dict[str, torch.Tensor]:
-    """An A whose rows read the channels of their own group alone (or all), and a B that uses them (or not)."""
+    """An A whose rows read only the channels of their own group (or all channels), and a B that is used (or zero)."""
     generator = torch.Generator().manual_seed(2)
     rank = next(r for c, o, g, r in GROUPED if (c, o, g) == (channels, outputs, groups))
     A = torch.randn(rank, channels, 3, 3, generator=generator)

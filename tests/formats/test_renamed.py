@@ -1,4 +1,4 @@
-"""Adapters made before transformers 5 renamed and fused modules: what PEFT reads is read, with equal outputs."""
+"""Adapters made before transformers 5 renamed and fused modules: lorakit reads what PEFT reads, with equal outputs."""
 
 import re
 from collections.abc import Callable

@@ -1,10 +1,10 @@
-"""A program that trains in processes of its own and kills them with SIGKILL while they change files.
+"""A program that trains in child processes and kills them with SIGKILL while they change files.
 
     python kills.py FOLDER FRESH_OR_OVER MOST
 
-The libraries are imported once; each training is a fork. The first one counts the changes of the file system that a
-run makes in its output folder (renames, removals, new folders, files opened to write). Others end before one of these,
-at most MOST in all, spread over them. After each, the folder is looked at, and the run is resumed.
+The libraries are imported once; each training run is a fork. The first one counts the changes of the file system that a
+run makes in its output folder (renames, removals, new folders, files opened to write). Others end before one of them,
+at most MOST in all, spread over them. After each, the folder is checked, and the run is resumed.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from lorakit.cli.main import main
-from lorakit.training import plan, prepare
+from lorakit.training import plan
 
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "open")
 OPTIONS = ("--epochs", "2", "--save-steps", "1", "--batch-size", "4", "--eval-samples", "0", "--holdout", "0")
@@ -25,7 +25,7 @@ PLAIN = (*OPTIONS, "--dtype", "float32", "--lr", "0.005", "--dropout", "0.1", "-
 
 
 def run(work: Path, data: str, *more: str, kill_at: int = 0) -> tuple[int, int]:
-    """Train in a fork; its exit code (−9 where it was killed) and how many changes it made."""
+    """Train in a fork. Returns its exit code (−9 if it was killed) and the number of changes it made."""
     reading, writing = os.pipe()
     child = os.fork()
     if child:
@@ -56,7 +56,7 @@ def run(work: Path, data: str, *more: str, kill_at: int = 0) -> tuple[int, int]:
 
 
 def look(out: Path, old: dict[str, bytes], new: dict[str, bytes]) -> None:
-    """No checkpoint is in pieces, and an adapter stands beside its own settings."""
+    """Check that no checkpoint is incomplete, and that an adapter lies beside its own settings."""
     for checkpoint in out.rglob("checkpoint-*"):
         if checkpoint.parent.name in ("saving", "gone"):
             continue
@@ -99,7 +99,7 @@ def main_of_kills(work: Path, which: str, most: int) -> None:
             and not list((out / ".lorakit").glob("new/checkpoint-*"))
             and ((out / "config.yaml").exists() and (out / "config.yaml").read_bytes() == old["config.yaml"])
         ):
-            resume = more  # it had not begun, or had saved nothing: the old run is as it was
+            resume = more  # it had not begun or had saved nothing, so the old run is unchanged
         code, _ = run(work, "new.jsonl", *resume)
         assert code == 0, (moment, resume, (work / "log").read_text()[-600:])
         assert {name: (out / name).read_bytes() for name in kept} == straight, moment
@@ -108,12 +108,10 @@ def main_of_kills(work: Path, which: str, most: int) -> None:
 
 
 def unplanned(*_: object) -> None:
-    """In place of the count of the memory, which takes longer than the training."""
+    """Replaces the count of the memory, which takes longer than the training."""
     raise NotImplementedError("not counted")
 
 
 if __name__ == "__main__":
-    # Set by name: neither is a name that these modules give to others.
-    vars(prepare)["speed"] = lambda *_: 1e9
     vars(plan)["step_storages"] = unplanned
     main_of_kills(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

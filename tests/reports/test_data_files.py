@@ -1,4 +1,4 @@
-"""Data files as people have them: which are read as meant, and which are refused with their line."""
+"""Real-world data files: some are read as intended, others are refused with the line."""
 
 import bz2
 import gzip
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.training.data import read
+from lorakit.training.data import read_data
 from lorakit.training.rows import DataError
 
 PAIRS = [("a", "b"), ("c d", "e\nf"), ("ü", "ö")]
@@ -17,7 +17,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 def pairs(path: Path) -> list[tuple[str | None, str | None]]:
-    return [(e.prompt, e.completion) for e in read(str(path), holdout=0).train]
+    return [(e.prompt, e.completion) for e in read_data(str(path), holdout=0).train]
 
 
 @pytest.mark.parametrize(
@@ -47,13 +47,13 @@ def test_packed_files(suffix: str, pack, tmp_path: Path) -> None:
     assert pairs(path) == pairs(tmp_path) == PAIRS
     path.write_bytes(pack(LINES.encode())[:-12])
     with pytest.raises(DataError, match=rf"Train.jsonl{suffix}: not a whole {suffix} file"):
-        read(str(path))
+        read_data(str(path))
 
 
 def test_splits_are_found_under_the_names_in_use(tmp_path: Path) -> None:
     for name in ("Train.jsonl", "validation.json", "TEST.ndjson"):
         (tmp_path / name).write_text(LINES)
-    data = read(str(tmp_path))
+    data = read_data(str(tmp_path))
     assert [len(rows) for rows in (data.train, data.valid, data.test)] == [3, 3, 3]
     hub = tmp_path / "clone"
     (hub / "data").mkdir(parents=True)
@@ -61,15 +61,15 @@ def test_splits_are_found_under_the_names_in_use(tmp_path: Path) -> None:
         (hub / "data" / f"train-{number:05}-of-00003.jsonl").write_text(json.dumps(row))
     (hub / "data" / "tests.jsonl").write_text(LINES)
     assert pairs(hub) == PAIRS
-    assert f"files of {hub} that are no split and are not read: tests.jsonl" in read(str(hub)).notes
+    assert f"files of {hub} that are no split and are not read: tests.jsonl" in read_data(str(hub)).notes
     (hub / "data" / "train-00001-of-00003.jsonl").unlink()
     with pytest.raises(ValueError, match="holds 2 of the 3 files train-…-of-….jsonl"):
-        read(str(hub))
+        read_data(str(hub))
     lone = tmp_path / "lone"
     lone.mkdir()
     (lone / "rows.jsonl").write_text(LINES)
     with pytest.raises(FileNotFoundError, match=r"holds no train, valid or test file.* name the file, --data .*rows"):
-        read(str(lone))
+        read_data(str(lone))
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85"])
@@ -80,7 +80,7 @@ def test_only_line_breaks_end_lines(mark: str, suffix: str, tmp_path: Path) -> N
     body = [json.dumps({"text": text}, ensure_ascii=mark < " ") for text in wanted] if suffix == ".jsonl" else wanted
     header = ["text"] if suffix in (".csv", ".tsv") else []
     path.write_text("\n".join([*header, *body]) + "\n", encoding="utf-8", newline="")
-    assert [example.text for example in read(str(path), holdout=0).train] == wanted
+    assert [example.text for example in read_data(str(path), holdout=0).train] == wanted
 
 
 def test_a_csv_cell_has_no_longest_length(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_quotation_mark_out_of_place_is_refused_at_its_line(
     path = tmp_path / f"d{suffix}"
     path.write_bytes((text if suffix == ".csv" else text.replace(",", "\t")).encode())
     with pytest.raises(DataError) as error:
-        read(str(path))
+        read_data(str(path))
     assert any(problem.startswith(f"d{suffix}:{line}: {what}") for problem in error.value.problems)
 
 
@@ -126,7 +126,7 @@ def test_marks_that_are_in_place(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text('prompt,completion\n5" nail,"say ""hi"""\n"a\nb","x,y"\n')
     assert pairs(tmp_path / "d.csv") == [('5" nail', 'say "hi"'), ("a\nb", "x,y")]
     (tmp_path / "e.csv").write_text('prompt,completion\n1,"a\n2,b\n3,c"\n4,d\n')
-    assert "(e.csv:2): is a quotation mark missing there?" in read(str(tmp_path / "e.csv"), holdout=0).notes[0]
+    assert "(e.csv:2): is a quotation mark missing there?" in read_data(str(tmp_path / "e.csv"), holdout=0).notes[0]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_marks_that_are_in_place(tmp_path: Path) -> None:
 def test_files_that_are_refused(name: str, text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message) as error:
-        read(str(tmp_path / name))
+        read_data(str(tmp_path / name))
     assert len(error.value.problems) == 1
 
 
@@ -156,7 +156,7 @@ def test_half_a_character_names_its_row(half: str, key: str, tmp_path: Path) -> 
     row = json.dumps({"prompt": "a", "completion": "b", key: "HALF"}).replace("HALF", half)
     (tmp_path / "d.jsonl").write_text(f"{LINES}{row}\n")
     with pytest.raises(DataError, match=r"^d.jsonl:4: the text .* holds half a character"):
-        read(str(tmp_path / "d.jsonl"))
+        read_data(str(tmp_path / "d.jsonl"))
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "😀", "completion": "👨‍👩‍👧"}))
     assert pairs(tmp_path / "d.jsonl") == [("😀", "👨‍👩‍👧")]
 
@@ -173,15 +173,15 @@ def test_parquet_as_json_would_hold_it(tmp_path: Path) -> None:
         {"role": "assistant", "content": None, "tool_calls": [call]},
     ]
     pq.write_table(pa.Table.from_pylist([{"messages": said}]), tmp_path / "d.parquet")
-    messages = read(str(tmp_path / "d.parquet"), holdout=0).train[0].messages
+    messages = read_data(str(tmp_path / "d.parquet"), holdout=0).train[0].messages
     assert messages is not None
     assert messages[0] == {"role": "user", "content": "a"}
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
     pairs_of_keys = [[("role", "user"), ("content", "a")], [("role", "assistant"), ("content", "b")]]
     maps = pa.array([pairs_of_keys], pa.list_(pa.map_(pa.string(), pa.string())))
     pq.write_table(pa.table({"messages": maps}), tmp_path / "m.parquet")
-    assert read(str(tmp_path / "m.parquet"), holdout=0).train[0].messages is not None
+    assert read_data(str(tmp_path / "m.parquet"), holdout=0).train[0].messages is not None
     labels = [decimal.Decimal("1.5"), decimal.Decimal("2.0")]
     pq.write_table(pa.table({"text": ["a", "b"], "label": labels}), tmp_path / "l.parquet")
-    data = read(str(tmp_path / "l.parquet"), holdout=0)
+    data = read_data(str(tmp_path / "l.parquet"), holdout=0)
     assert (data.task, [example.label for example in data.train]) == ("regression", [1.5, 2.0])

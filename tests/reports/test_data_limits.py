@@ -1,4 +1,4 @@
-"""How long a row a model reads, tokens that it has no row for, and the loss of models with habits of their own."""
+"""The longest row of a model, tokens without an embedding row, and the loss of models that differ from others."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ LIMITS = [
 
 @pytest.mark.parametrize(("name", "settings", "limit"), LIMITS, ids=[name for name, *_ in LIMITS])
 def test_a_models_own_limit_of_positions(name: str, settings: dict, limit: int | None) -> None:
-    """Found without weights, and right: the model reads a row of so many tokens, and one with a table no longer one."""
+    """The limit is found without weights. The model reads a row of that length, and no longer one if it has a table."""
     with FakeTensorMode():
         assert positions(model_of(name, **settings)) == limit
     if name in ("Bert", "Roberta", "XLMRoberta", "MPNet", "Electra", "DistilBert", "GPT2", "OPT"):
@@ -150,7 +150,7 @@ def test_a_tokenizer_without_end_or_padding_is_found_before_a_folder_is_made(
 
 
 class _Habits(nn.Module):
-    """A causal model whose forward pass knows logits_to_keep, swallows it, or would not take it."""
+    """A causal model whose forward pass uses logits_to_keep, ignores it, or does not accept it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ def test_logits_of_another_shape_are_no_loss() -> None:
 def test_a_model_that_looks_ahead_is_found(
     name: str, kind: str, settings: dict, causal: bool, dtype: torch.dtype
 ) -> None:
-    # In half precision what is looked up has to stand out from rounding, as it does in a trained model.
+    # In half precision the embeddings must be larger than rounding errors, as in a trained model.
     spread = 0.1 if dtype == torch.float32 else 1.0
     model = model_of(name, kind, **settings, initializer_range=spread).to(dtype)
     if causal:

@@ -1,4 +1,4 @@
-"""What rows mean: marks, optional columns, keys that are not read, labels, and rows that occur more than once."""
+"""The meaning of rows: marks, optional columns, keys that are not read, labels, and repeated rows."""
 
 import json
 from collections import Counter
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.training.data import Data, read
+from lorakit.training.data import Data, read_data
 from lorakit.training.rows import DataError
 
 USER, GOOD = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "good"}
@@ -19,7 +19,7 @@ def write(folder: Path, *rows: object) -> str:
 
 
 def one(folder: Path, row: object, **options: object) -> Data:
-    return read(write(folder, row), holdout=0, **options)  # type: ignore[arg-type]
+    return read_data(write(folder, row), holdout=0, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_what_a_prompt_holds_is_not_learnt(tmp_path: Path) -> None:
 def test_an_optional_column_without_a_value(nothing: str, tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     path.write_text(f'{{"instruction": "a", "input": {nothing}, "output": "b", "tools": {nothing.replace(" ", "")}}}')
-    assert read(str(path), holdout=0).train[0].prompt == "a"
+    assert read_data(str(path), holdout=0).train[0].prompt == "a"
 
 
 @pytest.mark.parametrize("value", [["x"], {"k": 1}, 0, True, 2.5])
@@ -184,12 +184,12 @@ def test_the_hint_is_one_that_works(row: dict, flags: str, tmp_path: Path) -> No
     fields = {flag[2:].removesuffix("-field"): key for flag, key in zip(words[::2], words[1::2], strict=True)}
     other = {**row, "label": 2} if "label" in row else {**row, **({"stars": 2} if "stars" in row else {})}
     other |= {"intent": "c"} if "intent" in row else {}
-    assert len(read(write(tmp_path, row, other), fields=fields, holdout=0).train) == 2
+    assert len(read_data(write(tmp_path, row, other), fields=fields, holdout=0).train) == 2
 
 
 def labelled(folder: Path, labels: list, **options: object) -> Data:
     rows = [{"text": f"t{index}", "label": label} for index, label in enumerate(labels)]
-    return read(write(folder, *rows), holdout=0, **options)  # type: ignore[arg-type]
+    return read_data(write(folder, *rows), holdout=0, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -237,27 +237,27 @@ def test_labels_that_are_refused(labels: list, task: str, message: str, tmp_path
 def test_rows_that_ask_the_same_stay_together(seed: int, share: float, tmp_path: Path) -> None:
     rows = [{"prompt": f"p{index % 12}", "completion": f"c{index % 5}"} for index in range(60)]
     rows += [{"prompt": f"alone {index}", "completion": "c"} for index in range(20)]
-    data = read(write(tmp_path, *rows), holdout=share, seed=seed)
+    data = read_data(write(tmp_path, *rows), holdout=share, seed=seed)
     assert not {example.prompt for example in data.train} & {example.prompt for example in data.valid}
     assert len(data.valid) == round(share * 80) or share == 0.6
     assert len(data.train) + len(data.valid) == 80 and 0 < len(data.valid) <= round(share * 80)
 
 
 def test_rows_that_cannot_stay_together_are_said(tmp_path: Path) -> None:
-    data = read(write(tmp_path, *[{"prompt": "p", "completion": f"c{index}"} for index in range(20)]), holdout=0.2)
+    data = read_data(write(tmp_path, *[{"prompt": "p", "completion": f"c{index}"} for index in range(20)]), holdout=0.2)
     assert len(data.valid) == 4
     assert "4 of the 4 valid rows ask the same as training rows (duplicates)" in data.notes[-1]
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
     (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "b"}\n')
     (tmp_path / "d.jsonl").unlink()
-    assert "1 of the 2 test rows ask the same as training rows" in read(str(tmp_path)).notes[-1]
+    assert "1 of the 2 test rows ask the same as training rows" in read_data(str(tmp_path)).notes[-1]
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_no_class_loses_its_last_row_to_the_holdout(seed: int, tmp_path: Path) -> None:
     labels = ["a", "b"] * 20 + [f"rare{index}" for index in range(6)] + ["twice", "twice"]
     rows = [{"text": f"t{index}", "label": label} for index, label in enumerate(labels)]
-    data = read(write(tmp_path, *rows), holdout=0.4, seed=seed)
+    data = read_data(write(tmp_path, *rows), holdout=0.4, seed=seed)
     assert {example.label for example in data.train} == set(labels) == set(data.labels)
     assert len(data.valid) == round(0.4 * len(rows))
     assert Counter(e.label for e in (*data.train, *data.valid)) == Counter(labels)
@@ -266,6 +266,6 @@ def test_no_class_loses_its_last_row_to_the_holdout(seed: int, tmp_path: Path) -
 @pytest.mark.parametrize("holdout", [0.1, 0.5])
 def test_numbers_to_predict_are_no_classes_to_the_holdout(holdout: float, tmp_path: Path) -> None:
     rows = [{"text": f"t{index}", "label": index + 0.5} for index in range(20)]
-    data = read(write(tmp_path, *rows), holdout=holdout)
+    data = read_data(write(tmp_path, *rows), holdout=holdout)
     assert (data.task, len(data.valid)) == ("regression", 20 * holdout)
     assert len(data.notes) == 1

@@ -1,4 +1,4 @@
-"""What the model reads and learns under chat templates of many habits, held against texts written by hand."""
+"""What the model reads and learns with many different chat templates, compared with texts written by hand."""
 
 import datetime
 from pathlib import Path
@@ -50,7 +50,7 @@ def all_of(examples: list[Example], tokenizer, system: str | None = None) -> Enc
         (PLAIN + "{{ '<|im_start|>assistant\n' }}", ("hi", "yes"), ["yes<|im_end|>"]),
         (PLAIN + "{{ '<|im_start|>assistant\n' }}", ("hi", "yes", "b", "no"), ["yes<|im_end|>", "no<|im_end|>"]),
         (PLAIN + "<|im_start|>assistant\n", ("hi", "yes", "b", "no"), ["yes<|im_end|>", "no<|im_end|>"]),
-        (PLAIN, ("hi", "yes"), ["<|im_start|>assistant\nyes<|im_end|>"]),  # the model is to open its turn itself
+        (PLAIN, ("hi", "yes"), ["<|im_start|>assistant\nyes<|im_end|>"]),  # the model must open its turn itself
         (PLAIN + ASKS.replace("\n", "\n<think>\n"), ("a", "yes", "b", "no"), ["yes<|im_end|>", "no<|im_end|>"]),
         (PLAIN + ASKS.replace("\n", "\n<think>\n"), ("a", "<think>\nhm</think>yes"), ["hm</think>yes<|im_end|>"]),
         (PLAIN.replace("'content']", "'content'] | trim") + ASKS, (" a ", "\n\n yes \n"), ["yes<|im_end|>"]),
@@ -61,7 +61,7 @@ def test_exactly_the_answer_and_its_end_bear_loss(template: str, texts: tuple[st
     tokenizer = tiny_tokenizer(template)
     example = Example("d:1", messages=turns(*texts))
     assert learnt(example, tokenizer) == expected
-    # Generation begins where the last answer does.
+    # Generation begins where the last answer begins.
     asked = prompt_ids(example, tokenizer, system=None, chat=True)
     row = encode(example, tokenizer, system=None, chat=True).input_ids
     assert tokenizer.decode(row[: len(asked)]) == tokenizer.decode(asked)

@@ -1,4 +1,4 @@
-"""Output folders from the command line: no verb removes or replaces what it did not write itself."""
+"""Output folders from the command line: no verb removes or replaces files that it did not write."""
 
 import json
 import shutil

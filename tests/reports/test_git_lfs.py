@@ -1,4 +1,4 @@
-"""A repository cloned without git-lfs holds pointers: whatever is read names them, and what to do."""
+"""A repository cloned without git-lfs holds pointers: every reader names the file and says what to do."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from conftest import tiny_tokenizer
 from lorakit.cli.main import main
-from lorakit.training.data import read
+from lorakit.training.data import read_data
 from lorakit.training.models import load_causal_lm
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123\n"
@@ -18,7 +18,7 @@ def test_data(name: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(POINTER)
     with pytest.raises(ValueError, match=rf"{name} is a git-lfs pointer .*git lfs pull"):
-        read(str(path), holdout=0)
+        read_data(str(path), holdout=0)
 
 
 @pytest.mark.parametrize(

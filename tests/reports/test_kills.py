@@ -1,4 +1,4 @@
-"""A training that is killed at any change that it makes to its files: nothing in pieces, and it resumes bit for bit."""
+"""A training run that is killed at any change of its files leaves nothing incomplete and resumes bit for bit."""
 
 import json
 import shutil

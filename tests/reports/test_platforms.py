@@ -1,4 +1,4 @@
-"""Consoles that know few characters, outputs that nobody reads, and machines with few or old packages."""
+"""Consoles with few characters, outputs without a reader, and machines with few or old packages."""
 
 import json
 import os
@@ -16,7 +16,7 @@ SOURCE = str(Path(lorakit.__file__).parents[1])
 
 
 def lorakit_in(script: str, *, encoding: str = "utf-8", **settings: Any) -> subprocess.CompletedProcess[bytes]:
-    """A fresh interpreter whose standard streams have an encoding, as Windows' consoles and bare containers do."""
+    """A new interpreter whose standard streams have this encoding, as on Windows' consoles and in bare containers."""
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "PYTHONPATH": SOURCE}
     return subprocess.run([sys.executable, "-c", script], env=environment, timeout=200, check=False, **settings)
 
@@ -34,7 +34,7 @@ def test_any_console_takes_what_every_command_prints(encoding: str, tiny_lm: Pat
         ["train", "--config", str(tmp_path / "nö→.yaml")],
         ["train", "--mödel→", "x"],
     ]
-    if encoding == "ascii":  # the least of them, with what takes longer
+    if encoding == "ascii":  # only the smallest encoding runs the slower commands
         commands += [["info", str(tmp_path / "näh→")], ["check", "--model", model, "--data", data]]
     script = f"""
 import sys
@@ -46,7 +46,7 @@ for words in {commands!r}:
     done = lorakit_in(script, encoding=encoding, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert b"UnicodeEncodeError" not in done.stderr and b"codec can't encode" not in done.stderr
-    text, err = done.stdout.decode(encoding), done.stderr.decode(encoding)  # all of it is what the console reads
+    text, err = done.stdout.decode(encoding), done.stderr.decode(encoding)  # the console can read all of it
     assert "usage: lorakit train" in text
     assert err.count("no such file") >= 1
     if encoding == "ascii":
@@ -98,7 +98,7 @@ def test_work_goes_on_without_a_reader(stream: str, tmp_path: Path) -> None:
     assert read is not None and other is not None
     assert read.readline() == b"line 0\n"
     read.close()  # | head -1
-    assert other.read() == b""  # nothing to complain of
+    assert other.read() == b""  # no error
     other.close()
     assert process.wait(60) == 0
     assert (tmp_path / "end").read_text() == "done"

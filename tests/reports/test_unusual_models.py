@@ -1,4 +1,4 @@
-"""attach on models with layers that few tools think of: each acts, in value, gradient and merge, or is refused."""
+"""attach on models with unusual layers: each works in value, gradient and merge, or is refused."""
 
 import copy
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def test_a_lazy_layer_says_to_run_the_model_once_and_works_then(name: str, targe
 
 
 class Router(nn.Module):
-    """A linear layer of a program's own."""
+    """A program's own linear layer."""
 
     def __init__(self) -> None:
         super().__init__()

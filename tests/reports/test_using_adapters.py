@@ -1,4 +1,4 @@
-"""The verbs that use an adapter, as a person runs them: each does what fits the adapter, or says which verb does."""
+"""The verbs that use an adapter, as a person runs them: each suits the adapter, or names the verb that does."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def language(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> str:
-    """What a command prints; on standard error where it fails."""
+    """What a command prints; if it fails, what it prints to standard error."""
     capsys.readouterr()
     found = main([str(word) for word in words])
     printed = capsys.readouterr()
@@ -156,7 +156,7 @@ def test_a_conversation_that_outgrows_the_positions_forgets_its_beginning_and_sa
     assert re.search(r"\(the prompt has \d+ tokens, and this model has positions for 64: shorten it\.\)", printed)
     assert printed.count("\n> ") == 3  # the conversation goes on
     printed = chat(monkeypatch, capsys, lines * 3, "--model", tmp_path, "--max-new-tokens", "2", "--plain")
-    assert "forgotten" not in printed  # each line stands alone
+    assert "forgotten" not in printed  # each line is continued on its own
     message = said(capsys, "generate", "--model", tmp_path, "--prompt", "turn " * 80, code=1)
     assert "this model has positions for 64" in message
 

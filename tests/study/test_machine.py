@@ -1,4 +1,4 @@
-"""What a table says of its origin: the commit of the source, and whether the source differs from it."""
+"""The origin in a table: the commit of the source, and whether the source differs from it."""
 
 import subprocess
 from pathlib import Path
@@ -12,7 +12,7 @@ from lorakit.study.machine import commit, machine, release
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with a source and a result, which lorakit takes for its own."""
+    """A repository with a source and a result, which lorakit treats as its own."""
     for name in ("src/code.py", "results/runs.jsonl"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text("one\n")

@@ -1,4 +1,4 @@
-"""Folders that are no model and no adapter: what they are is said, and what to do."""
+"""Folders that are neither a model nor an adapter: the message says what they are and what to do."""
 
 import json
 import shutil

@@ -21,7 +21,7 @@ def test_both_commands_train_by_the_same_arguments(tmp_path: Path, capsys: pytes
     one = arguments(SFTConfig, TrainConfig(model="", data="", output_dir="", **SAME), **given)
     two = arguments(TrainingArguments, CompareConfig(model="", output_dir="", **SAME), **given)
     shared = TrainingArguments(output_dir=str(tmp_path)).to_dict().keys() - {
-        # TRL's own: it averages the loss over labels itself, and logs more.
+        # Differs in TRL: it averages the loss over labels itself, and logs more.
         *("average_tokens_across_devices", "logging_steps", "bf16", "logging_dir", "gradient_checkpointing_kwargs")
     }
     differing = {key for key in shared if one.to_dict()[key] != two.to_dict()[key]}
@@ -32,9 +32,9 @@ def test_both_commands_train_by_the_same_arguments(tmp_path: Path, capsys: pytes
 
 
 def test_a_process_has_one_device() -> None:
-    """Trainer would spread a batch over all the GPUs that it sees, and take as many times more rows for a step."""
+    """Trainer would spread a batch over all the GPUs that it sees, and multiply the rows of a step by their number."""
 
-    def kind(**settings: Any) -> Any:  # in the place of a class of arguments
+    def kind(**settings: Any) -> Any:  # replaces a class of arguments
         return SimpleNamespace(n_gpu=settings["n_gpu"], _n_gpu=settings["n_gpu"])
 
     for seen, used in ((0, 0), (1, 1), (4, 1)):

@@ -12,7 +12,7 @@ from lorakit.training.checkpoints import checkpoints, fault_of, newest_whole, re
 
 
 def whole(folder: Path, step: int) -> Path:
-    """What transformers writes, and the state of an adapter."""
+    """The files that transformers writes, and the state of an adapter."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
     (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))

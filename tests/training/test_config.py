@@ -1,4 +1,4 @@
-"""One declaration of the settings: flags, YAML, defaults, and what is said about wrong ones."""
+"""One declaration of the settings: flags, YAML, defaults, and the messages for wrong ones."""
 
 import argparse
 import dataclasses
@@ -9,14 +9,14 @@ import yaml
 
 from lorakit.cli.parser import Parser
 from lorakit.training.config import TrainConfig, warnings_for
-from lorakit.training.settings import UsageError, add_arguments, commented_yaml, from_args, to_yaml
+from lorakit.training.settings import UsageError, add_setting_flags, commented_yaml, from_args, to_yaml
 
 REQUIRED = ["--model", "m", "--data", "d", "--output-dir", "o"]
 
 
 def parse(*words: str) -> TrainConfig:
     parser = Parser(prog="lorakit train")
-    add_arguments(TrainConfig, parser)
+    add_setting_flags(TrainConfig, parser)
     return from_args(TrainConfig, parser.parse_args(words))
 
 
@@ -61,7 +61,7 @@ def test_flags_and_the_aliases_people_type(words: list[str], name: str, value: o
             "--init: expected one of kaiming, gaussian, pissa, olora, found 'pisa'. Did you mean 'pissa'",
         ),
         (["--learning-rte", "1"], "unknown argument '--learning-rte'. Did you mean '--learning-rate'"),
-        (["--epoch", "1"], "unknown argument '--epoch'. Did you mean '--epochs'"),  # no guessing of abbreviations
+        (["--epoch", "1"], "unknown argument '--epoch'. Did you mean '--epochs'"),  # abbreviations are not accepted
         (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
     ],
 )
@@ -144,7 +144,7 @@ def test_learning_rates_out_of_range_are_pointed_out() -> None:
 
 def test_no_argument_is_taken_for_another_parsers(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    add_arguments(TrainConfig, parser)
+    add_setting_flags(TrainConfig, parser)
     parser.print_help()
     out = capsys.readouterr().out
     assert "(default: 16)" in out and "--model-name-or-path" in out

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.training.data import Example, read
+from lorakit.training.data import Example, read_data
 from lorakit.training.rows import DataError
 
 PAIR = {"prompt": "a", "completion": "b"}
@@ -62,7 +62,7 @@ def write(path: Path, *rows: object) -> str:
     ids=["pair", "alpaca", "alpaca-no-input", "text", "messages", "sharegpt", "pair-of-messages", "parts"],
 )
 def test_shapes(row: dict, shape: str, expected: Example, tmp_path: Path) -> None:
-    data = read(write(tmp_path / "d.jsonl", row), holdout=0)
+    data = read_data(write(tmp_path / "d.jsonl", row), holdout=0)
     assert (data.shape, data.task, data.train) == (shape, "causal-lm", [expected])
 
 
@@ -78,7 +78,7 @@ def test_formats_hold_the_same_rows(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     seen = {}
     for kind in ("jsonl", "json", "csv", "tsv", "parquet"):
-        examples = read(str(tmp_path / f"a.{kind}"), holdout=0).train
+        examples = read_data(str(tmp_path / f"a.{kind}"), holdout=0).train
         assert [(e.prompt, e.completion) for e in examples] == [(r["prompt"], r["completion"]) for r in rows]
         seen[kind] = [e.where for e in examples]
     assert seen == {
@@ -89,42 +89,42 @@ def test_formats_hold_the_same_rows(tmp_path: Path) -> None:
         "parquet": ["a.parquet row 1", "a.parquet row 2"],
     }
     (tmp_path / "a.txt").write_bytes(b"one\r\n\r\ntwo\n")
-    assert [e.text for e in read(str(tmp_path / "a.txt"), holdout=0).train] == ["one", "two"]
+    assert [e.text for e in read_data(str(tmp_path / "a.txt"), holdout=0).train] == ["one", "two"]
 
 
 def test_bom_crlf_and_blank_lines_are_tolerated(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(
         b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\r\n\r\n" + json.dumps(PAIR).encode()
     )
-    assert [e.where for e in read(str(tmp_path / "a.jsonl"), holdout=0).train] == ["a.jsonl:1", "a.jsonl:3"]
+    assert [e.where for e in read_data(str(tmp_path / "a.jsonl"), holdout=0).train] == ["a.jsonl:1", "a.jsonl:3"]
 
 
 def test_folders_and_splits(tmp_path: Path) -> None:
     for name, count in (("train", 3), ("dev", 2), ("test", 1)):
         write(tmp_path / f"{name}.jsonl", *[PAIR] * count)
-    data = read(str(tmp_path))
+    data = read_data(str(tmp_path))
     assert (len(data.train), len(data.valid), len(data.test)) == (3, 2, 1)
     assert data.heldout == ("test", data.test)
     (tmp_path / "test.jsonl").unlink()
-    assert read(str(tmp_path)).heldout[0] == "valid"
+    assert read_data(str(tmp_path)).heldout[0] == "valid"
     write(tmp_path / "valid.jsonl", PAIR)
     with pytest.raises(ValueError, match=r"holds both valid.jsonl and dev.jsonl"):
-        read(str(tmp_path))
+        read_data(str(tmp_path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no train, valid or test file"):
-        read(str(tmp_path / "empty"))
+        read_data(str(tmp_path / "empty"))
 
 
 def test_holdout_is_a_seeded_share_and_says_so(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", *[{"prompt": f"p{i}", "completion": "c"} for i in range(40)])
-    data, again, other = read(path, seed=1), read(path, seed=1), read(path, seed=2)
+    data, again, other = read_data(path, seed=1), read_data(path, seed=1), read_data(path, seed=2)
     assert (len(data.train), len(data.valid)) == (38, 2)
     assert data.valid == again.valid != other.valid
     assert not set(e.where for e in data.valid) & set(e.where for e in data.train)
     assert data.notes == ["2 of 40 rows held out for evaluation, chosen by the seed (--holdout 0.05)"]
-    assert read(path, holdout=0).valid == []
+    assert read_data(path, holdout=0).valid == []
     many = write(tmp_path / "many.jsonl", *[PAIR] * 5000)
-    assert len(read(many).valid) == 100
+    assert len(read_data(many).valid) == 100
 
 
 BAD = [
@@ -146,7 +146,7 @@ BAD = [
 @pytest.mark.parametrize(("row", "message"), BAD)
 def test_bad_rows_are_named_by_file_and_line(row: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
-        read(write(tmp_path / "d.jsonl", PAIR, row, PAIR))
+        read_data(write(tmp_path / "d.jsonl", PAIR, row, PAIR))
     assert str(error.value) == message
 
 
@@ -155,7 +155,7 @@ def test_bad_rows_are_listed_by_file_and_line_whatever_is_wrong_with_them(tmp_pa
     write(tmp_path / "train.jsonl", empty, "[1]", PAIR, *[empty, "{"] * 4)
     write(tmp_path / "test.jsonl", empty, "{")
     with pytest.raises(DataError) as error:
-        read(str(tmp_path))
+        read_data(str(tmp_path))
     assert str(error.value).splitlines() == [
         "12 bad rows; nothing was loaded:",
         "test.jsonl:1: prompt is empty",
@@ -168,13 +168,13 @@ def test_bad_rows_are_listed_by_file_and_line_whatever_is_wrong_with_them(tmp_pa
 
 def test_all_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
-        read(write(tmp_path / "d.jsonl", PAIR, *[row for row, _ in BAD]))
+        read_data(write(tmp_path / "d.jsonl", PAIR, *[row for row, _ in BAD]))
     lines = str(error.value).splitlines()
     assert lines[0] == f"{len(BAD)} bad rows; nothing was loaded:"
     assert lines[3:5] == ["d.jsonl:4: completion is empty", "    also d.jsonl:5"]
     assert [line.split(":")[1] for line in lines[1:] if line[0] != " "] == ["2", "3", "4", "6", "7", "8", "9"]
     with pytest.raises(DataError) as error:
-        read(write(tmp_path / "d.jsonl", *['{"a"'] * 133))
+        read_data(write(tmp_path / "d.jsonl", *['{"a"'] * 133))
     lines = str(error.value).splitlines()
     assert len(lines) == 3 and lines[0] == "133 bad rows; nothing was loaded:"
     assert lines[2].startswith("    also d.jsonl:2, d.jsonl:3") and lines[2].endswith("d.jsonl:11 and 122 more rows")
@@ -199,66 +199,66 @@ def test_all_bad_rows_are_listed_at_once(tmp_path: Path) -> None:
 )
 def test_bad_conversations(messages: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
-        read(write(tmp_path / "d.jsonl", {"messages": messages}))
+        read_data(write(tmp_path / "d.jsonl", {"messages": messages}))
     assert str(error.value).startswith(f"d.jsonl:1: {message}")
 
 
 def test_fields_map_other_keys(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", {"question": "a", "answer": "b"})
-    data = read(path, fields={"prompt": "question", "completion": "answer"}, holdout=0)
+    data = read_data(path, fields={"prompt": "question", "completion": "answer"}, holdout=0)
     assert (data.train[0].prompt, data.train[0].completion) == ("a", "b")
     with pytest.raises(DataError, match=r"no key 'questin' \(--prompt-field questin\).*Did you mean 'question'"):
-        read(path, fields={"prompt": "questin"})
+        read_data(path, fields={"prompt": "questin"})
 
 
 def test_classification_labels(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": label} for label in (10, 2, 2)]
-    data = read(write(tmp_path / "d.jsonl", *rows), holdout=0)
+    data = read_data(write(tmp_path / "d.jsonl", *rows), holdout=0)
     assert (data.task, data.labels, [e.label for e in data.train]) == ("classification", ("2", "10"), ["10", "2", "2"])
     words = [{"sentence1": "a", "sentence2": "b", "label": label} for label in ("yes", "no")]
-    data = read(write(tmp_path / "d.jsonl", *words), holdout=0)
+    data = read_data(write(tmp_path / "d.jsonl", *words), holdout=0)
     assert (data.labels, data.train[0].text, data.train[0].text_pair) == (("no", "yes"), "a", "b")
     numbers = [{"text": "a", "label": label} for label in (1, 2.5)]
-    data = read(write(tmp_path / "d.jsonl", *numbers), holdout=0)
+    data = read_data(write(tmp_path / "d.jsonl", *numbers), holdout=0)
     assert (data.task, data.labels, [e.label for e in data.train]) == ("regression", (), [1.0, 2.5])
     (tmp_path / "d.csv").write_text("text,label\na,0\nb,1\n")
-    assert read(str(tmp_path / "d.csv"), holdout=0).labels == ("0", "1")
+    assert read_data(str(tmp_path / "d.csv"), holdout=0).labels == ("0", "1")
 
 
 def test_bad_labels(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"d.jsonl:2: label is null"):
-        read(write(tmp_path / "d.jsonl", {"text": "a", "label": 1}, {"text": "a", "label": None}))
+        read_data(write(tmp_path / "d.jsonl", {"text": "a", "label": 1}, {"text": "a", "label": None}))
     with pytest.raises(DataError, match="all rows of the training split have the label '1'"):
-        read(write(tmp_path / "d.jsonl", {"text": "a", "label": 1}))
+        read_data(write(tmp_path / "d.jsonl", {"text": "a", "label": 1}))
     write(tmp_path / "train.jsonl", {"text": "a", "label": "x"}, {"text": "a", "label": "y"})
     write(tmp_path / "test.jsonl", {"text": "a", "label": "z"})
     with pytest.raises(DataError, match=r"test.jsonl:1: the label 'z' does not occur in train"):
-        read(str(tmp_path))
+        read_data(str(tmp_path))
 
 
 def test_files_that_are_not_there_or_not_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "train.jsonl", PAIR)
     with pytest.raises(FileNotFoundError, match=r"trian.jsonl: no such file or folder. Did you mean .*train.jsonl"):
-        read(str(tmp_path / "trian.jsonl"))
+        read_data(str(tmp_path / "trian.jsonl"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl: no such file"):
-        read("nowhere.jsonl")  # never taken for a hub id
+        read_data("nowhere.jsonl")  # never taken for a hub id
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"empty.jsonl: the file holds no rows"):
-        read("empty.jsonl")
+        read_data("empty.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(PAIR).encode() + b'\n{"prompt": "\xe9"}')
     with pytest.raises(DataError, match=r"latin.jsonl:2: not UTF-8 \(byte 4\d\)"):
-        read("latin.jsonl")
+        read_data("latin.jsonl")
     (tmp_path / "a.xlsx").write_text("")
     with pytest.raises(ValueError, match=r"a.xlsx: unknown kind of file; expected .jsonl"):
-        read("a.xlsx")
+        read_data("a.xlsx")
     (tmp_path / "bad.csv").write_text("prompt,completion\na,b,c\n")
     with pytest.raises(DataError, match=r"bad.csv:2: 3 cells, but the header has 2"):
-        read("bad.csv")
+        read_data("bad.csv")
 
 
 def test_an_existing_path_wins_over_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
     write(tmp_path / "owner" / "name" / "train.jsonl", PAIR, PAIR)
-    assert len(read("owner/name").train) == 1
+    assert len(read_data("owner/name").train) == 1

@@ -1,5 +1,5 @@
-"""What is answered follows from the model and from what is asked of it; its generation_config.json says no more than
-where an answer ends."""
+"""Only the model and the caller's options decide an answer; from generation_config.json only the end of an answer is
+taken."""
 
 import json
 import shutil
@@ -116,7 +116,7 @@ def test_sampling_draws_from_the_share_that_is_asked_for(lively: Path) -> None:
         drawn = {"".join(stream(loaded, prompt, **options)) for _ in range(120)}
         assert drawn <= allowed
         assert len(drawn) > 1
-    # Not the 50 likeliest alone, which transformers takes where nothing is said.
+    # Not only the 50 likeliest tokens, which are transformers' default.
     first = {str(loaded.tokenizer.decode([token], skip_special_tokens=True)) for token in order[:50].tolist()}
     assert drawn - first
 
@@ -143,7 +143,7 @@ def test_pieces_hold_whole_characters_and_every_space(lively: Path) -> None:
     ("template", "end"),
     [
         (CHATML, "<|im_end|>"),
-        (CHATML.replace("<|im_end|>", "<s>"), "<|im_end|>"),  # no end that is known: training adds the tokenizer's
+        (CHATML.replace("<|im_end|>", "<s>"), "<|im_end|>"),  # no known end token, so training adds the tokenizer's
         (None, "<|im_end|>"),
         ("{{ raise_exception('no such roles') }}", "<|im_end|>"),
     ],

@@ -1,4 +1,4 @@
-"""Data sets of the hub, without one: what is asked of `datasets`, and which rows and splits come of it."""
+"""Data sets of the hub, without a hub: the calls of `datasets`, and the resulting rows and splits."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 
 import lorakit
 from lorakit.training import hub as module
-from lorakit.training.data import Data, read
+from lorakit.training.data import Data, read_data
 from lorakit.training.hub import Hub
 from lorakit.training.rows import DataError
 
@@ -50,7 +50,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What load_dataset was called with; it answers with GLUE's tables."""
+    """The arguments of load_dataset, which returns GLUE's tables."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def load_dataset(*args: Any, **settings: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[s
 
 def test_named_splits_are_read_and_no_others(asked: list[Any]) -> None:
     splits = {"train": "train", "valid": "validation", "test": None}
-    data = read("owner/name", fields=TEXT, hub=Hub("sst2", "v1.0", splits))
+    data = read_data("owner/name", fields=TEXT, hub=Hub("sst2", "v1.0", splits))
     assert asked == [(("owner/name", "sst2"), {"revision": "v1.0"})]
     assert (data.labels, [example.label for example in data.train]) == (("0", "1"), ["1", "0"])
     assert [(example.where, example.text) for example in data.valid] == [("owner/name/validation row 1", "fine")]
@@ -71,7 +71,7 @@ def test_named_splits_are_read_and_no_others(asked: list[Any]) -> None:
 
 
 def test_train_is_read_where_only_another_split_is_named(asked: list[Any]) -> None:
-    data = read("owner/name", fields=TEXT, hub=Hub(splits={"train": None, "valid": None, "test": "validation"}))
+    data = read_data("owner/name", fields=TEXT, hub=Hub(splits={"train": None, "valid": None, "test": "validation"}))
     assert [[example.text for example in split] for split in (data.train, data.valid, data.test)] == [
         ["good", "bad"],
         [],
@@ -81,7 +81,7 @@ def test_train_is_read_where_only_another_split_is_named(asked: list[Any]) -> No
 
 def test_splits_go_by_their_usual_names_where_none_is_named(asked: list[Any]) -> None:
     with pytest.raises(DataError, match=r"owner/name/test row 1: the label '-1' does not occur in train"):
-        read("owner/name", fields=TEXT)
+        read_data("owner/name", fields=TEXT)
     assert asked == [(("owner/name", None), {"revision": None})]
 
 
@@ -90,7 +90,7 @@ def test_a_split_that_is_not_there_is_an_error_with_those_that_are(
     named: dict[str, str | None], missing: str, asked: list[Any]
 ) -> None:
     with pytest.raises(ValueError, match=f"^owner/name has no split '{missing}'; it has train, validation, test.$"):
-        read("owner/name", hub=Hub(splits=named))
+        read_data("owner/name", hub=Hub(splits=named))
 
 
 # --- the hub's Parquet copy ------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_a_split_that_is_not_there_is_an_error_with_those_that_are(
 
 @pytest.fixture
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that stands for the hub's Parquet copies: NAME/SUBSET/SPLIT/*.parquet below it."""
+    """A folder in place of the hub's Parquet copies: NAME/SUBSET/SPLIT/*.parquet below it."""
     monkeypatch.setattr(module, "_CONVERTED_FOLDER", f"{tmp_path}/copies/{{name}}")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "copies"
@@ -148,7 +148,7 @@ def test_of_a_converted_revision_the_files_of_the_named_splits_are_read(
         return real(*args, **settings)
 
     monkeypatch.setattr(datasets, "load_dataset", noted)
-    data = read("owner/name", fields=FIELDS, hub=Hub("default", CONVERTED, SPLITS))
+    data = read_data("owner/name", fields=FIELDS, hub=Hub("default", CONVERTED, SPLITS))
     assert pairs(data) == [("name[a]", "It is a."), ("name[b]", "It is b."), ("name[c]", "It is c.")]
     assert [example.where for example in data.train][-1] == "owner/name/train row 3"
     assert ([example.prompt for example in data.valid], data.test) == (["name[d]"], [])
@@ -158,19 +158,19 @@ def test_of_a_converted_revision_the_files_of_the_named_splits_are_read(
 
 def test_of_a_converted_revision_another_subset_is_another_folder(copies: Path) -> None:
     restaurants(copies)
-    assert pairs(read("owner/name", fields=FIELDS, hub=Hub("other", CONVERTED))) == [("name[x]", "It is x.")]
-    # A data set without subsets stands in a folder `default`.
-    assert len(read("owner/name", fields=FIELDS, hub=Hub(None, CONVERTED, SPLITS)).train) == 3
+    assert pairs(read_data("owner/name", fields=FIELDS, hub=Hub("other", CONVERTED))) == [("name[x]", "It is x.")]
+    # A data set without subsets is in a folder `default`.
+    assert len(read_data("owner/name", fields=FIELDS, hub=Hub(None, CONVERTED, SPLITS)).train) == 3
 
 
 def test_what_a_converted_revision_lacks_is_an_error_with_what_it_has(copies: Path) -> None:
     restaurants(copies)
     with pytest.raises(ValueError, match=r"^owner/name has no split 'dev'; it has test, train, validation\.$"):
-        read("owner/name", hub=Hub("default", CONVERTED, {"train": "train", "valid": "dev"}))
+        read_data("owner/name", hub=Hub("default", CONVERTED, {"train": "train", "valid": "dev"}))
     with pytest.raises(ValueError, match=r"^owner/name has no subset 'en' in its Parquet copy; it has default, other"):
-        read("owner/name", hub=Hub("en", CONVERTED))
+        read_data("owner/name", hub=Hub("en", CONVERTED))
     with pytest.raises(ValueError, match=r"^owner/gone has no subset 'default' in its Parquet copy; it has none"):
-        read("owner/gone", hub=Hub(None, CONVERTED))
+        read_data("owner/gone", hub=Hub(None, CONVERTED))
 
 
 class HubStandIn(BaseHTTPRequestHandler):
@@ -219,9 +219,9 @@ def test_the_hubs_parquet_copy_is_listed_and_fetched_by_its_own_client(copies: P
     server = ThreadingHTTPServer(("127.0.0.1", 0), HubStandIn)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     program = f"""
-from lorakit.training.data import read
+from lorakit.training.data import read_data
 from lorakit.training.hub import Hub
-data = read("owner/name", fields={FIELDS}, hub=Hub("default", {CONVERTED!r}, {SPLITS}))
+data = read_data("owner/name", fields={FIELDS}, hub=Hub("default", {CONVERTED!r}, {SPLITS}))
 print([example.completion for example in (*data.train, *data.valid, *data.test)])
 """
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
@@ -247,14 +247,14 @@ def test_records_become_lines_and_references_right_answers(copies: Path) -> None
     other = {"tripleset": triples[:1], "target": "A.", "references": ["A.", "B."]}
     table(copies / "o/dart/default/train/0.parquet", [dart, other], tripleset=datasets.List(texts), references=texts)
     fields = {"prompt": "tripleset", "completion": "target", "references": "references"}
-    assert pairs(read("o/dart", fields=fields, holdout=0, hub=Hub(None, CONVERTED))) == [
+    assert pairs(read_data("o/dart", fields=fields, holdout=0, hub=Hub(None, CONVERTED))) == [
         ("Mars Hill College : JOINED : 1973 | Mars Hill College : LOCATION : Mars Hill", "One joined in 1973."),
         ("Mars Hill College : JOINED : 1973", "A.", "B."),
     ]
     webnlg = {"input": ["Aarhus | leader | Jacob", "Aarhus | area  | 91"], "target": "Jacob leads.", "references": []}
     table(copies / "o/webnlg/en/train/0.parquet", [webnlg], input=texts, target=text, references=texts)
     fields["prompt"] = "input"
-    assert pairs(read("o/webnlg", fields=fields, holdout=0, hub=Hub("en", CONVERTED))) == [
+    assert pairs(read_data("o/webnlg", fields=fields, holdout=0, hub=Hub("en", CONVERTED))) == [
         ("Aarhus : leader : Jacob | Aarhus : area : 91", "Jacob leads.")
     ]
 
@@ -290,16 +290,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_a_mistyped_path_never_asks_the_hub(name: str, message: str, here: None, known: list[str], asked) -> None:
     with pytest.raises(FileNotFoundError) as error:
-        read(name)
+        read_data(name)
     assert message in str(error.value)
     assert (known, asked) == ([], [])
 
 
 def test_what_the_hub_lacks_is_said_without_fetching(here: None, known: list[str], asked: list[Any]) -> None:
     with pytest.raises(FileNotFoundError, match=r"^no file or folder 'd.j' here, and the hub has no such data set\. Did you mean 'd.jsonl'"):  # fmt: skip  # noqa: E501
-        read("d.j")
+        read_data("d.j")
     with pytest.raises(FileNotFoundError, match="^no file or folder 'nobody/nothing' here, and the hub has no such"):
-        read("nobody/nothing")
+        read_data("nobody/nothing")
     assert (known, asked) == (["d.j", "nobody/nothing"], [])
 
 
@@ -309,24 +309,24 @@ def test_an_earlier_copy_is_read_without_asking(
 ) -> None:
     (tmp_path / "cache" / folder).mkdir(parents=True)
     with pytest.raises(DataError, match="the label '-1' does not occur in train"):
-        read("nobody/glue", fields=TEXT)
+        read_data("nobody/glue", fields=TEXT)
     assert known == [] and len(asked) == 1
 
 
 def test_an_address_is_the_hubs_whatever_lies_here(here: None, known: list[str], asked: list[Any]) -> None:
     with pytest.raises(DataError, match="does not occur in train"):
-        read("https://huggingface.co/datasets/reviews", fields=TEXT)
+        read_data("https://huggingface.co/datasets/reviews", fields=TEXT)
     assert known == ["reviews"] and asked[0][0] == ("reviews", None)
     with pytest.raises(DataError, match="does not occur in train"):
-        read("https://huggingface.co/datasets/owner/name/tree/main", fields=TEXT)
+        read_data("https://huggingface.co/datasets/owner/name/tree/main", fields=TEXT)
     assert known[1:] == ["owner/name"]
 
 
 def test_without_a_network_the_error_comes_soon(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    program = "from lorakit.training.data import read; import time; began = time.perf_counter()\n"
-    program += "try: read('owner/nothing')\n"
+    program = "from lorakit.training.data import read_data; import time; began = time.perf_counter()\n"
+    program += "try: read_data('owner/nothing')\n"
     program += "except FileNotFoundError as error: print(error, time.perf_counter() - began < 20)"
     done = subprocess.run(
         [sys.executable, "-c", program], env={**environment, "PYTHONPATH": SOURCE}, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Where a model is looked for: here first, then on the hub; what is nowhere is said at once."""
+"""Where a model is looked for: locally first, then on the hub; a missing one is an error at once."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Hub:
-    """In place of the hub: what it knows, and what it was asked."""
+    """Replaces the hub: what it has, and what it was asked."""
 
     def __init__(self, known: tuple[str, ...] = (), error: Exception | None = None) -> None:
         self.known, self.error = known, error
@@ -145,7 +145,7 @@ def test_a_broken_file_of_the_base_is_named(file: str, kind: str, tiny_lm: Path,
         assert file in str(error) and "\n" not in str(error)
         assert kind != "pointer" or "git-lfs" in str(error)
     else:
-        assert file == "generation_config.json"  # transformers does without it, as if it were not there
+        assert file == "generation_config.json"  # transformers ignores it, as if it were not there
 
 
 @pytest.mark.parametrize(

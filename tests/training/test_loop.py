@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("few_objects")
 
 @pytest.fixture(autouse=True)
 def _unplanned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting the memory takes longer than these trainings."""
+    """Counting the memory takes longer than these training runs."""
 
     def not_counted(*_: object) -> None:
         raise NotImplementedError("not counted")
@@ -69,7 +69,7 @@ def settings(folder: str | Path) -> dict[str, Any]:
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException | int) -> None:
-    """A signal, or an error, in the training's step of that number."""
+    """Send a signal, or raise an error, in this step of training."""
     training_step = CausalTrainer.training_step
 
     def step_of(self: Any, *args: Any, **named: Any) -> Any:
@@ -90,7 +90,7 @@ def test_resume_auto_starts_anew_goes_on_and_ends(config: TrainConfig, capsys: p
     """One command for the first start and every later one."""
     again = dataclasses.replace(config, resume="auto")
     train(again)
-    assert "holds no checkpoint; the run starts anew" in capsys.readouterr().out
+    assert "holds no checkpoint; the run starts from the beginning" in capsys.readouterr().out
     first = tree(config.output_dir)
     train(again)
     assert "finished after 4 steps: nothing remains to be done" in capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_resume_auto_starts_anew_goes_on_and_ends(config: TrainConfig, capsys: p
 
 
 def test_a_finished_run_without_checkpoints_is_not_begun_anew(config: TrainConfig) -> None:
-    """What is to become longer has nothing to go on from; its adapter stays."""
+    """A longer run has no checkpoint to continue from; the adapter stays."""
     train(config)
     for path in Path(config.output_dir).glob("checkpoint-*"):
         shutil.rmtree(path)
@@ -252,7 +252,7 @@ def test_a_checkpoint_begins_a_run_in_another_folder(config: TrainConfig, tmp_pa
 def test_resume_and_overwrite_contradict_each_other(config: TrainConfig) -> None:
     train(config)
     for given in ("auto", str(Path(config.output_dir) / "checkpoint-4")):
-        with pytest.raises(UsageError, match="--resume goes on with a run and --overwrite starts anew"):
+        with pytest.raises(UsageError, match="--resume goes on with a run and --overwrite starts a new"):
             train(dataclasses.replace(config, resume=given, overwrite=True))
 
 
@@ -284,7 +284,7 @@ def test_a_signal_saves_the_step_and_names_the_way_on(
 def test_a_second_interrupt_ends_at_once_and_leaves_nothing_half(config: TrainConfig, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         interrupt_at(patch, 1, KeyboardInterrupt())
-        with pytest.raises(Interrupted, match="interrupted before the first checkpoint: the same command starts anew"):
+        with pytest.raises(Interrupted, match="interrupted before the first checkpoint: the same command starts over"):
             train(config)
     assert not Path(config.output_dir).exists()
     train(config)
@@ -321,7 +321,7 @@ def test_a_run_that_diverged_behind_a_checkpoint_says_what_is_kept(config: Train
         return loss_of(self, *args, **rest) * (torch.nan if self.state.global_step >= 2 else 1.0)
 
     monkeypatch.setattr(CausalTrainer, "loss_of", spoilt)
-    with pytest.raises(Diverged, match=r"is nan at step 3.*out keeps its checkpoints; --overwrite trains anew in its"):
+    with pytest.raises(Diverged, match=r"is nan at step 3.*out keeps its checkpoints; --overwrite replaces it by"):
         train(dataclasses.replace(config, save_steps=1))
     assert 2 in calls and (Path(config.output_dir) / "checkpoint-2").is_dir()
     monkeypatch.undo()
@@ -418,7 +418,7 @@ def test_what_train_did_not_write_is_never_touched(
 
 
 def test_a_user_s_file_in_a_run_s_folder(config: TrainConfig) -> None:
-    """It is in nobody's way while the run goes on, and keeps the folder from being replaced."""
+    """The file does not disturb the run, and it prevents that the folder is replaced."""
     train(config)
     out = Path(config.output_dir)
     (out / "notes.txt").write_text("mine")
@@ -440,14 +440,14 @@ def test_a_second_process_is_refused(config: TrainConfig, tmp_path: Path) -> Non
 
 def test_a_folder_that_changed_meanwhile(config: TrainConfig, monkeypatch) -> None:
     """Two runs begin in an empty folder; the other one has finished when this one has loaded its model."""
-    base_of = vars(loop)["base_of"]
+    base_fingerprint = vars(loop)["base_fingerprint"]
 
     def late(loaded: Any) -> str:
-        monkeypatch.setattr(loop, "base_of", base_of)
+        monkeypatch.setattr(loop, "base_fingerprint", base_fingerprint)
         train(config)
-        return base_of(loaded)
+        return base_fingerprint(loaded)
 
-    monkeypatch.setattr(loop, "base_of", late)
+    monkeypatch.setattr(loop, "base_fingerprint", late)
     with pytest.raises(FileExistsError, match="was changed by another process meanwhile|is not empty"):
         train(config)
     assert (Path(config.output_dir) / "README.md").exists()

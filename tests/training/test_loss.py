@@ -45,7 +45,7 @@ def test_loss_and_gradient(dtype: torch.dtype, checkpointing: bool, tokens: int,
 
 @pytest.mark.parametrize("count", [1, 5, 11])
 def test_chunks_of_a_frozen_head(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values and gradient of each label, each with a weight of its own, with chunks of 5 that do and do not fit."""
+    """The value and the gradient of each label, with different weights, in chunks of 5 with and without a remainder."""
     monkeypatch.setattr(loss_module, "_CHUNK", 5)
     hidden = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
     weight, labels = torch.randn(17, 6, dtype=torch.float64), torch.randint(17, (count,))

@@ -14,7 +14,7 @@ import lorakit
 from adapters import classifier_adapter, language_adapter
 from conftest import tiny_tokenizer
 from lorakit.training.merging import merge_to_folder
-from lorakit.training.task import Task, task_of
+from lorakit.training.task import Task, model_task
 
 TOKENS = torch.arange(12).view(2, 6)
 
@@ -51,7 +51,7 @@ def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
         (torch.bfloat16, "base", "bfloat16"),
         (torch.float16, "base", "float16"),
         (torch.float32, "base", "float32"),
-        (None, "base", "float16"),  # told by the weights
+        (None, "base", "float16"),  # the weights decide
         (torch.float32, "bfloat16", "bfloat16"),
         (torch.float16, "float32", "float32"),
     ],
@@ -129,7 +129,7 @@ def test_a_merged_classifier_knows_its_classes(labels: tuple[str, ...], tiny_enc
     merged = merge_to_folder(str(tiny_encoder), str(adapter), str(tmp_path / "merged"))
     assert merged.difference.same_choice == 1
     expected = Task("classification", labels) if labels else Task("regression")
-    assert task_of(str(tmp_path / "merged"), None) == expected
+    assert model_task(str(tmp_path / "merged"), None) == expected
 
 
 def test_the_style_travels_with_the_merged_model(tiny_lm: Path, tmp_path: Path) -> None:

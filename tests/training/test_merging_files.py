@@ -23,7 +23,7 @@ from adapters import classifier_adapter, language_adapter
 from lorakit.core.errors import LoraError
 from lorakit.formats import shards
 from lorakit.training.merging import merge_to_folder
-from lorakit.training.task import Task, task_of
+from lorakit.training.task import Task, model_task
 
 INDEX = "model.safetensors.index.json"
 TINY: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -266,7 +266,9 @@ def test_a_classifier_gets_its_head_and_its_classes(
     adapter = classifier_adapter(tiny_encoder, tmp_path / "adapter", labels, value=1.5)
     merge_to_folder(str(tiny_encoder), str(adapter), str(tmp_path / "in-memory"))
     lorakit.merge_files(tiny_encoder, adapter, tmp_path / "merged")
-    assert task_of(str(tmp_path / "merged"), None) == (Task("classification", labels) if labels else Task("regression"))
+    assert model_task(str(tmp_path / "merged"), None) == (
+        Task("classification", labels) if labels else Task("regression")
+    )
     cls = transformers.AutoModelForSequenceClassification
     found, expected = (loaded(tmp_path / name, cls, torch.float32) for name in ("merged", "in-memory"))
     assert_same(found, expected)

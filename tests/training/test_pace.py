@@ -1,4 +1,4 @@
-"""The time that the rest of a run is said to take, against a clock."""
+"""The estimated time of the rest of a run, compared with a clock."""
 
 import json
 import re
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("few_objects")
 
 
 def steps(found: Pace, clock: list[float], *each: tuple[float, float, int]) -> None:
-    """seconds forward, seconds of the rest of the step, tokens"""
+    """Of each step: seconds of the forward pass, seconds of the rest, tokens."""
     for forward, rest, tokens in each:
         found.step_begins()
         with found.forward(tokens):
@@ -62,7 +62,7 @@ def test_padding_counts() -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "step", "expected"),
-    # 25 steps of 10 an epoch
+    # 25 steps, 10 for each epoch
     [
         ("no", 5, 0),
         ("epoch", 5, 3),
@@ -113,4 +113,4 @@ def test_a_run_says_how_long_it_will_take(
     at = {line["step"]: line["seconds"] for line in logged}  # the last line of a step
     last = max(at)
     taken = at[last] - at[last - remaining]
-    assert taken / 1.3 - 0.5 < seconds < taken * 1.3 + 0.5  # told in whole seconds
+    assert taken / 1.3 - 0.5 < seconds < taken * 1.3 + 0.5  # printed in whole seconds

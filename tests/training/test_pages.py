@@ -1,4 +1,4 @@
-"""All three pages: what is put into them stays text, they need no other file, and they are reproducible."""
+"""All three pages: inserted values stay text, the pages need no other file, and they are reproducible."""
 
 import os
 import re
@@ -80,7 +80,7 @@ PAGES: dict[str, Callable[[str], str]] = {"run": run, "comparison": comparison, 
 
 
 class Read(HTMLParser):
-    """The words, the tags, and what a page asks for from elsewhere."""
+    """The words, the tags, and the external files that a page needs."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def test_what_is_put_into_a_page_stays_text(name: str) -> None:
     page = Read(PAGES[name](EVIL))
     plain = Read(PAGES[name]("word"))
     assert page.tags == plain.tags and "script" not in page.tags
-    # A word stands in a page's text, and in attributes, as often as a plain one; all of it is there.
+    # The name occurs in the page's text and attributes as often as a plain one, and completely.
     assert page.words.count(EVIL) == plain.words.count("word") > 3
     assert sum(EVIL in value for value in page.attributes) == sum("word" in value for value in plain.attributes)
 
@@ -171,7 +171,7 @@ def test_any_name_can_be_drawn(word: str) -> None:
     points = [Point(word, word, "", 10, 1.0, None, word)]
     drawing = ElementTree.fromstring(standalone(scatter(points, word, [word])))
     texts = [element.text for element in drawing.iter() if element.tag.endswith(("}text", "}title"))]
-    assert texts.count(shown) == 3  # the metric, the label, what is shown when pointed at
+    assert texts.count(shown) == 3  # the metric, the label, the title under the pointer
 
 
 def test_the_loss_is_drawn_where_its_axes_say() -> None:

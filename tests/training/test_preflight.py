@@ -1,4 +1,4 @@
-"""What is known before a run is asked before it: nothing is loaded and no folder made for what cannot end well."""
+"""Checks before a run: nothing is loaded and no folder is made for a run that must fail."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def test_a_plan_over_the_machines_memory_is_refused(tiny_lm: Path, data: Path, t
     for command in (["train", "--output-dir", str(out)], ["train", "--output-dir", str(out), "--dry-run"], ["check"]):
         assert main([*command, *words]) == 1
         printed, err = capsys.readouterr()
-        assert "of memory at the peak of training" in printed  # the plan is shown all the same
+        assert "of memory at the peak of training" in printed  # the plan is still shown
         assert err.startswith("error: the plan needs about ") and err.count("\n") == 1
         assert "--rank below 200000000" in err and "--ignore-memory begins all the same" in err
         assert main([*command, *words, "--ignore-memory", "--dry-run"]) == 0
@@ -152,7 +152,7 @@ def test_commands_check_where_they_write_before_they_load(tmp_path: Path, data: 
     ids=repr,
 )
 def test_eval_replaces_nothing_but_an_earlier_result(content: bytes | None, tmp_path: Path, data: Path, capsys) -> None:
-    """An adapter's configuration, the data itself, anything: only what `eval --json` wrote is written over."""
+    """`eval --json` replaces only its own earlier result, never an adapter's configuration, the data or other files."""
     target = data if content is None else tmp_path / "target.json"
     if content is not None:
         target.write_bytes(content)

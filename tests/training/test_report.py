@@ -14,7 +14,7 @@ from lorakit.training import page, report
 def test_the_next_commands_can_be_copied_where_lorakit_is_not_on_the_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """scripts/demo runs .venv/bin/lorakit, which the shell it was called from does not find by its name."""
+    """scripts/demo runs .venv/bin/lorakit, which the calling shell does not find by its name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(tmp_path / ".venv/bin/lorakit"), "train"])
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -40,7 +40,7 @@ def test_the_next_commands_are_what_a_shell_reads(word: str, tmp_path: Path, mon
 
 
 def _given(words: list[str], flag: str) -> list[str]:
-    """The value of a flag, which follows it or stands behind an equals sign."""
+    """The value of a flag, which follows it or comes after an equals sign."""
     return [
         word.partition("=")[2] if word.startswith(f"{flag}=") else words[index + 1]
         for index, word in enumerate(words)

@@ -1,4 +1,4 @@
-"""A model is asked as it was trained."""
+"""A model gets its prompts in the style of its training."""
 
 import shutil
 from pathlib import Path

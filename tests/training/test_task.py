@@ -1,4 +1,4 @@
-"""What a model is for is told by the adapter, whatever the rows that are scored hold."""
+"""The adapter decides what a model is for; the scored rows do not."""
 
 import json
 import shutil
@@ -12,11 +12,11 @@ import torch
 
 from adapters import classifier_adapter, labelled_rows, language_adapter
 from lorakit.training.adapter_folder import base_and_adapter
-from lorakit.training.data import read
+from lorakit.training.data import read_data
 from lorakit.training.evaluate import evaluate
 from lorakit.training.models import load_with_adapter
 from lorakit.training.style import Style
-from lorakit.training.task import Task, task_of
+from lorakit.training.task import Task, model_task
 
 CLASSES = ("apple", "berry", "cherry")
 
@@ -28,7 +28,7 @@ def fruits(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def marks(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter whose classes are whole numbers, not from 0 and not in the order of their letters."""
+    """An adapter whose classes are whole numbers, not from 0 and not in alphabetical order."""
     return classifier_adapter(tiny_encoder, tmp_path_factory.mktemp("task") / "marks", ("2", "3", "10"), always=2)
 
 
@@ -43,8 +43,8 @@ def numbers(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def score(adapter: Path, data: Path) -> tuple[str, float]:
-    task = task_of(*base_and_adapter(str(adapter), None))
-    rows = read(str(data), holdout=0.0, model=task)
+    task = model_task(*base_and_adapter(str(adapter), None))
+    rows = read_data(str(data), holdout=0.0, model=task)
     loaded = load_with_adapter(str(adapter), None, dtype="float32")
     result = evaluate(loaded, rows, "train", rows.train, Style(chat=False), max_length=64)
     ((name, (_, after)),) = result.metrics.items()
@@ -103,7 +103,7 @@ def test_an_unknown_label_is_named_with_its_place_and_the_classes(
 
 
 def made_by_peft(base: Path, folder: Path, count: int, names: tuple[str, ...] = ()) -> Path:
-    """PEFT's adapter of a classifier on `base`, and in `folder`/base the base, with names of classes where given."""
+    """PEFT's adapter of a classifier on `base`, and the base in `folder`/base, with class names if given."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     shutil.copytree(base, folder / "base")
@@ -139,7 +139,7 @@ def test_the_rows_of_a_head_tell_the_classes_where_no_file_names_them(
     count: int, names: tuple[str, ...], expected: Task, tiny_encoder: Path, tmp_path: Path
 ) -> None:
     adapter = made_by_peft(tiny_encoder, tmp_path, count, names)
-    assert task_of(*base_and_adapter(str(adapter), None)) == expected
+    assert model_task(*base_and_adapter(str(adapter), None)) == expected
 
 
 @pytest.mark.parametrize("labels", [["a", "b", "c", "c"], [0, 1, 2, 2], ["2", "2", "0", "1"]])
@@ -162,23 +162,23 @@ def test_a_head_that_is_adapted_and_the_names_of_a_base_that_is_a_classifier(
     named = load_classifier(str(tiny_encoder), labels=("no", "yes"), dtype="float32")
     named.model.save_pretrained(base)
     named.tokenizer.save_pretrained(base)
-    assert task_of(str(base), None) == Task("classification", ("no", "yes"))
+    assert model_task(str(base), None) == Task("classification", ("no", "yes"))
     lorakit.attach(named.model, ["query", "classifier"], rank=2)
     lorakit.save(named.model, tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     for kind in ("SEQ_CLS", None):
         config["task_type"] = kind
         (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-        assert task_of(str(base), str(tmp_path / "adapter")) == Task("classification", ("no", "yes"))
+        assert model_task(str(base), str(tmp_path / "adapter")) == Task("classification", ("no", "yes"))
 
 
 def test_a_language_model_is_one_whatever_lies_beside_it(tiny_lm: Path, tmp_path: Path) -> None:
     adapter = language_adapter(tiny_lm, tmp_path / "adapter")
-    assert task_of(str(tiny_lm), None) == Task("causal-lm")
+    assert model_task(str(tiny_lm), None) == Task("causal-lm")
     (adapter / "labels.json").write_text('["stale", "names"]')
-    assert task_of(str(tiny_lm), str(adapter)) == Task("causal-lm")
+    assert model_task(str(tiny_lm), str(adapter)) == Task("causal-lm")
     with pytest.raises(ValueError, match=r"d\.jsonl:1: a row with a label, but the model is no classifier"):
-        read(str(labelled_rows(tmp_path / "d.jsonl", ["a", "b"])), model=Task("causal-lm"))
+        read_data(str(labelled_rows(tmp_path / "d.jsonl", ["a", "b"])), model=Task("causal-lm"))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_broken_file_of_names_is_named(
     shutil.copytree(fruits, tmp_path / "adapter")
     (tmp_path / "adapter" / "labels.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        task_of(str(tiny_encoder), str(tmp_path / "adapter"))
+        model_task(str(tiny_encoder), str(tmp_path / "adapter"))
 
 
 def test_tasks_without_a_verb_are_refused_by_name(fruits: Path, tiny_encoder: Path, tmp_path: Path) -> None:
@@ -204,4 +204,4 @@ def test_tasks_without_a_verb_are_refused_by_name(fruits: Path, tiny_encoder: Pa
     config = json.loads((fruits / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"task_type": "TOKEN_CLS"}))
     with pytest.raises(ValueError, match="task_type is TOKEN_CLS"):
-        task_of(str(tiny_encoder), str(tmp_path / "adapter"))
+        model_task(str(tiny_encoder), str(tmp_path / "adapter"))

@@ -1,5 +1,5 @@
-"""What lorakit changes in transformers' trainers, without the command line: the schedule, the held-out loss, the end of
-a run that comes to nothing, checkpoints that are whole or absent."""
+"""What lorakit changes in transformers' trainers, without the command line: the schedule, the held-out loss, runs that
+fail, and checkpoints that are whole or absent."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,7 @@ from lorakit.training.start import TRAINING
 from lorakit.training.trainers import CausalTrainer, ClassifierTrainer, warmed_up
 
 pytestmark = pytest.mark.usefixtures("few_objects")
-LENGTHS = (5, 9, 3, 12, 7, 4, 11)  # rows that differ, so that a mean of means is another number
+LENGTHS = (5, 9, 3, 12, 7, 4, 11)  # different lengths, so that a mean of means is a different number
 
 
 def causal_rows() -> list[dict[str, list[int]]]:
@@ -139,7 +139,7 @@ def test_the_held_out_loss_is_the_mean_over_labels(kind: str, batch: int, tmp_pa
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
 
 
-# --- runs that come to nothing ---
+# --- runs that fail ---
 
 
 def spoilt(kind: str, tmp_path: Path, **settings: Any) -> Any:
@@ -160,7 +160,7 @@ def test_a_base_weight_that_is_no_number_is_named(value: float, tmp_path: Path) 
 
 @pytest.mark.parametrize("wrong", [2, 6])
 def test_a_row_that_makes_the_loss_no_number_is_named(wrong: int, tmp_path: Path) -> None:
-    """The model's output for one row alone is spoilt; the weights and the other rows are right."""
+    """Only the model's output for one row is spoilt; the weights and the other rows are right."""
     trainer = spoilt("causal", tmp_path, per_device_train_batch_size=len(LENGTHS))
     first = causal_rows()[wrong]["input_ids"][:3]
 

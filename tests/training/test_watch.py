@@ -1,4 +1,4 @@
-"""The first step of training: adapted layers that are passed over stop it. And trainers that are not lorakit's."""
+"""The first step of training fails if adapted layers are not used. Also with trainers that are not lorakit's."""
 
 import copy
 from pathlib import Path
@@ -15,7 +15,7 @@ TEXTS = [{"text": "turn the light on and off"}] * 4
 
 
 class Regression(nn.Module):
-    """Its layers are made, and `order` are called."""
+    """A model that calls only the layers in `order`."""
 
     def __init__(self, order: str) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""The command line: one short file a verb, `main` finds it."""
+"""The command line. Each verb is one short file; `main` runs the one that is asked for."""

@@ -1,4 +1,4 @@
-"""`lorakit analyze`: what an adapter did to the weights, alone or beside another adapter."""
+"""`lorakit analyze`: what an adapter did to the weights, alone or compared with another adapter."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> None:
         out.refuse_unusable()
         out.refuse_taken(["analysis.json", "analysis.html"])
     study = study_of(args.adapter, args.other, args.model, dtype=args.dtype)
-    print(report.as_json(study) if args.json else report.text(study, every=args.modules), end="" if args.json else "\n")
+    print(
+        report.as_json(study) if args.json else report.tables_text(study, every=args.modules),
+        end="" if args.json else "\n",
+    )
     if out is not None:
         with out.held(), out.writing() as part:
             (part / "analysis.json").write_text(report.as_json(study), encoding="utf-8")

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..core.errors import LoraError
-from .generate import add_model_arguments, add_sampling_arguments
+from .generate import add_model_arguments, add_quantize_argument, add_sampling_arguments
 
 if TYPE_CHECKING:
     from ..training.models import Loaded
@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 HELP = "talk with a model or an adapter in the terminal"
 
-_COMMANDS = "/clear starts anew, {}/quit or Ctrl-D ends"
+_COMMANDS = "/clear starts over, {}/quit or Ctrl-D ends"
 _OF_AN_ADAPTER = "/base switches the adapter off and on, "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_quantize_argument(parser)
     add_sampling_arguments(parser)
 
 
@@ -34,10 +35,10 @@ def run(args: argparse.Namespace) -> None:
     from ..training.generation import room, stream
     from ..training.models import load_with_adapter
     from ..training.style import Style
-    from ..training.task import task_of
+    from ..training.task import model_task
 
     base, adapter = base_and_adapter(args.model, args.adapter)
-    task = task_of(base, adapter)
+    task = model_task(base, adapter)
     if not task.answers:
         put_in = f" --adapter {shlex.quote(args.adapter)}" if args.adapter else ""
         raise LoraError(
@@ -47,12 +48,12 @@ def run(args: argparse.Namespace) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history, where the platform has them
 
-    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
+    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype, quantize=args.quantize)
     style = Style.recorded(adapter or base, loaded.tokenizer, system=args.system, plain=args.plain)
     if not style.chat:
         why = "was trained" if loaded.tokenizer.chat_template and not args.plain else "is asked"
         print(
-            f"(the model {why} without a chat template: each line is continued as it stands, without those before it)"
+            f"(the model {why} without a chat template: each line is continued on its own; earlier lines are not seen)"
         )
     commands = f"({_COMMANDS.format(_OF_AN_ADAPTER if adapter else '')})"
     print(commands)
@@ -105,9 +106,9 @@ def run(args: argparse.Namespace) -> None:
 def _fitting(
     messages: list[dict[str, str]], loaded: Loaded, style: Style, wanted: int
 ) -> tuple[list[dict[str, str]], list[int]]:
-    """The newest messages that leave room for an answer, and their tokens; the last message alone at least.
+    """The newest messages that leave room for an answer, and their token ids. The last message is always kept.
 
-    Half of the model's positions are room enough where `wanted` tokens are not to be had.
+    The room is `wanted` tokens, or half of the model's positions if that is less.
     """
     from ..training.positions import positions
     from ..training.tokens import prompt_ids

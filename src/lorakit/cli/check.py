@@ -9,9 +9,9 @@ HELP = "check the data and plan a run, without training"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..training.config import TrainConfig
-    from ..training.settings import add_arguments
+    from ..training.settings import add_setting_flags
 
-    add_arguments(TrainConfig, parser)
+    add_setting_flags(TrainConfig, parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -19,13 +19,13 @@ def run(args: argparse.Namespace) -> None:
     from ..training.settings import from_args
 
     if not hasattr(args, "output_dir"):
-        args.output_dir = "-"  # nothing is written, so it need not be said where
+        args.output_dir = "-"  # nothing is written, so no folder is needed
     config = from_args(TrainConfig, args)
-    from ..training.preflight import refuse_too_large
+    from ..training.preflight import refuse_large_run
     from ..training.prepare import prepare, start_block
     from ..training.quiet import quiet_libraries
 
     with quiet_libraries():
         prepared = prepare(config)
     print(start_block(prepared))
-    refuse_too_large(prepared)
+    refuse_large_run(prepared)

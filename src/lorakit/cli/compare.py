@@ -1,4 +1,4 @@
-"""`lorakit compare`: methods × seeds × tasks on a model and data of the user's."""
+"""`lorakit compare`: run methods × seeds × tasks on the user's model and data."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ HELP = "compare LoRA with full fine-tuning, adapters, prefixes and others on you
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..study.comparison.config import CompareConfig
-    from ..training.settings import add_arguments
+    from ..training.settings import add_setting_flags
 
-    parser.add_argument("file", nargs="?", type=expanded, help="YAML file with settings, as --config")
+    parser.add_argument("file", nargs="?", type=expanded, help="YAML file with settings, same as --config")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of the tables")
-    add_arguments(CompareConfig, parser)
+    add_setting_flags(CompareConfig, parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> None:
 def _compare(config: CompareConfig, *, as_json: bool) -> None:
     from ..formats.folder import OutputFolder
     from ..study.comparison import table
-    from ..study.comparison.files import COMPARISON, record_of, refuse_other, write
-    from ..study.comparison.plan import plan_block, plans_of, refuse_too_large
+    from ..study.comparison.files import COMPARISON, comparison_record, refuse_other, write_results
+    from ..study.comparison.plan import plan_block, plans_of, refuse_large_comparison
     from ..study.comparison.run import compare
     from ..training.preflight import check_output
     from ..training.settings import to_yaml
@@ -47,23 +47,23 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
     check_output(out.path)
     out.refuse_unusable()
     plans = plans_of(config)
-    record = record_of(config.model, plans)
+    record = comparison_record(config.model, plans)
     refuse_other(out, record)
     if not as_json or config.dry_run:
         print(plan_block(config, plans), flush=True)
     if not config.so_far:
-        refuse_too_large(config, plans)
+        refuse_large_comparison(config, plans)
     if config.dry_run:
         return
     with out.held():
         out.begin(record)
-        if not config.so_far:  # the folder's settings are those that its runs are made with
+        if not config.so_far:  # config.yaml holds the settings of the folder's runs, and --so-far makes no run
             with out.writing() as part:
                 (part / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         found = compare(config.model, plans, out.path, seeds=config.seeds, trials=config.trials, so_far=config.so_far)
         with out.writing() as part:
-            names = [path.name for path in write(found, part)]
+            names = [path.name for path in write_results(found, part)]
         out.end("finished" if found.finished else "unfinished")
-    print(table.as_json(found) if as_json else table.text(found), end="" if as_json else "\n")
+    print(table.as_json(found) if as_json else table.tables_text(found), end="" if as_json else "\n")
     if not as_json:
         print(f"\nwritten: {', '.join(str(out.path / name) for name in names)}")

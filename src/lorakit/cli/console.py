@@ -1,8 +1,8 @@
-"""Standard output and error that take whatever is printed, and outlive whoever reads them.
+"""Standard output and error that accept every character and survive the loss of their reader.
 
-A console or a pipe may know fewer characters than are printed (Windows: cp1252, gbk; a bare container: ascii), and even
-UTF-8 cannot hold half an emoji; a pipe's reader may go before the work is done (`| head`); a process may be started
-without any output at all. None of it may end a run.
+A console or a pipe may support fewer characters than are printed (Windows: cp1252, gbk; a bare container: ascii). Even
+UTF-8 cannot encode half of a surrogate pair. The reader of a pipe may end before the work is done (`| head`). A process
+may be started without any output. None of these may end a run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
-# What is printed that ascii lacks; other characters, as in a user's rows, are printed as Python writes them: \xe9.
+# Substitutes for the characters outside ASCII that lorakit prints. Others, from a user's rows, are escaped: \xe9.
 _SUBSTITUTES = {
     "─": "-", "│": "|", "▲": "^", "▼": "v", "⟦": "[[", "⟧": "]]", "→": "->", "←": "<-", "×": "x", "·": "*", "…": "...",
     "±": "+/-", "−": "-", "–": "-", "—": "-", "‖": "||", "≤": "<=", "≥": ">=", "≈": "~", "≠": "!=", "∞": "inf",
@@ -37,7 +37,7 @@ codecs.register_error(_ERRORS, _substituted)
 
 
 class _Lasting:
-    """A stream whose writes go nowhere once nobody reads it. All else is the stream's own."""
+    """A stream that discards what is written once its reader is gone. Other attributes are the wrapped stream's."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -53,12 +53,12 @@ class _Lasting:
         try:
             act()
         except OSError as error:
-            # What is buffered still goes somewhere when the interpreter ends.
+            # The interpreter still flushes what is buffered when it ends; send that to the null device.
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self._stream.fileno())
                 os.close(nowhere)
-            # Windows calls a pipe without a reader an invalid argument.
+            # Windows reports a pipe without a reader as an invalid argument.
             if not isinstance(error, BrokenPipeError) and error.errno != errno.EINVAL:
                 raise OSError(f"standard output: {(error.strerror or str(error)).lower()}.") from None
 
@@ -68,7 +68,7 @@ class _Lasting:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """sys.stdout and sys.stderr made to last within the block."""
+    """Within the block, sys.stdout and sys.stderr accept every character and survive the loss of their reader."""
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
         sys.stdout, sys.stderr = (stack.enter_context(_made_to_last(stream)) for stream in before)
@@ -83,12 +83,12 @@ def lasting_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _made_to_last(stream: TextIO | None) -> Iterator[Any]:
-    if stream is None:  # closed by whoever started the process
+    if stream is None:  # the parent process closed it
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             yield nowhere
         return
     errors = getattr(stream, "errors", None)
-    chosen = errors in ("strict", "surrogateescape", "backslashreplace")  # others are the user's wish
+    chosen = errors in ("strict", "surrogateescape", "backslashreplace")  # the user chose any other
     reconfigure = getattr(stream, "reconfigure", None) if chosen else None
     if reconfigure is not None:
         reconfigure(errors=_ERRORS)

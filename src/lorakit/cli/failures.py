@@ -1,22 +1,26 @@
-"""Any failure as what a person reads and a shell gets: one message without a traceback, and an exit code."""
+"""Turn any failure into one message without a traceback, and an exit code."""
 
 from __future__ import annotations
 
 import sys
 import traceback
 
+from ..core.words import first_line
 from ..training.settings import UsageError
 
 _SCORES = ("sacrebleu", "rouge_score", "sklearn", "scipy")
 
 
 def report(error: BaseException, verb: str, *, debug: bool) -> int:
-    """Print what went wrong with `lorakit VERB` and return the exit code: 1, 2 for what was not understood, 130."""
+    """Print what went wrong with `lorakit VERB` and return the exit code.
+
+    The code is 2 for a usage error, the error's own code (130 without one) for an interrupt, and 1 for the rest.
+    """
     if debug and not isinstance(error, KeyboardInterrupt):
         traceback.print_exception(error)
     elif isinstance(error, KeyboardInterrupt):
         print(f"\n{str(error) or 'interrupted'}", file=sys.stderr)
-        return getattr(error, "code", 130)  # a training says how to go on, and 143 where a scheduler ended it
+        return getattr(error, "code", 130)  # `Interrupted` has 143 if a scheduler ended the run
     elif isinstance(error, UsageError):
         print(f"lorakit {verb}".rstrip() + f": {error}", file=sys.stderr)
     else:
@@ -35,17 +39,12 @@ def _message(error: BaseException) -> str:
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror.lower()}."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error):
-        reason = _first_line(error) or type(error).__name__
+        reason = first_line(error) or type(error).__name__
         return f"out of memory ({reason}). Smaller batches and shorter rows need less."
     if isinstance(error, ValueError | OSError | FloatingPointError) and str(error):
-        # Our own words may be a list of lines; others' go on about links and versions.
-        return str(error) if _is_ours(error) else f"{_first_line(error)} (--debug shows where)"
-    return f"{type(error).__name__}: {_first_line(error)} (--debug shows where)"
-
-
-def _first_line(error: BaseException) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return line if len(line) <= 300 else f"{line[:300]}…"
+        # lorakit's messages may have several lines. In other libraries' messages, later lines are links and versions.
+        return str(error) if _is_ours(error) else f"{first_line(error)} (--debug shows where)"
+    return f"{type(error).__name__}: {first_line(error)} (--debug shows where)"
 
 
 def _is_ours(error: BaseException) -> bool:

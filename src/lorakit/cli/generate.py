@@ -1,4 +1,4 @@
-"""`lorakit generate`: the answer to one prompt, streamed; from a classifier the class of a text."""
+"""`lorakit generate`: stream the answer to one prompt, or print what a classifier predicts for a text."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import LoraError
 from ..core.paths import expanded
-from ..training.settings import UsageError, number
+from ..training.settings import UsageError, number_type
 
 if TYPE_CHECKING:
     from ..training.models import Loaded
@@ -20,6 +20,7 @@ _CLASSES_SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
+    add_quantize_argument(parser)
     add_sampling_arguments(parser)
     parser.add_argument(
         "--prompt", "-p", required=True, help="what to ask, or the text to classify; - reads it from standard input"
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto: bfloat16 where it is fast") -> None:
-    """The arguments that say which model, for every verb that uses one. dtype: what auto means for the verb."""
+    """Add the arguments that choose a model. dtype: the help's words for what `auto` means."""
     parser.add_argument(
         "--model",
         "--model-name-or-path",
@@ -37,7 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto: bfl
         type=expanded,
         help="an adapter's folder, or a base model (folder, .gguf, hub id)",
     )
-    parser.add_argument("--adapter", type=expanded, help="adapter's folder to put into --model")
+    parser.add_argument("--adapter", type=expanded, help="folder of an adapter to load into --model")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -46,8 +47,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto: bfl
     )
 
 
+def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize",
+        choices=["none", "nf4", "int8", "gguf"],
+        help="how to quantise the base model's weights (default: as in training)",
+    )
+
+
 def add_style_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say how a prompt is put to the model; without them as it was in training."""
+    """Add the arguments that say how a prompt is formatted. The defaults are the settings used in training."""
     parser.add_argument("--system", help="system message (default: the one used in training)")
     parser.add_argument(
         "--plain",
@@ -57,22 +66,26 @@ def add_style_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say how to answer."""
+    """Add the arguments that say how to answer."""
     add_style_arguments(parser)
-    parser.add_argument("--max-new-tokens", type=number(int, at_least=1), default=256, help="longest answer in tokens")
+    parser.add_argument(
+        "--max-new-tokens", type=number_type(int, at_least=1), default=256, help="longest answer in tokens"
+    )
     parser.add_argument(
         "--temperature",
-        type=number(float, at_least=0),
+        type=number_type(float, at_least=0),
         default=0.0,
         help="sampling temperature; 0 always takes the likeliest token",
     )
     parser.add_argument(
         "--top-p",
-        type=number(float, above=0, at_most=1),
+        type=number_type(float, above=0, at_most=1),
         default=1.0,
-        help="sample from the likeliest tokens that have this share of the probability",
+        help="sample only from the likeliest tokens that together have this probability",
     )
-    parser.add_argument("--seed", type=number(int, at_least=0), help="random seed (default: another one each time)")
+    parser.add_argument(
+        "--seed", type=number_type(int, at_least=0), help="random seed (default: a different one each time)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,17 +99,17 @@ def run(args: argparse.Namespace) -> None:
     from ..training.generation import room, stream
     from ..training.models import load_with_adapter
     from ..training.style import Style
-    from ..training.task import task_of
+    from ..training.task import model_task
     from ..training.tokens import prompt_ids
 
     base, adapter = base_and_adapter(args.model, args.adapter)
-    task = task_of(base, adapter)
+    task = model_task(base, adapter)
     prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
     if args.pair is not None and task.answers:
         raise UsageError(f"--pair is the second text for a classifier of pairs, and {args.model} is {task}.")
     if not task.answers and not prompt.strip():
         raise LoraError(f"--prompt is empty: {args.model} is {task} and needs a text.")
-    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype)
+    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype, quantize=args.quantize)
     if args.base and loaded.new_parameters and not task.answers:
         raise LoraError(f"--base: {base} has no trained head for {task}; only the adapter has one.")
     with disabled(loaded.model) if args.base else contextlib.nullcontext():
@@ -115,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _verdict(loaded: Loaded, task: Task, text: str, pair: str | None, folder: str) -> str:
-    """The number that a regression predicts, or a line for each class: its name and its probability."""
+    """The number that a regression predicts, or a line for each likely class: its probability and its name."""
     from ..core.table import Table
     from ..training.data import Example
     from ..training.evaluate import outputs

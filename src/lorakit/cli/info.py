@@ -7,7 +7,7 @@ import argparse
 from ..core.paths import expanded
 
 HELP = "show what an adapter holds"
-EXTRA = ""  # needs no more than the library
+EXTRA = ""  # needs no extra packages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     from ..formats import peft
     from ..training.adapter_folder import check_adapter
 
-    check_adapter(args.adapter)  # says more of a folder that is none
+    check_adapter(args.adapter)  # its message explains what the folder is instead
     adapter = peft.read(args.adapter)
     updates = adapter.updates
     count = sum(tensor.numel() for update in updates.values() for tensor in update.tensors().values())
@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"base model    {adapter.base_model or 'not named'}")
     print(f"task          {adapter.task_type or 'not named'}: {_use(args.adapter, adapter.base_model)}")
-    print(f"targets       {', '.join(adapter.targets)}")
+    alike = Counter(map(numberless, adapter.targets))
+    print(f"targets       {', '.join(f'{name} ×{count}' if count > 1 else name for name, count in alike.items())}")
     for (kind, rank, alpha, scale, dora), modules in settings.items():
         print(f"{modules:>4} × {kind:<7} rank {rank}, alpha {alpha}, scale {scale}{', DoRA' if dora else ''}")
     print(f"parameters    {count:,} in factors, {whole:,} trained whole; dtype {_dtypes(adapter)}")
@@ -52,14 +53,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _use(folder: str, base: str | None) -> str:
-    """What the adapter is for, as far as this machine knows: nothing is fetched for it."""
+    """What the adapter is for, as far as local files tell. Nothing is downloaded."""
     from pathlib import Path
 
-    from ..training.task import task_of
+    from ..training.task import model_task
 
     here = base if base and Path(expanded(base)).exists() else None
     try:
-        return str(task_of(here, folder))
+        return str(model_task(here, folder))
     except (ImportError, OSError, ValueError) as problem:
         return str(problem)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..core.paths import expanded
 
 HELP = "write a commented configuration file"
-EXTRA = ""  # needs no more than the library
+EXTRA = ""  # needs no extra packages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
-"""The program `lorakit`: one verb a file, each imported when it is asked for.
+"""The program `lorakit`. Each verb is one file, which is imported when it is needed.
 
-Exit codes: 0 done, 1 it failed (one message, no traceback; --debug shows it), 2 the command line or a configuration
-file was not understood, 130 interrupted, 143 ended by a scheduler.
+Exit codes: 0 done; 1 failed (one message; --debug adds the traceback); 2 error in the command line or in a
+configuration file; 130 interrupted; 143 ended by a scheduler.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with lasting_output():
         try:
             code = _run(words)
-            sys.stdout.flush()  # what cannot be written is a failure of the command
+            sys.stdout.flush()  # fails here if the output cannot be written
             return code
         except Exit as exit:
             return exit.code
@@ -58,7 +58,7 @@ def _run(words: list[str]) -> int:
     module = _module(verb)
     args = _parser(verb).parse_args(words[1:])
     if extra := getattr(module, "EXTRA", "train"):
-        requirements.check(extra)
+        requirements.check_packages(extra)
     return module.run(args) or 0
 
 
@@ -68,7 +68,11 @@ def _module(verb: str) -> ModuleType:
 
 def _parser(verb: str) -> Parser:
     module = _module(verb)
-    many = {"train": "[options]", "check": "[options]", "compare": "[FILE] [options]"}  # too many to list twice
+    many = {
+        "train": "[options]",
+        "check": "[options]",
+        "compare": "[FILE] [options]",
+    }  # too many options for the usage line
     usage = f"lorakit {verb} {many[verb]}" if verb in many else None
 
     def elsewhere(flag: str) -> list[str]:

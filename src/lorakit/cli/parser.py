@@ -1,4 +1,4 @@
-"""argparse with errors of one line, suggestions for what is misspelt, and no guessing of abbreviations."""
+"""argparse with one-line errors, suggestions for misspelt words, and no abbreviations."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..training.settings import UsageError
 
 
 class Exit(Exception):
-    """The end that argparse asks for, as a value instead of a SystemExit."""
+    """Raised in place of SystemExit when argparse ends the program."""
 
     def __init__(self, code: int) -> None:
         self.code = code
 
 
 class Parser(argparse.ArgumentParser):
-    """The parser of one command. elsewhere: the other commands that have a flag."""
+    """The parser of one command. elsewhere(flag): the other commands that have this flag."""
 
     def __init__(self, elsewhere: Callable[[str], Sequence[str]] = lambda flag: (), **settings: Any) -> None:
         width = min(100, shutil.get_terminal_size().columns)
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         words = tidy(sys.argv[1:] if args is None else args)
         unknown = [] if {"-h", "--help"} & set(words) else self._unknown_flags(words)
         if unknown:
-            # Before argparse looks: it would say instead that the flag which is misspelt is missing.
+            # Checked first, because argparse would report that a misspelt required flag is missing.
             self.error(" ".join(map(self._not_known, unknown)))
         parsed, left = self.parse_known_args(words, namespace)
         if left:
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         return f"unknown argument {flag!r}.{suggestion(flag, self._option_string_actions)}"
 
     def _left_over(self, words: Sequence[str], left: Sequence[str]) -> str:
-        """What to do about words that belong to no flag: most often to the one before them."""
+        """The message for words that belong to no flag. Most often they are meant for the flag before them."""
         for flag, values in _runs(words):
             action = self._option_string_actions.get(flag)
             if action is None or not values or left[0] not in values:
@@ -80,13 +80,17 @@ class Parser(argparse.ArgumentParser):
             if action.metavar == "NAMES":
                 return f"unexpected {left[0]!r}. Separate names with commas: {flag} {','.join(values)}"
             return f'unexpected {left[0]!r}. A value of several words stands in quotes: {flag} "{" ".join(values)}"'
-        # A page or a word processor makes one long dash of two short ones.
+        # Web pages and word processors turn two hyphens into one dash.
         meant = re.sub("^[–—]", "--", left[0])
         return f"unexpected {left[0]!r}." + (f" Did you mean {meant!r}?" if self.has(meant) else "")
 
 
 def tidy(words: Sequence[str]) -> list[str]:
-    """--max_steps 3 as --max-steps 3, since both spellings are in use; --lr -1e3 as --lr=-1e3, which is no flag."""
+    """The words in the spelling that argparse takes.
+
+    `--max_steps 3` becomes `--max-steps 3`, because both spellings are in use. `--lr -1e3` becomes `--lr=-1e3`, because
+    argparse would take -1e3 for a flag.
+    """
     found: list[str] = []
     for word in words:
         flag, equals, value = word.partition("=")

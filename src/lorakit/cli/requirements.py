@@ -1,6 +1,6 @@
-"""Whether the packages that a command needs are installed, and new enough: asked before the command begins.
+"""Check that the packages a command needs are installed and new enough, before the command begins.
 
-What is needed is read where it is declared, in the installed package's own metadata.
+The needed versions are read from the metadata of the installed lorakit package.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import importlib.util
 import re
 from importlib import metadata
 
-_IMPORTED = {"pyyaml": "yaml"}  # by another name than it is installed by
+_IMPORTED = {"pyyaml": "yaml"}  # package → the module's name, where it differs
 _REQUIREMENT = re.compile(r"^([\w.-]+)\s*\(?>=\s*([\d.]+)\)?[^;]*;.*extra\s*==\s*['\"]([\w-]+)['\"]")
 
 
-def check(extra: str) -> None:
+def check_packages(extra: str) -> None:
     """Raise ImportError naming each package of an extra that is missing or too old."""
     wrong = []
     for name, least in _needed(extra):
@@ -25,7 +25,7 @@ def check(extra: str) -> None:
 
 
 def _installed(name: str) -> str:
-    """The version of a package; nothing where it is not there or cannot be imported."""
+    """The version of a package; empty if it is not installed or has no module."""
     try:
         return metadata.version(name) if importlib.util.find_spec(_IMPORTED.get(name, name)) else ""
     except metadata.PackageNotFoundError:
@@ -33,7 +33,7 @@ def _installed(name: str) -> str:
 
 
 def _needed(extra: str) -> list[tuple[str, str]]:
-    """Names and least versions; none where lorakit itself was not installed."""
+    """Names and minimum versions of an extra's packages; none if lorakit itself is not installed."""
     try:
         lines = metadata.requires("lorakit") or []
     except metadata.PackageNotFoundError:
@@ -43,6 +43,6 @@ def _needed(extra: str) -> list[tuple[str, str]]:
 
 
 def _release(version: str) -> tuple[int, ...]:
-    """(5, 20, 0) of 5.20.0rc1: what decides between versions that are years apart."""
+    """The release numbers of a version: (5, 20, 0) for 5.20.0rc1."""
     numbers = re.match(r"\d+(?:\.\d+)*", version)
     return tuple(map(int, numbers.group().split("."))) if numbers else ()

@@ -9,9 +9,9 @@ HELP = "train an adapter on a data file"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..training.config import TrainConfig
-    from ..training.settings import add_arguments
+    from ..training.settings import add_setting_flags
 
-    add_arguments(TrainConfig, parser)
+    add_setting_flags(TrainConfig, parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ class Update:
     rslora: bool = False
     magnitude: Tensor | None = None  # DoRA's m (out,)
     fan_in_fan_out: bool = False  # the module stores its weight as (in, out)
-    parameter: str = ""  # of a parameter that is read: its own name, the last part of the update's ("weight": no part)
+    parameter: str = ""  # of a parameter: its own name, with which the update's name ends (but for a layer's "weight")
 
     @property
     def kind(self) -> str:
@@ -45,7 +45,7 @@ class Update:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def with_factors(self, layout: Layout, A: Tensor, B: Tensor, **changes: Any) -> Update:
-        """The update with other factors, whose rank they tell, and the same scale."""
+        """The update with other factors and the same scale. The rank follows from the factors."""
         if A is self.A and B is self.B and layout == self.layout:
             return dataclasses.replace(self, **changes)
         rank = layout.rank_of(A, B)
@@ -57,7 +57,7 @@ class Update:
         return self.with_factors(*self.layout.simplest(self.A, self.B))
 
     def pair(self) -> Update:
-        """The same ΔW as A and B of two thin layers in a row. Raises LoraError where there is no such pair."""
+        """The same ΔW as A and B of two thin layers in a row. Raises LoraError if there is no such pair."""
         return self.with_factors(*self.layout.pair(self.A, self.B))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -81,15 +81,15 @@ class Adapter:
 
     @classmethod
     def load(cls, path: str | Path, *, format: str | None = None, alpha: float | None = None) -> Adapter:
-        """The adapter at a path, without a model. format: its name; by default told by the path.
+        """The adapter at a path, without a model. format: its name; by default the path tells.
 
         alpha: needed for a format that does not hold it (loralib's). Raises OSError, or LoraError for what cannot be
-        read, and for a file that says too little without the model it is for (`lorakit.load(model, path)`).
+        read, and for a file that cannot be understood without its model (then use `lorakit.load(model, path)`).
         """
         return format_of(path, format).read(Path(path), None, alpha)
 
     def save(self, path: str | Path, *, format: str | None = None) -> None:
-        """Write the adapter. format: its name; by default told by the path.
+        """Write the adapter. format: its name; by default the path tells.
 
         Raises LoraError for what the format cannot hold.
         """

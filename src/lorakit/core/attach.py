@@ -1,9 +1,9 @@
 """Adapting an existing model in place, by changing the class of its layers, and taking that back.
 
 `attach` turns an `nn.Linear` into a `lorakit.Linear`: the same object, the same weight tensor, hooks, keys, device and
-dtype, with `lora_A` and `lora_B` beside the weight. There is no wrapper model and no renamed key, so whatever took the
-model before (Trainer, generate, FSDP, torch.compile, state_dict) takes it after. `detach` gives back the model that
-`attach` was given.
+dtype, with `lora_A` and `lora_B` beside the weight. There is no wrapper model and no renamed key, so whatever worked
+with the model before (Trainer, generate, FSDP, torch.compile, state_dict) works with it after. `detach` gives back the
+model that `attach` was given.
 
 What was changed is noted on each module (`undo.py`), so all of this works on a part of a model, on copies, and after
 pickling.
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .adapted import AdaptedLayer, LoRALayer
+from .adapted import AdaptedLayer
 from .dropout import QuickDropout
 from .errors import LoraError
 from .kinds import class_of, layer_class
 from .layouts import Layout
+from .lora_layer import LoRALayer
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .record import Record
@@ -47,10 +48,10 @@ def attach(
     """Adapt `model` in place: y = W x + b becomes y = W x + b + (alpha/rank) · B A x in every target layer.
 
         attach(model)                                                every linear layer but the head, rank 16
-        attach(model, ["q_proj", "v_proj"], rank=8, alpha=16)        the layers with names that end so
+        attach(model, ["q_proj", "v_proj"], rank=8, alpha=16)        the layers whose names end like this
         attach(model, "*.layers.[0-9].*", exclude="*.mlp.*")         a glob over whole names, some left out
         attach(model, "c_attn", rank_pattern={"c_attn": [8, 0, 8]})  q and v of a fused projection
-        attach(model, LoRASettings(rank=4, dora=True))               settings that were made before
+        attach(model, LoRASettings(rank=4, dora=True))               settings as one object
 
     targets, settings: as in `LoRASettings`, which says what each means.
     freeze: freeze every parameter that the adapter does not train, and the running statistics of norms with it.
@@ -88,11 +89,11 @@ def attach(
 def adopt(target: Target, dropout: float, layout: Layout | None = None) -> AdaptedLayer:
     """Change the class of a plain layer, or of the module that owns a parameter, to its adapted one.
 
-    Returns the adapted layer, which has no update yet. layout: of the update that it is to hold; None: the kind's own.
+    Returns the adapted layer, which has no update yet. layout: that of its update; None means the kind's own.
     """
     module = target.module
     if target.parameter:
-        change_class(module, type(module))  # `adapt_parameter` makes a class of it and of what is adapted
+        change_class(module, type(module))  # notes the class, which `adapt_parameter` changes
         return adapt_parameter(module, target.parameter)
     plain, kind = type(module), layer_class(module)
     assert kind is not None, "select() lets only adaptable modules through"
@@ -102,7 +103,7 @@ def adopt(target: Target, dropout: float, layout: Layout | None = None) -> Adapt
     change_class(module, class_of(cls, plain))
     assert isinstance(module, AdaptedLayer)
     LoRALayer.__init__(module, 0, 0.0, dropout, merge_weights=False)
-    # A weight that is computed has no place where the sum could be.
+    # A computed weight is not stored, so it cannot be read as the sum.
     module.read_as_sum = "weight" in module._parameters
     module.read_whole = target.read_whole
     if dropout > 0:
@@ -112,14 +113,14 @@ def adopt(target: Target, dropout: float, layout: Layout | None = None) -> Adapt
 
 
 def factor_dtype(weight: Tensor) -> torch.dtype:
-    """float32 beside half-precision weights: a step of the optimizer is too small for them to hold."""
+    """The factors' dtype: the weight's, or float32 for half precision, which cannot hold an optimizer's small steps."""
     return torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
 
 
 def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, freeze: bool) -> tuple[str, ...]:
-    """Set `requires_grad` for the adapter, the modules trained whole and the biases; note what it was.
+    """Set `requires_grad` for the adapter, the modules trained whole and the biases, and note what it was before.
 
-    A module that is trained whole and tied to another one gets a weight of its own.
+    A module that is trained whole and tied to another one gets its own copy of the weight.
 
     Returns the names of the parameters trained beside the factors.
     """
@@ -160,8 +161,8 @@ def choose_trainable(model: nn.Module, whole: Iterable[str], bias: Bias, *, free
 
 
 def keep_values(model: nn.Module, names: Iterable[str]) -> None:
-    """Note the values of these tensors, which an adapter is about to set, trained or not: they are a part of it."""
-    # Once for each: what exchanges the values must find a tied one once.
+    """Note the values of these tensors before an adapter sets them. They belong to the adapter, trained or not."""
+    # A tied tensor is noted once, because its values must be exchanged once.
     noted = {id(tensor) for tensor in trained_whole(model)[0].values()}
     for name in names:
         owner, _, local = name.rpartition(".")
@@ -173,7 +174,7 @@ def keep_values(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """The layers and parameters with an update, by name; a shared one once."""
+    """The layers and parameters with an update, by name. A shared one is listed once."""
     return {
         module.public_name(name) if isinstance(module, AdaptedParameter) else name: module
         for name, module in named_modules(model)
@@ -182,7 +183,7 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def note_adapted(model: nn.Module) -> None:
-    """Keep on the model what is adapted now, and the base's statistics: they tell later what is gone or has moved."""
+    """Keep on the model what is adapted now, and the base's statistics, to tell later what is gone or has moved."""
     layers = adapted_layers(model)
     for layer in layers.values():
         layer.forget()
@@ -191,9 +192,9 @@ def note_adapted(model: nn.Module) -> None:
 
 
 def trained_whole(model: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors that `attach` set to be trained beside the factors, and the modules named in `also_train`.
+    """The tensors that belong to the adapter beside the factors, and the modules named in `also_train`.
 
-    Their trained values, also inside `disabled`.
+    The tensors have their trained values, also inside `disabled`.
     """
     tensors: dict[str, Tensor] = {}
     modules = []
@@ -230,6 +231,12 @@ def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selectio
         for name in hits:
             if name in held:
                 raise LoraError(f"also_train={pattern!r} cannot be trained: {held_refusal(held[name])}.")
+            stored = {p.dtype for p in model.get_submodule(name).parameters() if not p.is_floating_point()}
+            if stored:
+                raise LoraError(
+                    f"also_train={pattern!r} cannot be trained: {name!r} has weights stored as {stored.pop()}, which "
+                    "take no gradient. Adapt it instead."
+                )
             inside = [target for target in selection.targets if f"{target}.".startswith(f"{name}.")]
             if inside:
                 raise LoraError(

@@ -4,11 +4,11 @@
 
 `Linear` and its sisters own the product with the weight, and are fast. Here `base` is the forward pass of the class
 that the layer has: a subclass with a forward of its own (Falcon's, a static padding), a weight that is computed
-(weight_norm, parametrisations). The adapted class is joined from both. Its output is the base's as long as the update
-is zero, whatever the base does.
+(weight_norm, parametrisations) or quantised (`quantised.py`). The adapted class is joined from both. Its output is the
+base's as long as the update is zero, whatever the base does.
 
-`trial` tells before anything is changed whether the output is linear in x, as the equation supposes; `merge_refusal`,
-whether the weight is used as it is, so that W + s·ΔW in its place does the same.
+Before anything is changed, `trial` tells whether the output is linear in x, as the equation supposes. `merge_refusal`
+tells whether the weight is used as it is, so that W + s·ΔW in its place does the same.
 """
 
 from __future__ import annotations
@@ -21,23 +21,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adapted import AdaptedLayer, weight_refusal
+from .adapted import AdaptedLayer
 from .errors import LoraError
 from .layers import Conv1d, Conv2d, Conv3d, ConvLoRA, Linear, linear_size
 from .layouts import Layout
+from .matrix import precise
+from .quantised import dequantised_weight, is_known, is_quantised, working_like
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_QUANTISED = 0.1  # where the layer may round its input to 8 bits
 _SIZES = (1e-2, 1.0, 1e2)  # a clamp or a rounding shows at one of them
 
 
 class AddsBeside(AdaptedLayer):
-    """What comes before a kind's class: its forward pass, and when it can be merged."""
+    """The base class put before a kind's: the forward pass, and when it can be merged."""
 
     takes_weight = False
+    # bitsandbytes packs a 4-bit weight for inference in the first forward pass in `eval()`, on CPUs with bfloat16
+    # products. Such a weight has other numbers and passes on no gradient, so an adapted layer tells it of no such CPU.
+    support_avx512bf16_for_cpu = property(lambda self: False)
 
     @classmethod
     def refusal_of(cls, module: nn.Module) -> str | None:
-        return weight_refusal(stored_weight(module)) or trial(module)
+        if getattr(getattr(module._parameters.get("weight"), "quant_state", None), "packing_format_for_cpu", False):
+            return (
+                "bitsandbytes packed its weight for inference in a forward pass in eval(): it passes on no gradient. "
+                "Load the model again, and adapt it before its first forward pass"
+            )
+        return None if is_known(module) else trial(module)
 
     @classmethod
     def shapes_on(cls, module: Any, rank: int, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -47,6 +58,11 @@ class AddsBeside(AdaptedLayer):
         y = self._base(x, *args, **kwargs)
         if not self.active:
             return self.guard(y)
+        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+            raise LoraError(
+                f"{type(self).__name__} passes no gradient on to its input, so the adapted layers before it would "
+                "learn nothing from it. Train on a base that has a backward pass."
+            )
         self.mark()
         dropout = self.acting_dropout
         return y + self._update(x if dropout is None else dropout(x)).to(y.dtype)
@@ -71,11 +87,21 @@ class AddsBeside(AdaptedLayer):
 
     @property
     def like(self) -> Tensor:
-        return stored_weight(self)
+        return working_like(self)
+
+    def adopted(self, plain: type[nn.Module], layout: Layout) -> None:
+        super().adopted(plain, layout)
+        if is_quantised(self):
+            self.read_as_sum = False  # nobody can compute with the bytes
 
     def size(self) -> tuple[int, int]:
         A, B = self._factor_matrices()
         return B.shape[0], A.shape[1]
+
+    def base_matrix(self) -> Tensor:
+        if not is_quantised(self):
+            return super().base_matrix()
+        return precise(dequantised_weight(self._base, self.size()[1], self.like))
 
     def fits(self) -> bool:
         return True  # a computed weight has no shape of its own
@@ -89,6 +115,8 @@ class AddsBeside(AdaptedLayer):
     def merge_refusal(self) -> str | None:
         kind = type(self).__name__
         weight = self._parameters.get("weight")
+        if is_quantised(self):
+            return f"{kind} stores its weight quantised. lorakit.dequantize(model) makes plain layers of such"
         if weight is None:
             return f"{kind} computes its weight from other parameters, so there is nothing to add the update to"
         if type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
@@ -101,10 +129,11 @@ class AddsBeside(AdaptedLayer):
                     self._parameters["weight"] = nn.Parameter(own, requires_grad=False)
                     outputs.append(self._base(x))
                 wanted = self._plain(x, first)
-        except Exception as error:  # whatever a class of another's raises
+        except Exception as error:  # another program's class may raise anything
             return f"{kind} could not be tried: {type(error).__name__}: {error}"
         one, other, both, none = outputs
-        if not (_same(both - one, other - none) and (wanted is None or _same(one, wanted))):
+        tolerance = _TOLERANCE.get(one.dtype, 1e-3)
+        if not (_same(both - one, other - none, tolerance) and (wanted is None or _same(one, wanted, tolerance))):
             return f"{kind} does not use its weight as it is, so W + s·ΔW in its place would do something else"
         return None
 
@@ -114,7 +143,7 @@ class AddsBeside(AdaptedLayer):
 
     @contextmanager
     def _tried(self) -> Iterator[Tensor]:
-        """An input to try the base with, which is afterwards as before."""
+        """An input to try the base with. Afterwards the base is as before."""
         with tried(self) as x:
             yield x
 
@@ -158,16 +187,6 @@ class BesideConv3d(_BesideConv, Conv3d):  # type: ignore[misc]
     pass
 
 
-def stored_weight(module: nn.Module) -> Tensor:
-    """The weight, or where it is computed what it is computed from: for dtype and device. Reading a computed weight
-    may move it (spectral_norm).
-    """
-    weight = module._parameters.get("weight")
-    if weight is not None:
-        return weight
-    return max((p for p in module.parameters() if p.is_floating_point()), key=Tensor.numel)
-
-
 def convolved(module: Any, cls: Any, x: Tensor, weight: Tensor) -> Tensor:
     """The convolution of x by `module`, seen as one of class `cls`, with another weight and no bias."""
     result: Tensor
@@ -181,11 +200,12 @@ def convolved(module: Any, cls: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def trial(module: nn.Module) -> str | None:
-    """Why the equation does not hold for a layer of a class of its own, or None: tried on a few random inputs."""
+    """Why the equation does not hold for a layer of another class, or None. It is tried on a few random inputs."""
     kind = f"{type(module).__module__}.{type(module).__name__}"
-    stored = stored_weight(module)
-    if stored.is_meta or type(stored) not in (Tensor, nn.Parameter):
+    like = working_like(module)
+    if like.is_meta or _has_no_numbers(module):
         return None
+    tolerance = _QUANTISED if is_quantised(module) else _TOLERANCE.get(like.dtype, 1e-3)
     try:
         with tried(module) as x:
             forward = type(module).forward if isinstance(module, nn.Module) else None
@@ -194,16 +214,21 @@ def trial(module: nn.Module) -> str | None:
                 ab, one, other, none = (_called(module, forward, own) for own in (a + b, a, b, 0 * x))
                 if x.dim() == 2 and ab.shape != (len(x), linear_size(module)[0]):
                     return f"{kind} is a subclass with an output of shape {tuple(ab.shape)} for {tuple(x.shape)}"
-                if not _same(ab - one, other - none):
+                if not _same(ab - one, other - none, tolerance):
                     return f"{kind} is a subclass that may read its weight in a way of its own: it is not linear in x"
             if isinstance(module, nn.modules.conv._ConvNd):
                 kernel = torch.randn(module_kernel(module)).to(x)
                 weighed = [convolved(module, type(module), x, factor * kernel) for factor in (1, 3)]
-                if weighed[0].shape != one.shape or not _same(3 * weighed[0], weighed[1]):
+                if weighed[0].shape != one.shape or not _same(3 * weighed[0], weighed[1], tolerance):
                     return f"{kind} is a subclass that may read its weight in a way of its own: it is not linear in it"
     except Exception as error:  # whatever a class of another's raises
         return f"{kind} is a subclass that could not be tried: {type(error).__name__}: {error}"
     return None
+
+
+def _has_no_numbers(module: nn.Module) -> bool:
+    """Whether it is made of tensors that cannot be looked into: fake ones, and those of other classes."""
+    return any(type(tensor) not in (Tensor, nn.Parameter) for tensor in module.parameters())
 
 
 def module_kernel(module: Any) -> tuple[int, ...]:
@@ -212,7 +237,7 @@ def module_kernel(module: Any) -> tuple[int, ...]:
 
 
 def _called(module: Any, forward: Any, x: Tensor) -> Tensor:
-    """The module's output, its pre-hooks (weight_norm) included and nothing else that programs hang on it."""
+    """The module's output, with torch's own pre-hooks (weight_norm) and no other hooks."""
     for hook in module._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils"):
             hook(module, (x,))
@@ -222,20 +247,20 @@ def _called(module: Any, forward: Any, x: Tensor) -> Tensor:
 
 @contextmanager
 def tried(module: nn.Module) -> Iterator[Tensor]:
-    """An input for the module, which is in `eval()` meanwhile; its attributes, buffers and torch's generator are
-    afterwards as before.
+    """An input for the module, which is in `eval()` meanwhile. Afterwards its attributes, its buffers and torch's
+    generator are as before.
     """
     inner = [(own, dict(own.__dict__), dict(own._parameters), dict(own._buffers)) for own in module.modules()]
     values = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    stored = stored_weight(module)
-    devices = [stored.device] if stored.is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices), torch.autocast(stored.device.type, enabled=False):
+    like = working_like(module)
+    devices = [like.device] if like.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices), torch.autocast(like.device.type, enabled=False):
         torch.manual_seed(0)
         for own, *_ in inner:
             own.__dict__["training"] = False
         shape = _image(module) if hasattr(module, "kernel_size") else [2, linear_size(module)[1]]
         try:
-            yield torch.randn(shape, dtype=stored.dtype, device=stored.device)
+            yield torch.randn(shape, dtype=like.dtype, device=like.device)
         finally:
             for own, attributes, parameters, buffers in inner:
                 own.__dict__.clear()
@@ -252,9 +277,9 @@ def _image(module: Any) -> list[int]:
     return [1, module.in_channels, *sizes]
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(a: Tensor, b: Tensor, tolerance: float) -> bool:
     scale = torch.maximum(a.abs().max(), b.abs().max())
-    return bool(((a - b).abs().max() <= _TOLERANCE.get(a.dtype, 1e-3) * scale) & scale.isfinite())
+    return bool(((a - b).abs().max() <= tolerance * scale) & scale.isfinite())
 
 
 _CONV_FORWARDS = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)

@@ -12,10 +12,12 @@ from .errors import LoraError
 
 
 def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """The adapter with ΔW = Σ wᵢ·sᵢ·ΔWᵢ in every module: exact, of the sum of the ranks, weights of any sign.
+    """The adapter with ΔW = Σ wᵢ·sᵢ·ΔWᵢ in every module. It is exact, its rank is the sum of the ranks, and weights may
+    have any sign.
 
-    A = [A₁; A₂; …] and B = [w₁s₁B₁, w₂s₂B₂, …], with scale 1: stacking has no cross terms, as adding the A's and the
-    B's would. A module that an adapter leaves alone counts as zero. Blocks of a fused projection become one update.
+    A = [A₁; A₂; …] and B = [w₁s₁B₁, w₂s₂B₂, …], with scale 1. Stacking has no cross terms, which adding the A's and the
+    B's would have. A module that an adapter leaves alone counts as zero. Blocks of a fused projection become one
+    update.
 
     Raises LoraError for DoRA, whose magnitudes do not add up, for updates of one module that differ in kind, and for
     tensors trained whole that are not the same in all adapters.
@@ -41,8 +43,8 @@ def _sum(name: str, parts: list[tuple[Update, float]]) -> Update:
     first = plain[0][0]
     for update, _ in plain:
         if update.magnitude is not None:
-            raise LoraError(f"{name} is a DoRA update: its magnitudes are no sum. Merge the model instead.")
-        if update.layout != first.layout:
+            raise LoraError(f"{name} is a DoRA update: its magnitudes do not add up. Merge the model instead.")
+        if not first.layout.holds(update.layout):
             raise LoraError(f"{name}: a {update.kind} update cannot be added to a {first.kind} one.")
     A, B = first.layout.stacked([(update.A, weight * update.scale * update.B) for update, weight in plain])
     rank = sum(update.rank for update, _ in plain)

@@ -1,10 +1,10 @@
 """A convolution and its low-rank update: two thin convolutions beside the dense one.
 
-    y = conv(x, W) + b + s · conv₁(conv(x, A), B)          conv₁: a kernel of ones, 1 × 1
+    y = conv(x, W) + b + s · conv₁(conv(x, A), B)          conv₁: kernel size 1
 
 Hu et al. 2021, eq. 3, at each position: W, seen as a matrix (out, in·∏k), gets the update s·B A. A is a convolution of
-W's kernel size to r channels, and B mixes these r channels at each position. In training, dropout acts on the x that A
-reads, and on no other.
+W's kernel size to r channels, and B mixes these r channels at each position. In training, dropout acts only on the x
+that A reads.
 
     x (8, 64, 28, 28)      8 images of 64 channels
     W (64, 64, 3, 3)       64 outputs; each reads 3 × 3 positions of 64 channels
@@ -13,8 +13,8 @@ reads, and on no other.
     B (64, 16, 1, 1)       each of 64 outputs is a combination of the 16 numbers at its position
     y (8, 64, 28, 28)
 
-Any number of dimensions. Left out: groups and loralib's layout of the factors, whose kernels the layer forms, because
-they have no thin form; and the gain, which the layer multiplies.
+It works in any number of dimensions. Not here: groups and loralib's layout of the factors, for which the layer forms
+the kernel of ΔW, and the gain, by which the layer multiplies.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Geometry:
 
     @classmethod
     def of_ones(cls, kernel: Tensor) -> Geometry:
-        """That of a kernel (out, in, 1, …) of ones."""
+        """The geometry of a kernel (out, in, 1, …) of size 1."""
         ones = tuple(kernel.shape[2:])
         return cls(ones, (0,) * len(ones), ones)
 
@@ -67,7 +67,7 @@ class Geometry:
         return torch.convolution(x, kernel, bias, self.stride, self.padding, self.dilation, False, unmoved, 1)
 
     def gradients(self, dy: Tensor, x: Any, kernel: Tensor, needs_x: bool, needs_kernel: bool) -> tuple[Any, Any]:
-        """With respect to x and the kernel, None for what is not needed."""
+        """The gradients with respect to x and the kernel, None if not needed."""
         if not (needs_x or needs_kernel):
             return None, None
         unmoved, wanted = (0,) * len(self.stride), [needs_x, needs_kernel, False]
@@ -78,17 +78,17 @@ class Geometry:
 
 
 class LoRAConv(torch.autograd.Function):
-    """The same with its gradient written out: that of `LoRALinear`, its products read as convolutions.
+    """The equation with its gradient written out, as in `LoRALinear`, with convolutions for products.
 
     y = conv(x, W) + b + conv₁(S, B),  S = s · conv(M ⊙ x, A)        M: dropout's mask over 1 − p, or 1
 
     dS = s · conv₁(dy, Bᵀ)      dx = M ⊙ ∂conv(dS, A)/∂x + ∂conv(dy, W)/∂x      dA, dB, dW: as kernels have them
 
-    Kept: x, S and the mask's few bytes (`dropout.py`); formed: x.
+    Kept: x, S and the mask's few bytes (`dropout.py`); if formed, only x.
 
     formed: W + s·B A is made and takes the place of W, in both passes. If not formed, and without dropout, W and A are
-    laid together as one kernel of out + r channels: they are small beside x, and r channels more take next to no time,
-    where a convolution to r channels by itself takes a quarter of that to 64.
+    joined to one kernel of out + r channels. They are small beside x, and r more channels take almost no time, while a
+    separate convolution to r channels takes a quarter of the time of one to 64.
     """
 
     @staticmethod
@@ -164,12 +164,12 @@ def lora_conv(
     geometry: Geometry,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """conv(x, W) + b + s · conv₁(conv(dropout(x), A), B), conv₁ with a kernel of ones.
+    """conv(x, W) + b + s · conv₁(conv(dropout(x), A), B), where conv₁ has kernel size 1.
 
     x (N, in, …) or (in, …)   weight (out, in, *k)   A (r, in, *k)   B (out, r, 1, …)   →   (N, out, …) or (out, …)
 
-    Kept for the backward pass: x, S (N, r, …) and dropout's few bytes; where W + s·B A is formed, x alone. Source: Hu
-    et al. 2021, eq. 3, on the kernel seen as a matrix; the two thin convolutions are PEFT's layout of the factors.
+    Kept for the backward pass: x, S (N, r, …) and dropout's few bytes; if W + s·B A is formed, only x. Source: Hu et
+    al. 2021, eq. 3, on the kernel seen as a matrix; the two thin convolutions are PEFT's layout of the factors.
     """
     x = cast(x)
     if x.dim() == weight.dim() - 1:
@@ -182,13 +182,13 @@ def lora_conv(
 
 
 def _forms(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, geometry: Geometry) -> bool:
-    """Whether W + s·B A is formed. Thin convolutions are so slow that it pays as soon as arithmetic says so."""
+    """Whether W + s·B A is formed. Thin convolutions are so slow that this pays as soon as it saves operations."""
     positions = x.numel() // max(x.shape[1] * math.prod(geometry.stride), 1)
     return forms(x, weight, A, B) and forming_pays(positions, weight, 1)
 
 
 def _pointwise(x: Tensor, kernel: Tensor) -> Tensor:
-    """conv₁(x, kernel): matrix products where each channel's plane is whole in memory, which are faster."""
+    """conv₁(x, kernel). If each channel's plane is contiguous in memory, it is a matrix product, which is faster."""
     if not x.is_contiguous():
         return Geometry.of_ones(kernel).convolution(x, kernel)
     return torch.bmm(_for_each(x, kernel), x.flatten(2)).view(len(x), len(kernel), *x.shape[2:])
@@ -202,7 +202,7 @@ def _add_pointwise(y: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _for_each(x: Tensor, kernel: Tensor) -> Tensor:
-    """A kernel of ones as a matrix, for each element of the batch."""
+    """A kernel of size 1 as a matrix, repeated for each element of the batch."""
     return kernel.flatten(1).expand(len(x), -1, -1)
 
 

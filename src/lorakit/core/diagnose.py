@@ -32,10 +32,10 @@ class Diagnosis:
     without_dropout: tuple[str, ...] = ()  # layers whose weight is read: their dropout never acts
     gone: dict[str, str] = field(default_factory=dict)  # adapted once → the class that took the layer's place
     moved: tuple[str, ...] = ()  # the base model's statistics (BatchNorm's) that changed since `attach`
-    not_saved: tuple[str, ...] = ()  # parameters that are trained and are no part of the adapter
+    not_saved: tuple[str, ...] = ()  # trained parameters that are not part of the adapter
 
     def __bool__(self) -> bool:
-        """Whether there is anything to look at, idle layers left aside."""
+        """Whether anything needs attention. Idle layers and dropout that never acts do not count."""
         return bool(self.silent or self.without_gradient or self.gone or self.moved or self.not_saved)
 
     def __str__(self) -> str:
@@ -59,8 +59,8 @@ class Diagnosis:
 def diagnose(model: nn.Module, *, reset: bool = False) -> Diagnosis:
     """Which adapted layers do nothing, and what a saved adapter would lack. Print what it returns.
 
-    Call it after a forward and a backward pass, before the gradients are cleared. reset: forget afterwards which layers
-    were used, to look at the next passes alone. Raises LoraError where nothing is adapted.
+    Call it after a forward and a backward pass, before the gradients are cleared. reset: afterwards forget which layers
+    were used, so that the next call tells of the next passes only. Raises LoraError if nothing is adapted.
 
         loss.backward()
         print(lorakit.diagnose(model))
@@ -89,7 +89,7 @@ def diagnose(model: nn.Module, *, reset: bool = False) -> Diagnosis:
 
 
 def _without_gradient(model: nn.Module) -> tuple[str, ...]:
-    """Factors without a gradient, where others have one: also those that something froze after `attach`."""
+    """Factors without a gradient, if others have one. Factors that were frozen after `attach` are among them."""
     factors = {
         name: parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2].startswith("lora_")
     }

@@ -2,22 +2,23 @@
 
     x′ = M ⊙ x / (1 − p)       dx = M ⊙ dx′ / (1 − p)       M = 0 with probability p, else 1
 
-(Srivastava et al. 2014; on the x that A reads, as in Hu et al.'s loralib.) x (T, in) are rows, M has their shape. The
-factor 1/(1 − p) goes into the update's scale, so a mask only makes zeros.
+(Srivastava et al. 2014; on the x that A reads, as in Hu et al.'s loralib.) x (T, in) are rows; M has the same shape.
+The factor 1/(1 − p) goes into the update's scale, so a mask only makes zeros.
 
-Kept whole, M would cost the backward pass as much memory as x, and drawn one number an element, a CPU spends more time
-on it than on the products of a small layer. So there are three forms, each a small tensor between the passes:
+Kept whole, M would take as much memory as x until the backward pass. Drawing one random number for each element would
+take a CPU longer than the products of a small layer. So there are three forms, each a small tensor between the passes:
 
-    Bits      any p: one bit an element.
-    Gaps      p up to 1/8, on a CPU: how far it is from each dropped element to the next, one byte each. The gaps are
-              geometric numbers, so p·n random numbers draw a mask of n, and dropping writes p·n zeros.
-    Seeded    on a GPU, where its kernels are switched on: the seed alone. `kernels.py` makes the mask in registers.
+    Bits      any p: one bit for each element.
+    Gaps      p up to 1/8, on a CPU: the distance from each dropped element to the next, in one byte each, or more for a
+              small p. The gaps are geometrically distributed, so about p·n random numbers give a mask of n elements,
+              and dropping writes p·n zeros.
+    Seeded    on a GPU, if its kernels are switched on: the seed alone. `kernels.py` makes the mask in registers.
 
 For x (512, 576), which are 4 sequences of 128 tokens, and p = 0.05: M has 512 · 576 = 294,912 elements, of which about
 14,746 are zero. x in float32 takes 1,179,648 bytes, Bits 36,864, Gaps 15,481 (a few to spare), Seeded 8.
 
-`Mask` itself drops nothing. `draw_mask` chooses the form. Left out: dropout modules of other classes, of which only the
-forward pass is known. The plain equations call any module as it is, torch's too.
+`Mask` itself drops nothing. `draw_mask` chooses the form. Not here: dropout modules of other classes, of which only the
+forward pass is known. The plain equations call any dropout module as it is, also torch's.
 """
 
 from __future__ import annotations
@@ -33,24 +34,24 @@ from . import kernels
 
 Dropout = Callable[[Tensor], Tensor]  # x → x′, zeros and the factor 1/(1 − p) in one, as nn.Dropout does it
 
-# Eight bytes of 0 or 1 times _GATHER have the eight bits in the highest byte; a byte times _SPREAD, and _PICK, has
-# bit i alone in byte i.
+# Eight bytes of 0 or 1, multiplied by _GATHER, have the eight bits in the highest byte. A byte, multiplied by _SPREAD
+# and masked by _PICK, has only bit i in byte i.
 _GATHER = 0x0102040810204080
 _SPREAD = 0x0101010101010101
 _PICK = 0x8040201008040201 - (1 << 64)
 
-# Above this p a byte for each dropped element is more than a bit for each element.
+# Above this p a byte for each dropped element takes more memory than a bit for each element.
 _MOST_FOR_GAPS = 1 / 8
-# Fewer dropped elements than this and a mask might have none at all, which `Gaps` cannot say.
+# If fewer dropped elements than this are expected, a mask might have none, which `Gaps` cannot represent.
 _LEAST_FOR_GAPS = 64
 
 
 class QuickDropout(nn.Dropout):
-    """`nn.Dropout` that does not promise torch's masks: what `attach` uses."""
+    """An `nn.Dropout` that need not draw the same masks as torch, so it can draw faster. `attach` uses it."""
 
 
 def can_draw(dropout: Dropout | None) -> bool:
-    """Whether `draw_mask` can draw this dropout's mask: of another class, only its forward pass is known."""
+    """Whether `draw_mask` can draw this dropout's mask. Of other classes, only the forward pass is known."""
     return dropout is None or (
         isinstance(dropout, nn.Dropout)
         and type(dropout) in (nn.Dropout, QuickDropout)
@@ -60,7 +61,7 @@ def can_draw(dropout: Dropout | None) -> bool:
 
 
 class Mask:
-    """M over rows x (T, in), with nothing dropped. `packed` is what is kept of a mask, p the probability of a zero."""
+    """A mask M over rows x (T, in) that drops nothing. packed: what is kept of a mask. p: the probability of a zero."""
 
     def __init__(self, packed: Tensor | None = None, p: float = 0.0) -> None:
         self.packed, self.p = packed, p
@@ -89,8 +90,8 @@ class Mask:
 def draw_mask(x: Tensor, dropout: nn.Dropout, rank: int) -> Mask:
     """A mask over x (…, in), seen as rows, each element dropped with probability p.
 
-    Of `nn.Dropout` itself it is the mask that `F.dropout` would draw now. A `QuickDropout` draws fewer numbers: in GPU
-    kernels where those run for this rank, and on a CPU, where torch draws one number for each element.
+    For `nn.Dropout` itself it is the mask that `F.dropout` would draw now. A `QuickDropout` uses the GPU kernels if
+    they run for this rank. On a CPU it draws fewer random numbers than torch, which draws one for each element.
     """
     p = dropout.p
     if type(dropout) is QuickDropout and kernels.available(x, rank):
@@ -113,7 +114,7 @@ class Bits(Mask):
 
     @classmethod
     def of(cls, dense: Tensor, p: float) -> Bits:
-        """From zeros and ones."""
+        """The mask of these zeros and ones."""
         mask = cls(pack(dense), p)
         mask._dense = dense
         return mask
@@ -139,16 +140,16 @@ class Gaps(Mask):
 
     @classmethod
     def draw(cls, size: int, p: float) -> Gaps:
-        """Of a mask with `size` elements.
+        """Draw a mask with `size` elements.
 
-        A gap is 1 + ⌊ln u / ln(1 − p)⌋, u uniform in [0, 1]. Fewer than one in 100,000 is too large for its bytes, and
-        is cut.
+        A gap is 1 + ⌊ln u / ln(1 − p)⌋, with u uniform in [0, 1]. Fewer than one gap in 100,000 is too large for its
+        bytes, and is cut.
         """
         log_keep = math.log1p(-p)
         dtypes = (torch.uint8, torch.int16, torch.int32)
         dtype = next(own for own in dtypes if torch.iinfo(own).max * log_keep < math.log(1e-5) or own == dtypes[-1])
         expected = p * size
-        count = math.ceil(expected + 6 * math.sqrt(expected)) + 6  # too few for one mask in 10⁹: its end is whole
+        count = math.ceil(expected + 6 * math.sqrt(expected)) + 6  # too few for one mask in 10⁹: its end is kept
         uniform = _random(count, torch.int32).to(torch.float32).mul_(2**-32).add_(0.5)
         gaps = uniform.log_().mul_(1 / log_keep)
         gaps = gaps.clamp_max_(torch.iinfo(dtype).max - 1).to(dtype).add_(1)
@@ -171,7 +172,7 @@ class Gaps(Mask):
 class Seeded(Mask):
     """A seed, from which the kernels make the mask whenever they need it.
 
-    The kernels have no derivative: a second one is taken of plain products with the mask written out.
+    The kernels have no derivative, so second derivatives use plain products with the whole mask.
     """
 
     @classmethod
@@ -187,7 +188,7 @@ class Seeded(Mask):
     def shrink(self, x: Tensor, A: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return super().shrink(x, A)
-        return kernels.shrink(x, A, 1 - self.p, self.p, self.packed)  # which divides by 1 − p
+        return kernels.shrink(x, A, 1 - self.p, self.p, self.packed)  # the kernel divides by 1 − p
 
     def gradient_of_x(self, dY: Tensor, weight: Tensor, dS: Tensor, A: Tensor) -> Tensor:
         if torch.is_grad_enabled():
@@ -205,7 +206,7 @@ class Seeded(Mask):
 
 
 def _random(count: int, dtype: torch.dtype) -> Tensor:
-    """Uniform integers over all of `dtype`, cut out of words of 64 bits: torch draws a word for each number."""
+    """Uniform integers over all of `dtype`, cut from 64-bit words, because torch draws a word for each number."""
     words = torch.empty(-(-count * dtype.itemsize // 8), dtype=torch.int64).random_(-(1 << 63), None)
     return words.view(dtype)[:count]
 
@@ -218,6 +219,6 @@ def pack(mask: Tensor) -> Tensor:
 
 
 def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The mask of this shape that `pack` made `bits` of, as bool."""
+    """The mask of this shape that `pack` turned into `bits`, as bool."""
     words = (bits.to(torch.int64) * _SPREAD) & _PICK
     return words.view(torch.uint8)[: shape.numel()].view(shape) != 0

@@ -1,9 +1,9 @@
 """An embedding and its low-rank update.
 
-    y = W[tokens] + s · A[:, tokens]ᵀ Bᵀ          Hu et al. 2021, eq. 3, for an input that is a row with a single one
+    y = W[tokens] + s · A[:, tokens]ᵀ Bᵀ          Hu et al. 2021, eq. 3, for a one-hot input
 
-An embedding multiplies that row by its weight, which is a look-up. So A x is a look-up too: column t of A holds the r
-numbers of token t. Only the columns of the tokens at hand are read, and B A (dim, vocabulary) is never formed.
+An embedding multiplies a one-hot row by its weight, which is a look-up. So A x is a look-up too: column t of A holds
+the r numbers of token t. Only the columns of the input's tokens are read, and B A (dim, vocabulary) is never formed.
 
     tokens (4, 128)           4 sequences of 128 tokens
     W (49152, 576)            a row of 576 numbers for each of 49,152 words
@@ -13,9 +13,10 @@ numbers of token t. Only the columns of the tokens at hand are read, and B A (di
     B (576, 16)               each of 576 outputs is a combination of these 16 numbers
     y (4, 128, 576)
 
-Dropout drops the update of a token as a whole: its input is a single one, and that is zero or it is not.
+Dropout drops the update of a token as a whole, because only one element of its one-hot input is not zero.
 
-Left out: `max_norm` (torch writes on the weight then), sparse gradients of A, and the gain, which the layer multiplies.
+Not here: `max_norm` (with it torch writes to the weight), sparse gradients of A, and the gain, by which the layer
+multiplies.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ def plain_embedding(
 
 
 class LoRAEmbedding(torch.autograd.Function):
-    """The same with its gradient written out. d before a letter is the gradient with respect to it.
+    """The equation with its gradient written out. A d before a letter means the gradient with respect to it.
 
     y = base + s · Sᵀ Bᵀ,  S = m ⊙ A[:, tokens]       m (…): `kept`, or 1
 
     dbase = dy      dS = s · Bᵀ dyᵀ      dA[:, tokens] += m ⊙ dS      dB = (S dy)ᵀ
 
-    padding_idx: a column of A without a gradient. by_frequency: a column's gradient is over how often it was looked up.
+    padding_idx: a column of A without a gradient. by_frequency: a column's gradient is divided by its look-ups.
     Kept: the tokens and m.
     """
 
@@ -107,14 +108,14 @@ def lora_embedding(
     scale_grad_by_freq: bool,
     dropout: Dropout | None = None,
 ) -> Tensor:
-    """base + s · A[:, tokens]ᵀ Bᵀ, the update of an embedding looked up, never formed.
+    """base + s · A[:, tokens]ᵀ Bᵀ: the update of an embedding is looked up and never formed.
 
     tokens (…)   base (…, dim) already looked up   A (r, vocabulary)   B (dim, r)   →   (…, dim)
 
     The padding column of A gets no gradient, so a padding row that starts without an update keeps none.
-    scale_grad_by_freq is torch's: a column's gradient over how often its token stands in the batch.
+    scale_grad_by_freq is torch's: a column's gradient is divided by how often its token occurs in the batch.
 
-    Kept for the backward pass: the tokens, and a number for each where there is dropout. Source: Hu et al. 2021, eq. 3;
+    Kept for the backward pass: the tokens and, with dropout, a number for each. Source: Hu et al. 2021, eq. 3;
     loralib's Embedding.
     """
     kept = None if dropout is None else dropout(base.new_ones(tokens.shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class LoraError(ValueError):
-    """What was given cannot be what was meant: the message says what it was, where, and what to do next.
+    """The input cannot be what was meant. The message says what was given, where, and what to do next.
 
-    A ValueError, so that programs which catch that keep working. Errors of the system (OSError) stay what they are.
+    It is a ValueError, so programs that catch ValueError keep working. System errors stay OSErrors.
     """

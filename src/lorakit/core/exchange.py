@@ -1,7 +1,7 @@
 """Between a model and an `Adapter`: `extract` reads what was learnt out of the layers, `insert` puts it into a model.
 
 `insert` checks everything before it changes anything. An update without a module, a shape that differs, a layer
-without an update: each is an error, all of them listed at once, because an adapter that loads "successfully" and does
+without an update: each is an error, and all are listed at once, because an adapter that loads "successfully" and does
 nothing is the worst outcome (problem 3).
 """
 
@@ -12,12 +12,16 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLayer, copied
+from .adapted import AdaptedLayer
 from .adapter import Adapter, Update
 from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, note_adapted, trained_whole
 from .errors import LoraError
+from .layouts import Layout, Stack
+from .lora_layer import copied
 from .names import named_modules, unwrapped
+from .parameters import parameter_layout
 from .report import numberless
+from .sharded import sharded_refusal
 from .targets import Target, candidates, closest, matching, refusal
 from .task import task_type
 from .trainable import bias_names, tensors_by_name
@@ -27,8 +31,8 @@ from .undo import refuse_replaced, unchanged_on_error
 def extract(model: nn.Module, *, force: bool = False) -> Adapter:
     """What the adapter of `model` holds, as plain data: copies, on the CPU, in the dtype they are trained in.
 
-    The same whether the model is merged or not. Raises LoraError when the model has no adapted layer, or when another
-    module took the place of one; with force the rest is given all the same.
+    It is the same whether the model is merged or not. Raises LoraError if the model has no adapter, or if another
+    module took the place of an adapted one. With force, such modules are left out.
     """
     model = unwrapped(model)
     if not force:
@@ -57,12 +61,15 @@ def extract(model: nn.Module, *, force: bool = False) -> Adapter:
 def insert(model: nn.Module, adapter: Adapter, *, dtype: torch.dtype | None = None, force: bool = False) -> None:
     """Put `adapter` into `model`: plain layers are adapted, layers with an update of the same shapes are filled.
 
-    Like `attach`, it freezes everything else and changes neither mode nor base weights. dtype: of the factors; by
-    default that of the factors that are there, or of new ones as `attach` chooses it. With force, what does not fit is
-    left out instead of refused. Raises LoraError listing every misfit, before anything is changed.
+    Like `attach`, it freezes everything else and changes neither mode nor base weights. dtype: that of the factors; by
+    default existing factors keep theirs, and new ones get the dtype that `attach` chooses. With force, what does not
+    fit is left out instead of refused. Raises LoraError listing every misfit, before anything is changed.
     """
     model = unwrapped(model)
     layers, targets = adapted_layers(model), candidates(model)
+    for name, layer in layers.items():
+        if reason := sharded_refusal(layer):
+            raise LoraError(f"{name!r} cannot take an adapter: {reason}.")
     problems = _misfits(model, adapter, layers, targets)
     if problems and not force:
         made_for = f", it was made for {adapter.base_model}" if adapter.base_model else ""
@@ -80,14 +87,14 @@ def insert(model: nn.Module, adapter: Adapter, *, dtype: torch.dtype | None = No
                 _insert_update(layers.get(name), targets[name], update, adapter.dropout, dtype)
         choose_trainable(model, whole, adapter.bias, freeze=True)
         keep_values(model, trained)
-        own = tensors_by_name(model)  # a tied module that is trained whole has another one now
+        own = tensors_by_name(model)  # a tied module that is trained whole has its own copy now
         note_adapted(model)
         for name, value in trained.items():
             own[name].copy_(value)
 
 
 def _listed(problems: Iterable[str]) -> list[str]:
-    """A line for each problem; for all numbered layers together where they have the same one."""
+    """A line for each problem. Numbered layers with the same problem share a line."""
     alike: dict[str, list[str]] = {}
     for problem in problems:
         alike.setdefault(numberless(problem), []).append(problem)
@@ -96,7 +103,7 @@ def _listed(problems: Iterable[str]) -> list[str]:
 
 
 def _in_the_models_order(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Parameters in the order in which their module has them, and not in which they were adapted."""
+    """The names in the order of the model, and not in the order in which they were adapted."""
     order = {name: place for place, name in enumerate(candidates(model))}
     return sorted(names, key=lambda name: order.get(name, len(order)))
 
@@ -139,9 +146,9 @@ def _misfits(
 
 
 def _torn(model: nn.Module, trained: Mapping[str, Tensor], whole: Sequence[str]) -> dict[str, str]:
-    """Values for one of several modules that are tied to one parameter, which would change it for the others too.
+    """The misfits of tied parameters: a value for one of several tied modules would change the others too.
 
-    whole: the modules that are trained whole, each of which gets a weight of its own.
+    whole: the modules that are trained whole. Each of them gets its own copy of a tied weight.
     """
     own = tuple(f"{module}." for module in whole)
     tied: dict[int, list[str]] = {}
@@ -176,8 +183,8 @@ def _torn(model: nn.Module, trained: Mapping[str, Tensor], whole: Sequence[str])
 def _misfit(layer: AdaptedLayer | None, target: Target | None, update: Update) -> str | None:
     if layer is not None:
         present = layer.to_update()
-        if present.kind != update.kind:
-            return f"holds a {update.kind} update, the model has a {present.kind} one"
+        if not present.layout.holds(update.layout):
+            return _of_another_layout(update, present.layout, f"a {present.kind} one")
         expected = {key: tuple(tensor.shape) for key, tensor in present.tensors().items()}
         found = {key: tuple(tensor.shape) for key, tensor in update.tensors().items()}
         return None if expected == found else f"shapes {found}, the model has {expected}"
@@ -187,7 +194,8 @@ def _misfit(layer: AdaptedLayer | None, target: Target | None, update: Update) -
     if reason:
         return reason
     if target.class_for(update.layout) is None:
-        return f"holds a {update.kind} update, the model has {target.parameter or type(target.module).__name__}"
+        own = parameter_layout(target.module, target.weight) if target.parameter else None
+        return _of_another_layout(update, own, target.parameter or type(target.module).__name__)
     shapes = tuple(update.A.shape), tuple(update.B.shape)
     wanted = target.shapes(update.rank, update.layout)
     if shapes != wanted:
@@ -195,10 +203,16 @@ def _misfit(layer: AdaptedLayer | None, target: Target | None, update: Update) -
     return None
 
 
+def _of_another_layout(update: Update, own: Layout | None, has: str) -> str:
+    if isinstance(own, Stack) and isinstance(update.layout, Stack):
+        return "without the model its file does not tell W from Wᵀ: read it with lorakit.load(model, path)"
+    return f"holds a {update.kind} update, the model has {has}"
+
+
 def _shortest_targets(model: nn.Module, adapted: list[str]) -> tuple[str, ...]:
     """Name endings that select the adapted modules and no other module, as other readers expect them ("q_proj").
 
-    A name that is the end of another's is selected by a glob that is that name alone: "[0]" is 0 and not 1.0.
+    If a name is the end of another name, a glob selects it alone: "[0]" matches 0 and not 1.0.
     """
     wanted = set(adapted)
     others = [name for name in candidates(model) if name not in wanted]

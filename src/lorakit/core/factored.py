@@ -2,17 +2,17 @@
 
 A layer that is called can compute its update beside its weight. A weight that is read (torch's attention hands
 `in_proj_weight` to a function, a mixture of experts hands over a stack of matrices) has no such place: what is read
-must itself be W + ΔW. Formed, that costs a dense matrix for each expert in the forward pass and a dense gradient in the
-backward pass. `Factored` is what such code reads instead: it takes part in torch's functions as W + L R, and where
-they multiply it there are two thin products beside that of W:
+must itself be W + ΔW. Forming that costs a dense matrix for each expert in the forward pass and a dense gradient in the
+backward pass. Such code reads a `Factored` instead: torch's functions treat it as W + L R, and a product with it is
+computed as two thin products beside that of W:
 
     x (W + L R)ᵀ = x Wᵀ + (x Rᵀ) Lᵀ        F.linear, matmul, bmm, grouped_mm
 
 For attention of width 64 and r = 4: W (192, 64), with 192 rows because q, k and v have 64 each; L (192, 4); R (4, 64).
 x (2, 9, 64) is 18 rows, because 2 sequences of 9 tokens are one matrix, and x Rᵀ (18, 4) has 4 numbers for each.
 
-Rows, single experts and transposes of it are `Factored` too. Every other function gets the matrix formed, which is
-slower and as right.
+Rows, single experts and transposes of it are `Factored` too. For every other function the matrix is formed, which is
+slower and gives the same result.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Factored(Tensor):
         return self
 
     def dense(self) -> Tensor:
-        """The matrix formed: in float32 at least, rounded once."""
+        """The matrix, formed in float32 at least and rounded once."""
         return (precise(self.base) + precise(self.left) @ precise(self.right)).to(self.base.dtype)
 
     @classmethod
@@ -100,7 +100,7 @@ def _grouped_mm(func: Any, x: Any, weight: Any, offs: Any = None, **others: Any)
     if isinstance(x, Factored) or weight.dim() != 3 or any(value is not None for value in others.values()):
         return NotImplemented
     left, right = weight.left.to(x.dtype), weight.right.to(x.dtype)
-    # The kernels want rows of a multiple of 16 bytes: the rank is filled up with zeros.
+    # The kernels need rows of a multiple of 16 bytes, so the rank is padded with zeros.
     missing = -left.shape[-1] % (16 // x.element_size())
     left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
     return func(x, weight.base, offs=offs) + func(func(x, left, offs=offs), right, offs=offs)
@@ -121,14 +121,14 @@ def _transpose(func: Any, weight: Factored, *dims: int) -> Any:
 
 
 def _attention(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """`F.multi_head_attention_forward`, which takes q, k and v's matrices in one, or one by one."""
+    """`F.multi_head_attention_forward`, which takes the matrices of q, k and v as one, or one by one."""
     arguments = inspect.signature(func).bind(*args, **kwargs).arguments
     fused = arguments["in_proj_weight"]
     if isinstance(fused, Factored):
         size = len(fused) // 3
         parts = {f"{name}_proj_weight": fused[i * size : (i + 1) * size] for i, name in enumerate("qkv")}
         arguments |= {"in_proj_weight": None, "use_separate_proj_weight": True, **parts}
-    # The separate weights go through F.linear as they are. Any other one sends torch here again, so it is formed.
+    # The separate weights go to F.linear, so they stay as they are. Any other `Factored` would lead here again.
     separate = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
     return func(**{name: value if name in separate else _formed(value) for name, value in arguments.items()})
 
@@ -149,5 +149,5 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.transpose, Tensor.transpose, Tensor.t, torch.t), _transpose),
     **dict.fromkeys((getattr(Tensor, name).__get__ for name in ("T", "mT")), _transpose),
 }
-# Not in every version of torch, or made by transformers.
+# These are not in every version of torch, or are transformers'.
 _HANDLERS_BY_NAME = dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped_mm)

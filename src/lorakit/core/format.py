@@ -31,13 +31,13 @@ class Format(Protocol):
         ...
 
     def recognises(self, path: Path) -> bool:
-        """Whether the path is in this format, by what is there; where nothing is, whether its name says so."""
+        """Whether the path is in this format: by its contents or, if nothing is there, by its name."""
         ...
 
     def read(self, path: Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
         """The adapter at the path. Raises OSError, or LoraError naming the file and what is wrong with it.
 
-        host: the model that it is read for, where there is one: it tells what the file leaves out.
+        host: the model that it is read for, if there is one. It tells what the file leaves out.
         alpha: α, for a format that does not hold it.
         """
         ...
@@ -51,13 +51,13 @@ _formats: dict[str, Format] = {}
 
 
 def add_format(format: Format) -> None:
-    """Know this format from now on. It is asked before those that are known already."""
+    """Register this format. It replaces one of the same name, and is asked before those that are known already."""
     _formats.pop(format.name, None)
     _formats[format.name] = format
 
 
 def format_of(path: str | Path, name: str | None = None) -> Format:
-    """The format of this name, or the one that recognises the path. Raises LoraError where there is none."""
+    """The format of this name, or the one that recognises the path. Raises LoraError if there is none."""
     if name is not None:
         if name not in _formats:
             known = ", ".join(map(repr, _formats))

@@ -1,4 +1,4 @@
-"""`Host`: what a model tells a format about the file that is read for it.
+"""`Host`: what a format can ask the model for which it reads a file.
 
 A file leaves out what its writer knew from the model: which matrices a module owns, how a stack of experts is laid out,
 the base weight that PiSSA's factors were taken from. A format asks for these by name; it sees no layer.
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from .adapted import AdaptedLayer
 from .kinds import layer_class
 from .layers import Linear, is_transposed, plain_matrix
-from .layouts import Layout
+from .layouts import Layout, Stack
 from .names import named_modules, named_parameters, unwrapped
-from .parameters import AdaptedParameter, parameter_factor_shapes
+from .parameters import AdaptedParameter, parameter_factor_shapes, parameter_layout
+from .quantised import is_quantised
 from .targets import matrices
 
 
@@ -38,24 +39,24 @@ class Host:
 
     @functools.cached_property
     def matrices(self) -> Mapping[str, tuple[str, ...]]:
-        """The matrices that each module owns and that are no layer's, in the module's order."""
+        """The matrices that each module owns and that belong to no layer, in the module's order."""
         return {name: own for name, module in self.modules.items() if (own := matrices(module))}
 
     @functools.cached_property
     def layouts(self) -> Mapping[str, Layout]:
-        """The layout of the factors of each layer that is, or could be, adapted and that loralib has."""
+        """The layout of the factors of each adapted layer, and of each plain layer of a kind that loralib has."""
         found: dict[str, Layout] = {}
         for name, module in named_modules(self.model):
             if isinstance(module, AdaptedParameter):
-                continue  # loralib has none
+                continue  # loralib adapts no parameters
             if isinstance(module, AdaptedLayer) and module.has_update:
                 found[name] = module.layout
             elif name and (kind := layer_class(module)) is not None and kind.plain_layout.of_loralib:
                 found[name] = kind.plain_layout
         return found
 
-    def stack(self, name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """The shapes of A (experts, 1, in) and B (experts, out, 1) for the stack of matrices of this name.
+    def stack(self, name: str) -> tuple[Stack, tuple[int, int, int]] | None:
+        """The layout of the stack of matrices of this name, and its (experts, out, in) as x meets them.
 
         None where the model has no such stack.
         """
@@ -65,22 +66,25 @@ class Host:
         weight = self.modules[owner]._parameters[local]
         if weight is None or weight.dim() != 3:
             return None
-        A, B = parameter_factor_shapes(self.modules[owner], weight, 1)
-        return A, B
+        layout = parameter_layout(self.modules[owner], weight)
+        assert isinstance(layout, Stack)
+        (experts, _, inputs), (_, outputs, _) = parameter_factor_shapes(self.modules[owner], weight, 1)
+        return layout, (experts, outputs, inputs)
 
     def stored_transposed(self, name: str) -> bool:
-        """Whether the layer of this name is stored as (in, out), the stack of this name as (experts, in, out)."""
-        if name in self.modules:
-            module = self.modules[name]
-            return is_transposed(type(module)) or bool(getattr(module, "fan_in_fan_out", False))
-        return bool(getattr(self.modules[name.rpartition(".")[0]], "is_transposed", False))
+        """Whether the layer of this name is stored as (in, out)."""
+        module = self.modules[name]
+        return is_transposed(type(module)) or bool(getattr(module, "fan_in_fan_out", False))
 
     def weight(self, name: str) -> Tensor | None:
-        """The base weight (out, in) of the linear layer of this name, unmerged. None where there is no such layer."""
+        """The base weight (out, in) of the linear layer of this name, unmerged. None where there is no such layer, or a
+        quantised one.
+        """
         module = self.modules.get(name)
-        if isinstance(module, AdaptedLayer):
+        if isinstance(module, AdaptedLayer) and not is_quantised(module):
             weight = module.weight if module._base_weight is None else module._base_weight
             return module.matrix(weight) if isinstance(module, Linear) else None
-        if module is None or not issubclass(layer_class(module) or nn.Module, Linear):
+        kind = layer_class(module) if module is not None else None
+        if module is None or kind is None or not issubclass(kind, Linear) or is_quantised(module):
             return None
         return plain_matrix(module)

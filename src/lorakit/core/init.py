@@ -1,4 +1,4 @@
-"""How the factors A and B begin. Each init starts the model where it was: ΔW is zero, with the last two up to rounding.
+"""How the factors A and B start. Each init leaves the model unchanged: ΔW is zero, up to rounding with the last two.
 
     kaiming    A ~ U(±1/√in), B = 0                 Hu et al. 2021, as loralib and PEFT draw it
     gaussian   A ~ N(0, 1/r²), B = 0                the paper's own words; PEFT's "gaussian"
@@ -9,7 +9,7 @@ The last two move a part of W into the factors. Their papers subtract that part 
 the weight untouched and subtracts it in the update instead, ΔW = s·(B A − B₀ A₀), which is the same function without
 a second, rounded copy of the base model. A₀ and B₀ are kept beside A and B (see `AdaptedLayer.factors`).
 
-`add_init` adds one under a name of its own.
+`add_init` adds an init under a new name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Take = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Init:
-    """One of the two ways to begin.
+    """How A and B start: exactly one of `draw` and `take` is given.
 
     draw(A, B, lookup)            fills A (r, in, …) and B (out, r, …) in place so that B A = 0. lookup: the layer
                                   reads columns of A by token, as an embedding does.
@@ -42,9 +42,9 @@ class Init:
 
 
 def add_init(name: str, *, draw: Draw | None = None, take: Take | None = None) -> None:
-    """Make `attach(model, init=name)` begin in this way, see `Init`.
+    """Make `attach(model, init=name)` start A and B in this way, see `Init`.
 
-    Raises LoraError unless one of draw and take is given.
+    Raises LoraError unless exactly one of draw and take is given.
     """
     if (draw is None) == (take is None):
         raise LoraError(f"add_init({name!r}): give draw or take, one of them.")
@@ -52,7 +52,7 @@ def add_init(name: str, *, draw: Draw | None = None, take: Take | None = None) -
 
 
 def init_of(name: str) -> Init:
-    """The init of this name. Raises LoraError for a name that there is not."""
+    """The init of this name. Raises LoraError for an unknown name."""
     if name not in _inits:
         raise LoraError(f"init={name!r}: expected one of {', '.join(map(repr, _inits))}.")
     return _inits[name]
@@ -64,7 +64,7 @@ def looks_at_weight(name: str) -> bool:
 
 
 def random_inits() -> str:
-    """The names of those that do not, for an error."""
+    """The names of the inits that do not, for an error."""
     return ", ".join(repr(name) for name, init in _inits.items() if init.draw is not None)
 
 
@@ -72,7 +72,7 @@ def random_inits() -> str:
 
 
 def kaiming(A: Tensor, B: Tensor, lookup: bool) -> None:
-    """An embedding's A is the zero one (as in loralib): a token that never occurs then keeps its row exactly."""
+    """For an embedding A is zero, not B (as in loralib), so a token that never occurs keeps its row exactly."""
     if lookup:
         nn.init.normal_(B)
         nn.init.zeros_(A)

@@ -7,8 +7,8 @@ from typing import Any
 
 
 def joined(first: Any, second: Any, name: str = "") -> Any:
-    """The class `first` with `second` behind it, made once, called as `first` is or by name. It is found nowhere under
-    that name, so it pickles by its parts.
+    """The class with the bases `first` and `second`, made once. It is named `name`, or like `first`. It cannot be
+    imported by that name, so its objects pickle by its parts.
     """
     return _joined(first, second, name or first.__name__)
 
@@ -20,7 +20,7 @@ def _joined(first: Any, second: Any, name: str) -> Any:
 
     members = {"__module__": first.__module__, "__doc__": second.__doc__, "__reduce_ex__": reduce}
     members["plain_class"] = second
-    # A property computes the weight (a parametrisation), so it comes before the first class's.
+    # If a property of `second` computes the weight (a parametrisation), it takes precedence over the one of `first`.
     if isinstance(getattr(second, "weight", None), property):
         members["weight"] = second.weight
     return type(name, (first, second), members)

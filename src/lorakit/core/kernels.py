@@ -2,19 +2,19 @@
 
     X (T, I)   A (r, I)   B (O, r)   S (T, r)   dY (T, O)   dS (T, r)   M (T, I) dropout's zeros and ones
 
-Plain torch reads X once more for each thing it does to it, and its dropout writes a mask and a dropped copy. The
-kernels (`triton_code.py` has the mathematics) read each large tensor once, and make dropout's mask in registers:
+Plain torch reads X again for each operation, and its dropout writes a mask and a dropped copy. The kernels
+(`triton_code.py` has the mathematics) read each large tensor once, and make dropout's mask in registers:
 
     mask, shrink, grad_A, add_expand_     the products with M, which is kept as a seed of eight bytes
     grad_S_B                              dS and dB in one pass over dY
 
 They were never measured on hardware: they are checked in Triton's interpreter and compiled for two generations of GPUs
-(tests/core/test_kernels.py). So they are off by default, and where they are switched on each is compared with plain
-torch on small tensors before its first use. docs/performance.md says how to measure them.
+(tests/core/test_kernels.py). So they are off by default. When they are switched on, they are compared with plain torch
+on small tensors before their first use. docs/performance.md says how to measure them.
 
-The first four have no fallback: call `available` first, since only the kernel can make its mask again. `grad_S_B` can
-always be called. All take matrices of X's or dY's dtype (float32, float16 or bfloat16) and factors of any dtype;
-batches are the caller's to flatten. This module imports no triton until a kernel runs.
+Call `available` first: the first four have no fallback, since only the kernel can make its mask again. `grad_S_B` can
+always be called. All take matrices of X's or dY's dtype (float32, float16 or bfloat16) and factors of any dtype; the
+caller flattens batches. This module does not import triton until a kernel is needed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .errors import LoraError
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # plain float32 may be TF32
 RANKS = 256  # beyond it a thin tile is no longer thin, and does not fit into registers
-# `triton_code.grad_S_B` writes partial sums and reads them again. At rank 32 they are as many bytes as the second
-# reading of dY that it spares.
+# `triton_code.grad_S_B` writes partial sums and reads them again. At rank 32 they take as many bytes as the second
+# reading of dY that the kernel saves.
 ONE_PASS_RANKS = 16
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton too reads it when it is imported
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton also reads it when it is imported
 Seed = Tensor | int | None
 
 _sound: dict[tuple[torch.device, torch.dtype, int], bool] = {}
@@ -54,11 +54,11 @@ def available(x: Tensor, rank: int = 16) -> bool:
     """Whether the kernels can be used on tensors like `x`.
 
     The first call for a device, dtype and (padded) rank runs them on small tensors and compares with plain torch. If
-    one raises or is wrong, a warning says so and none is used for these from then on.
+    one raises or is wrong, a warning says so, and none is used for that device, dtype and rank from then on.
     """
     if not (x.is_cuda or INTERPRETED) or x.dtype not in TOLERANCE or not 0 < rank <= RANKS:
         return False
-    if type(x) not in (Tensor, nn.Parameter):  # fake, sharded, …: nothing that a kernel could read
+    if type(x) not in (Tensor, nn.Parameter):  # fake, sharded, …: a kernel cannot read these
         return False
     if not switched_on() or not _imported():
         return False
@@ -74,19 +74,19 @@ def available(x: Tensor, rank: int = 16) -> bool:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed () of a mask, from torch's generator of that device: nothing waits for it, and `manual_seed` sets it."""
+    """A seed () of a mask, from torch's generator of that device, so `manual_seed` sets it. The host does not wait."""
     return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def mask(seed: Tensor | int, p: float, rows: int, columns: int, device: torch.device) -> Tensor:
-    """M (rows, columns) as bool: False with probability p. It follows from seed, row and column alone."""
+    """M (rows, columns) as bool: False with probability p. It depends only on seed, row and column."""
     from .triton_code import mask as kernel
 
     return kernel(seed, p, rows, columns, device)
 
 
 def shrink(x: Tensor, A: Tensor, scale: float, p: float = 0.0, seed: Seed = None) -> Tensor:
-    """S = scale/(1−p) · (M ⊙ x) Aᵀ (T, r) in x's dtype. M is of ones where p is 0 or seed None, here and below."""
+    """S = scale/(1−p) · (M ⊙ x) Aᵀ (T, r) in x's dtype. Here and below, M is all ones if p is 0 or seed is None."""
     from .triton_code import shrink as kernel
 
     return kernel(x, A, scale, p, seed)
@@ -108,7 +108,7 @@ def plain_grad_A(dS: Tensor, x: Tensor, p: float = 0.0, seed: Seed = None) -> Te
 
 
 def add_expand_(dx: Tensor, dS: Tensor, A: Tensor, p: float = 0.0, seed: Seed = None) -> Tensor:
-    """dx += M ⊙ (dS A), in place, rounded once."""
+    """dx += M ⊙ (dS A), in place and rounded once. Returns dx."""
     from .triton_code import add_expand_ as kernel
 
     return kernel(dx, dS, A, p, seed)
@@ -119,7 +119,7 @@ def plain_add_expand_(dx: Tensor, dS: Tensor, A: Tensor, p: float = 0.0, seed: S
 
 
 def grad_S_B(dY: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """dS = scale · dY B (T, r) in dY's dtype, and dB = dYᵀ S (O, r) in that or, from the kernel, in float32."""
+    """dS = scale · dY B (T, r) in dY's dtype, and dB = dYᵀ S (O, r) in dY's dtype, or float32 from the kernel."""
     rank = B.shape[1]
     if rank > ONE_PASS_RANKS or not available(dY, rank):
         return plain_grad_S_B(dY, B, S, scale)
@@ -129,7 +129,7 @@ def grad_S_B(dY: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Te
 
 
 def plain_grad_S_B(dY: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return (dY @ B.to(dY.dtype)).mul_(scale), (S.T @ dY).T  # dYᵀ S takes a CPU twice as long
+    return (dY @ B.to(dY.dtype)).mul_(scale), (S.T @ dY).T  # dYᵀ S would take a CPU twice as long
 
 
 def _masked(tensor: Tensor, p: float, seed: Seed) -> Tensor:
@@ -144,7 +144,7 @@ def _check(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
     from . import triton_code as code
 
     generator = torch.Generator(device).manual_seed(0)
-    # Several tiles and the edge of one in each direction; rows also as many as make `shrink` take its taller tiles.
+    # Several tiles and a partial one in each direction. On a GPU, also enough rows for the taller tiles of `shrink`.
     for rows in (37,) if device.type == "cpu" else (37, 64 * 256 + 5):
         shapes = [(rows, 272), (rank, 272), (272, rank), (rows, rank), (rows, 272)]
         x, A, B, S, dY = (torch.randn(shape, generator=generator, dtype=dtype, device=device) for shape in shapes)
@@ -158,10 +158,10 @@ def _check(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
         ]
         for kernel, plain, (first, *rest) in cases:
             name = plain.__name__.removeprefix("plain_")
-            try:  # on a copy of the first argument, which add_expand_ writes on
+            try:  # with a copy of the first argument, because add_expand_ writes to it
                 agrees = agree(_each(kernel(first.clone(), *rest)), _each(plain(first.clone(), *rest)), dtype)
                 fault = "" if agrees else f"the result of {name} differs from plain torch's"
-            except Exception as error:  # a compiler's, a driver's or a launcher's: any of them means the plain way
+            except Exception as error:  # from a compiler, a driver or a launcher: plain torch is used then
                 fault = f"{name} raised {type(error).__name__}: {error}"
             if fault:
                 warnings.warn(
@@ -174,7 +174,7 @@ def _check(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
 
 
 def agree(got: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> bool:
-    """Whether each tensor is the other up to the rounding of `dtype`, measured by the largest element."""
+    """Whether the tensors are equal up to the rounding of `dtype`, relative to the largest expected element."""
     return all(
         bool((left.float() - right.float()).abs().max() <= TOLERANCE[dtype] * right.float().abs().max())
         for left, right in zip(got, expected, strict=True)
@@ -187,7 +187,7 @@ def _each(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 @cache
 def _imported() -> bool:
-    """Whether Triton is installed, and not broken."""
+    """Whether Triton is installed and can be imported."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:

@@ -2,10 +2,11 @@
 
     lorakit.adapts(MyLinear, lorakit.Linear)        MyLinear computes x Wᵀ + b from its .weight and .bias
     lorakit.adapts(MyQuantised, lorakit.Beside)     any module whose output is linear in x
-    lorakit.adapts(Theirs, MyKind)                  MyKind is a subclass of lorakit.AdaptedLayer (see `adapted.py`)
+    lorakit.adapts(Theirs, MyKind)                  MyKind is a subclass of lorakit.AdaptedLayer (see `lora_layer.py`)
 
-A module of a registered class gets the adapted class. A module of a subclass may compute in a way of its own, and so
-may one that stores no weight: they get the kind that adds beside whatever they compute, where there is one.
+A module of a registered class gets the adapted class. A module of a subclass, or one that stores no weight or a
+quantised one, may compute its output differently. It gets the kind that adds the update beside that output, if there is
+one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .adapted import AdaptedLayer
 from .beside import AddsBeside, Beside, BesideConv1d, BesideConv2d, BesideConv3d
 from .joined import joined
 from .layers import TRANSFORMERS_CONV1D, Conv1d, Conv2d, Conv3d, Embedding, Linear
+from .quantised import has_weight_of_a_class, is_known
 
 _kinds: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
     nn.Linear: Linear,
@@ -37,9 +39,9 @@ _beside: dict[type[nn.Module], type[AdaptedLayer]] = {
 def adapts(plain: type[nn.Module] | str, kind: type[AdaptedLayer]) -> None:
     """From now on, `attach` and `load` adapt modules of the class `plain` as `kind`.
 
-    plain: the class, or "package.module.Class" where it is not to be imported. A subclass of it is not meant.
+    plain: the class, or its name "package.module.Class", which avoids importing it. Its subclasses are not included.
 
-    Raises TypeError for what is no such class. A class that is registered again gets the new kind.
+    Raises TypeError if `plain` or `kind` is not such a class. A class that is registered again gets the new kind.
     """
     if not isinstance(plain, str) and not (isinstance(plain, type) and issubclass(plain, nn.Module)):
         raise TypeError(f"adapts({plain!r}, …): expected a subclass of torch.nn.Module, or its name.")
@@ -52,15 +54,17 @@ def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
     """The kind for a module, or None."""
     cls = type(module)
     kind = _kinds.get(cls) or _kinds.get(f"{cls.__module__}.{cls.__qualname__}")
-    if kind is not None and (cls not in _beside or "weight" in module._parameters):
+    stores_weight = "weight" in module._parameters and not has_weight_of_a_class(module)
+    if kind is not None and (cls not in _beside or stores_weight):
         return kind
     if isinstance(module, AdaptedLayer | LazyModuleMixin):
         return None
-    return next((beside for base, beside in _beside.items() if isinstance(module, base)), None)
+    beside = next((beside for base, beside in _beside.items() if isinstance(module, base)), None)
+    return Beside if beside is None and is_known(module) else beside
 
 
 def class_of(kind: type[AdaptedLayer], plain: type[nn.Module]) -> type[AdaptedLayer]:
-    """The class for a module of the class `plain` that becomes one of this kind: it is still a `plain`."""
+    """The class for a module of class `plain` that becomes one of this kind. It is a subclass of `plain`."""
     beside = issubclass(kind, AddsBeside)
     if issubclass(kind, plain) and not beside:
         return kind

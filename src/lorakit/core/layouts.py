@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,22 +26,27 @@ from .matrix import Blocks as BlockSizes
 from .matrix import block_diagonal
 
 Factors = tuple[Tensor, Tensor]
+Stored = Literal["out-in", "in-out", "is_transposed", "", "?"]  # how a stack's weight is stored, see `Stack`
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The layout of A and B. This class is that of any pair whose A has the rank first and whose B has it second."""
+    """The layout of A and B. This class fits any pair in which the rank is the first dimension of A and second of B."""
 
     name: ClassVar[str] = "matrix"
-    rank_dim: ClassVar[int] = 0  # the dimension of A that the rank runs along; B has it in the next one
+    rank_dim: ClassVar[int] = 0  # the dimension of A that the rank runs along; in B it is the next one
     of_loralib: ClassVar[bool] = False  # whether loralib has a layer with these factors
 
     def rank_of(self, A: Tensor, B: Tensor) -> int:
-        """r, told by the factors alone."""
+        """r, read from the factors alone."""
         return A.shape[self.rank_dim]
 
+    def holds(self, other: Layout) -> bool:
+        """Whether factors of the other layout mean the same in this one."""
+        return other == self
+
     def simplest(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
-        """The same ΔW in a layout that can be added to others: A and B are stacked along the rank."""
+        """The same ΔW in a layout whose updates can be added by stacking A and B along the rank."""
         return self, A, B
 
     def pair(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
@@ -52,18 +57,18 @@ class Layout:
         return self.simplest(A, B)
 
     def stacked(self, parts: Sequence[Factors]) -> Factors:
-        """A = [A₁; A₂; …] and B = [B₁, B₂, …] of updates in this layout, which must be a simplest one: their sum."""
+        """The sum of updates in this layout, which must be a `simplest` one: A = [A₁; A₂; …] and B = [B₁, B₂, …]."""
         return torch.cat([A for A, _ in parts], self.rank_dim), torch.cat([B for _, B in parts], self.rank_dim + 1)
 
     def matrices(self, A: Tensor, B: Tensor) -> dict[str, Factors]:
-        """A (r, in) and B (out, r) of each matrix in the update, by what its name has at the end."""
+        """A (r, in) and B (out, r) of each matrix in the update, by the suffix of the matrix's name."""
         _, A, B = self.simplest(A, B)
         return {"": (A.flatten(1), B.flatten(1))}
 
 
 @dataclass(frozen=True)
 class Matrix(Layout):
-    """Of a linear layer."""
+    """The layout for a linear layer."""
 
     name = "linear"
     of_loralib = True
@@ -71,7 +76,7 @@ class Matrix(Layout):
 
 @dataclass(frozen=True)
 class Blocks(Layout):
-    """Of a linear layer whose output comes in blocks (q, k and v), each with a rank of its own or none."""
+    """The layout for a linear layer whose output comes in blocks (q, k and v). Each block has its own rank or none."""
 
     name = "merged_linear"
     of_loralib = True
@@ -92,7 +97,7 @@ class Blocks(Layout):
 
 @dataclass(frozen=True)
 class Lookup(Layout):
-    """Of an embedding."""
+    """The layout for an embedding."""
 
     name = "embedding"
     of_loralib = True
@@ -100,7 +105,7 @@ class Lookup(Layout):
 
 @dataclass(frozen=True)
 class Kernel(Layout):
-    """Of a convolution to r channels and a 1 × 1 convolution after it. All groups share A."""
+    """The layout for a convolution: one to r channels, then one with kernel size 1. All groups share A."""
 
     name = "conv"
 
@@ -119,7 +124,7 @@ class Kernel(Layout):
 
 @dataclass(frozen=True)
 class LoralibKernel(Layout):
-    """Of a convolution that loralib's constructors made: B A is viewed as the kernel, whose rank it is not."""
+    """The layout for a convolution made by loralib's constructors: B A is viewed as the kernel, whose rank differs."""
 
     name = "conv_loralib"
     of_loralib = True
@@ -138,13 +143,31 @@ class LoralibKernel(Layout):
 
 @dataclass(frozen=True)
 class Stack(Layout):
-    """Of a stack of experts' matrices."""
+    """The layout for a stack of experts' matrices. A and B are always such that the update gives x Aᵀ Bᵀ.
+
+    stored says how the weight is stored, or what a file without a model tells:
+
+    out-in           (experts, out, in), as nn.Linear stores its weight
+    in-out           (experts, in, out), and only the shapes tell (Llama 4)
+    is_transposed    (experts, in, out), and the module has a true `is_transposed`, transformers' attribute (GPT-OSS)
+    (empty)          read from a file without a model: A and B are as PEFT has written them since 0.19.1, which treats
+                     "in-out" as "out-in"
+    ?                read from a file without a model: A and B are the factors of ΔW or of ΔWᵀ
+    """
 
     name = "experts"
     rank_dim = 1
 
+    stored: Stored = ""
+
+    def holds(self, other: Layout) -> bool:
+        if not isinstance(other, Stack):
+            return False
+        both = {self.stored, other.stored}
+        return "?" not in both and both != {"", "in-out"}
+
     def pair(self, A: Tensor, B: Tensor) -> tuple[Layout, Tensor, Tensor]:
-        raise LoraError(f"an update of {len(A)} experts' matrices is no pair of layers.")
+        raise LoraError(f"an update of {len(A)} experts' matrices cannot be written as a pair of layers.")
 
     def matrices(self, A: Tensor, B: Tensor) -> dict[str, Factors]:
         return {f"[{expert}]": own for expert, own in enumerate(zip(A, B, strict=True))}

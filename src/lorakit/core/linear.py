@@ -4,8 +4,8 @@
     y = g ⊙ (x Wᵀ + s · x Aᵀ Bᵀ) + b           DoRA (Liu et al. 2024, eq. 5), g = m / ‖W + s·B A‖ from `matrix.py`
 
 W is frozen. A projects x down to r numbers, B projects them up to the output; s is α/r, or α/√r (rsLoRA,
-Kalajdzievski 2023). In training, dropout acts on the x that A reads, and on no other. B A is as large as W, so x Aᵀ and
-S Bᵀ are multiplied instead: with r far below in and out, two thin products are far less work.
+Kalajdzievski 2023). In training, dropout acts only on the x that A reads. B A is as large as W, so x Aᵀ and S Bᵀ are
+computed instead: with r far below in and out, two thin products are far less work.
 
     x (4, 128, 576) → X (512, 576)    512 rows, because 4 sequences of 128 tokens are one matrix
     W (1536, 576)                     each of 1536 outputs reads 576 inputs
@@ -17,10 +17,10 @@ S Bᵀ are multiplied instead: with r far below in and out, two thin products ar
 X Wᵀ takes 2·512·576·1536 = 906 million operations, the thin products 2·512·16·(576 + 1536) = 35 million.
 
 Three parts: the equation as torch's operations; its gradient written out, because torch's own would keep and move more
-than it needs; and `lora_linear`, which chooses. Tensors of rank r are cast to x's dtype, never x to theirs: a float32
-copy of x would cost more memory than all adapters together.
+than it needs; and `lora_linear`, which chooses. Tensors of rank r are cast to x's dtype, and not x to theirs unless it
+has few rows: a float32 copy of a large x would cost more memory than all adapters together.
 
-Left out: state and parameters (the layers have them), and forming W + s·B A for good (merging).
+Not here: state and parameters (the layers have them), and adding s·B A to W permanently (merging).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Way = Literal["beside", "formed", "few"]  # see `LoRALinear`
 
 
 class LoRALinear(torch.autograd.Function):
-    """The same with its gradient written out. d before a letter is the gradient with respect to it.
+    """The equation with its gradient written out. A d before a letter means the gradient with respect to it.
 
     u = x Wᵀ + S Bᵀ,  S = s · (M ⊙ x) Aᵀ,  y = g ⊙ u + b        M: dropout's mask over 1 − p, or 1; g (out), or 1
 
@@ -67,19 +67,19 @@ class LoRALinear(torch.autograd.Function):
     dS = s · du B         dx = M ⊙ (dS A) + du W
     dA = dSᵀ (M ⊙ x)      dB = (Sᵀ du)ᵀ
 
-    Kept: x once, S (T, r), the mask's few bytes (`dropout.py`); and u, where g is trained. Autograd would keep the
-    dropped x too, and a byte for each element of the mask.
+    Kept: x once, S (T, r), the mask's few bytes (`dropout.py`); and u, if g is trained. Autograd would also keep the
+    dropped x, and a byte for each element of the mask.
 
-    Faster, because the product with W is made on top of the update by a product that adds to what is there: the sum
-    costs no pass of its own, and in bfloat16 only the small summand is rounded before it. And the thin products are
-    written in the order that a CPU is fast at. It can be differentiated twice: backward is made of such operations.
+    It is faster, because the product with W is added to the update in the same operation (`addmm_`): the sum needs no
+    pass of its own, and in bfloat16 only the small summand is rounded before it. The thin products are written in the
+    order that is fast on a CPU. It can be differentiated twice, because backward consists of differentiable operations.
 
-    way, where the others than "beside" are for layers without dropout:
+    way ("formed" and "few" are for layers without dropout):
 
     "beside"  the thin products are made beside the dense one
     "formed"  W + s·B A is made and takes the place of W. It is not kept but made again for dx. Needs all tensors of one
               dtype, and no gain. Kept: x.
-    "few"     beside, but x is cast to the dtype of A and B: less work where x has fewer rows than they have
+    "few"     as "beside", but x is cast to the dtype of A and B, which is less work if x has at most r rows
     """
 
     @staticmethod
@@ -94,7 +94,7 @@ class LoRALinear(torch.autograd.Function):
         dropout: nn.Dropout | None,
         way: Way,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Mask]:
-        """y, and S, u and the mask where they were made on the way."""
+        """y; S and u, or None if they were not made; and the mask."""
         rows = x.reshape(-1, x.shape[-1])
         S = u = None
         mask = Mask() if dropout is None else draw_mask(x, dropout, len(A))
@@ -131,7 +131,7 @@ class LoRALinear(torch.autograd.Function):
             rows, dY = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
             mask = ctx.mask_class(packed, ctx.p)
             A_, B_ = A.to(dy.dtype), B.to(dy.dtype)
-            # Where a gradient of this gradient was asked for, what was kept has no history.
+            # If a gradient of this gradient is wanted, S and u are computed again: the kept ones have no history.
             again = torch.is_grad_enabled()
             if needs_B or (needs_gain and again):
                 S = mask.shrink(rows, A_) * ctx.scale if S is None or again else S.to(dy.dtype)
@@ -166,12 +166,12 @@ def lora_linear(
     dropout: Dropout | None = None,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """x Wᵀ + b + s · (dropout(x) Aᵀ) Bᵀ; with `gain`, everything but the bias times it.
+    """x Wᵀ + b + s · (dropout(x) Aᵀ) Bᵀ; with `gain`, everything but the bias is multiplied by it.
 
     x (…, in)   weight (out, in)   bias (out)   A (r, in)   B (out, r)   gain (out)   →   (…, out)
 
-    Kept for the backward pass: x, S (…, r) and dropout's few bytes; with a trained gain, the output before it. Source:
-    Hu et al. 2021, eq. 3; for the gain, Liu et al. 2024, eq. 5.
+    Kept for the backward pass: x, S (…, r) and dropout's few bytes; with a trained gain, also the output before it; if
+    W + s·B A is formed, only x. Source: Hu et al. 2021, eq. 3; for the gain, Liu et al. 2024, eq. 5.
     """
     x = cast(x)
     if by_hand(weight, dropout):
@@ -182,12 +182,12 @@ def lora_linear(
 
 
 def _way(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, gain: Tensor | None, dropout: Dropout | None) -> Way:
-    """How `LoRALinear` had best compute this layer."""
+    """The best way for `LoRALinear` to compute this layer."""
     if dropout is not None:
         return "beside"
     rows = x.numel() // max(x.shape[-1], 1)
-    # Forming takes four times as many rows as arithmetic says to be no slower on any shape that was measured (one CPU
-    # thread, widths of 192 to 3072).
+    # With four times as many rows as the count of operations asks for, forming was not slower on any measured shape
+    # (one CPU thread, widths of 192 to 3072).
     if gain is None and forms(x, weight, A, B) and forming_pays(rows, weight, 4):
         return "formed"
-    return "few" if rows <= len(A) else "beside"  # few: when text is generated
+    return "few" if rows <= len(A) else "beside"  # few: text is being generated

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from . import layers, trainable
-from .adapted import LoRALayer
+from .lora_layer import LoRALayer
 
 _LAYERS = ("LoRALayer", "Embedding", "Linear", "MergedLinear", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d")
 _UTILS = ("mark_only_lora_as_trainable", "lora_state_dict")
@@ -21,8 +21,8 @@ _UTILS = ("mark_only_lora_as_trainable", "lora_state_dict")
 def install_as_loralib() -> None:
     """Make `import loralib`, `loralib.layers` and `loralib.utils` give lorakit's layers and helpers.
 
-    For this process only; nothing on disk changes. Called again it changes nothing. Raises RuntimeError where the
-    real loralib is imported already: its classes would live on beside lorakit's.
+    This affects this process only; nothing on disk changes. A second call changes nothing. Raises RuntimeError if the
+    real loralib is already imported, because its classes would stay in use beside lorakit's.
     """
     present = sys.modules.get("loralib")
     if present is not None:
@@ -33,13 +33,13 @@ def install_as_loralib() -> None:
         )
     in_layers = {name: getattr(layers, name) for name in _LAYERS}
     in_utils = {name: getattr(trainable, name) for name in _UTILS}
-    # What loralib's own modules import comes along with `from loralib.layers import *`.
+    # `from loralib.layers import *` also gives what loralib's own modules import.
     in_layers |= dict(torch=torch, nn=nn, F=nn.functional, math=math, Optional=typing.Optional, List=list)
     in_utils |= dict(torch=torch, nn=nn, Dict=dict, LoRALayer=LoRALayer)
     package = _module("loralib", in_layers | in_utils | {"name": "lora"})
     package.layers = _module("loralib.layers", in_layers)
     package.utils = _module("loralib.utils", in_utils)
-    package.__path__ = []  # what makes it a package, whose submodules can be imported
+    package.__path__ = []  # this makes it a package, so its submodules can be imported
     for module in (package, package.layers, package.utils):
         sys.modules[module.__name__] = module
 

@@ -2,14 +2,14 @@
 
     ΔW = s·B A (Hu et al. 2021, section 4.1)     W (out, in) frozen, A (r, in), B (out, r), s = α/r or α/√r
 
-The products of a layer need no such matrix (`linear.py`). Merging does (`add_product`), so does whoever looks at ΔW
-(`dense_update`), a layer that many rows pass through is faster with it (`summed`, where `forms` allows it and
-`forming_pays`), and DoRA needs the norm of each of its rows, which takes thin products alone (`row_norm`).
+The products of a layer need no such matrix (`linear.py`). Merging does (`add_product`), and so does code that looks at
+ΔW (`dense_update`). A layer that many rows pass through is faster with it (`summed`, if `forms` and `forming_pays` are
+true). DoRA needs the norm of each of its rows, which takes only thin products (`row_norm`).
 
 For W (1536, 576) and r = 16: ΔW has 1536 · 576 = 884,736 numbers; A and B have 16 · 576 + 1536 · 16 = 33,792.
 
-Precision: what is added to a weight for good is computed in float32 at least, and rounded once. These functions hold
-no state. Left out: how a convolution's or an embedding's weight is seen as a matrix, which its layer says.
+Precision: a sum that is stored as a weight is computed in float32 at least, and rounded once. These functions hold no
+state. Not here: how a convolution's or an embedding's weight is seen as a matrix. Its layer defines that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Blocks = tuple[tuple[int, int], ...]  # (size, rank) of each block of a fused ou
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """`tensor` in float32, or as it is where it already is that precise."""
+    """`tensor` in float32, or unchanged if it is float32 or float64."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
@@ -42,8 +42,8 @@ def dense_update(A: Tensor, B: Tensor) -> Tensor:
 def add_product(total: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> None:
     """total ← W + s·B A, summed in float32 at least and rounded once.
 
-    total, weight (…, out, in), strides of any kind; A (…, r, in); B (…, out, r). By blocks that stay in a processor's
-    cache, so that neither B A nor a float32 copy of the weight is ever whole.
+    total, weight (…, out, in), with any strides; A (…, r, in); B (…, out, r). The sum is made in blocks that fit into a
+    processor's cache, so neither B A nor a float32 copy of the weight is ever held whole.
     """
     if weight.dim() > 2:
         for parts in zip(total, weight, A, B, strict=True):
@@ -61,7 +61,7 @@ def add_product(total: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: floa
 def summed(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """W + s·B A for the products of one pass, in the dtype that all three share.
 
-    A convolution's are read as matrices, and the sum is laid out as its kernel (out, in, *k).
+    A convolution's tensors are read as matrices, and the sum is laid out as its kernel (out, in, *k).
     """
     return torch.addmm(weight.flatten(1), B.flatten(1), A.flatten(1), alpha=scale).view(weight.shape)
 
@@ -78,8 +78,8 @@ def forms(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> bool:
 def forming_pays(rows: int, weight: Tensor, factor: int) -> bool:
     """Whether forming W + s·B A once for each pass is less work than two thin products over all rows of x.
 
-    By arithmetic from T = 2·in·out/(in + out) rows on: 2·r·in·out operations twice, against 2·T·r·(in + out). Formed
-    only where that saves work by this factor, because adding matrices is bound by memory.
+    It takes fewer operations from T = 2·in·out/(in + out) rows on: 2·r·in·out operations twice, against
+    2·T·r·(in + out). `factor` times as many rows are required, because adding matrices is limited by memory.
     """
     outputs = len(weight)
     inputs = weight.numel() // max(outputs, 1)
@@ -89,10 +89,10 @@ def forming_pays(rows: int, weight: Tensor, factor: int) -> bool:
 def block_diagonal(B: Tensor, blocks: Blocks) -> Tensor:
     """B of a fused layer as one matrix: B (Σ sizeᵢ, max r), the rows of the blocks with a rank → (Σ size, Σ rᵢ).
 
-    Block i takes the next rᵢ columns; a block of rank 0 is zero rows; all else is zero.
+    Block i takes the next rᵢ columns. All other elements are zero, and so are the rows of a block of rank 0.
 
-    blocks ((4, 2), (4, 0), (4, 1)), so q has rank 2, k none, v rank 1: B (8, 2) holds 4 rows of q and 4 of v, and
-    becomes (12, 3): q's rows read the columns 0 and 1, k's none, v's the column 2.
+    Example: blocks ((4, 2), (4, 0), (4, 1)) give q rank 2, k no update and v rank 1. B (8, 2) holds 4 rows of q and 4
+    of v. It becomes (12, 3): q's rows fill the columns 0 and 1, k's rows are zero, v's rows fill the column 2.
     """
     total = sum(rank for _, rank in blocks)
     rows, used, column = [], 0, 0
@@ -111,8 +111,8 @@ def row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
     ‖w + s·bA‖² = ‖w‖² + 2s·b·(A wᵀ) + s²·b (A Aᵀ) bᵀ  for a row w of W and b of B: all products are thin.
 
-    weight (out, in), strides of any kind; A (r, in); B (out, r). Sums are in float32 at least; the product with a
-    weight of lower precision is made in that precision, so that no copy of the weight is.
+    weight (out, in), with any strides; A (r, in); B (out, r). Sums are in float32 at least. The product with a weight
+    of lower precision is computed in that precision, so that the weight is not copied.
     """
     A, B = precise(A), precise(B)
     # The sum of squares accumulates in float32 without a float32 copy of the weight.
@@ -128,7 +128,7 @@ def row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """g = m / ‖W + s·B A‖     magnitude, norm (out,) → (out,)     Liu et al. 2024, eq. 5
 
-    The norm is a constant for the gradient, so that its own backward pass falls away (section 4.3).
+    The gradient treats the norm as a constant, so the norm needs no backward pass (section 4.3).
     """
     norm = norm.detach()
     return magnitude / norm.clamp_min(torch.finfo(norm.dtype).tiny)

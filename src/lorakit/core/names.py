@@ -1,14 +1,14 @@
 """Names as the plain model has them, whatever wraps it or its parts.
 
-torch's wrappers put a part into the names of all they hold:
+torch's wrappers add a part to the name of everything they hold:
 
     torch.compile                            _orig_mod
     checkpoint_wrapper                       _checkpoint_wrapped_module
     FullyShardedDataParallel                 _fsdp_wrapped_module
     DistributedDataParallel, DataParallel    module
 
-An adapter belongs to the model and not to how it is run, so lorakit names everything without them. The wrappers hand
-attributes on to what they hold, so `model.get_submodule` finds a module by its plain name too.
+An adapter belongs to the model and not to the way it is run, so lorakit's names leave these parts out. The wrappers
+look up attributes in what they hold, so `model.get_submodule` also finds a module by its plain name.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def plain(name: str) -> str:
-    """`name` without the parts that wrappers put in."""
+def unwrapped_name(name: str) -> str:
+    """`name` without the parts that wrappers add."""
     if not any(wrapper in name for wrapper in WRAPPERS):
         return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -41,10 +41,10 @@ def plain(name: str) -> str:
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
     """The modules by plain name. A wrapper comes before the module inside it, which has the same name."""
     for name, module in unwrapped(model).named_modules(remove_duplicate=remove_duplicate):
-        yield plain(name), module
+        yield unwrapped_name(name), module
 
 
 def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters by plain name."""
     for name, parameter in unwrapped(model).named_parameters(remove_duplicate=remove_duplicate):
-        yield plain(name), parameter
+        yield unwrapped_name(name), parameter

@@ -26,7 +26,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def short_number(value: float | None, digits: int = 3) -> str:
     """A number to a few significant digits: 0.120, 12.3, 1.23e+03. A dash where there is none."""
     if value is None:
         return NONE
@@ -35,7 +35,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def percent(share: float | None) -> str:
     """A share of one as a percentage, to a few significant digits."""
-    return NONE if share is None else f"{number(100 * share)}%"
+    return NONE if share is None else f"{short_number(100 * share)}%"
 
 
 def learning_rate(value: float) -> str:
@@ -53,9 +53,7 @@ def short_count(count: float) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """`value` with every float in it, keys too, to six digits, for JSON. A number that does not exist is None, and a
-    tuple is a list.
-    """
+    """`value` for JSON: floats, in keys too, have six digits. NaN and infinity become None, and tuples become lists."""
     if isinstance(value, float):
         return float(f"{value:.{_STORED}g}") if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What an optimizer takes: the adapter's parameters, all alike or with a larger learning rate for B (LoRA+)."""
+"""What an optimizer takes: the adapter's parameters, with one learning rate or with a larger one for B (LoRA+)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 def parameter_groups(
     model: nn.Module, lr: float, *, ratio: float = 16.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: every B with the learning rate ratio · lr, all else with lr (LoRA+).
+    """Groups for an optimizer: every B with the learning rate ratio · lr, all else with lr (LoRA+).
 
         torch.optim.AdamW(lorakit.parameter_groups(model, 2e-4))
 
-    Hayou et al. 2024, section 4: B starts at zero and A does not, so that with one rate for both, A's is too large or
-    B's too small the wider the model. An embedding's B, whose A starts at zero, belongs to the others.
-    weight_decay: of both groups.
+    Hayou et al. 2024, section 4: B starts at zero and A does not, so one rate for both is too large for A or too small
+    for B, the more so the wider the model. In an embedding it is A that starts at zero, so its B gets lr.
+    weight_decay: that of both groups. A group without parameters is left out.
     """
     factors = lora_names(model)
     embedded = {id(module.lora_B) for module in model.modules() if isinstance(module, Embedding) and module.has_update}

@@ -1,12 +1,12 @@
-"""Adapting a parameter that no layer of its own calls: attention's `in_proj_weight`, a stack of experts' matrices.
+"""Adapting a parameter that belongs to no layer: attention's `in_proj_weight`, a stack of experts' matrices.
 
     self_attn                          the module that owns the parameter; its class gains a property for it
       in_proj_weight                   reading it gives W + s·B A
       lora_in_proj_weight              an `AdaptedParameter`, which holds lora_A and lora_B
 
-Whoever reads the parameter gets the adapted one: the module's own forward, its parent, torch's fast paths. What they
-get is a `Factored`, which multiplies without forming ΔW. A matrix that is read where no gradient is recorded, or in a
-compiled graph, is formed: torch's fast paths take plain tensors only.
+Whoever reads the parameter gets the adapted one: the module's own forward, its parent, torch's fast paths. They get a
+`Factored`, which multiplies without forming ΔW. W + s·B A is formed in a compiled graph, and for a matrix that is read
+while no gradient is recorded, because torch's fast paths take plain tensors only. With DoRA it is always formed.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from . import layouts
-from .adapted import AdaptedLayer, LoRALayer, unmerged
+from .adapted import AdaptedLayer, unmerged
 from .factored import Factored
 from .init import Init
-from .layouts import Layout
+from .layouts import Layout, Stored
+from .lora_layer import LoRALayer
 from .matrix import precise
 from .running import model_is_running
 
@@ -35,7 +36,8 @@ class AdaptedParameter(AdaptedLayer):
     matrix    weight (out, in)              A (r, in)      B (out, r)
     experts   weight (experts, out, in)     A (experts, r, in)   B (experts, out, r)
 
-    The experts' weight may be stored (experts, in, out): their module says so (`is_transposed`, transformers' word).
+    The experts' weight may be stored as (experts, in, out), see `stored`. A and B have the same shapes then, and A is
+    still the factor that is multiplied by x.
     """
 
     owner: nn.Module
@@ -43,12 +45,12 @@ class AdaptedParameter(AdaptedLayer):
 
     @property
     def layout(self) -> Layout:
-        return parameter_layout(self.weight)
+        return parameter_layout(self.owner, self.weight)
 
     def __init__(self, owner: nn.Module, parameter: str) -> None:
         nn.Module.__init__(self)
         LoRALayer.__init__(self, 0, 0.0, 0.0, merge_weights=False)
-        # Past nn.Module's __setattr__: the owner is no child of its child.
+        # Not through nn.Module's __setattr__, which would make the owner a child of its child.
         self.__dict__["owner"] = owner
         self.parameter = parameter
         self.transposed = _is_transposed(owner, self.weight)
@@ -104,7 +106,7 @@ class AdaptedParameter(AdaptedLayer):
         return precise(B) @ precise(A)
 
     def read(self) -> Tensor:
-        """What the parameter is for whoever reads it."""
+        """The value that a reader of the parameter gets: W + ΔW while the update is active."""
         weight = self.own_weight
         if not self.active:
             return self.guard(weight)
@@ -122,7 +124,7 @@ class AdaptedParameter(AdaptedLayer):
 
 
 class _Owner(nn.Module):
-    """What the class of a module with adapted parameters has before its own: see `owner_class`."""
+    """The base class put before the own class of a module with adapted parameters: see `owner_class`."""
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with _unmerged_parameters(self):
@@ -143,13 +145,13 @@ def adapt_parameter(owner: nn.Module, parameter: str) -> AdaptedParameter:
 
 
 def adapted_parameters(module: nn.Module) -> dict[str, AdaptedParameter]:
-    """The adapted ones among the module's own parameters."""
+    """The module's own parameters that are adapted, by name."""
     return {child.parameter: child for child in module._modules.values() if isinstance(child, AdaptedParameter)}
 
 
-def parameter_layout(weight: Tensor) -> Layout:
-    """The layout of an update of such a parameter."""
-    return layouts.Stack() if weight.dim() == 3 else layouts.Matrix()
+def parameter_layout(owner: nn.Module, weight: Tensor) -> Layout:
+    """The layout of an update of this parameter."""
+    return layouts.Stack(stored(owner)) if weight.dim() == 3 else layouts.Matrix()
 
 
 def parameter_factor_shapes(owner: nn.Module, weight: Tensor, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -158,16 +160,31 @@ def parameter_factor_shapes(owner: nn.Module, weight: Tensor, rank: int) -> tupl
     return (*experts, rank, inputs), (*experts, outputs, rank)
 
 
+def stored(owner: nn.Module) -> Stored:
+    """How a module stores its experts' matrices.
+
+    By its own word (`is_transposed`, transformers'). Where it says nothing, the shapes of gate_up_proj and down_proj
+    tell: only in one of the two ways does the first give twice of what the second takes, and the other way round.
+    """
+    said = getattr(owner, "is_transposed", None)
+    if said is not None:
+        return "is_transposed" if said else "out-in"
+    up, down = (owner._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    if up is None or down is None or (up.dim(), down.dim()) != (3, 3):
+        return "out-in"
+    return "in-out" if up.shape[1:] == (down.shape[2], 2 * down.shape[1]) else "out-in"
+
+
 def _is_transposed(owner: nn.Module, weight: Tensor) -> bool:
-    """Whether the experts' weight is stored as (experts, in, out)."""
-    return weight.dim() == 3 and bool(getattr(owner, "is_transposed", False))
+    """Whether the weight is a stack that is stored as (experts, in, out)."""
+    return weight.dim() == 3 and stored(owner) != "out-in"
 
 
 @functools.cache
 def owner_class(parameters: tuple[str, ...], cls: Any) -> Any:
-    """`cls` with a property for each of the parameters, made once.
+    """`cls` with a property for each of the parameters. Each such class is made once.
 
-    It has no name to be found under, so it pickles by what it is made of.
+    It cannot be imported by a name, so its objects pickle by its parts.
     """
 
     def reduce(self: Any, protocol: Any) -> Any:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def expanded(path: str | Path) -> str:
-    """`path` with ~ as the home folder. A shell does this only for words that begin with it and stand in no quotes.
+    """`path` with a leading ~ replaced by the home folder. A shell does so only at the start of unquoted words.
 
-    Text, since a Path would drop what tells a path from a hub id: the dot of ./name, the slash of name/.
+    The result is text: a Path would drop what tells a path from a hub id: the dot of ./name, the slash of name/.
     """
     return os.path.expanduser(path)

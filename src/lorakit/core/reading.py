@@ -1,6 +1,6 @@
-"""Reading files: whatever is wrong with one is an error that names the file and, where it can, the line.
+"""Reading files. Whatever is wrong with a file is an error that names it and, if possible, the line.
 
-Raises OSError for what is no readable file, LoraError for what it holds. Imports nothing heavy.
+Raises OSError for a file that cannot be read, LoraError for wrong contents. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .words import suggestion
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
-# UTF-32 begins like UTF-16, so it is asked for first.
+# UTF-32 begins like UTF-16, so it is tested first.
 _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -33,27 +33,27 @@ def text_of(path: Path) -> str:
 
 
 def decoded(data: bytes, name: str) -> str:
-    """The same for bytes that are there already. name: of their file, for errors."""
+    """The text of bytes in UTF-8, with or without a byte-order mark. name: that of their file, for errors."""
     for mark, encoding in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
             raise LoraError(f"{name}:1: the file is {encoding}; save it as UTF-8.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # The position counts from behind the mark.
+        # The error's position does not count the byte-order mark.
         start = error.start + (len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0)
         line = data[:start].count(b"\n") + 1
         raise LoraError(f"{name}:{line}: not UTF-8 (byte {start}); save the file as UTF-8.") from None
 
 
 def bytes_of(path: Path) -> bytes:
-    """The bytes of a file, which may be none."""
+    """The bytes of a file, which may be empty."""
     refuse_pointer(path)
     return path.read_bytes()
 
 
 def refuse_pointer(path: Path) -> None:
-    """Raise LoraError for what a clone without git-lfs has in place of a large file, OSError for no readable file."""
+    """Raise LoraError for a git-lfs pointer, which is there in place of a large file, and OSError if unreadable."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_POINTER))
@@ -97,7 +97,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def said(error: OSError, path: Path) -> OSError:
-    """The same error in words that name the path and, where it is misspelt, what lies beside it."""
+    """The same error with a message that names the path and, if it may be misspelt, what was perhaps meant."""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(missing(path))
     if path.is_dir():
@@ -106,7 +106,7 @@ def said(error: OSError, path: Path) -> OSError:
 
 
 def missing(path: Path) -> str:
-    """That there is nothing at `path`, and what was perhaps meant: a neighbour of the nearest folder that exists."""
+    """The message that nothing is at `path`, with what was perhaps meant: an entry of the nearest existing folder."""
     for part in (path, *path.parents):
         if part.parent.is_dir():
             try:

@@ -11,7 +11,7 @@ from .table import Table
 
 @dataclass(frozen=True)
 class ModuleRow:
-    """One adapted module in a report: shape is (in, out) as the update sees it."""
+    """One adapted module in a report. shape: (in, out) as the update sees it."""
 
     name: str
     kind: str
@@ -22,7 +22,7 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class Report:
-    """What `attach` did. Printed, it is a table with one line for modules that differ in their numbers alone."""
+    """What `attach` did. Print it: a table in which modules that differ only in a layer's index share a line."""
 
     rows: tuple[ModuleRow, ...]
     trained: tuple[str, ...]  # parameters trained whole
@@ -42,7 +42,8 @@ class Report:
         lines = Table(head, tuple(cells), left=frozenset({0, 2})).lines()
         counts = Counter(numberless(name) for name in self.trained)
         lines += [f"trained whole: {name}  ×{count}" for name, count in counts.items()]
-        lines += [f"passed over: {name}: {reason}" for name, reason in self.skipped.items()]
+        counts = Counter(f"{numberless(name)}: {reason}" for name, reason in self.skipped.items())
+        lines += [f"passed over: {line}" + (f"  ×{count}" if count > 1 else "") for line, count in counts.items()]
         percent = 100 * self.trainable / max(self.total, 1)
         lines.append(f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {percent:.4f}")
         return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""Whether a model is running: a weight that is read then is computed with, and not looked at.
+"""Whether a model is running. If it is, whoever reads a weight computes with it.
 
 Some modules do not call a layer of theirs but multiply by its weight: Mamba's mixer, DeBERTa's relative positions, the
 queries of SAM and DETR, a fused loss. For them `layer.weight` has to be W + ΔW. For everybody else it is the stored
-parameter: the person who looks at it, an optimizer, a state dict, what ties or resizes weights.
+parameter: for a person who looks at it, an optimizer, a state dict, code that ties or resizes weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CHECKPOINT = "torch.utils.checkpoint"  # it computes parts of a forward pass ag
 
 
 def model_is_running() -> bool:
-    """Whether a forward pass is on the stack; inside torch.compile, where there is no stack, one is being compiled."""
+    """Whether a forward pass is on the call stack. Always true inside torch.compile, which compiles a forward pass."""
     if torch.compiler.is_compiling():
         return True
     frame: FrameType | None = sys._getframe(2)

@@ -22,23 +22,26 @@ Filter = Callable[[nn.Module, str], bool]
 class LoRASettings:
     """How `attach` adapts a model: y = W x + b becomes y = W x + b + (alpha/rank) · B A x in every target layer.
 
-    targets: "all-linear" (every linear layer but the head), a name's end ("q_proj"), a glob over whole names
-        ("*.q_proj"), a list of these, or a function (module, name) → bool. The name of a parameter that no layer
-        calls adapts it too ("experts.gate_up_proj"); that of an nn.MultiheadAttention, all its projections.
-    exclude: ends of names and globs of what is left out of them ("*.layers.0.*").
+    targets: "all-linear" (every linear layer but the head), "all-linear+experts" (and the stacked matrices of a
+        mixture's experts), a name's end ("q_proj"), a glob over whole names ("*.q_proj"), a list of these, or a
+        function (module, name) → bool. The name of a parameter that belongs to no layer adapts that parameter
+        ("experts.gate_up_proj"). The name of an nn.MultiheadAttention adapts all its projections. The name of a module
+        with the stacked matrices of experts adapts all of these.
+    exclude: what to leave out of the targets, as ends of names and globs ("*.layers.0.*").
     rank, alpha: r and α; alpha=None means 2·rank. rank_pattern, alpha_pattern: other values for matching modules;
-        a module with a rank of its own and no alpha of its own takes 2·rank when alpha is None.
-        A sequence of ranks adapts the blocks of a fused output, 0 leaving one out: {"c_attn": [8, 0, 8]} is q and v of
-        GPT-2, as in the paper. The blocks are equal unless `splits` gives their sizes: {"qkv_proj": [512, 128, 128]}.
-    dropout: probability, on the update's input; of an embedding, whose input is a token, of whole tokens.
-    rslora: scale α/√r. dora: learn the rows' magnitudes too.
+        if alpha is None, a module with its own rank and no alpha of its own takes 2 times its own rank.
+        A sequence of ranks adapts the blocks of a fused output, and 0 leaves a block out: {"c_attn": [8, 0, 8]} is q
+        and v of GPT-2, as in the paper. The blocks have equal sizes unless `splits` gives their sizes:
+        {"qkv_proj": [512, 128, 128]}.
+    dropout: the probability of dropping an element of the update's input; an embedding drops whole tokens.
+    rslora: scale α/√r. dora: also learn the magnitude of each row.
     init: how A and B begin, see `init.py`; the model's output is unchanged at first, up to rounding with pissa, olora
         and dora.
-    bias: train no biases, those of the adapted layers, or all. also_train: modules to train whole, named like
-        targets (a new classifier head).
+    bias: train no biases ("none"), those of the adapted layers ("lora_only"), or all ("all"). also_train: modules to
+        train whole, named like targets (a new classifier head).
     dtype: of the factors; by default the weight's, or float32 beside float16 and bfloat16 weights.
 
-    Raises LoraError for a value that cannot be meant.
+    Raises LoraError for an invalid value.
     """
 
     targets: str | Iterable[str] | Filter = "all-linear"
@@ -67,14 +70,14 @@ class LoRASettings:
 
     @classmethod
     def of(cls, config: Any) -> LoRASettings:
-        """The settings that an object has as attributes of the same names; the others keep their defaults."""
+        """The settings that `config` has as attributes of the same names. The others keep their defaults."""
         return cls(
             **{own.name: getattr(config, own.name) for own in dataclasses.fields(cls) if hasattr(config, own.name)}
         )
 
     @classmethod
     def named(cls, targets: Any, settings: Mapping[str, Any]) -> LoRASettings:
-        """The settings given by name. Raises TypeError for a name that there is not, with the one perhaps meant."""
+        """The settings given by name. Raises TypeError for an unknown name, with the name that was perhaps meant."""
         known = [own.name for own in dataclasses.fields(cls)]
         for name in settings:
             if name not in known:
@@ -83,7 +86,7 @@ class LoRASettings:
 
 
 def check_scale(rank: int, alpha: float | None) -> None:
-    """Raise LoraError for an r or α that cannot be meant."""
+    """Raise LoraError for an invalid r or α."""
     if rank < 1:
         raise LoraError(f"rank={rank}: a rank is at least 1.")
     if alpha is not None and alpha <= 0:

@@ -63,7 +63,7 @@ def shares_of(settings: LoRASettings, selection: Selection) -> dict[str, Share]:
 
 
 def _check_target(name: str, target: Target, settings: LoRASettings, needs_weight: bool) -> None:
-    """Refuse what has no meaning for a parameter that is read, or for a weight that is not there."""
+    """Refuse settings that have no meaning for a parameter that is read, or for a layer whose weight is not at hand."""
     kind = type(target.module).__name__
     if target.parameter:
         what = f"{name!r} is a weight that {kind} or its parent reads"

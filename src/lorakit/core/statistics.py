@@ -1,8 +1,9 @@
-"""What a frozen base keeps moving by itself in `train()`: the running statistics of norms.
+"""What a frozen base changes by itself in `train()`: the running statistics of norms, and spectral_norm's vectors.
 
-They are no parameters, so no `requires_grad` holds them; and no file of an adapter would have them, so base and adapter
-would differ from the model that was trained. They are frozen with the base: such a module goes on as in `eval()`,
-whatever mode the model is in. What is trained whole (`also_train`) keeps its statistics moving, and they are saved.
+They are not parameters, so `requires_grad` does not hold them. An adapter's file does not hold them either, so base and
+adapter together would differ from the trained model. So they are frozen with the base: such a module behaves as in
+`eval()`, whatever the model's mode. A module trained whole (`also_train`) keeps moving its statistics, and they are
+saved.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from .undo import change_class, note
 
 
 class FrozenStatistics(nn.Module):
-    """What comes before the class of a module whose statistics are frozen: it is never in training.
+    """The base class put before that of a module whose statistics are frozen: the module is never in training.
 
-    `train()` and `eval()` are noted all the same, for when the module is given back.
+    `train()` and `eval()` are still noted, for when the module gets its own class back.
     """
 
     @property
@@ -34,7 +35,7 @@ class FrozenStatistics(nn.Module):
 
 
 def freeze_statistics(module: nn.Module) -> None:
-    """Hold what the module would move in training; other modules stay as they are."""
+    """Freeze what the module would move in training. A module that moves nothing stays as it is."""
     moves = isinstance(module, _SpectralNorm) or (isinstance(module, _NormBase) and module.running_mean is not None)
     if moves and not isinstance(module, FrozenStatistics | LazyModuleMixin):
         cls: Any = type(module)

@@ -1,4 +1,4 @@
-"""A model with its adapter folded into the weights, taken out of the computation, or made a part of it for good."""
+"""Merging a model's adapter into its weights, switching it off, and making it a permanent part of the model."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from .errors import LoraError
 from .undo import note, refuse_replaced
 from .unused import refuse_silent
 
-# Threads that enter and leave `disabled` take turns: a model is switched once, by the first of them and by the last.
+# Threads that enter and leave `disabled` take turns: only the first to enter and the last to leave switch the model.
 _switching = threading.RLock()
 
 
 def merge(model: nn.Module, *, force: bool = False) -> None:
     """Fold the update into each adapted layer's weight: W ← W + s·ΔW, rounded once. `unmerge` restores every bit.
 
-    Raises LoraError where training passed over an adapted layer, or another module took the place of one (see
-    `diagnose`), unless `force` is given; and for a layer that does not use its weight as it is.
+    Raises LoraError if training passed over an adapted layer, or another module took the place of one (see `diagnose`);
+    `force` allows both. Also raises it for a layer that does not use its weight as it is.
     """
     for layer in _mergeable(model, force).values():
         layer.merge()
 
 
 def bake(model: nn.Module, *, force: bool = False) -> None:
-    """Make the adapter a part of the model for good: a plain model with W + s·ΔW, and no second copy of any weight.
+    """Make the adapter a permanent part of the model: a plain model with W + s·ΔW, and no second copy of any weight.
 
-    As `merge` and `detach` one after the other, with one weight at a time in memory twice. Raises what `merge` raises,
-    before anything is changed. What was trained whole keeps its trained values.
+    The result is that of `merge` and then `detach`, but only one weight at a time is in memory twice. Raises what
+    `merge` raises, before anything is changed. What was trained whole keeps its trained values.
     """
     layers = _mergeable(model, force)
     for layer in layers.values():
@@ -50,9 +50,9 @@ def unmerge(model: nn.Module) -> None:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, `model` is the base model: no update, and the values that heads and biases had before training.
 
-    It may be entered again inside, for a part of the model too, from threads and from generators: as long as anyone is
-    inside, the model is the base model for everyone. What `merge`, `eval()` or `train()` ask of the layers inside
-    happens when the last one leaves.
+    It may be nested, also for a part of the model, and used from threads and generators: as long as anyone is inside,
+    the model is the base model for everyone. If `merge`, `eval()` or `train()` are called inside, the layers are merged
+    or unmerged when the last one leaves.
     """
     with _switching:
         layers = list(adapted_layers(model).values())
@@ -77,7 +77,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _mergeable(model: nn.Module, force: bool) -> dict[str, AdaptedLayer]:
-    """The layers, all of which can be merged. Raises LoraError where one cannot, or should not without force."""
+    """The adapted layers. Raises LoraError if one of them cannot be merged, or should not be without force."""
     layers = _layers_or_error(model)
     if not force:
         refuse_replaced(model)

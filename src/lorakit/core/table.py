@@ -19,15 +19,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Table:
-    """Text in cells. The columns in `left` begin under each other, all others (numbers) end under each other.
+    """Cells of text. The columns in `left` are aligned to the left, all others (numbers) to the right.
 
-    A column without a single text is not shown. A table may have no head.
+    A column without any text is not shown. A table may have no head.
     """
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     left: frozenset[int] = frozenset({0})
-    marked: frozenset[tuple[int, int]] = frozenset()  # row and column of each cell that stands out
+    marked: frozenset[tuple[int, int]] = frozenset()  # row and column of each highlighted cell
 
     @property
     def shown(self) -> tuple[int, ...]:
@@ -36,10 +36,10 @@ class Table:
         return tuple(index for index, column in enumerate(zip(*cells, strict=True)) if any(column))
 
     def lines(self, width: int | None = None, first: int | None = None) -> list[str]:
-        """The lines of the table as text, marked cells with a star in front.
+        """The lines of the table as text, with a star in front of marked cells.
 
-        width: columns that go beyond it follow below, beside the first column again. first: a longer cell in the first
-        column is broken between words.
+        width: columns beyond this width follow below, beside the first column again. first: cells in the first column
+        that are longer than this are broken between words.
         """
         cells = [self.head] if self.head else []
         cells += [
@@ -77,17 +77,17 @@ class Table:
 
 
 def folded(line: str, width: int) -> list[str]:
-    """The line broken between words, further lines indented. "all-linear" is one word; no text is an empty line."""
+    """The line broken between words, with further lines indented. "all-linear" is one word. No text: an empty line."""
     return textwrap.wrap(line, width, subsequent_indent="  ", break_on_hyphens=False) or [""]
 
 
 def escaped(value: Any) -> str:
-    """Text that Markdown leaves as it is, in a table's cell too."""
+    """`value` as text that Markdown shows as it is, also in a table's cell."""
     return re.sub(r"([\\|*`\[\]])", r"\\\1", html.escape(" ".join(str(value).split()), quote=False))
 
 
 def _blocks(columns: Iterable[int], widths: Sequence[int], width: int | None) -> list[list[int]]:
-    """Which columns stand beside each other after the first one."""
+    """The columns that stand beside each other after the first one, in blocks no wider than `width`."""
     blocks: list[list[int]] = [[]]
     for column in columns:
         beside = widths[0] + sum(2 + widths[other] for other in (*blocks[-1], column))

@@ -1,8 +1,8 @@
-"""Embeddings that are no lookups: tables that their module reads whole, such as DeBERTa's relative positions.
+"""Embeddings whose table is read whole instead of looked up in, such as DeBERTa's relative positions.
 
-An embedding's update begins with A at zero, so that a token that never occurs keeps its row exactly. Of a table that is
-read whole every row occurs: it begins as a matrix does, with B at zero. Either way ΔW = 0 at first, so nothing depends
-on it that the source of the module is a guess.
+An embedding's update starts with A at zero, so a token that never occurs keeps its row exactly. In a table that is read
+whole every row occurs, so its update starts as a matrix's does, with B at zero. Whether a table is read whole is
+guessed from the module's source. A wrong guess does little harm, because ΔW = 0 at first either way.
 """
 
 from __future__ import annotations
@@ -52,5 +52,5 @@ def _calls(source: str, name: str) -> bool:
 def _source(cls: type) -> str:
     try:
         return inspect.getsource(cls)
-    except (OSError, TypeError):  # made at run time
+    except (OSError, TypeError):  # the class was made at run time
         return ""

@@ -1,14 +1,15 @@
-"""Choosing modules by name, and refusing those an adapter would silently miss.
+"""Choosing modules by name, and refusing those on which an adapter would silently do nothing.
 
 A target is a glob over whole dotted names ("*.q_proj", "model.layers.[0-3].*"), the end of a name as PEFT takes it
-("q_proj", "attn.q_proj"), or the word "all-linear". Every one of them must match something: a misspelt name among good
-ones is the commonest way to train less than was meant (problem 4).
+("q_proj", "attn.q_proj"), or a word: "all-linear", or "all-linear+experts", which takes the matrices of a mixture's
+experts too. Every one of them must match something: a misspelt name among good ones is the commonest way to train less
+than was meant (problem 4).
 
-Dispatch is on the exact type. A subclass of `nn.Linear` or of a convolution may compute its output in a way of its own:
-the update is added beside that (`beside.py`), after a trial; one that stores its weight in integers, or is not linear,
-is refused with the reason. Where a weight is read and no layer of its own is called, the parameter itself
-is the target: attention's `in_proj_weight`, the layers whose weights torch's attention and encoder layer read, and, by
-their names alone, any other matrix or stack of matrices ("experts.gate_up_proj").
+Dispatch is on the exact type. A subclass of `nn.Linear` or of a convolution may compute its output differently, so the
+update is added beside that output (`beside.py`), after a trial. A subclass that stores its weight in integers, or is
+not linear, is refused with the reason. If a weight is read and no layer is called with it, the parameter itself is the
+target: attention's `in_proj_weight`, the layers whose weights torch's attention and encoder layer read, and any other
+matrix or stack of matrices, only if it is named ("experts.gate_up_proj").
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .adapted import AdaptedLayer, weight_refusal
+from .adapted import AdaptedLayer
 from .errors import LoraError
+from .hooked import forward_refusal
 from .kinds import layer_class
 from .layers import Linear
 from .layouts import Layout
+from .lora_layer import weight_refusal
 from .names import named_modules
 from .parameters import AdaptedParameter, adapted_parameters, parameter_factor_shapes, parameter_layout
 from .settings import Filter
+from .sharded import sharded_refusal
 from .tables import tables_read_whole
 from .tied import held_refusal, held_tables
 from .words import did_you_mean, nearest
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, WITH_EXPERTS = "all-linear", "all-linear+experts"
 Value = TypeVar("Value")
 
 _ADAPTABLE = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
@@ -50,22 +54,22 @@ class Target:
 
     module: nn.Module
     parameter: str = ""  # empty: the module is a layer
-    read_whole: bool = False  # an embedding that is no lookup
-    held_for: tuple[str, ...] = ()  # embeddings that are called in the place of this one, which only holds their table
+    read_whole: bool = False  # an embedding whose whole table is read
+    held_for: tuple[str, ...] = ()  # embeddings that are called instead of this one, which only holds their table
 
     @property
     def weight(self) -> Any:
         return self.module._parameters.get(self.parameter or "weight")
 
     def class_for(self, layout: Layout) -> type[AdaptedLayer] | None:
-        """The adapted class that holds an update of this layout. None where there is none."""
+        """The adapted class that holds an update of this layout, or None."""
         if self.parameter:
-            return AdaptedParameter if layout == parameter_layout(self.weight) else None
+            return AdaptedParameter if parameter_layout(self.module, self.weight).holds(layout) else None
         kind = layer_class(self.module)
         return None if kind is None else kind.class_for(layout)
 
     def shapes(self, rank: int, layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of A and B of such an update."""
+        """Shapes of A and B of an update of this layout."""
         if self.parameter:
             return parameter_factor_shapes(self.module, self.weight, rank)
         kind = layer_class(self.module)
@@ -75,19 +79,19 @@ class Target:
 
 @dataclass
 class Selection:
-    """What to adapt by name, and what "all-linear" passed over with the reason."""
+    """What to adapt, by name, and what was passed over, with the reason."""
 
     targets: dict[str, Target] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
 def candidates(model: nn.Module) -> dict[str, Target]:
-    """Every name that a target can match: those of modules, and those of matrices that are no layer's."""
+    """Every name that a target can match: those of modules, and those of matrices that belong to no layer."""
     found: dict[str, Target] = {}
     held = held_tables(model)
     read: set[int] = set()  # layers whose weight is read by their parent
-    inside: tuple[str, ...] = ()  # of parametrisations: what weights are computed from
-    tables: set[int] = set()  # embeddings of which it reads all rows
+    inside: tuple[str, ...] = ()  # prefixes of parametrisations, which hold what weights are computed from
+    tables: set[int] = set()  # embeddings whose rows are all read
     for name, module in named_modules(model, remove_duplicate=False):
         if isinstance(module, ParametrizationList):
             inside = (*inside, f"{name}.")
@@ -159,11 +163,13 @@ def _selected(model: nn.Module, named: dict[str, Target], targets: list[str] | F
         raise LoraError("targets is empty: name at least one module, or use 'all-linear'.")
     selection = Selection()
     for pattern in targets:
-        if pattern == ALL_LINEAR:
-            _all_linear(model, named, selection)
+        if pattern in (ALL_LINEAR, WITH_EXPERTS):
+            _all_linear(model, named, selection, experts=pattern == WITH_EXPERTS)
         else:
             _by_pattern(model, named, pattern, targets, selection)
     selection.targets = _without_duplicates(selection.targets)
+    taken = {*selection.targets, *(name.rpartition(".")[0] for name, own in selection.targets.items() if own.parameter)}
+    selection.skipped = {name: reason for name, reason in selection.skipped.items() if name not in taken}
     return selection
 
 
@@ -182,7 +188,7 @@ def closest(pattern: str, names: Iterable[str]) -> str:
     for name in names:
         by_suffix.setdefault(".".join(name.split(".")[-depth:]), []).append(name)
     near = nearest(wanted, by_suffix, cutoff=0.5)
-    if not near or wanted in by_suffix:  # spelt rightly: what is wrong is something else
+    if not near or wanted in by_suffix:  # the spelling is right, so something else is wrong
         return ""
     first, *more = by_suffix[near]
     others = f" and {len(more)} like it" if more else ""
@@ -214,6 +220,8 @@ def refusal(target: Target) -> str | None:
         return "it is adapted already; call lorakit.detach(model) first"
     if isinstance(module, nn.RNNBase):
         return f"{kind} hands over its weights from a list of its own, so an adapter would do nothing"
+    if reason := sharded_refusal(module):
+        return reason
     return weight_refusal(target.weight) if target.parameter else _layer_refusal(module)
 
 
@@ -231,9 +239,7 @@ def _layer_refusal(module: nn.Module) -> str | None:
         inside += matrices(module)
         hint = f"; inside it: {', '.join(inside[:6])}" if inside else ""
         return f"{kind} is no linear, embedding or convolution layer{hint}"
-    if "forward" in module.__dict__:
-        return "its forward is replaced on the instance (a device_map hook?), so changing its class would do nothing"
-    return cls.refusal_of(module)
+    return forward_refusal(module) or cls.refusal_of(module)
 
 
 def _by_filter(model: nn.Module, named: dict[str, Target], wanted: Filter) -> Selection:
@@ -251,8 +257,8 @@ def _by_pattern(
 ) -> None:
     hits = matching(pattern, named)
     if is_glob(pattern):
-        # A glob such as "*.attn*" may run over containers, norms and position tables; what it must not do is pass over
-        # a layer.
+        # A glob such as "*.attn*" may also match containers, norms and position tables, which are ignored. But it must
+        # not pass over a layer.
         hits = [name for name in hits if _is_layer(named[name])]
     if not hits:
         adaptable = [name for name, target in named.items() if _is_layer(target)]
@@ -272,9 +278,9 @@ def _by_pattern(
 
 def _take(named: dict[str, Target], name: str, selection: Selection) -> None:
     target = named[name]
-    if isinstance(target.module, nn.MultiheadAttention) and not target.parameter:
-        for inner in (f"{name}.{own}" for own in (*matrices(target.module), "out_proj")):
-            if inner in named:  # else it is excluded
+    if inside := _inside(target):
+        for inner in (f"{name}.{own}" for own in inside):
+            if inner in named:  # if not, it is excluded
                 _take(named, inner, selection)
         return
     reason = refusal(target)
@@ -283,13 +289,36 @@ def _take(named: dict[str, Target], name: str, selection: Selection) -> None:
     selection.targets[name] = target
 
 
-def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection) -> None:
-    """Every linear layer but the model's head, as PEFT's "all-linear" does, and attention's projections."""
+def _inside(target: Target) -> list[str]:
+    """What is adapted in the place of a module: the projections of an attention, the stacks of a mixture's experts."""
+    module = target.module
+    if target.parameter:
+        return []
+    if isinstance(module, nn.MultiheadAttention):
+        return [*matrices(module), "out_proj"]
+    return [own for own in matrices(module) if _is_of_experts(Target(module, own))]
+
+
+def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection, *, experts: bool) -> None:
+    """Every linear layer but the model's head, as PEFT's "all-linear" does, and attention's projections.
+
+    experts: and the stacked matrices of experts. Raises LoraError where there are none.
+    """
+    of_experts = {name for name, target in named.items() if _is_of_experts(target)}
+    if experts and not of_experts:
+        raise LoraError(
+            f"targets={WITH_EXPERTS!r}: {type(model).__name__} keeps no stack of experts' matrices. Use "
+            f"{ALL_LINEAR!r}, which takes experts that are linear layers, or name what is to be adapted."
+        )
     for name, target in named.items():
         module = target.module
-        if _is_stack(target):
-            what = "is no linear layer" if _is_torchs(module) else "has a matrix for each expert"
-            selection.skipped[name] = f"{type(module).__name__} {what}; name it to adapt them"
+        if name in of_experts and not experts:
+            owner, _, _ = name.rpartition(".")
+            selection.skipped[owner] = (
+                f"{type(module).__name__} has a matrix for each expert; {WITH_EXPERTS!r} takes them"
+            )
+        elif _is_stack(target) and name not in of_experts:
+            selection.skipped[name] = f"{type(module).__name__} is no linear layer; name it to adapt them"
         if isinstance(module, nn.RNNBase) and not target.parameter:
             selection.skipped[name] = refusal(target) or ""
         if isinstance(module, nn.RNNCellBase) and target.parameter:
@@ -297,7 +326,8 @@ def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection
         linear = isinstance(module, nn.Linear | nn.MultiheadAttention) or issubclass(
             layer_class(module) or nn.Module, Linear
         )
-        if not linear or (isinstance(module, nn.MultiheadAttention) and not target.parameter):
+        wanted = linear or (experts and name in of_experts)
+        if not wanted or (isinstance(module, nn.MultiheadAttention) and not target.parameter):
             continue
         if _is_head(model, name, module):
             continue
@@ -308,11 +338,11 @@ def _all_linear(model: nn.Module, named: dict[str, Target], selection: Selection
             selection.targets[name] = target
     if not selection.targets:
         why = "".join(f"\n  {name}: {reason}" for name, reason in list(selection.skipped.items())[:5])
-        raise LoraError(f"targets='all-linear' finds no linear layer in {type(model).__name__} to adapt.{why}")
+        raise LoraError(f"targets={ALL_LINEAR!r} finds no linear layer in {type(model).__name__} to adapt.{why}")
 
 
 def _is_layer(target: Target) -> bool:
-    """Whether this is a layer of a kind that is adapted, or one's weight, or attention's: not any matrix."""
+    """Whether this is a layer of a kind that can be adapted, its weight, or a weight of attention; not any matrix."""
     kinds = (*_ADAPTABLE, nn.MultiheadAttention)
     return layer_class(target.module) is not None or isinstance(target.module, kinds)
 
@@ -322,7 +352,7 @@ def _is_torchs(module: nn.Module) -> bool:
 
 
 def _refuse_peft(model: nn.Module) -> None:
-    """PEFT's own factors are linear layers too, and its wrappers stand where the layers were."""
+    """Raise LoraError for a model with PEFT's adapters: its factors are linear layers too, its wrappers hide layers."""
     for name, module in model.named_modules():
         if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
             raise LoraError(
@@ -335,6 +365,14 @@ def _is_stack(target: Target) -> bool:
     return bool(target.parameter) and target.weight is not None and target.weight.dim() == 3
 
 
+def _is_of_experts(target: Target) -> bool:
+    """Whether it is a stack with a matrix for each expert: its module counts them, or is called so."""
+    module = target.module
+    if not _is_stack(target) or _is_torchs(module):
+        return False
+    return getattr(module, "num_experts", None) == len(target.weight) or "expert" in type(module).__name__.lower()
+
+
 def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
     """Whether a linear layer is the output of a transformers model: outside its base model, or the language head."""
     get_output = getattr(model, "get_output_embeddings", None)
@@ -345,7 +383,7 @@ def _is_head(model: nn.Module, name: str, module: nn.Module) -> bool:
 
 
 def _without_duplicates(targets: dict[str, Target]) -> dict[str, Target]:
-    """Each one once, under its first name: layers may be shared (ALBERT)."""
+    """Each target once, under its first name, because layers may be shared (ALBERT)."""
     names: dict[tuple[int, str], str] = {}
     for name, target in targets.items():
         names.setdefault((id(target.module), target.parameter), name)

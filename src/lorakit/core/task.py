@@ -1,8 +1,8 @@
 """The `task_type` of a PEFT file: which of PEFT's model classes reads it.
 
-Without one, PEFT's general class does, which hands all arguments on. Its special classes do more, and not every model
-stands that: they pass arguments of their own choice (Whisper knows no `input_ids`), and those for classification expect
-the trained head in the file. So a task is named only where its class works.
+Without a task type, PEFT uses its general class, which passes all arguments on. Its special classes do more, and not
+every model allows that: they pass arguments of their own choice (Whisper has no `input_ids`), and those for
+classification expect the trained head in the file. So a task is named only if its class works with the model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _DECODER = ("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embed
 
 @dataclass(frozen=True)
 class _Task:
-    """A class of PEFT's: what it passes to the model, and what it expects of it."""
+    """One of PEFT's classes: what it passes to the model, and what it expects of the model and the file."""
 
     name: str
     inputs: tuple[str, ...] = ("input_ids", "labels")  # the model must know these by name
@@ -44,7 +44,7 @@ _BY_ENDING = {
 
 
 def task_type(model: nn.Module, saved: Collection[str], adapted: Collection[str]) -> str | None:
-    """PEFT's word for what the model does, read off the name that transformers gives such classes, or None.
+    """PEFT's name for what the model does, or None. It is told from the class name that transformers gives such models.
 
     saved: names of the parameters that the file holds whole. adapted: names of the adapted layers.
     """

@@ -3,8 +3,8 @@
 T5 keeps its table as `shared` and calls `encoder.embed_tokens` and `decoder.embed_tokens`, which hold the same weight:
 an update of `shared` would do nothing (`held_tables`).
 
-A head that is tied to the embedding and trained whole gets a weight of its own first (`untie`), as PEFT's
-`modules_to_save` has it. Otherwise training one would change the other, and a file that holds the head alone would not
+A head that is tied to the embedding and trained whole first gets its own copy of the weight (`untie`), as with PEFT's
+`modules_to_save`. Otherwise training one would change the other, and a file that holds the head alone would not
 say so.
 """
 
@@ -18,7 +18,7 @@ from .tables import may_call
 
 
 def held_tables(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Embeddings that only hold a weight for others → the others, which modules beside them contain and call."""
+    """Embeddings that only hold a weight for others, each with the names of the others, which the model calls."""
     by_weight: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -42,7 +42,7 @@ def held_refusal(others: tuple[str, ...]) -> str:
 
 
 def untie(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Give the module of this name its own copy of each parameter that modules outside of it hold too.
+    """Give the module of this name its own copy of each parameter that modules outside it also hold.
 
     Yields (module, the parameter's name in it, the tied parameter).
     """

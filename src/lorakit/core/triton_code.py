@@ -8,17 +8,16 @@
     add_expand_    dX += M ⊙ (dS A)                 dX is read and written once
     grad_S_B       dS  = s · dY B,  dB = dYᵀ S      one pass over dY
 
-M is a function of (seed, t, i) and of nothing else: element i of row t is kept where word i mod 4 of Philox-4x32-7, at
-key `seed` and counter t·⌈I/4⌉ + ⌊i/4⌋, is at least p·2³² (Salmon et al. 2011; seven rounds is the fewest that pass
-BigCrush). So the backward pass, with other tiles, makes the same mask again, and keeping it costs the eight bytes of
-the seed.
+M depends only on (seed, t, i): element i of row t is kept if word i mod 4 of Philox-4x32-7, at key `seed` and counter
+t·⌈I/4⌉ + ⌊i/4⌋, is at least p·2³² (Salmon et al. 2011; seven rounds is the fewest that pass BigCrush). So the backward
+pass makes the same mask again, although its tiles differ, and only the eight bytes of the seed are kept.
 
 Sums are in float32, products of float32 in full precision ("ieee", no TF32); A, B and S are cast to the dtype of X or
-dY in registers. Nothing is added atomically and no tile is tuned by time: equal arguments give equal bits. Large
-sums are cut into a fixed number of parts that torch adds up.
+dY in registers. No kernel adds atomically, and no tile size is tuned by timing, so equal arguments give equal bits.
+Large sums are cut into a fixed number of parts that torch adds up.
 
-Tiles follow from dtype and rank by the rules beside each launch. What a program keeps in shared memory stays under
-96 KiB in all stages together, which every GPU since Ampere has. TMA, warp specialisation and float8 are left out.
+Tile sizes follow from dtype and rank by the rules beside each launch. A program keeps less than 96 KiB in shared memory
+in all stages together, which every GPU since Ampere has. TMA, warp specialisation and float8 are not used.
 
 This is the one module that imports triton; `kernels.py` decides whether it is used at all.
 """
@@ -35,7 +34,7 @@ from torch import Tensor
 
 ROUNDS = tl.constexpr(7)
 SHARED = 96 * 1024  # bytes
-PROGRAMS = 256  # two for each multiprocessor of the GPUs in mind (108 to 148): enough loads in flight
+PROGRAMS = 256  # two for each multiprocessor of the intended GPUs (108 to 148), to keep enough loads in flight
 
 
 @triton.jit
@@ -147,34 +146,34 @@ def _grad_S_B(
 def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run `kernel` on the device of `first`, which need not be the current one."""
     with torch.cuda.device_of(first):
-        # Fused multiply-adds are Triton's default, about to change: named here, the results do not change with it.
+        # Fused multiply-adds are Triton's default, which is about to change. Asking for them keeps the results.
         kernel[grid](first, *arguments, **constants, enable_fp_fusion=True)
 
 
 def _dot_dtype(tensor: Tensor) -> Any:
-    """The dtype in which both tiles enter a product: that of the large one.
+    """The dtype of both tiles of a product: that of the large one.
 
-    Triton's interpreter would multiply the bits of bfloat16 as integers: there it is float32.
+    Triton's interpreter would multiply the bits of bfloat16 as integers, so float32 is used there.
     """
     bfloat16 = tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16
     return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: bfloat16}[tensor.dtype]
 
 
 def padded(rank: int) -> int:
-    """The width of a thin tile: products want at least 16, and a power of two."""
+    """The width of a thin tile: products need at least 16, and a power of two."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
 def _steps(x: Tensor, bytes_each: int, free: int = SHARED) -> int:
-    """How many steps of a loop a tile holds, if each takes so many bytes in all stages: a power of two from 16 to 128.
+    """How many steps of a loop fit into a tile, if each takes `bytes_each` in all stages: a power of two, 16 to 128.
 
-    For float32, whose products are unrolled into single multiply-adds, at most 32: more would spill registers.
+    For float32 it is at most 32: its products are unrolled into single multiply-adds, and more would spill registers.
     """
     return min(128 if x.element_size() == 2 else 32, max(16, 1 << (free // bytes_each).bit_length() - 1))
 
 
 def _random(p: float, seed: Tensor | int, device: torch.device) -> tuple[Tensor, int]:
-    """The kernels' (seed, threshold). A seed on the device is read there; an int is copied to it, which waits."""
+    """The kernels' (seed, threshold). A seed on the device is read there; copying an int makes the host wait."""
     place = seed if isinstance(seed, Tensor) else torch.tensor(seed, device=device)
     return place, min(round(p * 2**32), 2**32 - 1)
 
@@ -196,7 +195,7 @@ def shrink(x: Tensor, A: Tensor, scale: float, p: float = 0.0, seed: Tensor | in
     (rows, inputs), rank = x.shape, A.shape[0]
     S = x.new_empty(rows, rank)
     R = padded(rank)
-    # Each program reads all of A from the L2 cache: few rows for many programs, many rows for few readings.
+    # Each program reads all of A from the L2 cache. Smaller tiles make more programs, larger ones read A less often.
     BT = 32 if rows < 64 * PROGRAMS else 64
     BI = _steps(x, 3 * (BT * x.element_size() + R * A.element_size()))
     place, threshold, DROP = _drop(p, seed, x.device)
@@ -212,8 +211,8 @@ def grad_A(dS: Tensor, x: Tensor, p: float = 0.0, seed: Tensor | int | None = No
     R = padded(rank)
     BI = 128 // x.element_size()  # a row of the tile is one cache line
     BT = _steps(x, 3 * (BI * x.element_size() + R * dS.element_size()))
-    # As many parts as make PROGRAMS programs: at I = 4096 four, together 1 MiB of float32 for each 16 of rank, where X
-    # is 32 MiB at T = 4096 in bfloat16.
+    # Enough parts for PROGRAMS programs: four at I = 4096. Together they take 1 MiB of float32 for each 16 of rank,
+    # while X takes 32 MiB at T = 4096 in bfloat16.
     chunk = _chunk(rows, BT, PROGRAMS // triton.cdiv(inputs, BI))
     count = triton.cdiv(rows, chunk)
     parts = x.new_empty(count, rank, inputs, dtype=torch.float32)
@@ -243,19 +242,19 @@ def grad_S_B(dY: Tensor, B: Tensor, S: Tensor, scale: float) -> tuple[Tensor, Te
     dY, B, S = dY.contiguous(), B.contiguous(), S.contiguous()
     (rows, outputs), rank = dY.shape, B.shape[1]
     R = padded(rank)
-    # Each row block leaves one dB and each column part one dS in float32, to be added up: written and read, they cost
-    # 4·r·(1/BT + 1/chunk) of reading dY in bfloat16. So BT is as tall as its float32 sums (BT, R) allow, 16384 numbers,
-    # 256 rows at most, and the columns are cut only as far as PROGRAMS asks. For r = 16:
+    # Each row block writes one dB and each column part one dS in float32, and torch adds them up. Writing and reading
+    # them costs 4·r·(1/BT + 1/chunk) of reading dY in bfloat16. So BT is as large as its float32 sums (BT, R) allow
+    # (16384 numbers, 256 rows at most), and the columns are cut only as far as PROGRAMS needs. For r = 16:
     #
     #       T      O   parts of dB  of dS       bytes   beside dY
     #    4096   4096            16     16       8 MiB      32 MiB
     #   16384   4096            64      4      20 MiB     128 MiB
     #   16384  14336            64      4      60 MiB     448 MiB
     #
-    # At r = 32 it is twice that, and reading dY twice costs no more: `kernels.grad_S_B` takes plain products there.
+    # At r = 32 these bytes double, and reading dY twice costs no more, so `kernels.grad_S_B` uses plain products there.
     size = dY.element_size()
     BT = min(256, (16384 if size == 2 else 4096) // R, max(16, triton.next_power_of_2(rows)))
-    # Beside S, two stages of dY and B and one tile of dB.
+    # Shared memory holds S, two stages of dY and B, and one tile of dB.
     BO = min(64, _steps(dY, 2 * (BT * size + R * B.element_size()) + R * 4, free=SHARED - BT * R * size))
     blocks = triton.cdiv(rows, BT)
     chunk = _chunk(outputs, BO, PROGRAMS // max(1, blocks))

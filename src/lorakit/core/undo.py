@@ -1,8 +1,8 @@
-"""What was changed on a model, noted on its modules: how `detach` takes it back, and how an error leaves no half of it.
+"""What was changed on a model, noted on its modules, so that `detach` and errors can take it back completely.
 
-A note (`Undo`) lies on each module that was changed, so that it also holds for a part of a model, for copies and after
-pickling. The model that was adapted also remembers its adapted modules: one that a program puts another module in the
-place of (as transformers' `resize_token_embeddings` does with an lm_head) is noticed by `replaced`.
+Each changed module has a note (`Undo`), so notes also work for a part of a model, for copies and after pickling. The
+adapted model also remembers its adapted modules. If a program puts another module in the place of one, as transformers'
+`resize_token_embeddings` does with an lm_head, `replaced` notices it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .adapted import MERGED, AdaptedLayer
 from .errors import LoraError
+from .hooked import follow_class
 from .names import unwrapped
 
 _NOTE, _ADAPTED = "_lorakit_undo", "_lorakit_adapted"
@@ -30,9 +31,9 @@ class Undo:
     attributes: frozenset[str] = frozenset()  # names in the module's __dict__ before
     requires_grad: dict[str, bool] = field(default_factory=dict)  # of the module's own parameters, before
     trained: dict[str, Tensor] = field(default_factory=dict)  # own tensors trained whole: their values before
-    tied: dict[str, nn.Parameter] = field(default_factory=dict)  # own parameters that were others' too: those
+    tied: dict[str, nn.Parameter] = field(default_factory=dict)  # own parameters that were tied: the tied ones
     whole: bool = False  # the module was named in also_train
-    swapped: int = 0  # by how many `disabled` the module holds the values before; `trained` then holds the others
+    swapped: int = 0  # open `disabled`: if any, the module holds the values before, and `trained` the trained ones
 
     def values(self, module: nn.Module) -> dict[str, Tensor]:
         """The trained values of the module's own tensors, also inside `disabled`."""
@@ -48,7 +49,7 @@ class Undo:
 
 
 def undo_of(module: nn.Module) -> Undo:
-    """The module's note, a new one where there was none."""
+    """The module's note. A new one is made if there is none."""
     undo = note(module)
     if undo is None:
         undo = module.__dict__[_NOTE] = Undo()
@@ -67,10 +68,11 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
         undo.original_class = type(module)
         undo.attributes = frozenset(module.__dict__) - {_NOTE}
     module.__class__ = cls
+    follow_class(module)
 
 
 def restore(module: nn.Module, keep_trained: bool) -> None:
-    """Take back what the module's note says. keep_trained: but for the values of the tensors trained whole."""
+    """Take back what the module's note says. keep_trained: tensors trained whole keep their trained values."""
     module.__dict__.pop(_ADAPTED, None)
     undo = note(module)
     if undo is None:
@@ -85,6 +87,7 @@ def restore(module: nn.Module, keep_trained: bool) -> None:
             parameter.__dict__.pop(MERGED, None)
     if undo.original_class is not None:
         module.__class__ = undo.original_class
+        follow_class(module)
         for registry in (module._parameters, module._buffers, module._modules):
             for name in [name for name in registry if name.startswith("lora_")]:
                 del registry[name]
@@ -95,7 +98,7 @@ def restore(module: nn.Module, keep_trained: bool) -> None:
 
 
 def own_tensor(module: nn.Module, name: str) -> Tensor:
-    """A parameter or buffer of the module's own."""
+    """The module's own parameter or buffer of this name."""
     parameter, buffer = module._parameters.get(name), module._buffers.get(name)
     tensor = buffer if parameter is None else parameter
     assert tensor is not None
@@ -110,7 +113,7 @@ def remember(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
 def replaced(model: nn.Module) -> dict[str, nn.Module]:
     """What now stands in the place of each adapted module that is no longer part of `model`, by name.
 
-    A module that was taken out with nothing in its place, or detached, is not among them.
+    A module that was detached, or removed without a replacement, is not listed.
     """
     present = {id(module) for module in model.modules()}
     found: dict[str, nn.Module] = {}
@@ -126,7 +129,7 @@ def replaced(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def refuse_replaced(model: nn.Module) -> None:
-    """Raise LoraError where another module took the place of an adapted one: its update would be lost in silence."""
+    """Raise LoraError if another module took the place of an adapted one, whose update would be lost silently."""
     lost = replaced(model)
     if lost:
         shown = ", ".join(f"{name} (now a {type(module).__name__})" for name, module in list(lost.items())[:5])
@@ -141,7 +144,7 @@ def refuse_replaced(model: nn.Module) -> None:
 def unchanged_on_error(model: nn.Module, written: Iterable[Tensor] = ()) -> Iterator[None]:
     """An error inside leaves `model` as it was: classes, attributes, parameters, `requires_grad`.
 
-    written: tensors whose values are written on inside.
+    written: tensors whose values are changed inside.
     """
     modules = [(module, type(module), _copied(module)) for module in model.modules()]
     notes = [(undo, _copy_of(undo)) for module in model.modules() if (undo := note(module))]
@@ -154,7 +157,7 @@ def unchanged_on_error(model: nn.Module, written: Iterable[Tensor] = ()) -> Iter
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(attributes)
-        for undo, before in notes:  # the same objects: an open `disabled` knows them
+        for undo, before in notes:  # the same objects, because an open `disabled` holds them
             undo.__dict__.update(before.__dict__)
         for parameter, flag in flags:
             parameter.requires_grad = flag
@@ -165,7 +168,7 @@ def unchanged_on_error(model: nn.Module, written: Iterable[Tensor] = ()) -> Iter
 
 
 def _copied(module: nn.Module) -> dict[str, Any]:
-    """The module's attributes, with copies of the collections that are written on: tensors and children are shared."""
+    """The module's attributes, with copies of its collections of parameters, buffers and children."""
     attributes = dict(module.__dict__)
     for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         attributes[name] = attributes[name].copy()

@@ -1,14 +1,14 @@
 """Which adapted layers took no part in training, and which of them are refused for it.
 
-An adapter that silently does nothing trains, saves and loads without a word. Each adapted layer therefore notes whether
-a forward pass called it, or computed with its weight (`AdaptedLayer.mark`). Once gradients were recorded, what was not
-used is one of two things:
+An adapter that does nothing still trains, saves and loads without an error. So each adapted layer notes whether a
+forward pass called it, or computed with its weight (`AdaptedLayer.mark`). Once gradients were recorded, a layer that
+was not used is one of two things:
 
-silent   other adapted layers of the same module were used and this one was not: the model goes another way to its
-         weight, or does not need it. `save`, `merge` and the first step of `lorakit train` refuse that.
+silent   other adapted layers of the same module were used and this one was not: the model uses its weight in another
+         way, or does not need it. `save`, `merge` and the first step of `lorakit train` refuse that.
 idle     nothing around it was used (a vision tower in a batch of text), or another entry of the same list was (an
-         expert, a layer that was dropped). The update is what it was before, so work goes on; where nothing around it
-         was used, `save` warns.
+         expert, a layer that was dropped). The update is unchanged, so this is no error; if nothing around it was used,
+         `save` warns.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def refuse_silent(model: nn.Module, layers: dict[str, AdaptedLayer], way_on: str
 
 
 def idle_note(model: nn.Module, layers: dict[str, AdaptedLayer]) -> str:
-    """What to say of parts of the model that no forward pass came to; empty where there are none.
+    """A note on parts of the model that no forward pass reached; empty if there are none.
 
-    Entries of a list of which another one was used are left out: a mixture has idle experts in every step.
+    If one entry of a list was used, its other entries are left out: a mixture has idle experts in every step.
     """
     _, idle = unused(model, layers)
     kin = {_entry(model, name) for name, layer in layers.items() if is_used(layer)}
@@ -58,7 +58,7 @@ def idle_note(model: nn.Module, layers: dict[str, AdaptedLayer]) -> str:
 
 
 def without_dropout(layers: dict[str, AdaptedLayer]) -> tuple[str, ...]:
-    """Layers with dropout whose weight is read, and that are never called: there is no input to drop."""
+    """Layers with dropout that are never called and whose weight is read: there is no input to drop."""
     return tuple(
         name
         for name, layer in layers.items()
@@ -67,19 +67,19 @@ def without_dropout(layers: dict[str, AdaptedLayer]) -> tuple[str, ...]:
 
 
 def listed(names: Iterable[str]) -> list[str]:
-    """One line for each name, the first of them only."""
+    """One line for each name, for the first names only."""
     names = list(names)
     more = [f"  … and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
     return [*(f"  {name}" for name in names[:_SHOWN]), *more]
 
 
 def is_used(layer: AdaptedLayer) -> bool:
-    """Whether the update took part: the layer noted it or, as a compiled graph leaves no note, training reached it."""
+    """Whether the update took part: the layer noted it, or (a compiled graph leaves no note) training reached it."""
     return layer.was_called or layer.was_read or layer.was_reached
 
 
 def unused(model: nn.Module, layers: dict[str, AdaptedLayer]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The silent and the idle ones. None before a gradient was recorded: a model may be loaded, used, saved again."""
+    """The silent and the idle layers. None before a gradient is recorded: a model may be used and saved again."""
     if not any(layer.was_recorded or layer.has_gradient for layer in layers.values()):
         return (), ()
     used = [name for name, layer in layers.items() if is_used(layer)]

@@ -1,7 +1,7 @@
-"""Files of adapters: written whole or not at all, and read with an error that names the file, whatever is wrong in it.
+"""Files of adapters. They are written whole or not at all, and every error in reading names the file.
 
-A reader raises FileNotFoundError where there is no file and ValueError for all that may be in one: a file of another
-kind, cut short, a git-lfs pointer, bytes of any sort. Nothing in a file is run.
+A reader raises FileNotFoundError if there is no file, and LoraError for anything wrong in it: another kind of file, a
+file cut short, a git-lfs pointer, any other bytes. No code in a file is run.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from torch import Tensor
 
 from ..core.errors import LoraError
 from ..core.reading import bytes_of
+from ..core.words import first_line
 
-# What libraries in other languages say of a write that failed; none of them names the file.
+# What libraries in other languages say about a failed write. None of them names the file.
 _FAILED_WRITES = ("os error", "I/O error", "inline_container", "PytorchStreamWriter", "unexpected pos")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; renamed to `path` when the block ends well, removed when it does not."""
+    """A temporary path to write to. It is renamed to `path` if the block succeeds, and removed if it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
@@ -45,11 +46,11 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, OSError):
-            if error.filename is not None or error.errno is None:  # it says already where, or it is one of ours
+            if error.filename is not None or error.errno is None:  # it names the file already, or it is one of ours
                 raise
             reason = error.strerror
         elif any(sign in str(error) for sign in _FAILED_WRITES):
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
         else:
             raise
         existing = next(parent for parent in path.absolute().parents if parent.exists())
@@ -58,7 +59,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sync(path: Path) -> None:
-    """Wait until `path`, a file or a folder with all that is in it, is on the disk: a rename must not overtake it."""
+    """Wait until `path`, a file or a whole folder, is on the disk, so that a later rename cannot overtake it."""
     if path.is_dir():
         for entry in path.iterdir():
             sync(entry)
@@ -72,7 +73,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole folder, where there is one. A link goes, what it points at stays."""
+    """Remove a file or a whole folder, if there is one. A link is removed, and its target stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -83,7 +84,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file. Raises LoraError naming the file."""
     data = _filled(path)
     try:
-        # Not load_file, which leaves some bytes behind for each tensor (safetensors 0.8), and maps the file.
+        # Not load_file, which leaks some bytes for each tensor (safetensors 0.8) and maps the file into memory.
         return safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
         raise LoraError(f"{path}: not a complete safetensors file ({error}).") from None
@@ -94,7 +95,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pickled(path: Path) -> dict[str, Tensor]:
     """The tensors in a file of `torch.save`, by name. A pickle that wants to run code is refused.
 
-    Raises LoraError naming the file, whatever the bytes are.
+    Raises LoraError naming the file for any bytes that are not such a file.
     """
     data = _filled(path)
     try:
@@ -123,17 +124,17 @@ def _filled(path: Path) -> bytes:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse what no training gives: a tensor that is empty, holds NaN, or is not of floating point.
+    """Refuse tensors that training cannot give: empty ones, NaN or infinite numbers, and integers.
 
-    where: begins the message ("<path>: "). Raises LoraError naming the tensor.
+    where: the beginning of the message ("<path>: "). Raises LoraError naming the tensor.
     """
     for key, tensor in tensors.items():
         if tensor.is_sparse or tensor.is_quantized or tensor.device.type == "meta":
             raise LoraError(f"{where}{key} is not a plain tensor of numbers ({tensor.layout}, {tensor.device}).")
         if tensor.numel() == 0:
             raise LoraError(f"{where}{key} is empty: a sharded model must be gathered before its adapter is saved.")
-        if not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):  # what a BatchNorm counts
+        if not tensor.is_floating_point() and not key.endswith("num_batches_tracked"):  # BatchNorm's counter
             raise LoraError(f"{where}{key} is stored as {tensor.dtype}: an adapter's numbers are of floating point.")
-        # Types of 8 bits and fewer know no isfinite of their own.
+        # isfinite does not work on types of 8 bits.
         if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
             raise LoraError(f"{where}{key} holds NaN or infinite numbers.")

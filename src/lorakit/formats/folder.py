@@ -1,16 +1,18 @@
 """Output folders: a command removes and replaces what it wrote itself, and nothing else.
 
-In each folder that a command writes, `.lorakit/COMMAND.json` notes the names that are its own. Whatever else lies
-there (a user's file, a base model, an adapter, another command's output) is refused, with its name.
+In each folder that a command writes, `.lorakit/COMMAND.json` notes the names of its own files. If anything else is
+there (a user's file, a base model, an adapter, another command's output), the folder is refused, and the message names
+it.
 
     OUT/.lorakit/train.json     the note: the names, how far the command came, what it was asked to do
-    OUT/.lorakit/lock           held while a command writes; it dies with its process
-    OUT/.lorakit/part/          files in the making; each is whole before it appears under its name in OUT
+    OUT/.lorakit/lock           held while a command writes; it ends with its process
+    OUT/.lorakit/part/          files being written; each is complete before it appears under its name in OUT
     OUT/.lorakit/new/           a folder like OUT, where a new run grows beside the old one until it is whole
 
-The new folder takes the old one's place in a fixed order, so that an interruption at any point is made good by the
-next command, and the old adapter never stands beside the new settings: the new note says "finished"; all old files
-are removed; all new ones are moved in, the one that makes the folder usable (`OutputKind.keystone`) last.
+The new folder takes the old one's place in a fixed order, so that the next command can complete it after an
+interruption at any point, and the old adapter never lies beside the new settings. First the new note says "finished".
+Then all old files are removed. Then all new ones are moved in, and the one that makes the folder usable
+(`OutputKind.keystone`) is the last.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from .files import naming, remove, replacing, sync
 from .lock import locked, refuse_locked
 
 HIDDEN = ".lorakit"
-_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}  # what systems put into any folder
+_LITTER = {".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"}  # what operating systems put into any folder
 _SHOWN = 5  # names in a message
 
 State = Literal["unfinished", "finished", "failed"]
@@ -41,9 +43,9 @@ State = Literal["unfinished", "finished", "failed"]
 class OutputKind:
     """The folders of one command.
 
-    keystone: the file without which nobody takes the folder for a result. names: a pattern of what is this command's
-    in a folder of its own, noted or not. released: whether lorakit 0.1.0, which left no note, wrote the folder with
-    this command; released_names: a pattern of what else it wrote there.
+    keystone: the file that makes the folder a result. names: a pattern of names that belong to this command in its own
+    folder even if they are not noted. released: whether lorakit 0.1.0, which left no note, wrote the folder with this
+    command. released_names: a pattern of the other names that it wrote there.
     """
 
     command: str
@@ -55,9 +57,10 @@ class OutputKind:
 
 @dataclass(frozen=True)
 class Note:
-    """What a command says of its own folder.
+    """What a command notes about its own folder.
 
-    finished: it is whole. failed: it came to an end, with nothing worth keeping. record: what it was asked to do.
+    state "finished": the folder is complete. "failed": the command ended with nothing worth keeping. record: what it
+    was asked to do.
     """
 
     files: frozenset[str] = frozenset()
@@ -80,7 +83,7 @@ class OutputFolder:
 
     @property
     def note(self) -> Note | None:
-        """None where this command has written nothing. Raises LoraError for a note that cannot be read."""
+        """The note, or None if this command has written nothing. Raises LoraError for a note that cannot be read."""
         try:
             said = json.loads(self._note_path.read_text(encoding="utf-8"))
             return Note(frozenset(said["files"]), said["state"], said["record"])
@@ -103,16 +106,16 @@ class OutputFolder:
 
     @property
     def others(self) -> list[str]:
-        """The names in the folder that it did not write."""
+        """The names in the folder that this command did not write."""
         return sorted(set(self._names()) - set(self.own))
 
     @property
     def new(self) -> OutputFolder:
-        """Where a new run grows beside the old one. It exists where it was begun and is not whole yet."""
+        """The folder in which a new run grows beside the old one. It exists until it takes the old one's place."""
         return OutputFolder(self.hidden / "new", self.kind)
 
     def refuse_unusable(self, inputs: Collection[str | Path] = ()) -> None:
-        """Raise FileExistsError where a process writes already, or where the command reads.
+        """Raise FileExistsError if a process is writing here, or if the command reads from here.
 
         inputs: paths that the command reads; a folder that holds one of them is never an output folder.
         """
@@ -136,7 +139,7 @@ class OutputFolder:
             )
 
     def refuse_taken(self, names: Collection[str]) -> None:
-        """Raise FileExistsError where one of `names` is there already and is not this command's."""
+        """Raise FileExistsError if one of `names` is there already and this command did not write it."""
         if taken := sorted(set(names) & set(self.others)):
             raise FileExistsError(
                 f"{self.path / taken[0]} was not written by lorakit {self.kind.command} and is not replaced. "
@@ -147,9 +150,9 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder and hold its lock. Inside, what an interrupted command left half done is put in order.
+        """Make the folder and hold its lock. First, what an interrupted command left half done is put in order.
 
-        At the end a folder in which nothing was written is gone again. Raises FileExistsError where it is in use.
+        At the end, a new folder in which nothing was written is removed. Raises FileExistsError if it is in use.
         """
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.hidden.mkdir(parents=True, exist_ok=True)
@@ -169,7 +172,7 @@ class OutputFolder:
                 pass
 
     def begin(self, record: dict[str, Any]) -> None:
-        """Note what the command is asked to do. The names that it has written already stay its own."""
+        """Note what the command is asked to do. The names that it wrote before remain its own."""
         self.hidden.mkdir(parents=True, exist_ok=True)
         note = self.note
         self._write(Note(note.files if note else frozenset(), "unfinished", record))
@@ -182,14 +185,14 @@ class OutputFolder:
             self._write(dataclasses.replace(note, files=note.files | set(names)))
 
     def end(self, state: State) -> None:
-        """Note how the command ended, and which of the names are left."""
+        """Note how the command ended, and which of its names are there."""
         self._write(dataclasses.replace(self.note or Note(), state=state, files=frozenset(self.own)))
 
     @contextlib.contextmanager
     def writing(self, name: str = "part") -> Iterator[Path]:
-        """A folder to write into; what is in it moves to its place when the block ends well, and is removed otherwise.
+        """A folder to write into. Its files move to their places if the block succeeds, and are removed if it fails.
 
-        The single files are replaced one by one. Where the keystone is among them, all old ones are removed first.
+        Files are replaced one by one. If the keystone is among them, all their old versions are removed first.
         """
         part = self.hidden / name
         remove(part)
@@ -222,15 +225,15 @@ class OutputFolder:
     def _recover(self) -> None:
         for name in ("part", "saving", "gone"):
             shutil.rmtree(self.hidden / name, ignore_errors=True)
-        for half in self.hidden.glob(".*.tmp"):  # of a note that was being written: the lock is held, nobody writes now
+        for half in self.hidden.glob(".*.tmp"):  # of a note that was being written; we hold the lock
             half.unlink(missing_ok=True)
         new, note = self.new, self.new.note if self.new.path.is_dir() else None
         if note is None:
-            shutil.rmtree(new.path, ignore_errors=True)  # the rest of one whose place is taken already
+            shutil.rmtree(new.path, ignore_errors=True)  # what is left after its files were moved
         if note is None or note.state != "finished":
             return
         for name in sorted(self.own, key=lambda name: name != self.kind.keystone):
-            # A name of the new note that is no longer in the new folder has been moved before: it is not an old one.
+            # A name of the new note that is no longer in the new folder was moved before, so it is not an old file.
             if name not in note.files or (new.path / name).exists():
                 remove(self.path / name)
         old = self.note or Note()

@@ -1,4 +1,4 @@
-"""Adapter files of other programs: known by their keys, and refused with the name of their format."""
+"""Adapter files of other programs: recognised by their keys, and refused with the name of their format."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SIGNS: tuple[tuple[str, Callable[[str], bool]], ...] = (
 
 
 def format_by_keys(keys: Iterable[str]) -> str | None:
-    """Whose format has such keys, in words. None where no sign is found."""
+    """The name of the format that has such keys, or None if none is recognised."""
     keys = list(keys)
     return next((name for name, sign in _SIGNS if any(sign(key) for key in keys)), None)
 
@@ -40,7 +40,7 @@ def refuse(path: Path) -> None:
 
 
 def contents(folder: Path) -> str:
-    """A sentence on what a folder without adapter_config.json holds instead; empty where nothing is recognised."""
+    """A sentence about what a folder without adapter_config.json holds instead, or empty if nothing is recognised."""
     inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
     if inside:
         return f" Adapters are in it: {', '.join(str(folder / name) for name in inside[:5])}."

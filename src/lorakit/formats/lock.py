@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_BYTE = 1 << 20  # Windows locks bytes, and a locked one cannot be read: this one lies behind what the file says
+_BYTE = 1 << 20  # Windows locks bytes, and a locked byte cannot be read, so this one lies behind the text
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # a file system without locks
 
 
@@ -17,7 +17,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)  # a file 
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock file `path`, which says who holds it and is removed at the end.
 
-    Raises FileExistsError where another process, or this one, holds it already.
+    Raises FileExistsError if another process, or this one, holds it already.
     """
     descriptor = _taken(path)
     try:
@@ -27,16 +27,16 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         try:
             if os.name != "nt":
-                path.unlink(missing_ok=True)  # while it is held: nobody else's file can stand there
+                path.unlink(missing_ok=True)  # while it is held, so it is our own file that is removed
         finally:
             os.close(descriptor)
         if os.name == "nt":
-            with contextlib.suppress(OSError):  # another one waits for it already
+            with contextlib.suppress(OSError):  # another process has opened it already
                 path.unlink(missing_ok=True)
 
 
 def refuse_locked(path: Path) -> None:
-    """Raise FileExistsError where a process holds the lock file `path`. Leaves no file behind."""
+    """Raise FileExistsError if a process holds the lock file `path`. Leaves no file behind."""
     if path.is_file():
         descriptor = os.open(path, os.O_RDWR)
         try:
@@ -60,7 +60,7 @@ def _taken(path: Path) -> int:
 
 
 def _try(descriptor: int) -> bool:
-    """Whether the lock is ours now. Closing the descriptor, or the end of the process, gives it back."""
+    """Whether the lock is ours now. Closing the descriptor, or the end of the process, releases it."""
     try:
         if sys.platform == "win32":
             import msvcrt

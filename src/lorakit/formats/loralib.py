@@ -2,10 +2,10 @@
 
     <module>.lora_A, <module>.lora_B, and biases as <module>.bias
 
-It holds no alpha, so reading asks for one, and no layer kind, so reading asks how the model's layers lay out their
-factors. Other tensors beside them are modules that were trained whole. Files are read with `weights_only=True`: a
+It holds no alpha, so reading needs one, and no layer kind, so reading asks the model how its layers lay out their
+factors. All other tensors belong to modules that were trained whole. Files are read with `weights_only=True`, so a
 pickle that wants to run code is refused. microsoft/LoRA's training script wraps the tensors as
-{"model_state_dict": …}; both forms are read.
+{"model_state_dict": …}. Both forms are read.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .peft import FILES as PEFTS
 
 name = "loralib"
 limits = (
-    "It holds neither alpha, which is asked for in reading, nor the kinds of the layers, which the model tells. It has "
+    "It holds neither alpha, which `load` must be given, nor the kinds of the layers, which the model tells. It has "
     "no DoRA, no factored convolution and no parameter that is read; all layers have one alpha."
 )
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def recognises(path: Path) -> bool:
-    """A file that is called like one of torch.save, and is none of PEFT's folder."""
+    """Whether the path has an ending that torch.save's files have, and is not one of PEFT's files or a folder."""
     return path.suffix in _SUFFIXES and path.name not in PEFTS and not path.is_dir()
 
 
@@ -59,7 +59,7 @@ def write(adapter: Adapter, path: str | Path) -> None:
                 else "a DoRA layer"
             )
             raise LoraError(f"{module} is {what}, which loralib does not have. Save into a folder (PEFT's format).")
-        # loralib's scale is α/r. A scale of rsLoRA is that one with another B.
+        # loralib's scale is α/r. Multiplying B by √r turns rsLoRA's α/√r into it.
         B = update.B * math.sqrt(update.rank) if update.rslora else update.B
         tensors |= {f"{module}.lora_A": update.A, f"{module}.lora_B": B}
     tensors |= adapter.trained
@@ -71,9 +71,11 @@ def write(adapter: Adapter, path: str | Path) -> None:
 
 
 def read(path: str | Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
-    """The adapter in a loralib file. alpha: `lora_alpha` of the layers it was made with, which the file lacks.
+    """The adapter in a loralib file. alpha: the `lora_alpha` used in training, which the file lacks.
 
-    host: the model that tells how its layers lay out their factors; without one, all are taken for linear layers.
+    host: the model, which tells how its layers lay out their factors. Without it, all are taken for linear layers.
+
+    Raises FileNotFoundError, or LoraError for a missing alpha and for what is wrong with the file.
     """
     layouts = {} if host is None else host.layouts
     if alpha is None:
@@ -92,7 +94,7 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
         layout = layouts.get(module, Matrix())
         if A.dim() != 2 or B.dim() != 2 or layout.rank_of(A, B) < 1:
             raise LoraError(
-                f"{path}: {module}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} are no pair of factors."
+                f"{path}: {module}: lora_A {tuple(A.shape)}, lora_B {tuple(B.shape)} are not a pair of factors."
             )
         updates[module] = Update(layout, A, B, layout.rank_of(A, B), alpha)
     homeless = sorted(key for key in tensors if not updates or _of_an_adapted_layer(key, updates))
@@ -112,16 +114,16 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
 
 
 def _of_an_adapted_layer(key: str, updates: Mapping[str, Update]) -> bool:
-    """Whether it is an adapted layer's frozen weight, or a part of an update that lorakit does not know."""
+    """Whether the key is an adapted layer's frozen weight, or a part of an update that lorakit does not know."""
     module, _, local = key.rpartition(".")
     frozen = local != "bias" and (module in updates or module.removesuffix(".conv") in updates)
     return frozen or local.startswith("lora_")
 
 
 def _by_plain_names(tensors: Mapping[str, Tensor], path: str | Path, layers: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors by the names of the plain model (`core/names.py`). layers: the names of the model's own."""
+    """The tensors by the names of the plain model (`core/names.py`). layers: the names of the model's layers."""
     wrapper = "" if any(name.startswith("module.") for name in layers) else "module."
-    found = {names.plain(key).removeprefix(wrapper): tensor for key, tensor in tensors.items()}
+    found = {names.unwrapped_name(key).removeprefix(wrapper): tensor for key, tensor in tensors.items()}
     if len(found) < len(tensors):
         raise LoraError(f"{path}: two of its names are the same tensor of the model.")
     return found

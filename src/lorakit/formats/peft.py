@@ -6,13 +6,13 @@
     DoRA                           .lora_magnitude_vector (out); convolution (1, out, 1, …)
     trained whole                  <parameter>;  a bias of an adapted layer: .base_layer.bias
 
-Every key begins with `base_model.model.`; parameters that are adapted without a layer have names of their own there
-(`peft_names.py`). Some updates are written as the PEFT layer of the same function: a MergedLinear as one pair with a
-block-diagonal B, of the sum of its blocks' ranks; a grouped convolution, whose groups share A, with A repeated along
-the diagonal, of rank times the groups; experts with A (experts·r, in), expert by expert, and B (out, r·experts), whose
-columns run over the experts first.
+Every key begins with `base_model.model.`. Parameters that are adapted without a layer have other names there
+(`peft_names.py`). Some updates are written as the PEFT layer that computes the same. A MergedLinear is one pair with a
+block-diagonal B, whose rank is the sum of its blocks' ranks. A grouped convolution, whose groups share A, has A
+repeated along the diagonal, and its rank is r times the groups. Experts have A (experts·r, in), expert by expert, and B
+(out, r·experts), whose columns run over the experts first.
 
-Reading refuses what it cannot place: PEFT itself drops unknown tensors without a word.
+Reading refuses what it cannot place. PEFT itself drops unknown tensors silently.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ from .files import check_tensors, read_pickled, read_safetensors, replacing
 from .foreign import refuse
 from .peft_config import CONFIG as CONFIG
 from .peft_config import PeftConfig, first_match, read_config
-from .peft_experts import StackLayout, flattened, stacked
+from .peft_experts import VERSIONS, Era, FileOfStacks, flattened, stacked, turned
 from .peft_keys import PREFIX, Sorted, saved_whole, sort
 from .peft_names import Names, Place, places, target_names, wrapped
-from .renamed import translated
 from .tensors import write_tensors
 
 TENSORS, LEGACY_TENSORS = "adapter_model.safetensors", "adapter_model.bin"
@@ -48,12 +47,12 @@ FILES = (CONFIG, TENSORS, LEGACY_TENSORS)
 name = "peft"
 limits = (
     "It holds no loralib convolution (another rank), no DoRA on some modules only, and no update of an attention's "
-    "out_proj without its in_proj; these two have one rank and alpha. PEFT itself passes over what it cannot place."
+    "out_proj without its in_proj; these two must have one rank and alpha. PEFT itself ignores what it cannot place."
 )
 
 
 def recognises(path: Path) -> bool:
-    """Whatever no other format takes for its own: `read` says what is wrong with it."""
+    """Always true: this format gets what no other one recognises, and `read` says what is wrong with it."""
     return True
 
 
@@ -63,10 +62,15 @@ def write(adapter: Adapter, folder: str | Path) -> None:
     Raises LoraError for what the format cannot hold: loralib's convolutions (another rank), DoRA on some modules
     only, a tensor that is empty, not finite or of integers.
     """
-    updates = {name: _as_peft(name, update) for name, update in adapter.updates.items()}
+    write_of(adapter, folder, "new")
+
+
+def write_of(adapter: Adapter, folder: str | Path, era: Era) -> None:
+    """The same, with the stacks of experts as the PEFT of that time has them."""
+    updates = {name: _as_peft(name, update, era) for name, update in adapter.updates.items()}
     where = places(adapter.updates)
     tensors = _tensors(updates, where, adapter, folder)
-    config = _config(updates, where, adapter)
+    config = _config(updates, where, adapter, era)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / TENSORS) as path:
@@ -76,12 +80,12 @@ def write(adapter: Adapter, folder: str | Path) -> None:
 
 
 def read(path: str | Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
-    """The adapter in a folder, or the one that a file of it belongs to; for a model, by the names that it has.
+    """The adapter in a folder, which may be given by one of its files. The names are those in the file.
 
-    Raises FileNotFoundError, or LoraError naming the file and what is wrong with it. alpha: the configuration has it.
+    Raises FileNotFoundError, or LoraError naming the file and what is wrong with it. alpha: the folder has it; ignored.
 
     host: the model that it is read for. Without one, an attention is named instead of its parameter, experts'
-    parameters come in the order of the configuration, and what counts from a part of the base weight is refused.
+    parameters come in the order of the configuration, and an update relative to W less a part of it is refused.
     """
     path = Path(path)
     if host is not None and not path.exists():
@@ -99,7 +103,7 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
     except ValueError as error:
         raise LoraError(f"{path}: {error}") from None
     targets = config.target_modules
-    adapter = Adapter(
+    return Adapter(
         updates=updates,
         trained=found.trained,
         also_train=saved_whole(config, found.trained),
@@ -111,16 +115,15 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
         base_model=config.base_model,
         task_type=config.task_type,
     )
-    return adapter if host is None else translated(adapter, host)
 
 
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def _as_peft(name: str, update: Update) -> Update:
-    """`update` as the layers that PEFT has."""
+def _as_peft(name: str, update: Update, era: Era) -> Update:
+    """`update` with its factors as PEFT's layers have them."""
     if isinstance(update.layout, Stack):
-        A, B = flattened(update.A, update.B)
+        A, B = flattened(*turned(name, update.A, update.B, update.layout, era))
         return dataclasses.replace(update, A=A, B=B)
     try:
         return update.pair()
@@ -151,12 +154,12 @@ def _tensors(
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 
-def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: Adapter) -> dict[str, Any]:
+def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: Adapter, era: Era) -> dict[str, Any]:
     with_dora = {name for name, update in updates.items() if update.magnitude is not None}
     if with_dora and len(with_dora) < len(updates):
         raise LoraError("PEFT's folder holds DoRA for all modules or for none; here some modules have it and some not.")
     rslora = bool(updates) and all(update.rslora for update in updates.values())
-    # Where the two scales are mixed, α/r says it for all.
+    # If some updates use rsLoRA's scale and some do not, all are written with the scale α/r.
     alphas = {n: u.alpha if u.rslora == rslora else u.scale * u.rank for n, u in updates.items()}
     rank, rank_pattern = _default_and_pattern({where[name].key: update.rank for name, update in updates.items()})
     alpha, alpha_pattern = _default_and_pattern({where[name].key: alpha for name, alpha in alphas.items()})
@@ -178,14 +181,15 @@ def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: 
         "modules_to_save": sorted(adapter.also_train) or None,
         "init_lora_weights": True,
         "inference_mode": True,
-        **({"target_parameters": parameters} if parameters else {}),
+        # The version whose layout the stacks have: it tells W from Wᵀ where the matrices are square.
+        **({"target_parameters": parameters, "peft_version": VERSIONS[era]} if parameters else {}),
     }
 
 
 def _default_and_pattern(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """The commonest value, and the others by module name. Whole numbers are written as integers.
 
-    A name is a pattern on the end of names; one that would select another module with another value is anchored.
+    A name is a pattern for the end of names. If it would also select a module with another value, it is anchored.
     """
     tidy = {name: int(value) if float(value).is_integer() else value for name, value in values.items()}
     default = Counter(tidy.values()).most_common(1)[0][0] if tidy else 8
@@ -211,7 +215,7 @@ def _read_tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _check_saved(config: PeftConfig, trained: Mapping[str, Tensor], host: Host) -> None:
-    """Refuse a file without the tensors of a module of the model that `modules_to_save` names."""
+    """Raise LoraError if `modules_to_save` names a module of the model and the file has no tensors of it."""
     owners = {name.rpartition(".")[0] for name in trained}
     for end in config.modules_to_save:
         named = [
@@ -232,10 +236,10 @@ def _updates(found: Sorted, config: PeftConfig, host: Host | None) -> dict[str, 
         layout = Lookup() if path in found.embeddings else Matrix() if parts["A"].dim() == 2 else Kernel()
         updates[name] = _update(name, layout, parts, config.rank_of(key), config.alpha_of(key), config)
     stacks = {name: update for name, update in updates.items() if isinstance(update.layout, Stack)}
-    turned = StackLayout(config, host, [(name, update.A, update.B) for name, update in stacks.items()])
+    file = FileOfStacks(config, host, [(name, update.A, update.B) for name, update in stacks.items()])
     for name, update in stacks.items():
-        A, B = turned.upright(name, update.A, update.B)
-        updates[name] = dataclasses.replace(update, A=A, B=B)
+        own, A, B = file.read(name, update.A, update.B)
+        updates[name] = dataclasses.replace(update, layout=own, A=A, B=B, parameter=name.rpartition(".")[2])
     if config.residual:
         updates = {name: _at_the_base(name, update, config, host) for name, update in updates.items()}
     return updates
@@ -246,7 +250,7 @@ def _update(
 ) -> Update:
     A, B, magnitude = parts["A"], parts["B"], parts.get("magnitude")
     if A.dim() != B.dim() or A.dim() < 2:
-        raise LoraError(f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} are no pair of factors.")
+        raise LoraError(f"{name}: A {tuple(A.shape)} and B {tuple(B.shape)} are not a pair of factors.")
     if (magnitude is not None) != config.use_dora:
         has = "has a magnitude" if magnitude is not None else "has no magnitude"
         raise LoraError(f"{name} {has}, and {CONFIG} says use_dora={config.use_dora}.")
@@ -267,8 +271,8 @@ def _update(
 def _as_grouped(name: str, update: Update, groups: int) -> Update:
     """PEFT's grouped convolution as an update of the grouped kernel, if it is one.
 
-    PEFT's A (r, in, *k) reads all channels, and each group of B (out, r/groups, 1, …) reads r/groups rows of it. It is
-    an update of the kernel where the rows of a group read that group's channels alone.
+    PEFT's A (r, in, *k) reads all channels, and each group of B (out, r/groups, 1, …) reads r/groups rows of it. This
+    is an update of the kernel only if the rows of each group read only that group's channels.
     """
     total, channels, *kernel = update.A.shape
     outputs, own_rank = update.B.shape[:2]
@@ -276,7 +280,7 @@ def _as_grouped(name: str, update: Update, groups: int) -> Update:
         raise LoraError(f"{name}: {channels} channels and {outputs} outputs do not divide into {groups} groups.")
     A = update.A.view(groups, own_rank, groups, channels // groups, *kernel)
     B = update.B.reshape(groups, outputs // groups, own_rank)
-    # A row that no output of its group uses may read what it likes.
+    # A row that no output of its group uses may read any channel.
     A = A * B.ne(0).any(1).view(groups, own_rank, 1, 1, *(1 for _ in kernel))
     own = torch.stack([A[group, :, group] for group in range(groups)])  # (groups, r/groups, in/groups, *k)
     full = torch.zeros_like(A)
@@ -312,9 +316,9 @@ def _as_grouped(name: str, update: Update, groups: int) -> Update:
 
 
 def _at_the_base(name: str, update: Update, config: PeftConfig, host: Host | None) -> Update:
-    """An update that counts from W − s·B₀A₀ as the one that counts from W: [A; A₀] and [B, −B₀], of twice the rank.
+    """An update that is added to W − s·B₀A₀, as one that is added to W: [A; A₀] and [B, −B₀], with twice the rank.
 
-    B₀A₀ is a part of the base weight, and PEFT computes it anew each time that it reads such a folder.
+    B₀A₀ is a part of the base weight. PEFT computes it again each time that it reads such a folder.
     """
     assert config.residual
     what = f"init_lora_weights={config.residual!r}"
@@ -322,12 +326,14 @@ def _at_the_base(name: str, update: Update, config: PeftConfig, host: Host | Non
         raise LoraError(f"{config.path}: {what} counts from a part of the base weights: read it for a model.")
     weight = host.weight(name)
     if weight is None or not isinstance(update.layout, Matrix):
-        raise LoraError(f"{config.path}: {what}: {name} is no linear layer of {type(host.model).__name__}.")
+        raise LoraError(
+            f"{config.path}: {what}: {name} is not a linear layer of {type(host.model).__name__} with a plain weight."
+        )
     if weight.shape != (update.B.shape[0], update.A.shape[1]):
-        return update  # does not fit, which is said where it is put in
+        return update  # it does not fit, and `insert` says so
     weight = weight.detach().cpu()
     if config.residual == "olora" and host.stored_transposed(name):
-        # PEFT takes the factors of the matrix as it is stored, and they are those of the transposed one.
+        # PEFT takes the factors of the matrix as it is stored, which is the transposed one.
         B, A = (part.T for part in olora(weight.T, update.rank, update.scale))
     elif config.residual == "olora":
         A, B = olora(weight, update.rank, update.scale)

@@ -1,10 +1,11 @@
 """PEFT's `adapter_config.json`: what each of its fields says about the adapter, and what lorakit does with it.
 
-Every field of PEFT's LoraConfig stands in `FIELDS`. It is honoured; or it changes nothing in a finished adapter; or it
-makes the adapter another function than lorakit computes, and a value other than a neutral one is refused by name. A
-field that is not in the table is refused unless it says nothing (null, false, empty): it may change the function.
+Every field of PEFT's LoraConfig is listed in `FIELDS`. Some are honoured. Some change nothing in a finished adapter.
+The others make the adapter compute something that lorakit does not, so they are refused by name unless their value is
+neutral. A field that is not in the table may change what the adapter computes, so it is refused unless its value is
+null, false or empty.
 
-Names and types are checked here, so that nobody else looks into the file.
+Names and types are checked here, so that no other module needs to look into the file.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ Residual = Literal["", "pissa", "olora"]
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done with a field. refused: with a value that is neither neutral nor null, false or empty."""
+    """What is done with a field. "refused" is for values that are neither neutral nor null, false or empty."""
 
     verdict: Verdict
-    says: str  # refused: what the field makes of the adapter; otherwise what it is taken for
+    says: str  # for refused fields what the field does to the adapter, for others its meaning
     neutral: tuple[Any, ...] = ()
 
 
@@ -97,7 +98,7 @@ _CONVERT = (
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The fields that are honoured, checked."""
+    """The fields that are honoured, after all checks."""
 
     path: Path
     r: int
@@ -112,14 +113,14 @@ class PeftConfig:
     modules_to_save: tuple[str, ...] = ()
     target_modules: tuple[str, ...] | str = ()
     target_parameters: tuple[str, ...] = ()
-    residual: Residual = ""  # the update counts from W − s·B₀A₀, with the B₀ and A₀ of this init
+    residual: Residual = ""  # the update is added to W − s·B₀A₀, with the B₀ and A₀ of this init
     base_model: str | None = None
     task_type: str | None = None
     peft_version: str | None = None
     by_peft: bool = False  # PEFT itself wrote it: all of its fields are there
 
     def rank_of(self, name: str) -> int:
-        """The rank of the module of this name, the patterns applied as PEFT applies them."""
+        """The rank of the module of this name. Patterns are applied as PEFT applies them."""
         return first_match(self.rank_pattern, name, self.r)
 
     def alpha_of(self, name: str) -> float:
@@ -130,8 +131,8 @@ class PeftConfig:
 def read_config(folder: str | Path) -> PeftConfig:
     """The configuration in an adapter's folder.
 
-    Raises FileNotFoundError, or ValueError that names the file and the field: for a field of another type or out of its
-    range, and for one that makes the adapter a function that lorakit does not compute.
+    Raises FileNotFoundError, or LoraError that names the file and the field: for a value of another type or out of
+    range, and for a field that makes the adapter compute something that lorakit does not.
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
@@ -173,7 +174,7 @@ def read_config(folder: str | Path) -> PeftConfig:
 
 @dataclass(frozen=True)
 class _Values:
-    """The fields of a file, each taken out with its type checked. null is the default of every optional one."""
+    """The fields of a file, each read with a check of its type. null means the default of an optional field."""
 
     path: Path
     fields: Mapping[str, Any]
@@ -253,7 +254,7 @@ class _Values:
             try:
                 _compiled(pattern)
             except (re.error, OverflowError, RecursionError) as error:
-                raise LoraError(f"{self.path}: {name}: {pattern!r} is no regular expression: {error}.") from None
+                raise LoraError(f"{self.path}: {name}: {pattern!r} is not a regular expression: {error}.") from None
         return {pattern: read(f"{name}[{pattern!r}]", own) for pattern, own in value.items()}
 
 
@@ -270,7 +271,7 @@ def _check_type(values: _Values) -> None:
 
 
 def _residual(values: _Values) -> Residual:
-    """What `init_lora_weights` says of the weight that the update is added to."""
+    """What `init_lora_weights` says about the weight to which the update is added."""
     init = values.fields.get("init_lora_weights")
     if init is None or isinstance(init, bool):
         return ""
@@ -291,20 +292,20 @@ def _residual(values: _Values) -> Residual:
 
 
 def first_match(patterns: Mapping[str, Number], name: str, default: Number) -> Number:
-    """The value of the first pattern that matches `name`, as PEFT matches them: on the end of a name."""
+    """The value of the first pattern that matches the end of `name`, as PEFT matches them, or `default`."""
     return next((value for pattern, value in patterns.items() if _compiled(pattern).match(name)), default)
 
 
 @functools.cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of patterns that a later Python reads in another way
+        warnings.simplefilter("ignore")  # about patterns that a later Python reads in another way
         return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _says_nothing(name: str, value: Any) -> bool:
     if value == {}:
-        return not name.endswith("_config")  # which PEFT makes a configuration of, with its defaults
+        return not name.endswith("_config")  # PEFT makes a configuration with defaults of an empty one
     return value is None or value is False or value in ("", [])
 
 

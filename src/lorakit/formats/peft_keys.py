@@ -1,7 +1,7 @@
 """The keys of PEFT's tensors, as programs in the wild write them, and what each one names.
 
-PEFT itself writes `base_model.model.<module>.lora_A.weight`. Files hold besides: the parts that wrappers put into names
-(`core/names.py`), at the beginning or inside; the adapter's name (`lora_A.default.weight`); and no prefix at all.
+PEFT itself writes `base_model.model.<module>.lora_A.weight`. Keys in files may also have the parts that wrappers add to
+names (`core/names.py`), at the beginning or inside, the adapter's name (`lora_A.default.weight`), or no prefix at all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..core import names
 from ..core.errors import LoraError
 from .foreign import format_by_keys
 from .peft_config import PeftConfig
-from .peft_names import plain
+from .peft_names import without_peft_wrappers
 
 PREFIX = "base_model.model."
 _FACTORS: dict[str, tuple[str, bool]] = {  # end of the key → (Update field, of an embedding)
@@ -33,13 +33,13 @@ _ADAPTER_NAME = re.compile(
     r"|(\.modules_to_save)\.([^.]+)(?=\.)"
 )
 _OF_A_LAYER = re.compile(r"lora_([A-Z]|embedding_[A-Z]|magnitude_vector|diag|arrow|velora_\w+|monteclora_\w+)")
-_UNUSED = (".lora_velora_embed",)  # of the backward pass alone
+_UNUSED = (".lora_velora_embed",)  # these serve only the backward pass
 _COPIES = ".original_module."  # with bias="all" PEFT also saves the untrained copy of a head's bias
 
 
 @dataclass
 class Sorted:
-    """The tensors of a file by what they are."""
+    """The tensors of a file, sorted by their role."""
 
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path → A, B, magnitude
     embeddings: set[str] = field(default_factory=set)  # the paths among them that are embeddings
@@ -47,9 +47,9 @@ class Sorted:
 
 
 def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: Collection[str] | None) -> Sorted:
-    """What each tensor is. known: the names of the model's modules, where there is a model.
+    """The role of each tensor. known: the names of the model's modules, if there is a model.
 
-    where: the file. Raises LoraError listing every key that has no place: PEFT drops such tensors without a word.
+    where: the file, for errors. Raises LoraError listing every key that has no place. PEFT drops such tensors silently.
     """
     keys = _without_wrappers(tensors, where, known)
     found = Sorted()
@@ -66,7 +66,7 @@ def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: C
         elif (".token_adapter." in path or _of_a_layer(path)) and not _saved(path, config):
             homeless.append(key)
         else:
-            found.trained[plain(path)] = tensors[key]
+            found.trained[without_peft_wrappers(path)] = tensors[key]
     for name, parts in list(found.factors.items()):
         if not {"A", "B"} <= parts.keys():
             homeless.append(f"{name}.lora_*")
@@ -81,14 +81,14 @@ def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: C
 def saved_whole(config: PeftConfig, trained: Collection[str]) -> tuple[str, ...]:
     """The modules in which trained tensors lie and that `modules_to_save` names.
 
-    PEFT compares the ends of names as texts: "norm" is input_layernorm too.
+    PEFT compares the ends of names as texts: "norm" also matches input_layernorm.
     """
     hits = {module for name in trained for module in _modules_around(name) if module.endswith(config.modules_to_save)}
     return tuple(sorted(name for name in hits if not any(name.startswith(f"{outer}.") for outer in hits)))
 
 
 def _of_a_layer(path: str) -> bool:
-    """Whether PEFT's layers call a part of `path` so; a module of the user's may begin with lora_ too."""
+    """Whether a part of `path` is a name in PEFT's layers. The user's own modules may begin with lora_ too."""
     return any(_OF_A_LAYER.fullmatch(part) for part in path.split("."))
 
 
@@ -102,11 +102,11 @@ def _modules_around(name: str) -> list[str]:
 
 
 def _without_wrappers(tensors: Mapping[str, Tensor], where: str, known: Collection[str] | None) -> dict[str, str]:
-    """The keys by what they are without wrappers, PEFT's prefix and the adapter's name."""
+    """Each path without wrappers, PEFT's prefix and the adapter's name, with its key in the file."""
     found: dict[str, str] = {}
     adapters: set[str] = set()
     for key in tensors:
-        path, adapter = _without_adapter_name(names.plain(key))
+        path, adapter = _without_adapter_name(names.unwrapped_name(key))
         adapters |= {adapter} if adapter else set()
         path = _without_prefixes(path, known)
         if path in found:
@@ -128,9 +128,9 @@ def _without_adapter_name(key: str) -> tuple[str, str]:
 
 
 def _without_prefixes(path: str, known: Collection[str] | None) -> str:
-    """Without PEFT's prefix, and without DistributedDataParallel's `module.`, inside it and outside.
+    """`path` without PEFT's prefix, and without DistributedDataParallel's `module.` before and after it.
 
-    Once PEFT's is gone, what the model itself calls so stays.
+    A name of the model itself that begins in the same way stays.
     """
     if path.removeprefix("module.").startswith(PREFIX):
         path = path.removeprefix("module.").removeprefix(PREFIX)

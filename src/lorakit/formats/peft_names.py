@@ -1,4 +1,4 @@
-"""PEFT's names for the updates of parameters, which it wraps where lorakit names them.
+"""PEFT's names for the updates of parameters. lorakit names the parameter; PEFT wraps the module that owns it.
 
 lorakit                                    PEFT
 X.in_proj_weight with X.out_proj           X                           a layer for the whole attention, X in
@@ -26,8 +26,8 @@ class Place(NamedTuple):
     """Where PEFT keeps an update."""
 
     path: str  # its tensors are <path>.lora_A.weight, …
-    key: str  # what the patterns of its configuration call it
-    target: str  # which of the configuration's lists names it: target_modules, target_parameters, or none
+    key: str  # its name for the patterns of the configuration
+    target: str  # the configuration's list that names it: target_modules, target_parameters, or none
 
 
 def places(updates: Mapping[str, Update]) -> dict[str, Place]:
@@ -58,15 +58,15 @@ def places(updates: Mapping[str, Update]) -> dict[str, Place]:
 
 
 def wrapped(module: str, where: Mapping[str, Place]) -> str:
-    """The path of a module below PEFT's layers around it, where its biases lie."""
+    """The path of a module inside PEFT's layers around it, where its biases are."""
     around = [place.path for place in where.values() if place.path.replace(_BASE, "") == module]
     return max(around, key=len) + _BASE if around else module
 
 
 def target_names(list_name: str, where: Mapping[str, Place], shortest: Sequence[str]) -> list[str] | str:
-    """The configuration's list of this name; a regular expression where no list of names' ends selects them alone.
+    """The configuration's list of this name, or a regular expression if no list of name endings selects only these.
 
-    shortest: names that select the updates by lorakit's names.
+    shortest: name endings and globs that select the updates by lorakit's names.
     """
     keys = {name: place.key for name, place in where.items() if place.target == list_name}
     same = [name for name, key in keys.items() if name == key]
@@ -88,7 +88,7 @@ def target_names(list_name: str, where: Mapping[str, Place], shortest: Sequence[
 
 @dataclass(frozen=True)
 class Names:
-    """Reads places back."""
+    """Translates PEFT's paths back to lorakit's names."""
 
     targeted: Sequence[str]  # the configuration's target_parameters
     parameters: Mapping[str, tuple[str, ...]] | None  # the matrices of each module of the model, in its order
@@ -119,8 +119,8 @@ class Names:
         return [local for module, _, local in split if module and matching(module, [owner])]
 
 
-def plain(path: str) -> str:
-    """A parameter's own name, from the one under PEFT's wrappers."""
+def without_peft_wrappers(path: str) -> str:
+    """A parameter's name in the plain model, from its name under PEFT's wrappers."""
     return re.sub(r"(\.base_layer)+(?=\.)", "", path).replace(".modules_to_save.", ".")
 
 

@@ -1,16 +1,18 @@
-"""Adapters made before transformers renamed or fused modules, by the names that the model has today.
+"""Adapters that are older than a renaming or fusing of modules in transformers, translated to today's names.
 
-transformers 5 moved the text towers of vision models and fused experts into one stack of matrices. It keeps, for each
-architecture, the rules by which it reads older base models (`transformers.conversion_mapping`); the same rules say
-where an older update belongs:
+transformers 5 moved the text towers of vision models and fused experts into one stack of matrices. For each
+architecture it keeps the rules by which it reads older base models (`transformers.conversion_mapping`). The same rules
+say where an older update belongs:
 
-    renamed         another name
-    chunked         one layer became several: each takes its rows of B, all of them A
+    renamed         a layer has another name
+    chunked         one layer became several: each takes its own rows of B, and all of A
     concatenated    several layers became one: A = [A₁; A₂], B = diag(B₁, B₂)
-    merged          a layer for each expert became a stack: A (experts, r, in), B (experts, out, r); what was
-                    concatenated besides, as above for each expert. A layer that the adapter left alone counts as zero.
+    merged          a layer for each expert became a stack: A (experts, r, in), B (experts, out, r). Layers that were
+                    concatenated as well are treated as above for each expert. A layer without an update counts as zero.
 
-PEFT translates the same, where all of the layers that became one were adapted.
+If A₁ = A₂, the factor is taken once: A = A₁, B = [B₁; B₂].
+
+PEFT makes the same translation if all the layers that became one were adapted.
 """
 
 from __future__ import annotations
@@ -28,16 +30,16 @@ from torch import Tensor
 from ..core.adapter import Adapter, Update
 from ..core.errors import LoraError
 from ..core.host import Host
-from ..core.layouts import Matrix, Stack
+from ..core.layouts import Matrix
 
 _WEIGHT = ".weight"
 
 
 def translated(adapter: Adapter, host: Host) -> Adapter:
-    """`adapter` with the updates and tensors that the model does not know by their names under those that it does.
+    """`adapter` with updates and tensors under the names that the model has today.
 
-    What no rule leads to a module of the model keeps its name. Raises LoraError for what is led to one that it does
-    not fit, and for a magnitude (DoRA) of a layer that is now in a stack.
+    What no rule leads to a module of the model keeps its name. Raises LoraError if a rule leads an update to a module
+    that it does not fit, and for DoRA's magnitude of a layer that is now a part of another.
     """
     known = {*host.modules, *host.parameters}
     routers = {name for name in adapter.updates if "weight" in host.matrices.get(name, ())}
@@ -46,7 +48,7 @@ def translated(adapter: Adapter, host: Host) -> Adapter:
     adapter = dataclasses.replace(
         adapter, updates={_own_weight(name, host): update for name, update in adapter.updates.items()}
     )
-    rules = rules_of(host.model)
+    rules = renaming(host.model)
     if rules is None:
         return adapter
     rename, converters = rules
@@ -76,7 +78,7 @@ class _Source:
     """An update that became a part of another."""
 
     name: str
-    key: str  # its weight's, where all but the fusing is done
+    key: str  # its weight's, after all rules but the fusing
     pattern: str  # of the rule
     update: Update
 
@@ -87,21 +89,35 @@ class _Source:
         return int(match[1]) if match and match.groups() else 0
 
 
-_Rename = Callable[[str], tuple[str, str, "str | None"]]
+Rename = Callable[[str], tuple[str, str, "str | None"]]
 
 
-def rules_of(model: Any) -> tuple[_Rename, Mapping[str, Any]] | None:
-    """transformers' rules for this model: a key → its name today, the same before fusing, the pattern of the rule that
-    fuses it; and the rule for each such pattern. None for a model that is not of transformers.
+def rules_of(model: Any, **wanted: Any) -> tuple[Any, list[Any]] | None:
+    """transformers' module that applies rules to names, and the rules for this model.
+
+    None for a model that is not of transformers, or if its version is older than 5 and has no rules.
+    wanted: arguments of transformers' `get_model_conversion_mapping`.
     """
-    # Nothing is imported: a model of transformers has brought these along, if its version knows them (5 and later).
+    # Nothing is imported: a model of transformers has imported these already, if its version has them (5 and later).
     mapping, loading, modeling = (
         sys.modules.get(f"transformers.{name}")
         for name in ("conversion_mapping", "core_model_loading", "modeling_utils")
     )
     if mapping is None or loading is None or modeling is None or not isinstance(model, modeling.PreTrainedModel):
         return None
-    rules = mapping.get_model_conversion_mapping(model)
+    return loading, mapping.get_model_conversion_mapping(model, **wanted)
+
+
+def renaming(model: Any) -> tuple[Rename, Mapping[str, Any]] | None:
+    """What transformers' rules for this model say about names, or None as `rules_of`.
+
+    The first result maps a key to its name today, its name before fusing, and the pattern of the rule that fuses it.
+    The second one maps each such pattern to its rule.
+    """
+    found = rules_of(model)
+    if found is None:
+        return None
+    loading, rules = found
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, loading.WeightConverter)]
     own = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
@@ -115,7 +131,7 @@ def rules_of(model: Any) -> tuple[_Rename, Mapping[str, Any]] | None:
 
 
 def _fused(target: str, sources: Sequence[_Source], rule: Any, host: Host) -> dict[str, Update]:
-    """The updates that `sources` became by `rule`, by name."""
+    """The updates that `rule` makes of `sources`, by name."""
     operations = [type(operation).__name__ for operation in rule.operations]
     dims = [getattr(operation, "dim", None) for operation in rule.operations]
     if operations == ["Chunk"] and dims == [0]:
@@ -154,12 +170,12 @@ def _concatenated(target: str, sources: Sequence[_Source], patterns: Sequence[st
 
 
 def _merged(target: str, sources: Sequence[_Source], patterns: Sequence[str], host: Host) -> Update:
-    shapes = host.stack(target)
-    if shapes is None:
+    stack = host.stack(target)
+    if stack is None:
         raise LoraError(f"{sources[0].name}: it is a part of {target} now, which {type(host.model).__name__} lacks.")
     if any(source.update.magnitude is not None for source in sources):
         raise LoraError(f"{sources[0].name}: DoRA has no meaning in {target}, the stack of all experts.")
-    (experts, _, inputs), (_, outputs, _) = shapes
+    layout, (experts, outputs, inputs) = stack
     by_expert: dict[int, dict[str, _Source]] = {}
     for source in sources:
         by_expert.setdefault(source.expert, {})[source.pattern] = source
@@ -172,21 +188,23 @@ def _merged(target: str, sources: Sequence[_Source], patterns: Sequence[str], ho
     A, B = like.new_zeros(experts, rank, inputs), like.new_zeros(experts, outputs, rank)
     for expert, (own_A, own_B) in pairs.items():
         A[expert, : len(own_A)], B[expert, :, : len(own_A)] = own_A, own_B
-    return Update(Stack(), A, B, rank, scale * rank, parameter=target.rpartition(".")[2])
+    return Update(layout, A, B, rank, scale * rank, parameter=target.rpartition(".")[2])
 
 
 def _blocks(
     sources: Mapping[str, _Source], patterns: Sequence[str], outputs: int, inputs: int, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A (Σrᵢ, inputs) and B (outputs, Σrᵢ) of the layers that became one, in the rule's order, for one scale of all.
+    """A (Σrᵢ, inputs) and B (outputs, Σrᵢ) of the layers that became one, in the rule's order, with one common scale.
 
-    A layer without an update takes what the others leave of the outputs.
+    The layers without an update share the outputs that the others leave. Layers with the same A need it only once.
     """
     scale = next(iter(sources.values())).update.scale if scale is None else scale
     given = {pattern: source.update.B.shape[0] for pattern, source in sources.items()}
     missing = len(patterns) - len(given)
     left = (outputs - sum(given.values())) // missing if missing else 0
-    row, parts_A, parts_B = 0, [], []
+    row = 0
+    parts_A: list[Tensor] = []
+    parts_B: list[Tensor] = []
     for pattern in patterns:
         source = sources.get(pattern)
         if source is not None:
@@ -202,14 +220,18 @@ def _blocks(
                 )
             B = update.B.new_zeros(outputs, update.rank)
             B[row : row + update.B.shape[0]] = update.B * (update.scale / scale)
-            parts_A.append(update.A)
-            parts_B.append(B)
+            same = next((part for part, A in enumerate(parts_A) if torch.equal(A, update.A)), None)
+            if same is None:
+                parts_A.append(update.A)
+                parts_B.append(B)
+            else:
+                parts_B[same] += B
         row += given.get(pattern, left)
     return torch.cat(parts_A), torch.cat(parts_B, 1)
 
 
 def _own_weight(name: str, host: Host) -> str:
-    """The name of the parameter, where a layer became a module that multiplies by a weight of its own (a router)."""
+    """The name, or that of the weight if a layer became a module that multiplies by its own weight (a router)."""
     return name + _WEIGHT if "weight" in host.matrices.get(name, ()) else name
 
 
@@ -222,5 +244,5 @@ def _moved_module(module: str, moved: Mapping[str, str]) -> str:
 
 
 def in_order(name: str) -> list[tuple[int, str]]:
-    """Sorts "2" before "10"."""
+    """A key by which "2" sorts before "10"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

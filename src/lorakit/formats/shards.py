@@ -66,7 +66,7 @@ class Entry:
         tensor = torch.empty(shape, dtype=DTYPES[self.dtype])
         with self.path.open("rb", buffering=0) as file:
             file.seek(begin)
-            _fill(file, bytes_of(tensor), self.path)
+            _fill(file, raw_bytes(tensor), self.path)
         return tensor
 
 
@@ -193,7 +193,7 @@ class ShardWriter:
         """The next tensor."""
         self._next(name, Planned.of(tensor))
         tensor = tensor.contiguous()
-        _write_all(self._file, bytes_of(tensor))
+        _write_all(self._file, raw_bytes(tensor))
 
     def carry(self, name: str, entry: Entry) -> None:
         """The next tensor, from another file."""
@@ -254,7 +254,7 @@ def _is_file_name(name: Any) -> bool:
     return isinstance(name, str) and Path(name).name == name
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
+def raw_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU, as long as the tensor lives."""
     assert tensor.is_contiguous() and tensor.device.type == "cpu"
     if not tensor.numel():

@@ -1,4 +1,4 @@
-"""Tensors to a .safetensors file without NumPy, which `safetensors.torch.save_file` needs and torch does not."""
+"""Writing a .safetensors file without NumPy, which `safetensors.torch.save_file` needs and torch does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write contiguous tensors that are not empty, with the metadata that readers expect of PyTorch's files."""
-    held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}  # as long as their addresses are in use
+    held = {name: tensor.detach().cpu() for name, tensor in tensors.items()}  # while their addresses are in use
     safetensors.serialize_file({name: _spec(tensor) for name, tensor in held.items()}, path, {"format": "pt"})
 
 

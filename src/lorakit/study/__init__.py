@@ -1,1 +1,1 @@
-"""What an adaptation did to the weights, and the methods to compare it with."""
+"""Measure what an adaptation did to the weights, and compare LoRA with other methods."""

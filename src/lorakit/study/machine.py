@@ -1,4 +1,4 @@
-"""What times were taken on, and by which state of the source: what every table of them says."""
+"""The machine and the state of the source with which times were measured, for the tables of times."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-_ROOT = Path(__file__).resolve().parents[3]  # of the repository, where lorakit runs from it
+_ROOT = Path(__file__).resolve().parents[3]  # the repository, if lorakit runs from it
 
 
 def machine() -> dict[str, str]:
@@ -27,17 +27,17 @@ def machine() -> dict[str, str]:
 
 
 def release() -> str:
-    """lorakit's version and, where it runs from its repository, the commit."""
+    """lorakit's version and, if it runs from its repository, the commit."""
     at = commit()
     return f"{version('lorakit')} at {at}" if at else version("lorakit")
 
 
 def commit() -> str | None:
-    """The commit of the source, and whether the source differs from it. None outside the repository."""
+    """The commit of the source, with "with changes" if the source differs from it. None outside the repository."""
     if not (_ROOT / ".git").exists():
         return None
     head = _git("rev-parse", "--short", "HEAD")
-    # Of the source alone: results are written into the repository while they are made.
+    # Only src counts, because results are written into the repository while they are made.
     return f"{head} with changes" if head and _git("status", "--porcelain", "src") else head
 
 

@@ -1,1 +1,1 @@
-"""Data file to adapter, on transformers and TRL (the extra "train")."""
+"""Train an adapter on a data file, with transformers and TRL (the extra "train")."""

@@ -1,6 +1,6 @@
-"""An adapter's folder: its base, what stands beside it, and what to do with a run's folder that has no adapter yet.
+"""An adapter's folder: its base model, the files beside it, and advice for a run's folder that has no adapter yet.
 
-`locating.py` says where a model lies. No weight is read here.
+`locating.py` finds where a model is. No weight is read here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def is_adapter(path: str | Path) -> bool:
 def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
     """The base model and the adapter's folder that "--model NAME --adapter ADAPTER" means.
 
-    Raises FileNotFoundError for what is not there, ValueError where the two do not go together.
+    Raises FileNotFoundError if one of them is not found, ValueError if the two do not go together.
     """
     if adapter is not None:
         check_adapter(adapter)
@@ -35,13 +35,13 @@ def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
         _refuse_no_model(name)
         return name, adapter
     if is_adapter(name):
-        return base_of(name), name
+        return base_named_by(name), name
     _refuse_no_model(name)
     return name, None
 
 
-def base_of(adapter: str) -> str:
-    """The base model that an adapter's folder names. Raises ValueError when it names none or one that is not here."""
+def base_named_by(adapter: str) -> str:
+    """The base model that an adapter's folder names. Raises ValueError if it names none, or one that is not found."""
     base = adapter_config(adapter).get("base_model_name_or_path")
     give = f"give it: --model BASE --adapter {shlex.quote(adapter)}"
     if not base:
@@ -60,7 +60,7 @@ def adapter_config(adapter: str) -> dict[str, Any]:
 
 
 def check_adapter(folder: str) -> None:
-    """Raise FileNotFoundError for what is no adapter's folder, with what it is instead."""
+    """Raise FileNotFoundError if `folder` is not an adapter's folder; the message says what it is instead."""
     path = Path(expanded(folder))
     if is_adapter(path):
         return
@@ -81,11 +81,11 @@ def beside(adapter: str | Path | None, name: str) -> Path | None:
 
 
 def _refuse_no_model(name: str) -> None:
-    """Raise FileNotFoundError for a name that leads to no model; of an interrupted run's folder say what to do."""
+    """Raise FileNotFoundError if `name` is not a model. For an interrupted run's folder the message says what to do."""
     path = Path(expanded(name))
     if path.is_dir() and not (path / "config.json").is_file() and not any(path.glob("*.gguf")):
         reason = f"{name} is no model folder: it has no config.json and no .gguf file."
-        if (path / "tokenizer_config.json").is_file():  # else `locate` says more
+        if (path / "tokenizer_config.json").is_file():  # otherwise the message of `locate` says more
             raise FileNotFoundError(_unfinished(path) or reason)
         if unfinished := _unfinished(path):
             raise FileNotFoundError(unfinished)

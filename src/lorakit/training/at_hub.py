@@ -1,7 +1,7 @@
-"""Names for which nothing lies here: whether the hub has a model or a data set of that name.
+"""Names that are not on this machine: whether the hub has a model or a data set of that name.
 
-The hub is asked once and waited for a few seconds. The libraries that fetch ask for each file in turn, and again for
-each that fails.
+The hub is asked once, with a time limit of a few seconds. The libraries that download would ask for each file in turn,
+and again for each file that fails.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.reading import missing
-from ..core.words import nearest, suggestion
+from ..core.words import first_line, nearest, suggestion
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -23,24 +23,24 @@ _SECONDS = 10  # to wait for the hub's answer
 
 @dataclass(frozen=True)
 class HubKind:
-    """What may be meant by a name, here or at the hub."""
+    """A kind of thing that a name may stand for, on this machine or at the hub."""
 
-    word: str  # in errors
-    place: str  # what holds one here
-    address: str  # of the hub's, between its host and the id
-    is_one: Callable[[Path], bool]  # of a path that exists
-    is_file: Callable[[Path], bool]  # of a name: whether only a file is called so
-    is_cached: Callable[[str], bool]  # of an id: whether an earlier copy lies here
-    ask: Callable[[HfApi, str, float], object]  # the hub, for an id, within seconds
+    word: str  # its name in errors
+    place: str  # what holds one on this machine, for errors
+    address: str  # the part of its hub address between the host and the id
+    is_one: Callable[[Path], bool]  # whether an existing path is one
+    is_file: Callable[[Path], bool]  # whether a name can only be a file's
+    is_cached: Callable[[str], bool]  # whether this machine has an earlier copy of an id
+    ask: Callable[[HfApi, str, float], object]  # asks the hub for an id, with a time limit in seconds
 
 
 def id_at_hub(name: str, kind: HubKind) -> str:
-    """The id that the hub has `name` under. There is nothing at the path `name`.
+    """The hub's id for `name`. The caller knows that nothing exists at the path `name`.
 
-    Raises FileNotFoundError for what can be no id, with what was perhaps meant; for what the hub lacks; and if it does
-    not answer.
+    Raises FileNotFoundError if `name` cannot be an id (with a suggestion of what was meant), if the hub does not have
+    it, and if the hub does not answer.
     """
-    if name.startswith(_HUB):  # as a browser shows it: surely the hub's, whatever lies here
+    if name.startswith(_HUB):  # an address from a browser always means the hub
         name = "/".join(name.removeprefix(_HUB + kind.address).split("/")[:2])
         _ask(name, kind, "")
         return name
@@ -57,9 +57,9 @@ def id_at_hub(name: str, kind: HubKind) -> str:
 
 
 def _is_path(name: str, path: Path, kind: HubKind) -> bool:
-    """Whether a name that does not exist can be no hub id, or is plainly not meant as one."""
+    """Whether a name that does not exist here cannot be a hub id, or is clearly not meant as one."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # named in no __all__
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in any __all__
 
     if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or "\\" in name:
         return True
@@ -73,7 +73,7 @@ def _is_path(name: str, path: Path, kind: HubKind) -> bool:
 
 
 def _near(path: Path, kind: HubKind) -> str:
-    """Did you mean …?, where one of nearly that name lies here."""
+    """The hint "Did you mean …?" if something here has a similar name; otherwise empty."""
     parents = [path.parent]
     if not path.parent.is_dir():
         parents = [own for own in _entries(Path()) if own.is_dir() and nearest(path.parent.name, [own.name])]
@@ -102,11 +102,7 @@ def _ask(name: str, kind: HubKind, hint: str) -> None:
     except RepositoryNotFoundError:
         raise FileNotFoundError(f"{nothing}, and the hub has no such {kind.word}.{hint}") from None
     except HfHubHTTPError as error:
-        raise FileNotFoundError(f"{nothing}, and the hub answers: {_first_line(error)}{hint}") from None
-    except Exception as error:  # each HTTP library has its own for a network that is not there
-        why = _first_line(error) or type(error).__name__
+        raise FileNotFoundError(f"{nothing}, and the hub answers: {first_line(error)}{hint}") from None
+    except Exception as error:  # each HTTP library has its own error for a missing network
+        why = first_line(error) or type(error).__name__
         raise FileNotFoundError(f"{nothing}, and the hub is not reached ({why}).{hint}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")[:200]

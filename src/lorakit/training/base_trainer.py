@@ -1,7 +1,7 @@
-"""What `train` and `compare` share: transformers' Trainer with a loss of ours, and its arguments, made in one place.
+"""What `train` and `compare` share: transformers' Trainer with lorakit's own loss, and the Trainer's arguments.
 
-Batches in random order by the seed, AdamW, the schedule, clipping and devices are Trainer's. A loss that is NaN or
-infinite ends a run before it changes a weight. Nothing is printed.
+Trainer provides the random order of batches by the seed, AdamW, the schedule, clipping and devices. A loss that is NaN
+or infinite ends a run before it changes a weight. Nothing is printed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 class Schedule(Protocol):
-    """The settings that say how long and how a run trains; those of `train` and of `compare` have them all."""
+    """The settings that say how long and how a run trains. Both TrainConfig and the settings of `compare` have them."""
 
     @property
     def epochs(self) -> float: ...
@@ -42,9 +42,9 @@ class Schedule(Protocol):
 def arguments(
     kind: type[Arguments], schedule: Schedule, *, seed: int, learning_rate: float, warmup: float, **further: Any
 ) -> Arguments:
-    """`kind` (TrainingArguments or a class made from it) as `schedule` says, with the `further` ones of the command.
+    """Make `kind` (TrainingArguments or a subclass) from `schedule` and the command's `further` arguments.
 
-    warmup: steps, or below 1 their share.
+    warmup: a number of steps; below 1, a share of all steps.
     """
     device = best_device().type
     with contextlib.redirect_stdout(io.StringIO()):
@@ -60,7 +60,7 @@ def arguments(
             use_cpu=device == "cpu",
             seed=seed,
             data_seed=seed,
-            # Batches of like length would save the padding, a tenth of the work on short rows, but rows of like length
+            # Batches of rows of similar length would save the padding, a tenth of the work on short rows. But such rows
             # are often of one kind: the demo's exact match fell from 83 % to 76 % (one run each, seed 0).
             train_sampling_strategy="random",
             disable_tqdm=True,
@@ -74,7 +74,7 @@ def arguments(
 
 
 class BaseTrainer(Trainer):
-    """Trainer with `loss_of` for a loss."""
+    """A Trainer whose loss is `loss_of`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -85,7 +85,7 @@ class BaseTrainer(Trainer):
         raise NotImplementedError
 
     def no_number(self, inputs: dict[str, Any], loss: Tensor) -> Exception:
-        """What is raised for a batch whose loss is NaN or infinite."""
+        """The error for a batch whose loss is NaN or infinite."""
         raise NotImplementedError
 
     def compute_loss(

@@ -1,14 +1,14 @@
 """A conversation in the tokenizer's own chat template: its text, and the characters that each learnt turn adds.
 
-The conversation is rendered once. What an assistant turn adds is found by rendering the conversation up to it, with the
-prompt for an answer, and the conversation that ends with it. Templates have habits, and nothing here knows any by name:
+What an assistant turn adds is found by rendering the conversation twice: up to the turn, with the prompt for an answer,
+and to the end of the turn. Templates differ. This file knows no template by name:
 
-- Some always print the prompt for an answer, after the last turn too; that is no part of the turn.
-- Some change earlier turns (they strip their thoughts). Such a turn is read, not learnt.
-- Some take a tool call's arguments as an object, some as text; content that is empty, or null.
-- Some print nothing of tools, tool calls, thoughts or a role. A row that loses what it means is refused.
+- Some always print the prompt for an answer, even after the last turn. It is not part of that turn.
+- Some change earlier turns (they remove the thoughts). Such a turn is read, not learnt.
+- Some take a tool call's arguments as an object, others as text. Some take empty content beside it, others null.
+- Some do not print tools, tool calls, thoughts or a role. A row that would lose its meaning is refused.
 
-What a template prints is found by putting words of our own in the place of a row's.
+To find out what a template prints, this file puts its own words in place of the row's words.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
 Messages = Sequence[dict[str, Any]]
 Tools = Sequence[dict[str, Any]]
 
-# What a model answers or thinks, so that a template that prints nothing of it would teach something else.
+# Keys that hold thoughts. A template that does not print them would teach the model something else.
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_WORD = "lorakit"  # begins words that stand in the place of a row's own
+_WORD = "lorakit"  # the beginning of the words that take the place of a row's words
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, where its learnt turns stand in it, and how many could not be found."""
+    """A conversation as text, and the places of its learnt turns in it."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
-    changed: int = 0  # assistant turns that the template prints otherwise once others follow: read, not learnt
+    spans: tuple[tuple[int, int], ...]  # characters [start, end) of each learnt turn
+    changed: int = 0  # assistant turns that the template changes once others follow: read, not learnt
 
 
-def render(
+def conversation_text(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, *, answer: bool, tools: Tools = (), **options: Any
 ) -> str:
-    """The text of a conversation. answer: with the prompt for an answer. options: of apply_chat_template.
+    """The text of a conversation. answer: add the prompt for an answer. options: arguments of apply_chat_template.
 
-    Raises BadRow with what the template says against it.
+    Raises BadRow with the template's error.
     """
     if not messages:
         return ""
@@ -64,20 +64,20 @@ def render(
 def rendered(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, *, tools: Tools = (), unlearnt: frozenset[int] = frozenset()
 ) -> Rendered:
-    """The conversation, and the spans of its assistant turns but those of the indices in `unlearnt`.
+    """The conversation as text, and the spans of its assistant turns, except the turns whose index is in `unlearnt`.
 
-    Raises BadRow where the template refuses it, or prints nothing of something that changes what the row means.
+    Raises BadRow if the template refuses the conversation, or does not print something that changes its meaning.
     """
     messages = as_template_takes_them(messages, tokenizer, tools)
     always = _always(tokenizer)
-    full = render(messages, tokenizer, answer=False, tools=tools).removesuffix(always.tail)
+    full = conversation_text(messages, tokenizer, answer=False, tools=tools).removesuffix(always.tail)
     _refuse_loss(messages, tokenizer, tools, full)
     spans, changed = [], 0
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index in unlearnt:
             continue
         start = opening(messages[:index], tokenizer, tools)
-        end = render(messages[: index + 1], tokenizer, answer=False, tools=tools).removesuffix(always.tail)
+        end = conversation_text(messages[: index + 1], tokenizer, answer=False, tools=tools).removesuffix(always.tail)
         if full.startswith(end):
             spans.append((_begin(start, end, message["content"]), len(end)))
         else:
@@ -87,23 +87,25 @@ def rendered(
 
 def opening(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools = ()) -> str:
     """The text that an answer follows."""
-    return render(messages, tokenizer, answer=True, tools=tools) + (_always(tokenizer).gap if messages else "")
+    return conversation_text(messages, tokenizer, answer=True, tools=tools) + (
+        _always(tokenizer).gap if messages else ""
+    )
 
 
 def unprinted(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools) -> set[str]:
-    """Keys of messages of which the template prints nothing, those apart that `rendered` refuses."""
+    """Keys of messages that the template does not print. `rendered` already refuses those that change the meaning."""
     messages = as_template_takes_them(messages, tokenizer, tools)
-    full = render(messages, tokenizer, answer=False, tools=tools)
+    full = conversation_text(messages, tokenizer, answer=False, tools=tools)
     keys = {key for message in messages for key in message} - {"role", "content", "tool_calls"}
     return {key for key in keys if _without(key, messages, tokenizer, tools) == full}
 
 
 def prints_date(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools) -> bool:
-    """Whether the text depends on the day: the template asks for the date."""
+    """Whether the text depends on the day, because the template prints the date."""
     own = tokenizer.get_chat_template(tools=list(tools) or None)
     another_day = "{% macro strftime_now(format) %}" + _WORD + "{% endmacro %}"
     today, later = (
-        render(messages, tokenizer, answer=False, tools=tools, chat_template=template)
+        conversation_text(messages, tokenizer, answer=False, tools=tools, chat_template=template)
         for template in (own, another_day + own)
     )
     return today != later
@@ -112,20 +114,22 @@ def prints_date(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: T
 def as_template_takes_them(
     messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools
 ) -> list[dict[str, Any]]:
-    """The messages with their tool calls in the form that the template prints. Raises BadRow where there is none."""
+    """The messages with their tool calls in the form that the template prints. Raises BadRow if it prints no form."""
     if not any("tool_calls" in message for message in messages):
         return list(messages)
     refused = None
     for content in ("", None):
         for as_text in (False, True):
             try:
-                probe = render(_recast(messages, content, as_text, _stand_in), tokenizer, answer=False, tools=tools)
+                probe = conversation_text(
+                    _recast(messages, content, as_text, _stand_in), tokenizer, answer=False, tools=tools
+                )
             except BadRow as bad:
                 refused = refused or bad
                 continue
             count = sum(len(message.get("tool_calls", ())) for message in messages)
             words = [f"{_WORD}{part}{number}_" for number in range(count) for part in ("name", "key", "value")]
-            # A quotation mark of Python, or one that is escaped: the other form is meant.
+            # A Python quotation mark, or an escaped one, shows that the template takes the other form.
             if all(word in probe for word in words) and f"'{_WORD}key" not in probe and f'\\"{_WORD}key' not in probe:
                 return _recast(messages, content, as_text, lambda call, number: call)
     raise refused or BadRow("the chat template does not print tool_calls; use a model whose template knows tools")
@@ -136,10 +140,10 @@ def as_template_takes_them(
 
 @dataclass(frozen=True)
 class _Always:
-    """What a template prints after the last turn though no answer is asked for, and between that and an answer."""
+    """What a template prints around an answer, if it prints the prompt for an answer even when none is asked for."""
 
-    tail: str = ""
-    gap: str = ""
+    tail: str = ""  # after the last turn: the prompt for an answer
+    gap: str = ""  # white space between that prompt and the answer
 
 
 def _always(tokenizer: PreTrainedTokenizerBase) -> _Always:
@@ -152,16 +156,16 @@ def _always_of(tokenizer: PreTrainedTokenizerBase, template: str) -> _Always:
     asked = [{"role": "user", "content": one}]
     answered = [*asked, {"role": "assistant", "content": two}]
     try:
-        plain, prompt = (render(asked, tokenizer, answer=answer) for answer in (False, True))
-        whole = render(answered, tokenizer, answer=False)
-        followed = render([*answered, *asked], tokenizer, answer=False)
+        plain, prompt = (conversation_text(asked, tokenizer, answer=answer) for answer in (False, True))
+        whole = conversation_text(answered, tokenizer, answer=False)
+        followed = conversation_text([*answered, *asked], tokenizer, answer=False)
     except BadRow:
         return _Always()
     after, before_next = whole.rpartition(two)[2], followed.rpartition(two)[2]
     tail = after[_common_prefix(after, before_next) :]
     if plain != prompt or not tail.strip() or not prompt.endswith(tail):
         return _Always()
-    # The prompt for an answer and the next turn begin alike; the turn before them ends with its end token.
+    # The prompt for an answer and the next turn begin with the same text. The turn before them ends with its end token.
     ends = [end for end in tokenizer.get_added_vocab() if end in after and after.index(end) < len(after) - len(tail)]
     first = min(ends, key=after.index, default="")
     tail = after[after.index(first) + len(first) :] if first else tail
@@ -170,18 +174,18 @@ def _always_of(tokenizer: PreTrainedTokenizerBase, template: str) -> _Always:
 
 
 def _begin(start: str, end: str, content: str) -> int:
-    """Where the answer begins in `end`, the text up to its last character."""
+    """Where the answer begins in `end`, the text that ends with the answer. start: the text before the answer."""
     if end.startswith(start):
         return len(start)
-    # The prompt for an answer is printed otherwise than the answer's own beginning (it opens <think>, say).
+    # The prompt for an answer differs from what is printed before an answer (it opens <think>, for example).
     begin = _common_prefix(start, end)
     found = end.rfind(content.strip()) if content.strip() else -1
     return min(begin, found) if found >= 0 else begin
 
 
 def _refuse_loss(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools, full: str) -> None:
-    """Raise BadRow where something that changes what a row means is not printed."""
-    if tools and render(messages, tokenizer, answer=False).removesuffix(_always(tokenizer).tail) == full:
+    """Raise BadRow if the template does not print something that changes the meaning of the row."""
+    if tools and conversation_text(messages, tokenizer, answer=False).removesuffix(_always(tokenizer).tail) == full:
         raise BadRow("the chat template does not print tools; use a model whose template knows tools")
     for key in _THOUGHTS:
         # A template that knows the key leaves earlier thoughts out on purpose.
@@ -194,21 +198,21 @@ def _refuse_loss(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: 
         if message["role"] == "assistant" or not text or text in full:
             continue
         other = [*messages[:index], {**message, "content": _WORD}, *messages[index + 1 :]]
-        if _WORD not in render(other, tokenizer, answer=False, tools=tools):
+        if _WORD not in conversation_text(other, tokenizer, answer=False, tools=tools):
             raise BadRow(f"the chat template does not print the turn of the role {message['role']!r}")
 
 
 def _without(key: str, messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools) -> str:
     rest = [{name: value for name, value in message.items() if name != key} for message in messages]
-    return render(rest, tokenizer, answer=False, tools=tools)
+    return conversation_text(rest, tokenizer, answer=False, tools=tools)
 
 
 def _recast(
     messages: Messages, content: str | None, as_text: bool, change: Callable[[dict[str, Any], int], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The messages with empty content beside tool calls as `content`, and each call changed, by its number.
+    """The messages with changed tool calls: `change(function, number)` replaces the function of each call.
 
-    as_text: the calls' arguments as JSON text.
+    content: replaces empty content beside tool calls. as_text: write the calls' arguments as JSON text.
     """
     number, recast = 0, []
     for message in messages:

@@ -1,7 +1,7 @@
 """The checkpoints of a run: which are there, and which of them are whole.
 
-`trainers.py` writes a checkpoint under another name and renames it, so that an interruption leaves none in pieces. One
-may be in pieces all the same: an older version wrote it, a disk lost a part, or a person removed a file.
+`trainers.py` writes a checkpoint under another name and renames it, so an interruption leaves no partial checkpoint.
+Still, one may be incomplete: an older version wrote it, a disk lost a part, or a person removed a file.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ TRAINER_STATE = "trainer_state.json"
 
 
 def step_of(checkpoint: str | Path) -> int:
-    """The step after which a checkpoint was saved, told by its name; −1 for another name."""
+    """The step after which a checkpoint was saved, from its name; −1 for any other name."""
     found = re.fullmatch(r"checkpoint-(\d+)", Path(checkpoint).name)
     return int(found[1]) if found else -1
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those in `folder`, the oldest first."""
+    """The checkpoints in `folder`, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
     return sorted(found, key=step_of)
 
@@ -93,7 +93,7 @@ def _tensors(path: Path) -> str | None:
 
 
 def _archive(path: Path) -> str | None:
-    """torch.save writes zip files, whose directory stands at their end."""
+    """What is wrong with a file of torch.save: a zip file, whose directory is at its end. None if nothing is."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -5,7 +5,7 @@ A page and a plot name a colour as a CSS variable, `var(--blue)`. The reader's s
 
 from __future__ import annotations
 
-COLOURS = {  # name: (light, dark). No two light values are equal: a plot's colours are told by them (`svg.py`)
+COLOURS = {  # name: (light, dark). No two light values are equal: `svg.py` finds a plot's colours by them
     "ink": ("#1b1f24", "#e6e8eb"),
     "soft": ("#5f6872", "#9aa4ae"),
     "line": ("#d8dde3", "#3a4149"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .settings import check, setting
+from .settings import check_settings, setting
 
 _DATA, _ADAPTER, _TRAINING, _OUTPUT = "model and data", "adapter", "training", "output"
 
@@ -79,7 +79,7 @@ class TrainConfig:
     )
     targets: tuple[str, ...] = setting(
         ("all-linear",),
-        help="modules to adapt: all-linear, ends of names, globs; separated by commas",
+        help="modules to adapt: all-linear, all-linear+experts, ends of names, globs; separated by commas",
         group=_ADAPTER,
         aliases=("target-modules",),
     )
@@ -130,6 +130,11 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", help="dtype of the base weights; auto: bfloat16 if the device is fast at it", group=_TRAINING
     )
+    quantize: Literal["none", "nf4", "int8", "gguf"] = setting(
+        "none",
+        help="quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file",
+        group=_TRAINING,
+    )
     seed: int = setting(0, help="random seed", group=_TRAINING, at_least=0, at_most=2**32 - 1)
 
     eval_steps: int | None = setting(
@@ -159,18 +164,16 @@ class TrainConfig:
     dry_run: bool = setting(False, help="check and plan only, without training", group=_OUTPUT)
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
 
 
 def warnings_for(config: TrainConfig) -> list[str]:
-    """What is allowed but seldom meant."""
+    """Warnings about settings that are allowed but seldom intended."""
     if config.learning_rate < 2e-5:
         return [
-            f"learning rate {config.learning_rate:g} is what full fine-tuning uses; LoRA's factors start at zero and "
-            "need about ten times more: 1e-4 to 5e-4."
+            f"learning rate {config.learning_rate:g} is what full fine-tuning uses; LoRA's factor B starts at zero and "
+            "needs about ten times more: 1e-4 to 5e-4."
         ]
     if config.learning_rate > 5e-3:
-        return [
-            f"learning rate {config.learning_rate:g} is far above what LoRA stands (1e-4 to 1e-3); expect divergence."
-        ]
+        return [f"learning rate {config.learning_rate:g} is far above LoRA's usual 1e-4 to 1e-3; expect divergence."]
     return []

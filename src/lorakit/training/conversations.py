@@ -1,7 +1,7 @@
-"""A list of turns, as the usual programs write them, to messages for a chat template, and which of them are learnt.
+"""Convert a list of turns, as common programs write them, to messages for a chat template, and find the learnt ones.
 
 A turn is {"role", "content"} or ShareGPT's {"from", "value"}. Tool calls, thoughts and whatever else a turn holds stay
-in the message: the chat template prints them, and `chat.py` finds out whether it does.
+in the message. The chat template should print them; `chat.py` checks whether it does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .rows import kind
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
           "system": "system", "tool": "tool", "observation": "tool", "function_call": "assistant",
           "developer": "developer"}  # fmt: skip
-# Keys by which programs say whether a turn is learnt, and the ones that say it the other way round.
+# Keys that mark a turn as learnt, and keys that mark it as not learnt.
 _LEARNT = ("weight", "train", "training", "trainable", "train_on_turn", "learn", "loss", "loss_mask", "loss_weight",
            "step_loss_mask")  # fmt: skip
 _NOT_LEARNT = ("mask", "masked", "ignore_loss")
@@ -31,18 +31,18 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them, and the indices of those assistant turns that are read, not learnt."""
+    """Messages as a chat template takes them, and the indices of the assistant turns that are read, not learnt."""
 
     messages: tuple[dict[str, Any], ...]
     unlearnt: frozenset[int] = frozenset()
 
 
 def conversation(value: Any, *, read_only: int = 0) -> Conversation:
-    """The conversation in a list of turns, or in such a list as JSON text. Nothing of the first turns is learnt.
+    """The conversation in a list of turns, or in such a list as JSON text. Raises BadRow.
 
-    read_only: how many turns are only a prompt. Raises BadRow.
+    read_only: how many of the first turns are only a prompt, so that nothing of them is learnt.
     """
-    turns = as_json(value)
+    turns = parsed_json(value)
     if turns is None:
         raise BadRow("messages is null")
     if not isinstance(turns, list) or not turns:
@@ -67,8 +67,8 @@ def conversation(value: Any, *, read_only: int = 0) -> Conversation:
 
 
 def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
-    """The tools that a row offers: a list of objects, or one as JSON text; none where the key is missing or empty."""
-    tools = as_json(value, "tools")
+    """The tools that a row offers, from a list of objects or such a list as JSON text. Empty without such a key."""
+    tools = parsed_json(value, "tools")
     if is_empty(tools):
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -77,7 +77,7 @@ def tools_of(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for none: null, or NaN as pandas writes it."""
+    """Whether a value is missing: null, or NaN as pandas writes it."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
@@ -86,8 +86,11 @@ def is_empty(value: Any) -> bool:
     return is_missing(value) or value in ("", [], {})
 
 
-def as_json(value: Any, name: str = "") -> Any:
-    """A list or an object that is given as JSON text, as cells of a table hold it; any other value as it is."""
+def parsed_json(value: Any, name: str = "") -> Any:
+    """Parse a list or an object that is given as JSON text, as in the cells of a table. Other values are unchanged.
+
+    name: what BadRow calls text that is not JSON; without a name such text is returned unchanged.
+    """
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
     try:
@@ -113,7 +116,7 @@ def _turn(turn: Any) -> tuple[dict[str, Any], bool]:
     if rest.pop("function_call", None):
         raise BadRow("function_call is the old way to call a tool; write tool_calls")
     content = turn.get(content_key)
-    if str(turn[role_key]).lower() == "function_call" and isinstance(called := as_json(content), dict | list):
+    if str(turn[role_key]).lower() == "function_call" and isinstance(called := parsed_json(content), dict | list):
         rest["tool_calls"], content = (called if isinstance(called, list) else [called]), None
     calls = _calls(rest.pop("tool_calls", None))
     if calls and role != "assistant":
@@ -166,8 +169,8 @@ def _part(part: Any, number: int) -> str:
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:
-    """Tool calls as chat templates take them: {"type", "function": {"name", "arguments"}}, arguments no text."""
-    calls = as_json(value, "tool_calls")
+    """Tool calls as chat templates take them: {"type", "function": {"name", "arguments"}}, with parsed arguments."""
+    calls = parsed_json(value, "tool_calls")
     if is_empty(calls):
         return []
     if not isinstance(calls, list):
@@ -179,6 +182,6 @@ def _call(call: Any, number: int) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow(f"tool_calls {number}: expected {{'function': {{'name', 'arguments'}}}}")
-    arguments = as_json(function.get("arguments"), f"tool_calls {number}: arguments")
+    arguments = parsed_json(function.get("arguments"), f"tool_calls {number}: arguments")
     around = {} if function is call else {key: own for key, own in call.items() if not is_missing(own)}
     return {"type": "function", **around, "function": {**function, "arguments": {} if arguments is None else arguments}}

@@ -1,8 +1,8 @@
-"""Reading training data: every row checked, all bad rows reported at once, and what was decided said.
+"""Read training data. Every row is checked, all bad rows are reported at once, and decisions are noted.
 
 `folders.py` finds the files of each split, `rows.py` reads them, `hub.py` reads data sets of the hub; `shapes.py` makes
-an example of each row, `labels.py` finds what labels are for, and `holdout.py` holds rows out where there is no other
-split. `tokens.py` turns examples into token ids; nothing before it knows a tokenizer.
+an example of each row, `labels.py` finds what labels are for, and `holdout.py` holds rows out if there is no other
+split. `tokens.py` turns examples into token ids; none of the files before it needs a tokenizer.
 
 An existing local path always wins over a hub id, and only a name that could be a hub id is looked up there.
 """
@@ -29,7 +29,7 @@ from .task import Task
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of each split, what they are for, and what was decided in reading them."""
+    """The rows of each split, their task, and notes on what was decided while reading them."""
 
     shape: str
     task: str  # causal-lm | classification | regression
@@ -45,7 +45,7 @@ class Data:
         return ("test", self.test) if self.test else ("valid", self.valid)
 
 
-def read(
+def read_data(
     data: str,
     *,
     fields: Mapping[str, str] | None = None,
@@ -59,12 +59,12 @@ def read(
 
     fields: the file's keys for the roles messages, prompt, completion, text, label ("text": "a,b" is a pair), and
     references, a list of right answers beside or in place of the completion.
-    task: what labels are for, classification or regression; auto: told by the labels.
-    hub: which part of a data set of the hub, where `data` is one.
-    model: the task of the model that the rows are to score; the labels are then its own, and no row names a new class.
+    task: what labels are for, classification or regression; auto: decided by the labels.
+    hub: which part of a hub data set is meant, if `data` is one.
+    model: the task of the model that is scored on the rows. Its labels are then used, and a row cannot name a new one.
     holdout: the share of train that is held out, at random by `seed`, when there is no other split; at most 100 rows.
 
-    Raises DataError listing every bad row, FileNotFoundError for a path that is not there.
+    Raises DataError listing every bad row, and FileNotFoundError if nothing is found at `data`.
     """
     findings = Findings()
     splits = _read_splits(data, hub or Hub(), findings)
@@ -89,7 +89,7 @@ def read(
 def _examples(
     splits: Mapping[str, list[Row]], fields: Mapping[str, str], findings: Findings
 ) -> tuple[str, dict[str, list[Example]]]:
-    """The one shape of all rows, and the example that each is."""
+    """The shape that all rows share, and the examples of each split."""
     examples: dict[str, list[Example]] = {split: [] for split in splits}
     shapes: dict[str, str] = {}
     unread: Counter[str] = Counter()
@@ -134,7 +134,7 @@ def _read_splits(data: str, hub: Hub, findings: Findings) -> dict[str, list[Row]
 def _is_data(path: Path) -> bool:
     try:
         return any(split_files(path).values()) if path.is_dir() else suffixes(path)[0] is not None
-    except (OSError, ValueError):  # a folder that may not be looked into, or that holds a split twice
+    except (OSError, ValueError):  # a folder that cannot be read, or that holds a split twice
         return path.is_dir()
 
 

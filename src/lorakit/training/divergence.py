@@ -1,10 +1,10 @@
-"""Why a loss is NaN or infinite, and whether a training made its model worse: the end of a run that came to nothing.
+"""Why a loss is NaN or infinite, and whether training made a model worse: the errors of a run that failed.
 
-A loss that is NaN or infinite has one of three causes, which a look at the model tells apart:
+A loss that is NaN or infinite has one of three causes, which a check of the model tells apart:
 
-    a weight of the base model is NaN or infinite   the file is damaged, or its dtype too narrow
-    a row makes it so without the adapter too       its label or its text
-    neither                                         the factors have run away: the learning rate is too high
+    a weight of the base model is NaN or infinite   the file is damaged, or its dtype is too narrow
+    a row causes it even without the adapter        the row's label or its text is wrong
+    neither                                         the factors have diverged: the learning rate is too high
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attach import adapted_layers
-from ..core.matrix import precise
+from ..core.evaluating import evaluating
 from ..core.switching import disabled
 
 Batch = dict[str, Any]
 LossOf = Callable[[Batch], Tensor]  # the mean loss of a batch
 
-# A training of rows that it has just seen lowers their loss. Above the base model's by more than this it has diverged.
+# Training lowers the loss of the rows that it has just seen. A run has diverged if their loss is above _WORSE times the
+# base model's plus _WORSE_BY.
 _WORSE = 1.05
 _WORSE_BY = 0.05
-# ‖ΔW‖/‖W‖ over all adapted weights. It is about 0.01 for a usual training, and 15 for a model of a few thousand
+# ‖ΔW‖/‖W‖ over all adapted weights. It is about 0.01 after a usual training run, and 15 for a model of a few thousand
 # random weights that learns twelve rows by heart.
 _RUN_AWAY = 1e4
 _NAMED = 5
 
 
 class Diverged(FloatingPointError):
-    """A run that came to nothing."""
+    """The error of a run whose loss or weights became NaN, infinite, or much worse than the base model's."""
 
 
 def why_no_number(
@@ -47,12 +48,12 @@ def why_no_number(
 ) -> Diverged:
     """The error that says why the loss of `batch` is NaN or infinite at `step`.
 
-    loss_of: the mean loss of a batch. name_of: where the row of a batch of one row comes from.
+    loss_of: the mean loss of a batch. name_of: where the row of a one-row batch comes from.
     """
     said = f"the loss is {loss} at step {step}"
     broken = _not_finite(model, trained=False)
     rows = _rows_of(batch)
-    with torch.no_grad(), disabled(model), _evaluating(model):
+    with torch.no_grad(), disabled(model), evaluating(model):
         bad = [row for row in rows if not torch.isfinite(loss_of(row)).all()]
     if broken:
         met = f" This step met it in: {_listed(bad, name_of)}." if bad else ""
@@ -69,21 +70,21 @@ def why_no_number(
 
 
 def too_high(said: str, rate: float, more: str = "") -> Diverged:
-    """The error for factors that have run away."""
+    """The error for factors that have diverged."""
     return Diverged(f"{said}. The learning rate is probably too high (now {rate:g}); try a tenth of it.{more}")
 
 
 def refuse_diverged(
     model: nn.Module, batches: Sequence[Batch], loss_of: LossOf, rate: float, step: int
 ) -> tuple[float, float]:
-    """The loss of the last batches without and with the adapter. Raises Diverged where it has made them worse.
+    """The loss of the last batches without and with the adapter. Raises Diverged if the adapter makes it worse.
 
-    Weights that are as far from the base model's as no training takes them are a divergence whatever the loss.
+    Weights that are further from the base model's than training can usefully take them also count as divergence.
     """
     change = relative_change(model)
     if not change <= _RUN_AWAY:
         raise too_high(f"the run has diverged after {step} steps: ‖ΔW‖ is {change:.3g} times ‖W‖", rate)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         after = _mean(loss_of(batch) for batch in batches)
         with disabled(model):
             before = _mean(loss_of(batch) for batch in batches)
@@ -97,7 +98,7 @@ def refuse_diverged(
 
 
 def refuse_broken_factors(model: nn.Module, rate: float, step: int) -> None:
-    """Raise Diverged where something that is trained holds NaN or infinite numbers."""
+    """Raise Diverged if a trained parameter holds NaN or infinite numbers."""
     if broken := _not_finite(model, trained=True):
         raise too_high(f"{_names(broken)} after step {step}: NaN or infinite", rate)
 
@@ -107,7 +108,7 @@ def relative_change(model: nn.Module) -> float:
     moved = weights = 0.0
     with torch.no_grad():
         for layer in adapted_layers(model).values():
-            weight = layer.matrix(precise(layer.weight))
+            weight = layer.base_matrix()
             moved += float((layer.adapted_matrix() - weight).double().square().sum())
             weights += float(weight.double().square().sum())
     return math.sqrt(moved) / max(math.sqrt(weights), 1e-30)
@@ -122,7 +123,7 @@ def _not_finite(model: nn.Module, trained: bool) -> list[str]:
 
 
 def _rows_of(batch: Batch) -> list[Batch]:
-    """A batch of one row for each row."""
+    """The rows of a batch, each as a batch of one row."""
     count = len(batch["labels"])
     return [
         {key: value[i : i + 1] if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -142,16 +143,3 @@ def _names(names: Sequence[str]) -> str:
 def _mean(losses: Any) -> float:
     found = [float(loss.mean()) for loss in losses]
     return sum(found) / len(found) if found else 0.0
-
-
-class _evaluating:
-    """A model without its dropout for a while."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.training)

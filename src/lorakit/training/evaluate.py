@@ -33,10 +33,11 @@ def evaluate(
     max_length: int,
     max_new_tokens: int | None = None,
 ) -> Evaluation:
-    """Score the base model and, where the model has an adapter, the adapted one on `examples`.
+    """Score the base model and, if the model has an adapter, the adapted one on `examples`.
 
-    Causal models answer each prompt greedily and are scored by exact match, on plain text by perplexity; classifiers by
-    accuracy, regressions by Pearson's correlation. max_new_tokens=None: 16 more than the longest expected answer.
+    Causal models answer each prompt greedily and are scored by exact match; on plain text they are scored by
+    perplexity. Classifiers are scored by accuracy, regressions by Pearson's correlation.
+    max_new_tokens=None: 16 more than the longest expected answer.
     """
     if not examples:
         return Evaluation(0, split, {}, ())
@@ -75,7 +76,7 @@ def evaluate(
 def _compare_texts(
     loaded: Loaded, split: str, examples: Sequence[Example], style: Style, max_length: int
 ) -> Evaluation:
-    """Perplexity: how many tokens, all equally likely, would be as hard to guess as the texts' own."""
+    """Compare by perplexity: exp of the mean over all tokens of −log p."""
     limit = longest_row(max_length, loaded.model, loaded.tokenizer)
     encoded = encode_all(
         examples, loaded.tokenizer, max_length=limit, too_long="truncate", system=style.system, chat=style.chat
@@ -93,7 +94,7 @@ def _compare_texts(
                 logits = loaded.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, :-1].float()
                 total += float(F.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
             count += len(ids) - 1
-        return math.exp(min(total / max(count, 1), 700.0))  # e⁷⁰⁹ is the largest number
+        return math.exp(min(total / max(count, 1), 700.0))  # exp(710) overflows
 
     with disabled(loaded.model):
         base = perplexity("base model")
@@ -119,9 +120,9 @@ def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[E
 
 
 def predict(loaded: Loaded, data: Data, examples: Sequence[Example], max_length: int, label: str) -> list[Any]:
-    """The class name, or for a regression the number, that the model gives each example, in order.
+    """The class name, or for a regression the number, that the model predicts for each example, in order.
 
-    Rows of like length share a batch. label: what the progress bar calls the model.
+    Rows of similar length share a batch. label: what the progress bar calls the model.
     """
     logits = outputs(loaded, examples, max_length, f"predicting with the {label}")
     if not data.labels:
@@ -131,7 +132,7 @@ def predict(loaded: Loaded, data: Data, examples: Sequence[Example], max_length:
 
 @torch.inference_mode()
 def outputs(loaded: Loaded, examples: Sequence[Example], max_length: int, doing: str) -> torch.Tensor:
-    """The logits of a classifier, or the number of a regression: (examples, classes or 1), in order.
+    """The logits of a classifier or the numbers of a regression, of shape (examples, classes or 1), in order.
 
     Texts are cut at `max_length` tokens and at the model's positions. doing: what the progress bar says.
     """

@@ -38,7 +38,12 @@ class Folded:
 
     layer: AdaptedLayer
     update: Update
-    transposed: bool
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (in, out)."""
+        said = getattr(self.layer, "fan_in_fan_out", False) or getattr(self.layer, "transposed", False)
+        return said or isinstance(self.update.layout, Lookup)
 
 
 class Fold:
@@ -66,9 +71,8 @@ class Fold:
         for name, update in adapter.updates.items():
             layer = _layer_of(name, host)
             weight = _weight_name(name, layer)
-            transposed = isinstance(update.layout, Lookup) or host.stored_transposed(name)
             self._refuse_unmergeable(weight, layer)
-            self.updates[stored.names[weight]] = Folded(layer, update, transposed)
+            self.updates[stored.names[weight]] = Folded(layer, update)
         self.values = {stored.names[name]: value for name, value in adapter.trained.items()}
         self.untied = self._untied(heads)
         self._refuse_homeless()
@@ -86,7 +90,7 @@ class Fold:
 
         dtype: that the base's are rounded to first; None: their own. Raises LoraError for what cannot be taken back.
         """
-        given = {name: cast(tensor, dtype) for name, tensor in self.stored.read(unit).items()}
+        given = {name: as_dtype(tensor, dtype) for name, tensor in self.stored.read(unit).items()}
         unit.check(given)
         parameters = unit.to_model(given)
         for name in list(parameters):
@@ -120,8 +124,8 @@ class Fold:
         """The rows of a parameter as these files hold it, in another dtype."""
         if unit.rule is None:
             entry = entries[unit.names[0]]
-            return lambda first, count: cast(entry.read_rows(first, count), dtype)
-        return _rows_of(cast(unit.to_model(_read(unit, entries))[name], dtype), unit)
+            return lambda first, count: as_dtype(entry.read_rows(first, count), dtype)
+        return _rows_of(as_dtype(unit.to_model(_read(unit, entries))[name], dtype), unit)
 
     def _value(self, name: str, unit: Unit) -> Tensor:
         """What takes the place of the unit's part of a parameter."""
@@ -227,7 +231,7 @@ def _rows_of(whole: Tensor, unit: Unit) -> Rows:
     return lambda first, count: weight[first : first + count]
 
 
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def as_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """In another dtype, where it is a tensor of floating point."""
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are which split: train.jsonl, Test.csv, validation.json.gz, train-00000-of-00002.parquet."""
+"""Find the files of each split: train.jsonl, Test.csv, validation.json.gz, train-00000-of-00002.parquet."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 from ..core.errors import LoraError
 from .rows import SUFFIXES, suffixes
 
-# Under which names a split is looked for, the usual one first.
+# The file names of each split, the usual one first.
 SPLIT_NAMES = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 _SHARD = re.compile(r"[-_.]0*(\d+)(?:[-_]of[-_]0*(\d+))?$")
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of each split that a folder has, shards in their order; of its folder data/ if it has none itself.
+    """The files of each split in a folder, or in its folder data/ if it has none itself. Shards are in their order.
 
-    Raises ValueError for two files that could both be a split, and for a shard that is missing.
+    Raises ValueError if two files could be the same split, or if a shard is missing.
     """
     for place in (folder, folder / "data"):
         files = sorted(entry for entry in place.iterdir() if entry.is_file()) if place.is_dir() else []
@@ -28,14 +28,14 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def no_split(folder: Path, wanted: str) -> FileNotFoundError:
-    """The error of a folder that lacks a split file; it names the data files that are there."""
+    """The error for a folder without the file of a split. It names the data files that are there."""
     there = [entry.name for entry in sorted(folder.iterdir()) if entry.is_file() and suffixes(entry)[0]]
     hint = f" It holds {', '.join(there[:5])}: name the file, --data {folder / there[0]}" if there else ""
     return FileNotFoundError(f"{folder} holds no {wanted} file ({', '.join(SUFFIXES)}).{hint}")
 
 
 def passed_over(found: dict[str, list[Path]]) -> list[str]:
-    """Names of data files beside those of the splits. README.txt and the like are none; config.json may be one."""
+    """Names of data files beside those of the splits. A .txt file does not count; a .json file does."""
     read = {path for files in found.values() for path in files}
     beside = [entry for place in {path.parent for path in read} for entry in sorted(place.iterdir())]
     return [entry.name for entry in beside if suffixes(entry)[0] not in (None, ".txt") and entry not in read]
@@ -71,7 +71,7 @@ def _kind(group: tuple[str, str], groups: dict[tuple[str, str], list[tuple[int, 
 
 
 def _parts(path: Path) -> tuple[str, str]:
-    """The name without the suffixes of its kind and packing, and these."""
+    """The name without its suffixes of kind and compression, and those suffixes."""
     kind, packing = suffixes(path)
     ending = path.name[-len((kind or "") + packing) :]
     return path.name[: -len(ending)], ending

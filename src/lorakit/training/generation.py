@@ -1,8 +1,8 @@
 """Answers from a causal language model: a batch at a time for scoring, or streamed for a person to read.
 
-What decides the next token is what the caller asks for and nothing else. Of the model's generation_config.json its
-tokens alone are kept: penalties, beams, lengths and forced tokens in it are not. An answer ends where the model was
-taught to end one: at the configuration's end tokens, the tokenizer's, and the one that training puts after an answer.
+Only the caller's options decide the next token. From the model's generation_config.json only the end, beginning and
+decoder-start tokens are used; its penalties, beams, lengths and forced tokens are ignored. An answer ends at each of
+these: the configuration's end tokens, the tokenizer's, and the token that training puts after an answer.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from .models import Loaded
 
-_COLDEST = 1e-6  # below it, differences of logits that float32 cannot hold would decide: the likeliest token is meant
+_COLDEST = 1e-6  # a lower temperature means greedy: float32 cannot hold logits divided by it
 
 
 def room(loaded: Loaded, prompt: Sequence[int], wanted: int) -> int:
-    """How many of `wanted` tokens an answer to this prompt can have. Raises ValueError where it can have none."""
+    """How many of `wanted` tokens an answer to this prompt can have. Raises ValueError if it can have none."""
     return _room(positions(loaded.model, loaded.tokenizer), prompt, wanted)
 
 
@@ -50,11 +50,11 @@ def answers(
     batch_size: int = 16,
     search: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
-    """The answer to each prompt (token ids), in order. search: num_beams and the like for `generate`; greedy without.
+    """The answer to each prompt (token ids), in order. search: options of `generate` such as num_beams; None: greedy.
 
-    Prompts of like length share a batch, padded on the left, so that every answer starts at the same column. A prompt
-    that leaves less room than `max_new_tokens` is answered alone, so that none is cut for another's sake. Raises
-    ValueError for a prompt longer than the model's positions.
+    Prompts of similar length share a batch, padded on the left, so that every answer starts at the same column. A
+    prompt that leaves less room than `max_new_tokens` is answered alone, so that it does not shorten other answers.
+    Raises ValueError for a prompt longer than the model's positions.
     """
     prompts = [_started(loaded, prompt) for prompt in prompts]
     limit = positions(loaded.model, loaded.tokenizer)
@@ -74,14 +74,14 @@ def stream(
 ) -> Iterator[str]:
     """Pieces of the answer as they are produced. temperature 0 is greedy.
 
-    The pieces together are the answer that `answers` gives. Closing the iterator, or an interrupt while it waits, stops
-    the generation. Raises ValueError for a prompt longer than the model's positions.
+    With temperature 0 the joined pieces are the answer that `answers` gives. Closing the iterator, or an interrupt
+    while it waits, stops the generation. Raises ValueError for a prompt longer than the model's positions.
     """
     prompt = _started(loaded, prompt)
     limit = room(loaded, prompt, max_new_tokens)
     sampling: dict[str, Any] = {}
     if temperature >= _COLDEST:
-        # top_k=0: transformers would draw from the 50 likeliest alone
+        # top_k=0: by default transformers draws only from the 50 likeliest tokens
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     tokens = _Tokens()
 
@@ -106,7 +106,7 @@ def stream(
 
 
 class _Tokens:
-    """The tokens of one answer, from the thread that makes them to the one that shows them; `generate`'s streamer."""
+    """`generate`'s streamer: passes the tokens of one answer from the thread that makes them to the one that waits."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -130,7 +130,7 @@ class _Tokens:
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, tokens: _Tokens) -> Iterator[str]:
-    """What each token adds to the text of all of them; half a character waits for its other half."""
+    """The text that each token adds. A token that ends within a character waits until the character is complete."""
     ids: list[int] = []
     shown = ""
     for new in tokens:
@@ -147,7 +147,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _batches(prompts: Sequence[list[int]], rooms: Sequence[int], wanted: int, size: int) -> Iterator[list[int]]:
-    """Which prompts are answered together."""
+    """The indices of the prompts that are answered together."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     together = [index for index in order if rooms[index] == wanted]
     yield from (together[start : start + size] for start in range(0, len(together), size))
@@ -166,7 +166,7 @@ def _generate(loaded: Loaded, prompts: list[list[int]], limit: int, options: Map
 
     pad = loaded.tokenizer.pad_token_id
     if pad is None:
-        pad = 0  # masked wherever it stands
+        pad = 0  # any id will do: padding is masked
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=loaded.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=loaded.device)
@@ -177,7 +177,7 @@ def _generate(loaded: Loaded, prompts: list[list[int]], limit: int, options: Map
         bos_token_id=None if own is None else own.bos_token_id,
         decoder_start_token_id=None if own is None else own.decoder_start_token_id,
     )
-    loaded.model.generation_config = bare  # transformers fills what the caller leaves open from the model's own
+    loaded.model.generation_config = bare  # transformers takes missing options from here
     settings = {"max_new_tokens": limit, "do_sample": False, **options}
     try:
         output: torch.Tensor = loaded.model.generate(input_ids=ids, attention_mask=mask, **settings)
@@ -187,7 +187,7 @@ def _generate(loaded: Loaded, prompts: list[list[int]], limit: int, options: Map
 
 
 def end_tokens(loaded: Loaded) -> list[int]:
-    """Where an answer ends, in the order of the token ids."""
+    """The tokens that end an answer, sorted by id."""
     own = getattr(loaded.model.generation_config, "eos_token_id", None)
     ends = {*(own if isinstance(own, list) else [own]), loaded.tokenizer.eos_token_id}
     learnt = _learnt_end(loaded.tokenizer)
@@ -195,7 +195,7 @@ def end_tokens(loaded: Loaded) -> list[int]:
 
 
 def _learnt_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that training in the chat template puts after an answer; None without a template that takes a pair."""
+    """The token that training in the chat template puts after an answer; None without a template that takes answers."""
     from jinja2 import TemplateError
 
     if tokenizer.chat_template is None:
@@ -207,7 +207,7 @@ def _learnt_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def _started(loaded: Loaded, prompt: Sequence[int]) -> list[int]:
-    """The prompt; an empty one begins with the token that begins every text. Raises ValueError without one."""
+    """The prompt; for an empty one, the BOS token. Raises ValueError if the tokenizer has no BOS token."""
     if prompt:
         return list(prompt)
     first = loaded.tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""Gradient checkpointing by the names that the installed transformers has for it: it was renamed."""
+"""Gradient checkpointing under the name that the installed version of transformers has for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def checkpointing(wanted: bool) -> dict[str, bool]:
-    """The argument of `TrainingArguments`."""
+    """The argument of `TrainingArguments` that turns it on or off."""
     from transformers import TrainingArguments
 
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -20,7 +20,7 @@ def begin_checkpointing(model: Any) -> None:
 
 
 def end_checkpointing(model: Any) -> None:
-    """Trainer begins it and leaves it: a model may serve several runs, and the next one has settings of its own."""
+    """Turn it off. Trainer only turns it on, but the next run on the same model may have other settings."""
     renamed = hasattr(model, "activation_checkpointing_disable")
     (model.activation_checkpointing_disable if renamed else model.gradient_checkpointing_disable)()
-    model.disable_input_require_grads()  # put in with it, and not taken out
+    model.disable_input_require_grads()  # turned on with checkpointing, but not turned off with it

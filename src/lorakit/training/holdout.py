@@ -1,4 +1,6 @@
-"""Rows held out of the training split: none of them trained on as well, and no class left without a row to learn."""
+"""Hold rows out of the training split. If possible, none has the same question as a training row, and each class keeps
+a training row.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ _MOST = 100
 
 
 def hold_out(rows: Sequence[Example], share: float, seed: int, notes: list[str]) -> tuple[list[Example], list[Example]]:
-    """What is left to train on, and what is held out: `share` of the rows, at random by `seed`, at most 100.
+    """The rows left to train on, and the held-out rows: `share` of all, at random by `seed`, at most 100.
 
-    Rows that ask the same go to one side together, so that what is measured was not trained on; where that would leave
-    nothing to train or to hold out, they are parted, and a note says so.
+    Rows that ask the same stay together, so that no question that is measured was trained on. If that would leave
+    nothing to train on or to hold out, they are separated, and a note says so.
     """
     if not share or len(rows) < 2:
         return list(rows), []
@@ -34,7 +36,7 @@ def hold_out(rows: Sequence[Example], share: float, seed: int, notes: list[str])
 
 
 def note_repeats(splits: dict[str, list[Example]], notes: list[str]) -> None:
-    """Say how many held-out rows ask what a training row asks."""
+    """Add a note on how many held-out rows ask the same as a training row."""
     trained = {_asked(row) for row in splits["train"]}
     for split in ("valid", "test"):
         rows = splits.get(split, [])
@@ -46,7 +48,10 @@ def note_repeats(splits: dict[str, list[Example]], notes: list[str]) -> None:
 
 
 def _whole_groups(rows: Sequence[Example], drawn: Sequence[int], order: random.Random) -> set[int]:
-    """The draw, changed where it parts rows that ask the same or takes the last rows of a class; perhaps empty."""
+    """The drawn rows, changed so that rows that ask the same stay together and no class loses its last row.
+
+    The result may be empty.
+    """
     groups: dict[Any, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(_asked(row), []).append(index)
@@ -55,7 +60,7 @@ def _whole_groups(rows: Sequence[Example], drawn: Sequence[int], order: random.R
 
     def take(group: list[int], limit: int) -> None:
         gone = Counter(_class(rows[index]) for index in group)
-        # Without classes all rows are of one, so that something is left to train on.
+        # Rows without a class count as one class, so that something is left to train on.
         if len(chosen) + len(group) <= limit and all(left[label] > many for label, many in gone.items()):
             chosen.update(group)
             left.subtract(gone)
@@ -65,19 +70,19 @@ def _whole_groups(rows: Sequence[Example], drawn: Sequence[int], order: random.R
     candidates = list({_asked(rows[index]): groups[_asked(rows[index])] for index in (*drawn, *rest)}.values())
     for group in candidates:
         take(group, len(drawn))
-    if not chosen:  # every group is larger than the share: the smallest, if it is not much larger
+    if not chosen:  # every group is larger than the share: take the smallest, if it is not much larger
         for group in sorted(candidates, key=len):
             take(group, 0 if chosen else 2 * len(drawn))
     return chosen
 
 
 def _class(row: Example) -> str:
-    """The class of a row, the same one for all rows that have none or a number to predict."""
+    """The class of a row; "" for all rows without a class."""
     return row.label if isinstance(row.label, str) else ""
 
 
 def _asked(row: Example) -> str:
-    """What a row asks, the same for rows whose answers could be known from one another."""
+    """What a row asks, as text. Rows with equal text reveal each other's answers."""
     asked: Any = row.prompt
     if row.messages is not None:
         asked = [row.messages[:-1], row.tools]

@@ -1,7 +1,6 @@
 """The pages' templates: jinja2 files in `lorakit/templates`, which all extend `base.html.j2`.
 
-What is put into a template is escaped, but for the plots of `svg.py`. A name that a template asks for and is not given
-is an error.
+Values are escaped, except for the plots of `svg.py`. A name that a template uses and that has no value is an error.
 """
 
 from __future__ import annotations
@@ -21,6 +20,6 @@ _TEMPLATES = Environment(
 )
 
 
-def render(template: str, **values: Any) -> str:
-    """A page as HTML: one file that needs no other, light or dark as its reader's screen is."""
+def fill_template(template: str, **values: Any) -> str:
+    """A page as one self-contained HTML file, light or dark like its reader's screen."""
     return _TEMPLATES.get_template(template).render(style=f"{colours.rules()}\n{svg.RULES}", **values)

@@ -1,4 +1,4 @@
-"""Data sets of the hub to rows: which subset, which revision, which of its splits are train, valid and test."""
+"""Read the rows of a hub data set: which subset, which revision, and which splits are train, valid and test."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..core.errors import LoraError
 from .folders import SPLIT_NAMES
 from .rows import Row, of_columns
 
-# Where the hub keeps a copy of a data set as files subset/split/*.parquet, of those too whose own files are a script.
+# Here the hub keeps a copy of a data set as files subset/split/*.parquet, even if its own files are a script.
 _CONVERTED = "refs/convert/parquet"
 _CONVERTED_FOLDER = "hf://datasets/{name}@refs%2Fconvert%2Fparquet"
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Which part of a hub data set is meant, where its id alone does not say."""
+    """Which part of a hub data set is meant, if its id alone does not say."""
 
     subset: str | None = None  # its configuration
     revision: str | None = None
@@ -27,7 +27,7 @@ class Hub:
 def read_hub(name: str, hub: Hub) -> dict[str, list[Row]]:
     """The rows of each split of a data set.
 
-    Raises ValueError for a subset or split that it does not have, and what `datasets` raises where it is not reached.
+    Raises ValueError for a subset or split that it does not have, and what `datasets` raises if the hub is not reached.
     """
     from datasets import load_dataset
 
@@ -45,7 +45,7 @@ def read_hub(name: str, hub: Hub) -> dict[str, list[Row]]:
 
 
 def is_cached(name: str) -> bool:
-    """Whether an earlier copy of a data set lies here, as `datasets` made it or as the hub's client fetched it."""
+    """Whether this machine has an earlier copy of a data set, made by `datasets` or downloaded by the hub's client."""
     from datasets.config import HF_DATASETS_CACHE
     from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -54,9 +54,9 @@ def is_cached(name: str) -> bool:
 
 
 def _chosen_splits(name: str, hub: Hub, there: Collection[str]) -> dict[str, str]:
-    """train, valid and test → the split of the data set that each is. Where splits are named, others are not meant."""
+    """train, valid and test → the name of that split in the data set. If the user names splits, no others are used."""
     named = {split: own for split, own in hub.splits.items() if own is not None}
-    # The first of several usual names is the last to be written.
+    # In reverse, so that the first of several usual names wins.
     usual = {split: stem for split, stems in SPLIT_NAMES.items() for stem in reversed(stems) if stem in there}
     chosen = {"train": "train", **(named or usual)}
     if missing := [own for own in chosen.values() if own not in there]:
@@ -67,7 +67,7 @@ def _chosen_splits(name: str, hub: Hub, there: Collection[str]) -> dict[str, str
 def _converted_files(name: str, subset: str) -> dict[str, str]:
     """The splits in the hub's Parquet copy of a data set, and the pattern of each one's files.
 
-    load_dataset takes the folders of that revision for no subsets, so they are named to it as files.
+    load_dataset does not take the folders of that revision for subsets, so it is given their files.
     """
     from fsspec.core import url_to_fs
 

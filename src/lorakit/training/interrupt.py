@@ -1,6 +1,7 @@
-"""Ctrl-C and a scheduler's SIGTERM while training: the step in hand is finished, saved, and the run ends.
+"""Ctrl-C and a scheduler's SIGTERM during training: the current step is finished and saved, and the run ends.
 
-A second one ends it at once. With several processes it ends at once too: they would have to agree on a step first.
+A second signal ends the run at once. With several processes the first signal does, because they would have to agree on
+a step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .plan import processes
 
 
 class Interrupted(KeyboardInterrupt):
-    """The end of a run that was interrupted, and what to do next. code: the exit code of the program."""
+    """Raised for an interrupted run; the message says what to do next. code: the exit code of the program."""
 
     def __init__(self, message: str, code: int = 130) -> None:
         super().__init__(message)
@@ -27,14 +28,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class SaveAndStop(TrainerCallback):
-    """Ends a training after the step in which a signal came, with a checkpoint."""
+    """Saves a checkpoint after the step in which a signal came, and ends the run."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
 
     @contextmanager
     def heeding(self) -> Iterator[None]:
-        """Inside, signals are heeded as above. Python lets the main thread alone do so."""
+        """Within the block, signals are handled as above. Python allows this only in the main thread."""
         if processes() > 1 or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -52,8 +53,8 @@ class SaveAndStop(TrainerCallback):
         print("\nfinishing and saving this step; once more stops at once", file=sys.stderr, flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # At the end of an epoch the held-out loss comes first, as it does in a run that is not interrupted: drawing
-        # its batches moves the random numbers on.
+        # At the end of an epoch, `on_epoch_end` saves: the held-out loss comes first, as in a run without interruption,
+        # because drawing its batches advances the random numbers.
         if self.signal is not None and state.global_step < state.max_steps and not float(state.epoch).is_integer():
             control.should_save = True
 

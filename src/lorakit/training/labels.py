@@ -1,4 +1,4 @@
-"""What labels are for: classes, or numbers to predict."""
+"""Find what labels are for: classes, or numbers to predict."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Splits = Mapping[str, list[Example]]
 
 
 def with_labels(splits: Splits, task: str, notes: list[str]) -> tuple[str, tuple[str, ...], dict[str, list[Example]]]:
-    """Task, classes (none for a regression) and the examples with their labels as the task needs them.
+    """The task, its classes (none for a regression), and the examples with labels in the form that the task needs.
 
-    task: "classification", "regression", or "auto": a regression where all labels are numbers and one has a fraction.
-    Raises DataError for labels that the task cannot have, and where there is nothing to tell apart.
+    task: "classification", "regression", or "auto": a regression if all labels are numbers and one has a fraction.
+    Raises DataError for labels that the task cannot have, and if all training labels are equal.
     """
     everything = [example for rows in splits.values() for example in rows]
     words = [example for example in everything if number_of(example.label) is None]
     fraction = next((e for e in everything if (n := number_of(e.label)) is not None and not n.is_integer()), None)
     if task == "regression" or (task == "auto" and fraction is not None):
         if words:
-            # One word among numbers would make a class of each of the numbers.
+            # Otherwise one word among numbers would turn every number into a class.
             why = "--task regression"
             if task == "auto" and fraction is not None:
                 why = f"{fraction.where} has {fraction.label}; for classes: --task classification"
@@ -57,7 +57,7 @@ def _told_apart(labels: Collection[str | float | None]) -> None:
 
 
 def number_of(label: str | float | None) -> float | None:
-    """The number that a label is, or None for a word."""
+    """The label as a finite number, or None for any other label."""
     try:
         number = float(label) if label is not None else math.nan
     except (ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Where a model is: a folder, a .gguf file, or the hub. What is found nowhere is an error at once, not after retries.
+"""Find a model: a folder, a .gguf file, or the hub. A model that is found nowhere is an error at once, without retries.
 
 An existing local path always wins over a hub id, and then nothing is fetched.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..core.reading import json_of, refuse_pointer
+from ..core.words import first_line
 from .at_hub import HubKind, id_at_hub
 
 _JSON = (
@@ -24,8 +25,8 @@ _JSON = (
 def locate(name: str) -> tuple[str, dict[str, Any]]:
     """The folder or hub id to load from, and the options it needs.
 
-    Raises FileNotFoundError for what is neither, naming the folder that was perhaps meant; ValueError for a folder
-    that holds several models.
+    Raises FileNotFoundError for any other name, with the folder that was perhaps meant; ValueError for a folder that
+    holds several models.
     """
     path = Path(expanded(name))
     if path.is_file() and path.suffix == ".gguf":
@@ -39,9 +40,9 @@ def locate(name: str) -> tuple[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def reading(name: str, folder: str) -> Iterator[None]:
-    """Whatever the libraries underneath raise while they read a model becomes a ValueError that names what is broken.
+    """Turn what libraries raise while they read a model into a ValueError that names what is broken.
 
-    Lack of memory and of packages is left as it is.
+    Errors for a lack of memory or of packages are left unchanged.
     """
     try:
         yield
@@ -94,7 +95,7 @@ _MODEL = HubKind(
 
 
 def _refuse_broken(folder: Path) -> None:
-    """Raise ValueError for the first file of a model's folder that is not what its name says."""
+    """Raise ValueError for the first broken file of a model's folder."""
     import safetensors
 
     for path in filter(Path.is_file, map(folder.joinpath, _JSON)):
@@ -105,6 +106,6 @@ def _refuse_broken(folder: Path) -> None:
             with safetensors.safe_open(path, framework="pt"):
                 pass
         except (safetensors.SafetensorError, OSError) as error:
-            raise LoraError(f"{path}: no complete safetensors file: {str(error).splitlines()[0]}.") from None
+            raise LoraError(f"{path}: no complete safetensors file: {first_line(error)}.") from None
     for path in sorted([*folder.glob("*.gguf"), *folder.glob("*.bin"), *folder.glob("*.model")]):
         refuse_pointer(path)

@@ -1,7 +1,7 @@
 """From a data file to a checked adapter: check, train, compare, write.
 
-Everything that can be wrong with the data or the settings is found before a weight is loaded, and nothing is written
-before that. What the output folder holds is listed in docs/design.md.
+Errors in the data or the settings are found before a weight is loaded or a file is written. docs/design.md lists what
+the output folder holds.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .memory import few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .pace import Pace, padded_tokens
 from .plan import processes
-from .preflight import refuse_too_large
+from .preflight import refuse_large_run
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
 from .quiet import quiet_libraries
-from .record import base_of, longer_or_shorter, record_of, refuse_differences
+from .record import base_fingerprint, longer_or_shorter, refuse_differences, run_record
 from .settings import to_yaml
 from .start import TRAINING, Start, decided, start_of
 from .tokens import encode, encode_text
@@ -49,12 +49,12 @@ def train(config: TrainConfig) -> Path:
 
     Prints the start block, progress, and at the end the base model and the adapter side by side on held-out rows.
     Raises what `prepare` and `start_of` raise; ValueError for a checkpoint of a run with other settings; Diverged, a
-    FloatingPointError, for a run that came to nothing; Interrupted, a KeyboardInterrupt, with what to do next. Runs
-    under torchrun and `accelerate launch`, where the first process alone decides, prints and writes.
+    FloatingPointError, for a run that diverged; Interrupted, a KeyboardInterrupt, with what to do next. Runs under
+    torchrun and `accelerate launch`, where only the first process decides, prints and writes.
     """
     start = start_of(config) if is_main() and not config.dry_run else Start()
     prepared = prepare(config)
-    record = record_of(prepared)
+    record = run_record(prepared)
     if is_main() and start.record is not None:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
         if start.finished and start.checkpoint is None and start.record.get("steps") != record["steps"]:
@@ -70,13 +70,13 @@ def train(config: TrainConfig) -> Path:
     _say(start_block(prepared))
     for line in start.said:
         _say(line)
-    refuse_too_large(prepared)
+    refuse_large_run(prepared)
     if config.dry_run:
         return Path(config.output_dir)
 
     torch.manual_seed(config.seed)
     loaded = _load(prepared)
-    record["base"] = base_of(loaded)
+    record["base"] = base_fingerprint(loaded)
     if is_main() and start.record is not None:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
     if prepared.data.task == "causal-lm":
@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> Path:
             _leave_nothing_unless_trained(out, folder)
             if isinstance(error, Diverged) and checkpoints(folder.path):
                 raise Diverged(
-                    f"{error} {folder} keeps its checkpoints; --overwrite trains anew in its place."
+                    f"{error} {folder} keeps its checkpoints; --overwrite replaces it by a new run."
                 ) from None
             raise
         if is_main() and start.beside:
@@ -111,7 +111,7 @@ def _run(
     prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]
 ) -> tuple[Progress, report.Evaluation | None]:
     """Train and write everything into `folder`."""
-    if is_main() and not (folder.path / peft.TENSORS).is_file():  # an adapter keeps its own settings beside it
+    if is_main() and not (folder.path / peft.TENSORS).is_file():  # an adapter that is there keeps its settings
         with folder.writing() as part:
             _write_settings(prepared, loaded, part)
     progress = _fit(prepared, loaded, folder, start, record)
@@ -140,21 +140,21 @@ def _run(
 
 
 def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers: tuple[str, ...]) -> None:
-    """Remove what an earlier run left, where this one is new, and note what this one is."""
+    """Remove what an earlier run left, if this run starts from the beginning, and write the note of this run."""
     if start.anew:
         folder.clear()
     folder.begin(record)
-    # What is written by and by; "all" may be TensorBoard too.
+    # These grow during the run. "all" may include TensorBoard.
     folder.add("metrics.jsonl", *(["runs"] if {"tensorboard", "all"} & set(trackers) else []))
 
 
 def _interrupted(out: OutputFolder, folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
-    """The error that says how to go on."""
+    """The error that says how to continue."""
     code = error.code if isinstance(error, Interrupted) else 130
     checkpoint, _ = newest_whole(folder.path)
     if checkpoint is None:
         _leave_nothing_unless_trained(out, folder)
-        return Interrupted("interrupted before the first checkpoint: the same command starts anew.", code)
+        return Interrupted("interrupted before the first checkpoint: the same command starts over.", code)
     return Interrupted(
         f"interrupted; {checkpoint} is saved. The same command goes on from it with --resume auto "
         "(in place of --overwrite, where that was given).",
@@ -163,7 +163,7 @@ def _interrupted(out: OutputFolder, folder: OutputFolder, error: KeyboardInterru
 
 
 def _leave_nothing_unless_trained(out: OutputFolder, folder: OutputFolder) -> None:
-    """Remove the beginnings of a run that failed before its first step was noted."""
+    """Remove the files of a run that failed before its first step was logged."""
     if not is_main() or checkpoints(folder.path) or (folder.path / peft.TENSORS).is_file():
         return
     metrics = folder.path / "metrics.jsonl"
@@ -174,10 +174,13 @@ def _leave_nothing_unless_trained(out: OutputFolder, folder: OutputFolder) -> No
 
 
 def _load(prepared: Prepared) -> Loaded:
-    labels, dtype = labels_of(prepared.data), weights_dtype(prepared.config, prepared.data)
+    config, labels = prepared.config, labels_of(prepared.data)
+    how: dict[str, Any] = dict(
+        dtype=weights_dtype(config, prepared.data), quantize=config.quantize, tokenizer=prepared.tokenizer
+    )
     if labels is None:
-        return load_causal_lm(prepared.config.model, dtype=dtype, tokenizer=prepared.tokenizer)
-    return load_classifier(prepared.config.model, labels=labels, dtype=dtype, tokenizer=prepared.tokenizer)
+        return load_causal_lm(config.model, **how)
+    return load_classifier(config.model, labels=labels, **how)
 
 
 def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:
@@ -250,7 +253,7 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
 
 
 def _pace(prepared: Prepared) -> Pace:
-    """As many rows as fall to each process."""
+    """The pace of one process, for its share of the rows."""
     config, steps_an_epoch = prepared.config, prepared.plan.steps_an_epoch
     lengths, heldout = ([len(row["input_ids"]) for row in part] for part in (prepared.train, prepared.valid))
     tokens = padded_tokens(lengths, config.batch_size, shuffled=True) / processes()
@@ -281,7 +284,7 @@ def _where(prepared: Prepared, row: dict[str, Any]) -> str:
 
 
 def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:
-    """What is needed to run this again. What says how it was started is left out: a copy overwrites nothing."""
+    """Write what is needed to run this again, without --resume and --overwrite: a repeated run overwrites nothing."""
     config = dataclasses.replace(prepared.config, resume=None, overwrite=False)
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     labels = labels_of(prepared.data)

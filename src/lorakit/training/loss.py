@@ -1,18 +1,18 @@
-"""The loss of a causal language model on a CPU, where the work of the frozen model's head and attention can be cut.
+"""The loss of a causal language model on a CPU, with less work for a frozen head and for attention.
 
-For a label t and the hidden state h in front of it, with the head's logits z = W h:
+For a label t, the hidden state h before it, and the head's logits z = W h:
 
     −log p = log Σ exp z − z_t          d(−log p)/dh = (softmax(z) − onehot(t)) W
 
-Of the thousands of logits of each token only one number and one gradient are wanted. A frozen head (W gets no gradient
-itself) therefore gives both in one go, for `_CHUNK` labels at a time, and the logits of one chunk are all that is ever
-held: a step on 4 rows of 256 tokens with the vocabulary of SmolLM2 (49,152) holds 50 MB in place of 600. If the head is
-adapted or trained, or the model post-processes its logits (softcapping, scaling), full logits are computed.
+Each token has thousands of logits, but only −log p and one gradient are needed. If the head is frozen (W itself gets no
+gradient), both are computed together for `_CHUNK` labels at a time, and only the logits of one chunk are held: a step
+on 4 rows of 256 tokens with the vocabulary of SmolLM2 (49,152) holds 50 MB instead of 600. If the head is adapted or
+trained, or the model post-processes its logits (softcapping, scaling), full logits are computed.
 
 On a GPU, TRL's fused head does this; on a CPU that head takes three times as long as plain logits. torch 2.13 has
-`linear_cross_entropy`, with the same chunks 0.95 to 0.99 of our time in float32; in bfloat16 it takes 1.24 of it for
-losses label by label, or 0.8 for their sum, rounded to bfloat16 (6,912 for 6,913.4). Ours stays: losses are float32
-here, and torch is supported from 2.6 on.
+`linear_cross_entropy`. With the same chunks it takes 0.95 to 0.99 of this code's time in float32. In bfloat16 it takes
+1.24 of that time for one loss per label, or 0.8 for their sum, which it rounds to bfloat16 (6,912 for 6,913.4). This
+code stays, because its losses are float32 and torch is supported from 2.6 on.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..core.errors import LoraError
 
-# Labels whose logits are held at once. Fewer make thin products: with a vocabulary of 49,152 and a width of 576, 64 are
-# a tenth slower, 32 take nearly twice as long; 256 are no faster.
+# How many labels' logits are held at once. Fewer labels make thin, slow products: with a vocabulary of 49,152 and a
+# width of 576, 64 labels are a tenth slower and 32 take nearly twice as long; 256 are no faster.
 _CHUNK = 128
 
 # Forward and backward together, torch's fused attention in bfloat16 takes 2.5 times as long as plain products on rows
@@ -50,7 +50,7 @@ class Labelled:
 
 
 def labelled(labels: Tensor) -> Labelled:
-    """labels (rows, tokens) as the data has them, −100 where there is nothing to learn."""
+    """Find the labels of a batch. labels: (rows, tokens), −100 where there is nothing to learn."""
     following = labels[:, 1:]
     columns = (following != -100).any(0).nonzero().squeeze(1)
     rows, at = (following[:, columns] != -100).nonzero(as_tuple=True)
@@ -63,7 +63,8 @@ def causal_loss(
     """The sum over the labels of −log p, a float32 scalar; `model` may be wrapped (DistributedDataParallel).
 
     inputs: input_ids and labels (rows, tokens), labels −100 where there is nothing to learn, and what else the model
-    takes. head: `frozen_head` of the model; None where labels are smoothed, as torch's cross_entropy does it.
+    takes. head: `frozen_head` of the model; None computes full logits. label_smoothing: that of torch's cross_entropy,
+    which needs head=None.
     """
     rest = {name: value for name, value in inputs.items() if name != "labels"}
     return loss_at(labelled(inputs["labels"]), model, rest, head, label_smoothing)
@@ -76,7 +77,7 @@ def loss_at(
     head: nn.Linear | None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """`causal_loss` with the labels found. No shape in it depends on what a tensor holds, so fake ones will do."""
+    """`causal_loss` for labels found by `labelled`. No shape depends on a tensor's values, so fake tensors work too."""
     # Logits are computed only at the columns that hold a label in some row.
     wanted = _known(model, {"use_cache": False, "logits_to_keep": where.columns})
     tokens = inputs["input_ids"].shape[1]
@@ -93,7 +94,7 @@ def loss_at(
 
 
 def _known(model: nn.Module, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments that a model's forward pass takes, by name or among others."""
+    """The arguments that a model's forward pass takes, by name or as one of **kwargs."""
     parameters = inspect.signature(getattr(model, "module", model).forward).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return wanted
@@ -103,7 +104,7 @@ def _known(model: nn.Module, wanted: dict[str, Any]) -> dict[str, Any]:
 def _at(where: Labelled, states: Tensor, tokens: int) -> Tensor:
     """states (rows, columns, …) at the labels. A model that does not know logits_to_keep gives all columns.
 
-    There is always a column fewer with a label than there are tokens, so that the shape tells.
+    Fewer columns have a label than there are tokens, so the shape tells which columns these are.
     """
     if states.shape[1] == len(where.columns):
         return states[where.rows, where.at]
@@ -116,10 +117,10 @@ def _at(where: Labelled, states: Tensor, tokens: int) -> Tensor:
 
 
 def check_causal(model: Any) -> None:
-    """Raise ValueError for a model whose answer to the first tokens depends on the last one.
+    """Raise ValueError for a model whose logits at the first tokens depend on the last token.
 
-    Such a model reads what it is to write: its loss falls to nothing, and it learns nothing. An encoder that is taken
-    for a language model is one.
+    Such a model sees the tokens that it should predict: its loss falls to zero, and it learns nothing. An example is an
+    encoder that is loaded as a language model.
     """
     table: Any = model.get_input_embeddings()
     size, device = table.weight.shape[0], table.weight.device
@@ -129,7 +130,7 @@ def check_causal(model: Any) -> None:
     with torch.no_grad():
         one, two = (model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0].float() for row in (ids, other))
     difference = (one - two).abs().amax(-1)  # (tokens)
-    # Rounding may differ a little, where experts get other numbers of tokens.
+    # Rounding may differ a little if the experts of a model get other numbers of tokens.
     exact = table.weight.dtype == torch.float32
     rounding = 1e-5 * one.abs().max() if exact else 0.05 * difference[-1]
     if difference[:-1].max() > rounding:
@@ -142,7 +143,7 @@ def check_causal(model: Any) -> None:
 def frozen_head(model: nn.Module) -> nn.Linear | None:
     """The head of a causal model if it is a plain frozen layer and its output is what the model returns, or None.
 
-    That the model returns it unchanged (it neither caps nor scales it) is found by running it on one token.
+    The model is run on one token to see that it returns that output unchanged (it neither caps nor scales it).
     """
     head = plain_head(model)
     if head is None or getattr(head, "bias", None) is not None or head.weight.requires_grad or "forward" in vars(head):
@@ -174,7 +175,7 @@ class _FrozenHead(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         if torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(torch.get_autocast_dtype(hidden.device.type))  # once, not for each chunk
-        # The same memory for all chunks: blocks of such sizes that come and go leave the heap full of holes.
+        # All chunks share these buffers: allocating and freeing blocks of this size would fragment the heap.
         size = (min(_CHUNK, len(labels)), len(weight))
         logits, logps = weight.new_empty(size), weight.new_empty(size, dtype=precision)
         exact = logits if weight.dtype == precision else torch.empty_like(logps)
@@ -201,7 +202,7 @@ class _FrozenHead(torch.autograd.Function):
 
 @contextmanager
 def _replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    """`module` with another forward method for a while."""
+    """Within the block, `module` has another forward method."""
     module.forward = forward
     try:
         yield
@@ -210,7 +211,7 @@ def _replaced(module: nn.Module, forward: Any) -> Iterator[None]:
 
 
 def _attention(model: nn.Module, tokens: int) -> AbstractContextManager[Any]:
-    """The context in which attention over rows of so many tokens takes its faster form."""
+    """The context in which attention over rows of `tokens` tokens is faster."""
     weight = next(model.parameters())
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     if weight.device.type != "cpu" or tokens > _SHORT_ROW or dtype != torch.bfloat16:

@@ -3,9 +3,9 @@
 Counted: one step, forward and backward, runs on tensors that have shapes and no contents, and every storage that an
 operation makes is noted, and when it dies. The peak of what lives at once is what a GPU's allocator reports.
 
-A process on a CPU holds more, and `margin` says how much: the allocator leaves holes between tensors that are kept and
-others that are not, oneDNN keeps the kernels that it makes (held few, `few_kernels`), and autograd and Python have
-small objects.
+A process on a CPU holds more, and `margin` says how much: the allocator leaves holes where tensors were freed between
+others that are kept, oneDNN keeps the kernels that it makes (`few_kernels` keeps them few), and autograd and Python
+have small objects.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,31 +62,55 @@ class _Storages(TorchDispatchMode):
         self.events.append((number, size))
 
 
-def step_storages(model: nn.Module, loss: Callable[[], Tensor], accumulation: int = 1) -> Events:
+@dataclass(frozen=True)
+class Storages:
+    """What one training step makes and frees beside the model. events: all of it, in order. forward: how many of the
+    events belong to the forward pass of the first batch.
+    """
+
+    events: Events
+    forward: int
+
+    @property
+    def living(self) -> int:
+        """Most bytes that live at once."""
+        return max(itertools.accumulate(size for _, size in self.events), default=0)
+
+    @property
+    def in_heap(self) -> int:
+        """Bytes of all storages that the forward pass makes, freed or not, without those with pages of their own."""
+        return sum(size for _, size in self.events[: self.forward] if 0 < size < _OWN_PAGES)
+
+
+# glibc takes a block of this size from the system and gives it back when it is freed; smaller blocks share the heap.
+_OWN_PAGES = 2**25
+
+
+def step_storages(model: nn.Module, loss: Callable[[], Tensor], accumulation: int = 1) -> Storages:
     """What one step of `accumulation` batches makes and frees beside the model: activations, temporaries, gradients."""
     storages = _Storages(itertools.chain(model.parameters(), model.buffers()))
+    forward = 0
     with storages:
         for _ in range(min(accumulation, 2)):  # the second finds the gradients of the first; more find no more
-            loss().backward()
+            value = loss()
+            forward = forward or len(storages.events)
+            value.backward()
+            del value
         model.zero_grad()
-    return storages.events
+    return Storages(storages.events, forward)
 
 
-def live_peak(events: Events) -> int:
-    """Most bytes that live at once."""
-    return max(itertools.accumulate(size for _, size in events), default=0)
+# A freed block of the heap is often not used again for a block of the same size: torch asks for aligned memory, for
+# which glibc needs some bytes more. So each layer of a forward pass may leave holes as large as its temporaries, also
+# under gradient checkpointing, where little is alive. Ten trainings of four models (SmolLM2, a GPT-2, a Qwen2, a BERT;
+# Linux, glibc 2.36, two threads) held beyond what was counted 0.09 to 0.37 of what the forward pass made in the heap.
+# `benchmarks/plan.py` compares their plans with what they take.
+_SHARE, _CONSTANT = 0.33, 100_000_000
 
 
-# Some twenty trainings of four models (SmolLM2, a GPT-2, a Qwen2, a BERT) held, beyond what was counted, 0.2 to 0.45 of
-# the living storages in float32, and 0.27 of them and up to 0.17 GB in bfloat16, where each shape has its kernels. One
-# kind held more, and is planned too low: float32 with gradient checkpointing, 0.4 GB where 0.1 GB were alive.
-# Linux, glibc, two threads; `benchmarks/plan.py` compares plans with what ten trainings take.
-_SHARE, _CONSTANT = 0.35, 200_000_000
-
-
-def margin(living: int) -> int:
-    """Bytes that a process on a CPU may hold beside what is counted, for storages that come to `living`."""
-    return round(_SHARE * living) + _CONSTANT
+def margin(in_heap: int) -> int:
+    """Bytes that a process on a CPU may hold beside what is counted, where the forward pass makes `in_heap` bytes."""
+    return round(_SHARE * in_heap) + _CONSTANT
 
 
 def memory_of(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from .adapter_folder import adapter_config, is_adapter
 from .fold import Fold, matches
 from .models import structure
 from .stored import Stored, Unit
-from .task import Task, task_of
+from .task import Task, model_task
 
 
 @dataclass(frozen=True)
@@ -137,5 +137,5 @@ def _task(folder: Path, adapter: Adapter | Path) -> Task:
     """What the merged model is for. The classes of a classifier are told by the adapter's folder."""
     told = not isinstance(adapter, Adapter) and is_adapter(adapter)
     if told and _task_type(adapter) in (None, "CAUSAL_LM", "SEQ_CLS"):
-        return task_of(str(folder), str(adapter))
-    return task_of(str(folder), None)
+        return model_task(str(folder), str(adapter))
+    return model_task(str(folder), None)

@@ -1,58 +1,49 @@
-"""A merged model as a plain transformers folder, checked by loading it back before it is given its name."""
+"""Write a merged model as a plain transformers folder, and check it by loading it back before it gets its name."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..core.attach import adapted_layers, detach
 from ..core.errors import LoraError
-from ..core.switching import merge
 from ..formats.folder import OutputFolder, OutputKind
 from .adapter_folder import base_and_adapter
 from .generation import end_tokens
 from .locating import locate
+from .merged_model import Difference, Onto, merged_model
 from .models import Loaded, load_with_adapter
-from .positions import longest_row
-from .style import Style
+from .quantize import Quantize
+from .style import Style, trained_on
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
-# A product of 16-bit numbers keeps 8 (bfloat16) or 11 (float16) bits; the logits of many layers, a few less.
+# A product of 16-bit numbers keeps 8 (bfloat16) or 11 (float16) bits. Logits, after many layers, keep a few less.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
 
 
-# What 0.1.0 merged has no note and cannot be told from any other model, so it is never replaced.
+# A folder that lorakit 0.1.0 merged has no note and looks like any other model, so it is never replaced.
 MERGING = OutputKind("merge", keystone="config.json")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Logits of the merged folder against base + adapter, over random tokens."""
-
-    largest: float  # absolute
-    relative: float  # to the largest logit
-    same_choice: float  # share of positions with the same likeliest token or class
-
-    def __str__(self) -> str:
-        return (
-            f"largest logit difference {self.largest:.3g} ({self.relative:.2g} of the largest logit), "
-            f"same choice at {self.same_choice:.1%} of the positions"
-        )
-
-
-@dataclass(frozen=True)
 class Merged:
-    """What was written: how far from base + adapter, in which dtype, and what its reader must know."""
+    """What was written: its difference from the model that was to be written, its dtype, and notes for the user.
+
+    tried: of a quantised base, how far each merged model was from base + adapter. onto: which of them was written.
+    rows: where the rows came from on which they were compared.
+    """
 
     difference: Difference
     dtype: str
     notes: tuple[str, ...] = ()
+    tried: dict[Onto, Difference] = field(default_factory=dict)
+    onto: Onto = "original"
+    rows: str = ""
 
 
 def merge_to_folder(
@@ -61,26 +52,30 @@ def merge_to_folder(
     output_dir: str,
     *,
     dtype: str = "base",
+    quantize: Quantize | None = None,
+    onto: Onto | None = None,
+    data: str | None = None,
     overwrite: bool = False,
     tolerance: float | None = None,
 ) -> Merged:
     """Merge `adapter` into `model`, write a folder that `from_pretrained` loads, load it and compare the logits.
 
-    dtype: of the merged weights; "base" is the one that the base's files have.
+    dtype: dtype of the merged weights; "base" is that of the base model's files. quantize: how the base was quantised
+    when the adapter was trained; None: as its folder says. onto: for such a base the original weights or the quantised
+    ones as numbers; None: what comes nearer to base + adapter. data: rows to compare on.
 
     The folder is filled only when the comparison is within `tolerance`; until then, what an earlier merge wrote there
-    stays. Raises FileExistsError for a folder in use, or one that holds anything that no merge wrote; ValueError when
-    there is nothing to merge or the difference is too large.
+    stays. Raises FileExistsError for a folder in use, or one that holds files that no merge wrote; ValueError if there
+    is nothing to merge or the difference is too large.
     """
     base, folder = base_and_adapter(model, adapter)
     if folder is None:
         raise LoraError(f"{model} is a base model without an adapter; give --adapter FOLDER.")
     out = OutputFolder(output_dir, MERGING)
     refuse_used(out, [base, folder], overwrite)
-    loaded = load_with_adapter(model, adapter, dtype=dtype)
-    inputs = _probe(loaded)
-    expected = _logits(loaded.model, inputs)
-    _bake(loaded.model)
+    how = trained_on(folder) if quantize is None else quantize
+    merged = merged_model(model, adapter, dtype=dtype, quantize=how, onto=onto, data=data)
+    loaded = merged.loaded
 
     with out.held():
         out.refuse_others()
@@ -91,7 +86,7 @@ def merge_to_folder(
                 _write_model(loaded, part)
                 loaded.tokenizer.save_pretrained(part)
                 Style.recorded(folder, loaded.tokenizer).write(part)
-                difference = _difference(expected, _logits(_reload(loaded, part), inputs))
+                difference = merged.reference.difference(_reload(loaded, part))
                 limit = _TOLERANCE[loaded.model.dtype] if tolerance is None else tolerance
                 if not difference.relative <= limit:
                     raise LoraError(
@@ -101,7 +96,8 @@ def merge_to_folder(
             out.put_new_in_place()
         finally:
             out.drop_new()
-    return Merged(difference, str(loaded.model.dtype).removeprefix("torch."), _notes(base, dtype))
+    written = str(loaded.model.dtype).removeprefix("torch.")
+    return Merged(difference, written, _notes(base, dtype), merged.tried, merged.onto, merged.reference.heldout.source)
 
 
 def _notes(base: str, dtype: str) -> tuple[str, ...]:
@@ -112,11 +108,10 @@ def _notes(base: str, dtype: str) -> tuple[str, ...]:
 
 
 def _write_model(loaded: Loaded, folder: Path) -> None:
-    """The weights, and generation_config.json as the base has it, with where answers end: what was learnt may not be
-    the base's own end.
+    """Write the weights, and the base's generation_config.json with the end tokens of the adapted model.
 
-    That file is written here, since transformers refuses to write settings that contradict each other, as those of
-    well-known models do.
+    Training may have taught another end token than the base's. The file is written here because transformers refuses
+    to write settings that contradict each other, as those of well-known models do.
     """
     model = loaded.model
     if not model.can_generate():
@@ -136,7 +131,9 @@ def write_generation_config(loaded: Loaded, folder: Path) -> None:
 
 
 def refuse_used(out: OutputFolder, inputs: list[str], overwrite: bool) -> None:
-    """Raise FileExistsError where the folder holds what is merged, or anything else that no merge wrote."""
+    """Raise FileExistsError if the folder holds an input of the merge, files that no merge wrote, or, without
+    `overwrite`, an earlier merged model.
+    """
     out.refuse_unusable(inputs)
     out.recover()
     out.refuse_others()
@@ -147,40 +144,6 @@ def refuse_used(out: OutputFolder, inputs: list[str], overwrite: bool) -> None:
         )
 
 
-def _bake(model: PreTrainedModel) -> None:
-    """Merge and detach one layer after another, so that no more than one weight is held twice."""
-    *others, last = adapted_layers(model).values()
-    for layer in others:
-        merge(layer)
-        detach(layer)
-    merge(last)
-    detach(model)  # with a layer merged: a head trained whole keeps its trained values
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if outputs is not None and inputs.weight is not outputs.weight:
-        # Otherwise a reload would tie them again and undo the merge of one of the two.
-        model.config.get_text_config().tie_word_embeddings = False
-        model.config.tie_word_embeddings = False
-
-
-def _probe(loaded: Loaded) -> torch.Tensor:
-    vocabulary = min(loaded.model.config.get_text_config().vocab_size, len(loaded.tokenizer))
-    generator = torch.Generator().manual_seed(0)
-    length = longest_row(32, loaded.model, loaded.tokenizer)
-    return torch.randint(0, vocabulary, (4, length), generator=generator).to(loaded.device)
-
-
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, inputs: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
-    return logits.float()
-
-
-def _reload(loaded: Loaded, folder: Path) -> PreTrainedModel:
+def _reload(loaded: Loaded, folder: Path) -> Loaded:
     dtype = str(loaded.model.dtype).removeprefix("torch.")
-    return load_with_adapter(str(folder), None, dtype=dtype, device=loaded.device).model
-
-
-def _difference(expected: torch.Tensor, found: torch.Tensor) -> Difference:
-    largest = float((expected - found).abs().max())
-    same = (expected.argmax(-1) == found.argmax(-1)).float().mean()
-    return Difference(largest, largest / max(float(expected.abs().max()), 1e-12), float(same))
+    return load_with_adapter(str(folder), None, dtype=dtype, device=loaded.device)

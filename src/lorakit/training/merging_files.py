@@ -34,14 +34,14 @@ from ..formats.shards import (
     DTYPES,
     Entry,
     ShardWriter,
-    bytes_of,
     header_of,
+    raw_bytes,
     read_header,
     same_bytes,
     total_size,
 )
 from .adapter_folder import is_adapter
-from .fold import cast
+from .fold import as_dtype
 from .locating import locate
 from .merge_plan import MergePlan, Output
 from .merge_rest import OTHER_WEIGHTS, carry_rest, is_weight, others
@@ -188,7 +188,7 @@ def _write_file(path: Path, plan: MergePlan, file: str, bar: Any) -> None:
             elif planned.dtype == plan.shards.tensors[output.source].dtype:
                 writer.carry(name, plan.shards.tensors[output.source])
             else:
-                writer.write(name, cast(plan.shards.tensors[output.source].read(), DTYPES[planned.dtype]))
+                writer.write(name, as_dtype(plan.shards.tensors[output.source].read(), DTYPES[planned.dtype]))
             bar.update(planned.size)
 
 
@@ -282,10 +282,10 @@ def _digest(adapter: Adapter | Path) -> str:
         for name, update in adapter.updates.items():
             digest.update(repr((name, update.layout, update.scale)).encode())
             for tensor in update.tensors().values():
-                digest.update(bytes_of(tensor.detach().cpu().contiguous()))
+                digest.update(raw_bytes(tensor.detach().cpu().contiguous()))
         for name, tensor in adapter.trained.items():
             digest.update(name.encode())
-            digest.update(bytes_of(tensor.detach().cpu().contiguous()))
+            digest.update(raw_bytes(tensor.detach().cpu().contiguous()))
         return digest.hexdigest()
     names = (*peft.FILES, LABELS, STYLE, "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
     for path in [adapter] if adapter.is_file() else [adapter / name for name in names if (adapter / name).is_file()]:

@@ -1,7 +1,7 @@
-"""Loading the base model and its tokenizer, and a base model together with an adapter.
+"""Load the base model and its tokenizer, or a base model together with an adapter.
 
-A .gguf file is loaded dequantised: LoRA's factors need a weight of plain numbers beside them. `locating.py` says where
-a model lies, `task.py` what it is for.
+A .gguf file is loaded dequantised, unless `--quantize` asks for something else (`quantize.py`). `locating.py` says
+where a model lies, `task.py` what it is for.
 """
 
 from __future__ import annotations
@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core.errors import LoraError
 from ..formats import load as load_adapter
 from ..formats import peft
 from .adapter_folder import base_and_adapter, beside
-from .adapter_folder import base_of as base_of
 from .adapter_folder import is_adapter as is_adapter
 from .locating import locate, reading
+from .quantize import Quantize, heads, keep_as_stored, loading_options, quantise_layers, refuse_unusable, stand_in
 from .quiet import quietly
+from .style import trained_on
 from .task import LABELS as LABELS
-from .task import task_of
+from .task import model_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +36,7 @@ class Loaded:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    new_parameters: tuple[str, ...] = ()  # drawn at random because the files do not hold them: a new head
+    new_parameters: tuple[str, ...] = ()  # random, because the files do not hold them: a new head
 
     @property
     def device(self) -> torch.device:
@@ -44,7 +46,7 @@ class Loaded:
 
 def best_device() -> torch.device:
     if torch.cuda.is_available():
-        # One process a device under torchrun; accelerate moves the model where it belongs.
+        # Under torchrun each process has one device; accelerate moves the model to it.
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("mps") if torch.backends.mps.is_available() else torch.device("cpu")
 
@@ -59,7 +61,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of the base weights: bfloat16 where it is fast, otherwise float32."""
+    """The dtype that a name means. "auto": bfloat16 if it is fast on the device, otherwise float32."""
     if dtype == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     resolved: torch.dtype = getattr(torch, dtype)
@@ -70,16 +72,15 @@ def load_causal_lm(
     name: str,
     *,
     dtype: str = "auto",
+    quantize: Quantize = "none",
     device: torch.device | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Loaded:
     """A causal language model and its tokenizer from a folder, a .gguf file or a hub id.
 
-    tokenizer: the model's own, where it is loaded already.
+    tokenizer: the model's tokenizer, if it is loaded already.
     """
-    from transformers import AutoModelForCausalLM
-
-    return _load(AutoModelForCausalLM, name, dtype, device, tokenizer)
+    return _load(None, name, dtype, quantize, device, tokenizer)
 
 
 def load_classifier(
@@ -88,35 +89,38 @@ def load_classifier(
     labels: tuple[str, ...],
     named: bool = True,
     dtype: str = "auto",
+    quantize: Quantize = "none",
     device: torch.device | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Loaded:
-    """A sequence classifier with a head for `labels`; no labels make it a regression on one number.
+    """A sequence classifier with a head for `labels`; without labels, a regression on one number.
 
-    named=False: the labels are no names that the model's configuration should hold.
+    named=False: do not write the labels into the model's configuration.
     """
-    from transformers import AutoModelForSequenceClassification
-
     settings = _of_labels(labels, named)
-    return _load(AutoModelForSequenceClassification, name, dtype, device, tokenizer, **settings)
+    return _load(labels, name, dtype, quantize, device, tokenizer, **settings)
 
 
-def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str) -> PreTrainedModel:
-    """The model as its configuration describes it, with no weights read; labels=None: a causal LM.
+def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str, quantize: Quantize = "none") -> PreTrainedModel:
+    """The model as its configuration describes it, without reading weights. labels=None: a causal LM.
 
-    Called under FakeTensorMode it holds no memory: for counting what a run will take.
+    Called under FakeTensorMode it takes no memory. It is used to count the memory that a run will take.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     folder, options = locate(name)
     with quietly(), reading(name, folder):
         config = AutoConfig.from_pretrained(folder, **options)
-        auto = AutoModelForCausalLM
+        quantised = _method(config)
+        refuse_unusable(quantize, name, is_gguf="gguf_file" in options, quantised=quantised)
         if labels is not None:
-            auto = AutoModelForSequenceClassification
             config.num_labels = len(labels) or 1
         with best_device():
-            model: PreTrainedModel = auto.from_config(config, dtype=resolve_dtype(dtype, best_device()))
+            model: PreTrainedModel = _auto(labels).from_config(config, dtype=resolve_dtype(dtype, best_device()))
+    if quantised or quantize == "gguf":
+        stand_in(model, quantize, stored=_stored_bytes(folder, options))
+    elif quantize != "none":
+        stand_in(model, quantize)
     return model
 
 
@@ -147,7 +151,7 @@ def structure(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer alone: rows are checked with it before any weight is loaded."""
+    """Load only the tokenizer, with which rows are checked before any weight is loaded."""
     from transformers import AutoTokenizer
 
     folder, options = locate(name)
@@ -159,21 +163,29 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_with_adapter(
-    name: str, adapter: str | None, *, dtype: str = "auto", device: torch.device | None = None
+    name: str,
+    adapter: str | None,
+    *,
+    dtype: str = "auto",
+    quantize: Quantize | None = "none",
+    device: torch.device | None = None,
 ) -> Loaded:
-    """A language model or a classifier, with `adapter` put in.
+    """A language model or a classifier, with `adapter` loaded into it.
 
-    name: a base model; or an adapter's folder, whose base is then the one it names. dtype: "base" is the one in which
-    the base's files hold its weights. The adapter's files are read before the base is loaded.
+    name: a base model, or an adapter's folder, which names its base. dtype: "base" is the dtype of the base model's
+    files. quantize: None loads the base as it was loaded to train the adapter. The adapter's files are read before the
+    base is loaded.
     """
     base, adapter = base_and_adapter(name, adapter)
-    task = task_of(base, adapter)
+    task = model_task(base, adapter)
+    if quantize is None:
+        quantize = "none" if adapter is None else trained_on(adapter)
     trained = peft.read(adapter).trained if adapter is not None else {}
     # The chat template that training used travels with the adapter.
     own = beside(adapter, "tokenizer_config.json")
     tokenizer = load_tokenizer(str(own.parent)) if own is not None else None
     if task.answers:
-        loaded = load_causal_lm(base, dtype=dtype, device=device, tokenizer=tokenizer)
+        loaded = load_causal_lm(base, dtype=dtype, quantize=quantize, device=device, tokenizer=tokenizer)
         missing = [name for name in loaded.new_parameters if name not in trained]
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -182,7 +194,13 @@ def load_with_adapter(
             )
     else:
         loaded = load_classifier(
-            base, labels=task.labels, named=task.named, dtype=dtype, device=device, tokenizer=tokenizer
+            base,
+            labels=task.labels,
+            named=task.named,
+            dtype=dtype,
+            quantize=quantize,
+            device=device,
+            tokenizer=tokenizer,
         )
     if adapter is not None:
         load_adapter(loaded.model, adapter)
@@ -199,9 +217,10 @@ def _of_labels(labels: tuple[str, ...], named: bool) -> dict[str, Any]:
 
 
 def _load(
-    auto: Any,
+    labels: tuple[str, ...] | None,
     name: str,
     dtype: str,
+    quantize: Quantize,
     device: torch.device | None,
     tokenizer: PreTrainedTokenizerBase | None,
     **settings: Any,
@@ -209,21 +228,48 @@ def _load(
     device = device or best_device()
     folder, options = locate(name)
     tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
-    if "gguf_file" in options:
-        from transformers import GgufConfig
-
-        options["quantization_config"] = GgufConfig(dequantize=True)
-    wanted: torch.dtype | str = resolve_dtype("float32" if dtype == "base" else dtype, device)
-    if dtype == "base" and "gguf_file" not in options:
-        wanted = "auto"  # in transformers' words: the configuration's, or else the weights' own
+    is_gguf = "gguf_file" in options
+    resolved = resolve_dtype("float32" if dtype == "base" else dtype, device)
+    # In transformers' words "auto" is the configuration's dtype, or else the weights' own.
+    wanted = "auto" if dtype == "base" and not is_gguf else resolved
+    kept: list[str] = []
+    if quantize != "none":
+        with FakeTensorMode():
+            kept = heads(skeleton(name, labels=labels, dtype="float32", quantize=quantize))
+    options |= loading_options(quantize, kept, resolved, device, is_gguf=is_gguf)
     with quietly(), reading(name, folder):
-        model, info = auto.from_pretrained(folder, dtype=wanted, output_loading_info=True, **options, **settings)
-    if getattr(model, "is_quantized", False):
-        raise LoraError(f"{name} is quantised; load a version with plain weights.")
+        model, info = _auto(labels).from_pretrained(
+            folder, dtype=wanted, output_loading_info=True, **options, **settings
+        )
+        if is_gguf and quantize != "none":
+            quantise_layers(model, quantize)
+    keep_as_stored(model)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     new = tuple(sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}))
-    return Loaded(model.to(device).eval(), tokenizer, new)
+    if getattr(model, "hf_quantizer", None) is None:  # else it is there already, and may not be moved
+        model.to(device)
+    return Loaded(model.eval(), tokenizer, new)
+
+
+def _auto(labels: tuple[str, ...] | None) -> Any:
+    """transformers' class that makes a language model, or with labels a classifier."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+
+
+def _method(config: Any) -> str:
+    """By which method the files of a model are quantised; empty where they are not."""
+    found = getattr(config, "quantization_config", None) or {}
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return "" if method is None else str(getattr(method, "value", method))
+
+
+def _stored_bytes(folder: str, options: dict[str, Any]) -> int:
+    """The size of the model's weights on the disk; 0 where it is at the hub."""
+    pattern = options.get("gguf_file", "*.safetensors")
+    return sum(path.stat().st_size for path in Path(folder).glob(pattern)) if Path(folder).is_dir() else 0
 
 
 def _cpu_flags() -> set[str]:

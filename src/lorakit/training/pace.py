@@ -1,12 +1,12 @@
-"""How long the rest of a run takes, told by the run's own first steps.
+"""Estimate how long the rest of a run takes, from the run's own first steps.
 
-Time is taken as proportional to tokens, padding included:
+Time is assumed proportional to tokens, including padding:
 
     rest = (seconds of timed steps / their tokens) · tokens of the steps to come
          + (seconds of timed forward passes / their tokens) · tokens of the held-out losses to come
 
-Writing checkpoints is left out. Before training nothing is told: the arithmetic of a step divided by the speed of one
-product was off by a factor of 1.7.
+Writing checkpoints is not counted. Nothing is estimated before training: the arithmetic of a step divided by the speed
+of one product was off by a factor of 1.7.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 
-_WARM = 2  # steps that are not timed: kernels are made in them, and memory is taken
-_TIMED = 3  # steps at least
-_SECONDS = 3.0  # of timed steps at least: shorter ones are told by chance
+_WARM = 2  # first steps that are not timed: they compile kernels and allocate memory
+_TIMED = 3  # timed steps, at least
+_SECONDS = 3.0  # seconds of timed steps, at least: less is too noisy
 
 
 class Pace:
-    """step_tokens: of a step on average. heldout_tokens: of one held-out loss. Both of one process."""
+    """step_tokens: mean tokens of a step. heldout_tokens: tokens of one held-out loss. Both for one process."""
 
     def __init__(self, step_tokens: float, heldout_tokens: int) -> None:
         self._step_tokens, self._heldout_tokens = step_tokens, heldout_tokens
@@ -32,7 +32,7 @@ class Pace:
 
     @contextlib.contextmanager
     def forward(self, tokens: int) -> Iterator[None]:
-        """A forward pass of a step."""
+        """Time the forward pass of a step, which is the block."""
         began = time.perf_counter()
         yield
         if self._steps >= _WARM:
@@ -48,7 +48,7 @@ class Pace:
         self._steps += 1
 
     def rest(self, steps: int, heldout_losses: int) -> float | None:
-        """Seconds that so many steps and held-out losses take; None while too little is timed."""
+        """The seconds that `steps` and `heldout_losses` take; None while too little was timed."""
         if self._steps < _WARM + _TIMED or self._seconds < _SECONDS:
             return None
         training = self._seconds * self._step_tokens * steps
@@ -56,7 +56,7 @@ class Pace:
 
 
 def padded_tokens(lengths: Sequence[int], batch_size: int, *, shuffled: bool) -> int:
-    """Tokens of all batches, each row as long as the longest of its batch. shuffled: in some random order."""
+    """The tokens of all batches, with each row padded to the longest of its batch. shuffled: in a random order."""
     rows = list(lengths)
     if shuffled:
         random.Random(0).shuffle(rows)

@@ -1,4 +1,4 @@
-"""report.html: one self-contained page of a run. Its loss curves, answers before and after, and what changed where."""
+"""report.html, a self-contained page of a run: loss curves, answers before and after, and how far each weight moved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from matplotlib.ticker import MaxNLocator
 from torch import nn
 
 from ..core.attach import adapted_layers
-from ..core.matrix import precise
 from . import html
 from .colours import LIGHT
 from .report import Evaluation, Sample, metrics_table
@@ -32,7 +31,7 @@ def weight_changes(model: nn.Module) -> list[Change]:
     """The relative change of each adapted layer's weight, in the model's order."""
     changes = []
     for name, layer in adapted_layers(model).items():
-        weight = layer.matrix(precise(layer.weight))
+        weight = layer.base_matrix()
         changes.append(Change(name, float((layer.adapted_matrix() - weight).norm() / weight.norm().clamp_min(1e-30))))
     return changes
 
@@ -45,8 +44,8 @@ def render(
     result: Evaluation | None,
     changes: Sequence[Change],
 ) -> str:
-    """The page as HTML. summary: the text a run starts with. history: the lines of metrics.jsonl."""
-    return html.render(
+    """The page as HTML. summary: the text that a run starts with. history: the lines of metrics.jsonl."""
+    return html.fill_template(
         "report.html.j2",
         title=title,
         summary=summary,
@@ -61,7 +60,7 @@ def render(
 
 @styled()
 def curves(history: Sequence[dict[str, float]]) -> Markup:
-    """Training and held-out loss over steps; nothing where there are too few steps for a curve."""
+    """Training and held-out loss over steps; empty if there are too few points for a curve."""
     figure = new_figure(480, 240)
     axes = figure.add_axes((0.1, 0.16, 0.85, 0.73))
     points = []
@@ -92,7 +91,7 @@ def curves(history: Sequence[dict[str, float]]) -> Markup:
 
 
 def _answered(result: Evaluation) -> list[tuple[Sample, bool]]:
-    """What went wrong is looked for first: up to four such rows, then the right ones, then the other wrong ones."""
+    """Samples in reading order: up to four wrong ones first, then the right ones, then the other wrong ones."""
     pairs = list(zip(result.samples, result.right, strict=True))
     wrong, good = ([pair for pair in pairs if pair[1] == right] for right in (False, True))
     return [*wrong[:4], *good, *wrong[4:]]

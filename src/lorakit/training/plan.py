@@ -19,7 +19,7 @@ from unittest import mock
 
 from torch import Tensor, nn
 
-from .memory import live_peak, margin, resident_memory, step_storages
+from .memory import margin, resident_memory, step_storages
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,10 @@ def make_plan(
         return Plan(steps, steps_an_epoch, seen, None, unplanned=why)
     weights = sum(p.nbytes for p in itertools.chain(model.parameters(), model.buffers()))
     moments = sum(2 * p.nbytes for p in model.parameters() if p.requires_grad)  # AdamW's
-    living = live_peak(step)
     held = 0
     if next(model.parameters()).device.type == "cpu":
-        held = resident_memory() + margin(living)
-    return Plan(steps, steps_an_epoch, seen, weights + moments + living + held)
+        held = resident_memory() + margin(step.in_heap)
+    return Plan(steps, steps_an_epoch, seen, weights + moments + step.living + held)
 
 
 def processes() -> int:

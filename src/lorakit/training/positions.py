@@ -1,4 +1,4 @@
-"""How long a row a model can read: its own limit of positions, and rows that its vocabulary has no place for."""
+"""The longest row that a model can read, and a check for tokens that its vocabulary does not have."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx", "seq_length")
 _TABLE = re.compile(r"(^|[._])(wpe|pos|positions?|positional)(_[a-z]+)?$")  # names such as embed_positions
 _NOT_OF_TOKENS = re.compile("rel|vision|visual|image|patch|audio|mel")
-_UNBOUND = 1_000_000  # a tokenizer that names no limit says some number far above
+_UNBOUND = 1_000_000  # a tokenizer without a limit gives a number far above
 
 
 def positions(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
-    """The longest row, in tokens, that a model can read; None where nothing in it limits that.
+    """The longest row, in tokens, that a model can read; None if nothing in the model limits it.
 
-    A table of learnt positions is the limit, less the rows that RoBERTa and its kin keep for padding. Rotary positions
-    end where the configuration says, stretched as it says. ALiBi and relative positions have no end, and a sliding
-    window is none. Where the model names no limit, the tokenizer's counts. Weights are not read.
+    A table of learnt positions is a limit, minus the rows that RoBERTa and its relatives keep for padding. For rotary
+    positions the configuration gives the limit and the factor that stretches it. ALiBi, relative positions and sliding
+    windows set no limit. If the model names no limit, the tokenizer's limit counts. Weights are not read.
     """
     config = model.config.get_text_config()
     named = [limit for name in _LIMITS if isinstance(limit := getattr(config, name, None), int) and limit > 0]
@@ -39,13 +39,13 @@ def positions(model: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> i
 
 
 def longest_row(wanted: int, model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`wanted` tokens, or as many as the model has positions."""
+    """`wanted` tokens, or the model's positions if those are fewer."""
     limit = positions(model, tokenizer)
     return wanted if limit is None else min(wanted, limit)
 
 
 def check_vocabulary(rows: Iterable[dict[str, Any]], model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError where rows, or the padding, hold tokens that the model's embedding has no row for."""
+    """Raise ValueError if the rows, or the padding, have tokens that the model's embedding has no row for."""
     table: Any = model.get_input_embeddings()
     size = getattr(table, "num_embeddings", None)
     if not isinstance(size, int):
@@ -66,7 +66,7 @@ def check_vocabulary(rows: Iterable[dict[str, Any]], model: Any, tokenizer: PreT
 
 
 def _position_tables(model: nn.Module) -> list[nn.Embedding]:
-    """The tables of positions that a model adds to its tokens. Those of images and of distances are others."""
+    """The tables of positions that a model adds to its tokens. Tables for images or distances do not count."""
     return [
         module
         for name, module in model.named_modules()
@@ -76,13 +76,13 @@ def _position_tables(model: nn.Module) -> list[nn.Embedding]:
 
 def _rows(table: nn.Embedding, named: list[int]) -> int:
     if type(table) is nn.Embedding and table.padding_idx is not None:
-        return table.num_embeddings - table.padding_idx - 1  # positions are counted from behind that row
-    # A class of its own may keep its first rows (OPT, BART), so that the table is longer than the limit.
+        return table.num_embeddings - table.padding_idx - 1  # the first position is the row after padding
+    # A subclass may reserve its first rows (OPT, BART), so the table is longer than the limit.
     return min([table.num_embeddings, *named[:1]])
 
 
 def _is_relative(model: nn.Module, config: Any) -> bool:
-    """Whether positions enter as distances between tokens, or not at all, so that none is the last."""
+    """Whether positions enter only as distances between tokens, or not at all, so that there is no last position."""
     if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
         return True
     names = vars(config)
@@ -93,7 +93,7 @@ def _is_relative(model: nn.Module, config: Any) -> bool:
 
 
 def _stretched(config: Any) -> int:
-    """The positions that scaled rotary embeddings reach."""
+    """The number of positions that scaled rotary embeddings reach; 0 without scaling."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
     return int(original * factor) if original and factor else 0

@@ -1,4 +1,4 @@
-"""What would end a run after its folder was made or its model loaded, asked before: folder, reporters, memory."""
+"""Checks before a folder is made or a model is loaded: is the folder usable, are trackers there, is memory enough."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_output(path: Path, flag: str = "--output-dir") -> None:
 
 
 def check_file(path: Path, flag: str) -> None:
-    """Raise OSError if no file can be written at `path`, whose folder must be there."""
+    """Raise OSError if no file can be written at `path`. Its folder must exist."""
     if path.is_dir():
         raise IsADirectoryError(f"{flag} {path} is a folder; name a file in it.")
     if not path.parent.is_dir():
@@ -44,9 +44,9 @@ def check_file(path: Path, flag: str) -> None:
 
 
 def check_result(path: Path, flag: str) -> None:
-    """The same for the result of an evaluation, which replaces an earlier one and nothing else.
+    """`check_file` for the result of an evaluation, which may replace only an earlier result.
 
-    Raises FileExistsError for another file: it may be the data, or an adapter's.
+    Raises FileExistsError for any other file, because it may be the data or belong to an adapter.
     """
     check_file(path, flag)
     if os.path.lexists(path) and not _is_result(path):
@@ -79,12 +79,12 @@ def check_reporters(names: Sequence[str]) -> None:
         raise LoraError(f"--report-to {name}: expected one of {', '.join(known)}.{suggestion(name, known)}")
 
 
-def refuse_too_large(prepared: Prepared) -> None:
-    """Raise ValueError if the plan exceeds all the memory that the machine has, unless the run is to ignore it."""
+def refuse_large_run(prepared: Prepared) -> None:
+    """Raise ValueError if the plan needs more memory than the machine has, unless --ignore-memory is set."""
     config, peak = prepared.config, prepared.plan.peak_bytes
     if config.ignore_memory or peak is None:
         return
-    # The processes on a machine share its memory; each has a GPU of its own.
+    # The processes on one machine share its memory, but each has its own GPU.
     sharing = 1 if best_device().type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     ways = [f"--batch-size below {config.batch_size}"] if config.batch_size > 1 else []
     ways += [f"--max-seq-length below {config.max_seq_length}", f"--rank below {config.rank}"]
@@ -93,9 +93,9 @@ def refuse_too_large(prepared: Prepared) -> None:
 
 
 def refuse_more_than_there_is(needed: int, what: str, ways: Sequence[str]) -> None:
-    """Raise ValueError if so many bytes are more than all the memory that the machine has.
+    """Raise ValueError if `needed` bytes are more than the machine's memory.
 
-    what: the error's beginning. ways: two or more of needing less.
+    what: how the error begins. ways: two or more ways to need less.
     """
     there = memory_of(best_device())
     if there and needed > there:

@@ -1,4 +1,4 @@
-"""Before training: every row read and checked, one of them shown, the run planned. No weight is loaded for it."""
+"""Before training: read and check every row, show one, and plan the run. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
 from .config import TrainConfig, warnings_for
-from .data import Data, Example, read
+from .data import Data, Example, read_data
 from .gradient_checkpointing import begin_checkpointing
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
 from .plan import Plan, make_plan, processes
 from .positions import check_vocabulary, longest_row
 from .preflight import check_reporters
+from .quantize import heads
 from .rows import DataError
 from .style import Style
-from .task import ordered
+from .task import in_model_order
 from .tokens import encode_all, encode_text, preview
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run whose data and settings are found to be right."""
+    """A run whose data and settings were checked."""
 
     config: TrainConfig
     data: Data
@@ -45,7 +46,7 @@ class Prepared:
     style: Style
     train: list[dict[str, Any]]  # input_ids and labels (or label) of each row
     valid: list[dict[str, Any]]
-    limit: int  # longest row, in tokens: of the settings, or of the model's positions
+    limit: int  # longest row in tokens: that of the settings, or the model's positions if fewer
     notes: tuple[str, ...]
     attached: Report
     plan: Plan
@@ -58,18 +59,18 @@ class Prepared:
 def prepare(config: TrainConfig) -> Prepared:
     """Read and check all the data, and plan the run on a model without weights.
 
-    Raises DataError listing every bad row, ValueError for settings that do not fit the model or the data.
+    Raises DataError listing every bad row, and ValueError for settings that do not fit the model or the data.
     """
     check_reporters(config.report_to or ())
-    data = read(config.data, fields=fields_of(config), task=config.task, holdout=config.holdout, seed=config.seed)
+    data = read_data(config.data, fields=fields_of(config), task=config.task, holdout=config.holdout, seed=config.seed)
     check_task(config, data)
     if data.labels:
-        data = dataclasses.replace(data, labels=ordered(data.labels, config.model))
+        data = dataclasses.replace(data, labels=in_model_order(data.labels, config.model))
     tokenizer = load_tokenizer(config.model)
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
     dtype = weights_dtype(config, data)
     with FakeTensorMode() as fake:
-        model = skeleton(config.model, labels=labels_of(data), dtype=dtype)
+        model = skeleton(config.model, labels=labels_of(data), dtype=dtype, quantize=config.quantize)
     notes = list(data.notes)
     limit = longest_row(config.max_seq_length, model, tokenizer)
     rows = _causal_rows if data.task == "causal-lm" else _labelled_rows
@@ -80,11 +81,11 @@ def prepare(config: TrainConfig) -> Prepared:
             remedy = f"raise --max-seq-length {limit}"
         raise LoraError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
     check_vocabulary((*train, *valid), model, tokenizer)
-    from . import trainers  # noqa: F401  the libraries that training needs are part of the memory planned
+    from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
 
     batch = _largest_batch(config, data, train)
     with fake:
-        # The init decides no shape but doubles the work here (it may decompose each weight).
+        # The init does not change shapes, but may double the work here (some decompose each weight).
         attached = attach_as(dataclasses.replace(config, init="kaiming"), model, new_head=data.task != "causal-lm")
         plan = _plan(config, data, train, model, _faked(batch, fake))
     return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan)
@@ -103,7 +104,7 @@ def start_block(prepared: Prepared) -> str:
         "",
         *_example_lines(prepared),
         report.heading("model"),
-        f"{config.model}: {weights_dtype(config, data)} on {best_device()}",
+        f"{config.model}: {_weights(config, data)} on {best_device()}",
         str(prepared.attached),
         report.heading("plan"),
         f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
@@ -111,6 +112,11 @@ def start_block(prepared: Prepared) -> str:
         f"{_memory(plan)}; the time is told after the first steps of training",
     ]
     return "\n".join(lines)
+
+
+def _weights(config: TrainConfig, data: Data) -> str:
+    dtype = weights_dtype(config, data)
+    return dtype if config.quantize == "none" else f"linear layers in {config.quantize}, the rest in {dtype}"
 
 
 def _rows_a_step(config: TrainConfig) -> int:
@@ -125,14 +131,14 @@ def _memory(plan: Plan) -> str:
 
 
 def attach_as(config: TrainConfig, model: nn.Module, *, new_head: bool) -> Report:
-    """`attach` with a run's settings. new_head: train what lies beside the base model (a classifier's head) whole."""
-    whole = [*config.also_train, *(_head_modules(model) if new_head else [])]
+    """`attach` with a run's settings. new_head: also train the modules beside the base model (a head) in full."""
+    whole = [*config.also_train, *(heads(model) if new_head else [])]
     # The configuration's dtype is that of the base weights.
     return attach(model, dataclasses.replace(LoRASettings.of(config), dtype=None, also_train=whole))
 
 
 def weights_dtype(config: TrainConfig, data: Data) -> str:
-    """Half precision for weights that stay frozen; float32 where weights themselves are trained."""
+    """The dtype of the base weights. For "auto": bfloat16 if it is fast and all of them stay frozen, else float32."""
     if config.dtype != "auto":
         return config.dtype
     trains_weights = data.task != "causal-lm" or bool(config.also_train) or config.bias != "none"
@@ -140,7 +146,7 @@ def weights_dtype(config: TrainConfig, data: Data) -> str:
 
 
 def uses_autocast(config: TrainConfig, data: Data) -> bool:
-    """Whether products of float32 weights are made in bfloat16. Asked for by name, float32 means float32."""
+    """Whether products of float32 weights are computed in bfloat16. With --dtype float32 they are not."""
     return config.dtype == "auto" and weights_dtype(config, data) == "float32" and has_fast_bfloat16(best_device())
 
 
@@ -156,7 +162,7 @@ def fields_of(config: Any) -> dict[str, str]:
 
 
 def check_task(config: Any, data: Data) -> None:
-    """Raise ValueError where the data is of another kind than the one that the settings ask for."""
+    """Raise ValueError if the data is of another task than the settings ask for."""
     if config.task not in ("auto", data.task):
         raise LoraError(
             f"--task {config.task} does not fit {config.data}, which holds {data.shape} rows ({data.task})."
@@ -166,7 +172,7 @@ def check_task(config: Any, data: Data) -> None:
 def _causal_rows(
     config: TrainConfig, data: Data, tokenizer: PreTrainedTokenizerBase, style: Style, limit: int, notes: list[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of train and valid. Raises DataError listing the bad ones of both."""
+    """The rows of train and valid. Raises DataError listing the bad rows of both."""
     problems: list[str] = []
     parts: list[list[dict[str, Any]]] = []
     dropped = truncated = 0
@@ -203,7 +209,7 @@ def _causal_rows(
 def _labelled_rows(
     config: TrainConfig, data: Data, tokenizer: PreTrainedTokenizerBase, style: Style, limit: int, notes: list[str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of train and valid, with the number of their class, or the number to predict."""
+    """The rows of train and valid, each with the index of its class, or with the number to predict."""
     full = 0
 
     def encoded(example: Example) -> dict[str, Any]:
@@ -243,11 +249,12 @@ def _example_lines(prepared: Prepared) -> list[str]:
 
 
 def _largest_batch(config: TrainConfig, data: Data, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What training has at once at most: the longest rows together, with their labels where they really are."""
+    """The largest batch that training can meet: the longest rows together, with their real labels."""
     longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-config.batch_size :]
     lengths = [len(row["input_ids"]) for row in longest]
     ids = torch.ones(len(longest), lengths[-1], dtype=torch.long)
-    # Without padding, models do without the mask; with fake tensors they always make one, and keep a little more.
+    # Without padding, models skip the attention mask. With fake tensors they always make one, so the plan is a little
+    # too large.
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
     if data.task != "causal-lm":
         return batch | {"labels": torch.tensor([row["labels"] for row in longest])}
@@ -256,7 +263,7 @@ def _largest_batch(config: TrainConfig, data: Data, rows: list[dict[str, Any]]) 
 
 
 def _faked(batch: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
-    """The batch on the device, without contents; called under `mode`."""
+    """The batch as fake tensors on the device; called under `mode`."""
 
     def fake(tensor: Tensor) -> Tensor:
         return mode.from_tensor(tensor).to(best_device())
@@ -294,8 +301,3 @@ def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: An
 
 def _tokens(rows: list[dict[str, Any]]) -> int:
     return sum(len(row["input_ids"]) for row in rows)
-
-
-def _head_modules(model: nn.Module) -> list[str]:
-    prefix = getattr(model, "base_model_prefix", "")
-    return [name for name, child in model.named_children() if name != prefix and any(True for _ in child.parameters())]

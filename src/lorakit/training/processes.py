@@ -1,4 +1,4 @@
-"""Several processes of one run, under torchrun and `accelerate launch`: the first one decides, prints and writes."""
+"""A run of several processes, under torchrun or `accelerate launch`: the first process decides, prints and writes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def is_main() -> bool:
 
 
 def of_main(value: Value) -> Value:
-    """What the first process has found, in all of them. The others wait for it, however late it is."""
+    """Share the first process's value with all processes. The others wait for it without a time limit."""
     if processes() == 1:
         return value
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    PartialState(cpu=not torch.cuda.is_available())  # it makes the processes known to each other
+    PartialState(cpu=not torch.cuda.is_available())  # connects the processes
     shared = [value]
     broadcast_object_list(shared)
     return shared[0]

@@ -1,4 +1,4 @@
-"""What a person sees of training, and what stays of it: a bar or lines, and a line a logged step in metrics.jsonl."""
+"""Show the progress of training as a bar or as lines, and write one line for each logged step to metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ from ..formats.files import naming, replacing
 from .memory import forget_peak, peak_memory
 from .pace import Pace
 
-_TOLD = 10.0  # seconds of the rest of a run below which they are not told
+_TOLD = 10.0  # seconds: a shorter rest of a run is not announced
 
 
 class Progress(TrainerCallback):
-    """One bar while training, and a line a logged step in metrics.jsonl. Without a bar, `pace` tells the time once."""
+    """A bar during training, and one line for each logged step in metrics.jsonl.
+
+    Without a bar, the remaining time that `pace` estimates is printed once.
+    """
 
     def __init__(self, folder: Path, pace: Pace | None = None) -> None:
         self.path = folder / "metrics.jsonl"
-        self._pace = pace  # until it has told
+        self._pace = pace  # None once the remaining time is known
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self.loading_bytes = 0  # the peak before training began
-        self.peak_bytes = 0  # and of training alone, where the system can tell them apart
+        self.peak_bytes = 0  # the peak of training alone, if the system can tell the two apart
         self._bar: tqdm[Any] | None = None
         self._began = 0.0
 
     def take(self, step: int) -> None:
-        """The lines of a run of which nothing remains to be trained."""
+        """Read the lines of a run that has nothing left to train."""
         self.history = _read_lines(self.path, up_to=step)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -105,9 +108,9 @@ class Progress(TrainerCallback):
 
 
 def _heldout_losses(args: Any, state: Any) -> int:
-    """How many are still to be computed, the one that is due now included."""
+    """How many held-out losses are still to be computed, including one that is due now."""
     if args.eval_strategy == "epoch":
-        begun = math.ceil((state.epoch or 0) - 1e-6)  # epochs, the one in hand included
+        begun = math.ceil((state.epoch or 0) - 1e-6)  # epochs, including the current one
         return int(state.num_train_epochs - begun + 1)
     if args.eval_strategy == "steps":
         return int(state.max_steps // args.eval_steps - (state.global_step - 1) // args.eval_steps)
@@ -128,7 +131,7 @@ def _read_lines(path: Path, up_to: int) -> list[dict[str, float]]:
         return []
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # an interruption may have cut the last one off
+        with contextlib.suppress(ValueError):  # an interruption may have cut off the last line
             lines.append(json.loads(text))
     return [line for line in lines if line["step"] <= up_to]
 

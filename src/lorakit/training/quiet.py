@@ -1,4 +1,4 @@
-"""What libraries say is kept from the reader for a while; what was set before is set again afterwards."""
+"""Silence the notices of libraries within a block, and restore the earlier settings afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Without the libraries' notices of routine matters: what concerns the user is said in our words.
+    """Within the block, libraries print only errors; lorakit itself says what concerns the user.
 
     The levels are process-wide, so the block is a whole command or one call of `train` or `compare`.
     """
@@ -29,13 +29,13 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         of_transformers.set_verbosity(verbosity)
         for logger, level in zip(loggers, levels, strict=True):
-            if logger.level == logging.ERROR:  # a library that was imported meanwhile has set its own level
+            if logger.level == logging.ERROR:  # otherwise a library imported meanwhile set its level
                 logger.setLevel(level)
 
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without the notices of loading, and without its progress bars where nobody watches them."""
+    """Within the block, loading prints no notices, and no progress bars unless stderr is a terminal."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

@@ -1,8 +1,8 @@
-"""What a run is: the settings, data and base model that decide what comes of it.
+"""The record of a run: the settings, data and base model that decide its result.
 
-A record stands in the note of the output folder and in each checkpoint. A run is resumed only with what it was begun
-with: anything else would be neither the one run nor the other. What only says how much is printed and kept may change,
-and so may the length of the run.
+The note of the output folder and each checkpoint hold the record. A run is resumed only with the settings, data and
+model that it began with; otherwise the result would belong to neither run. Settings that only say what is printed and
+kept may change, and so may the length of the run.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from .prepare import Prepared, uses_autocast, weights_dtype
 _FREE = {
     *("output_dir", "resume", "overwrite", "dry_run", "ignore_memory"),
     *("eval_steps", "save_steps", "logging_steps", "eval_samples", "max_new_tokens", "report_to"),
-    *("epochs", "max_steps"),  # `longer_or_shorter` says what comes of it
+    *("epochs", "max_steps"),  # `longer_or_shorter` tells the user what this changes
     "gradient_checkpointing",  # the same numbers in less memory
-    *("model", "data"),  # told by what they hold, so that they may be moved
+    *("model", "data"),  # compared by content, so that they may be moved
 }
-_PROBED = 64  # numbers of each weight that its fingerprint looks at
+_PROBED = 64  # numbers of each weight that go into its fingerprint
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "pad_token_id")
 
 
-def record_of(prepared: Prepared) -> dict[str, Any]:
+def run_record(prepared: Prepared) -> dict[str, Any]:
     """The record of a run, without its base model's weights."""
     config, data = prepared.config, prepared.data
     settings = dataclasses.asdict(config)
@@ -42,7 +42,7 @@ def record_of(prepared: Prepared) -> dict[str, Any]:
     settings["dtype"] = str(resolve_dtype(weights_dtype(config, data), best_device())).removeprefix("torch.")
     rows = [{**dataclasses.asdict(example), "where": None} for example in data.train]
     return {
-        # As JSON gives it back: a tuple is a list there.
+        # As JSON returns it: tuples become lists.
         "settings": json.loads(json.dumps(settings)),
         "autocast": uses_autocast(config, data),
         "processes": processes(),
@@ -53,10 +53,10 @@ def record_of(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def base_of(loaded: Loaded) -> str:
+def base_fingerprint(loaded: Loaded) -> str:
     """A fingerprint of a base model that is not adapted yet: its configuration, names, shapes and some of its weights.
 
-    A head that is drawn at random is told by the seed.
+    The values of a randomly initialised head are left out, because the seed decides them.
     """
     config = {name: value for name, value in loaded.model.config.to_dict().items() if name not in _VOLATILE}
     parts = [json.dumps(config, sort_keys=True, default=str).encode()]
@@ -69,7 +69,7 @@ def base_of(loaded: Loaded) -> str:
 
 
 def record_of_released(settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of a run of lorakit 0.1.0, which left its config.yaml alone; None without settings."""
+    """The record of a run of lorakit 0.1.0, which wrote only a config.yaml; None without settings."""
     if not settings:
         return None
     found = dict(settings)
@@ -79,7 +79,7 @@ def record_of_released(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What keeps a run of the record `now` from going on with one of the record `then`, a line each."""
+    """The differences that forbid a run with the record `now` to continue one with the record `then`, a line each."""
     old, new = then["settings"], now["settings"]
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     by_content = "data" in then
@@ -110,12 +110,12 @@ def refuse_differences(then: Mapping[str, Any], now: Mapping[str, Any], checkpoi
         listed = "\n".join(f"  {line}" for line in lines)
         raise LoraError(
             f"--resume: {checkpoint} belongs to a run of other settings:\n{listed}\nNothing was changed. Resume it as "
-            f"it was begun, or start anew: --overwrite in place of --resume, or another --output-dir."
+            f"it was begun, or start over: --overwrite in place of --resume, or another --output-dir."
         )
 
 
 def longer_or_shorter(then: Mapping[str, Any], now: Mapping[str, Any], step: int) -> list[str]:
-    """What to say where a run goes on to another length than it was begun with."""
+    """Lines to print if a run continues to another length than it began with."""
     before, after = then.get("steps"), now["steps"]
     if before is None or before == after:
         return []
@@ -135,7 +135,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def _encoded(row: Mapping[str, Any]) -> bytes:
-    """The numbers of one encoded row."""
+    """The token ids and labels of one encoded row, as bytes."""
     labels = row["labels"]
     learnt = array.array("q", labels).tobytes() if isinstance(labels, list) else repr(labels).encode()
     return array.array("q", row["input_ids"]).tobytes() + b"|" + learnt

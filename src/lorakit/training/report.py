@@ -1,6 +1,6 @@
-"""What a run says in words: the block it starts with, the comparison it ends with, the model card.
+"""The texts of a run: headings, the comparison it ends with, the commands to use next, and the model card.
 
-Plain functions from values to text; printing is the caller's.
+The functions only return text; the caller prints it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def heading(title: str) -> str:
 
 
 def marked(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
-    """An example with the tokens that bear loss set off: in green on a terminal, between ⟦ ⟧ elsewhere."""
+    """An example with the tokens that bear loss marked: in green on a terminal, between ⟦ ⟧ elsewhere."""
     opening, closing = ("\033[32m", "\033[0m") if colour else ("⟦", "⟧")
     text, inside = "", False
     for piece, bears_loss in pieces:
@@ -55,9 +55,9 @@ def marked(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
 
 
 def comparison(result: Evaluation, shown: int = 3, *, rows: str = "", adapted: bool = True) -> str:
-    """The metrics before and after, and a few answers side by side; of a model without an adapter, its own alone.
+    """The metrics before and after, and a few answers side by side. adapted=False: only those of the model.
 
-    rows: what was scored, where it was not held out.
+    rows: what was scored, if not held-out rows.
     """
     scored = f"{result.rows} {rows or f'held-out rows ({result.split})'}"
     lines = [heading(f"{scored}: base → adapter" if adapted else scored)]
@@ -76,9 +76,9 @@ def comparison(result: Evaluation, shown: int = 3, *, rows: str = "", adapted: b
 def next_commands(
     folder: Path, *, answers: bool, prompt: str = "TEXT", pair: str | None = None, merge: bool = True
 ) -> str:
-    """The commands to copy, for what people do next.
+    """The commands that people usually run next, to copy.
 
-    answers: whether the model writes text; a classifier does not talk. prompt, pair: what to ask, or to classify.
+    answers: whether the model writes text (a classifier does not). prompt, pair: what to ask, or to classify.
     merge: whether there is an adapter to merge.
     """
     lorakit, model = _program(), _flag("--model", str(folder))
@@ -92,19 +92,19 @@ def next_commands(
 
 
 def _flag(name: str, value: str) -> str:
-    """A flag and its value as a shell reads them, whatever the value holds."""
+    """A flag and its value, quoted for a shell."""
     return shlex.quote(f"{name}={value}") if value.startswith("-") else f"{name} {shlex.quote(value)}"
 
 
 def _free(folder: Path) -> Path:
-    """A folder beside this one for the merged model, in which nothing is yet."""
+    """A path beside `folder` for the merged model, at which nothing exists yet."""
     beside = folder.resolve() if folder.name in ("", "..") else folder
     names = (beside.with_name(f"{beside.name}-merged{number}") for number in ("", *(f"-{n}" for n in range(2, 100))))
     return next(path for path in names if not path.exists())
 
 
 def _program() -> str:
-    """How this program can be called again: by its name, or by its path where the name would not find it."""
+    """How to call this program again: its name, or its path if the shell would not find the name."""
     called, here = Path(sys.argv[0]), Path.cwd()
     called = called.relative_to(here) if called.is_relative_to(here) else called
     return shlex.quote(str(called)) if called.name == "lorakit" and not shutil.which("lorakit") else "lorakit"
@@ -169,7 +169,7 @@ def metrics_table(result: Evaluation) -> Table:
 
 
 def public(text: str) -> str:
-    """A setting as others may read it: of a path that is valid on one machine alone, the last name."""
+    """A setting as others may read it: of an absolute path or one with ~, only the last name."""
     path = Path(text)
     return path.name if path.is_absolute() or text.startswith("~") else text
 

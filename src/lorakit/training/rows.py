@@ -1,7 +1,7 @@
-"""Files to rows: JSON, CSV, Parquet and plain text, packed or not, and what is wrong with lines that are no rows.
+"""Read the rows of a file (JSON, CSV, Parquet or plain text, compressed or not), and report lines that are not rows.
 
-A file is read to its end: each bad line is reported with its place, not the first alone. How JSON is laid out (a list,
-an object a line, rows under a key) is told by its text, not by the file's name.
+A file is read to its end, so every bad line is reported with its place. The text of a JSON file, not the file's name,
+decides its layout (a list, an object a line, rows under a key).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from ..core.errors import LoraError
 from ..core.reading import bytes_of, decoded
+from ..core.words import first_line
 from . import tables
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -45,14 +46,14 @@ class Row:
 
 @dataclass
 class Findings:
-    """What reading found: lines that are no rows ("file:line: what is wrong"), and what a person should know."""
+    """What reading found: lines that are not rows ("file:line: what is wrong"), and notes for the user."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 class DataError(LoraError):
-    """Rows that cannot be used. The message gives each cause once, with the place of a row and of others like it.
+    """Rows that cannot be used. The message gives each cause once, with the places of the rows that have it.
 
     problems: a line for each row, "file:line: what is wrong".
     """
@@ -61,7 +62,7 @@ class DataError(LoraError):
         self.problems = tuple(sorted(problems, key=_place))
         causes: dict[str, list[str]] = {}
         for problem in self.problems:
-            # Problems that differ in a number alone (of a column, of a message) have one cause.
+            # Problems that differ only in a number (of a column, of a message) have one cause.
             cause = re.sub(r"\d+", "#", problem.partition(": ")[2] or problem)
             causes.setdefault(cause, []).append(problem)
         lines = [alike[0] + _also(alike[1:]) for alike in causes.values()]
@@ -80,7 +81,7 @@ def _also(problems: Sequence[str]) -> str:
 
 
 def _place(problem: str) -> list[str | int]:
-    """File and line at the beginning of a problem, in an order that takes 9 before 10."""
+    """A sort key: the file and the line at the beginning of a problem, with 9 before 10."""
     parts = re.split(r"(\d+)", problem.partition(": ")[0])
     return [int(part) if part.isdecimal() else part for part in parts]
 
@@ -88,7 +89,7 @@ def _place(problem: str) -> list[str | int]:
 def read_file(path: Path, findings: Findings) -> list[Row]:
     """The rows of a file. What is wrong with a line is added to the findings.
 
-    Raises ValueError for a kind of file that is not known, DataError for one that cannot be read at all.
+    Raises ValueError for an unknown kind of file, and DataError for a file that cannot be read at all.
     """
     suffix, _ = suffixes(path)
     if suffix is None:
@@ -110,7 +111,7 @@ def read_file(path: Path, findings: Findings) -> list[Row]:
 
 
 def suffixes(path: Path) -> tuple[str | None, str]:
-    """What kind of file the name promises (one of SUFFIXES, or None), and the suffix of its packing, or ""."""
+    """The kind of file by its name (one of SUFFIXES, or None), and the suffix of its compression, or ""."""
     last = path.suffix.lower()
     packing = last if last in _UNPACK else ""
     kind_of_file = Path(path.stem).suffix.lower() if packing else last
@@ -147,7 +148,7 @@ def _text_of(path: Path) -> str:
 
 
 def _read_txt(name: str, text: str, findings: Findings) -> Iterator[Row]:
-    # Not splitlines(): U+2028, form feeds and the like are no ends of lines here.
+    # Not splitlines(), which also ends lines at U+2028, form feeds and others.
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if line.strip():
             yield Row(f"{name}:{number}", {"text": line.rstrip("\n")})
@@ -168,7 +169,7 @@ def _read_json(name: str, text: str, findings: Findings) -> Iterator[Row]:
     findings.problems += problems
     if len(values) == 1:
         values = _held(name, values[0][1], findings) or values
-    # A surrogate comes from an escape alone: the text itself is UTF-8.
+    # Only an escape can give a lone surrogate: the text itself is UTF-8.
     escapes = "\\ud" in text.lower()
     for where, value in values:
         if not isinstance(value, dict):
@@ -242,7 +243,7 @@ def _reason(error: Exception) -> str:
 
 
 def _lone_surrogate(value: Any) -> str | None:
-    """A text somewhere in a value that no UTF-8 can hold, as Python writes it, or None."""
+    """A text inside a value that UTF-8 cannot encode, as Python's ascii() writes it; or None."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -268,7 +269,7 @@ def _read_parquet(path: Path, findings: Findings) -> Iterator[Row]:
         table = pyarrow.parquet.read_table(io.BytesIO(_bytes_of(path)))
         rows = table.to_pylist(maps_as_pydicts="strict")
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        findings.problems.append(f"{path.name}: cannot be read as Parquet: {str(error).splitlines()[0]}")
+        findings.problems.append(f"{path.name}: cannot be read as Parquet: {first_line(error)}")
         return
     if twice := tables.twice(table.column_names):
         findings.problems.append(f"{path.name}: the column {twice!r} stands there twice")

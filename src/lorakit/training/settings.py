@@ -21,7 +21,7 @@ from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..core.words import suggestion
 from .values import converted, describe
-from .yaml_files import Yaml, line_of, plain, root_of
+from .yaml_files import Yaml, line_of, root_of, value_of
 
 if TYPE_CHECKING:
     import yaml
@@ -51,8 +51,8 @@ def setting(
 ) -> Any:
     """A field. Limits of a number: above, at_least, below, at_most. aliases: other names that people type from habit.
 
-    The limits hold for flags, files and Python alike, and no number may be infinite or nan. factory: makes the default.
-    parse: reads a value that has parts of its own, from a flag or a file. file_only: the setting has no flag.
+    The limits apply to flags, files and Python, and no number may be infinite or nan. factory: makes the default.
+    parse: reads a value with several parts from a flag or a file. file_only: the setting has no flag.
     path: ~ in it is the home folder.
     """
     metadata = {
@@ -72,7 +72,7 @@ def setting(
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
-def add_arguments(config: type, parser: argparse.ArgumentParser) -> None:
+def add_setting_flags(config: type, parser: argparse.ArgumentParser) -> None:
     """A flag for each setting of the dataclass, in groups, and -c/--config."""
     parser.add_argument("-c", "--config", metavar="FILE", type=expanded, help="YAML file with settings; flags beat it")
     groups: dict[str, Any] = {}
@@ -91,8 +91,8 @@ def add_arguments(config: type, parser: argparse.ArgumentParser) -> None:
         groups[title].add_argument(*flags, **options)
 
 
-def number(kind: type[int] | type[float], **limits: float) -> Callable[[str], int | float]:
-    """The `type` of a flag that is no setting: a number within limits, refused in the same words as a setting."""
+def number_type(kind: type[int] | type[float], **limits: float) -> Callable[[str], int | float]:
+    """argparse's `type` for a flag that is not a setting: a number within limits, with the errors of a setting."""
 
     def read(text: str) -> int | float:
         problems: list[str] = []
@@ -104,9 +104,10 @@ def number(kind: type[int] | type[float], **limits: float) -> Callable[[str], in
     return read
 
 
-def check(config: Any) -> None:
-    """Give each field of a dataclass of settings its type, for its `__post_init__`. Raises UsageError listing what is
-    wrong: what holds for flags and files holds for Python too.
+def check_settings(config: Any) -> None:
+    """Convert each field of a dataclass of settings to its type. Raises UsageError listing what is wrong.
+
+    The dataclass calls it in `__post_init__`, so Python gets the same checks as flags and files.
     """
     problems: list[str] = []
     for name, own in _settings(type(config)).items():
@@ -204,7 +205,7 @@ class _Setting:
 
     @property
     def limits(self) -> Mapping[str, Any]:
-        # What must be given, and what is not empty by itself, may not be given as nothing.
+        # A required setting, or a list whose default is not empty, may not be empty.
         full = self.is_required or (isinstance(self.default, tuple) and bool(self.default))
         return {**self.meta["limits"], **({"not_empty": True} if full else {})}
 
@@ -289,14 +290,14 @@ def _value(own: _Setting, path: Path, node: yaml.Node, where: str, problems: lis
     if own.meta["parse"] is not None:
         return own.convert(Yaml(path, node), where, problems)
     before = len(problems)
-    value = plain(node, where, problems)
+    value = value_of(node, where, problems)
     return own.convert(value, where, problems) if len(problems) == before else None
 
 
 def recorded(config: type, path: Path, names: Collection[str]) -> dict[str, Any]:
-    """Those of the settings `names` that a file holds; what else stands in it is passed over.
+    """The settings among `names` that a file holds. Its other keys are ignored.
 
-    Raises OSError for a file that cannot be read, ValueError with the line for what is no such setting.
+    Raises OSError for a file that cannot be read, and ValueError with the line for a wrong value.
     """
     root = root_of(path)
     problems: list[str] = []
@@ -318,7 +319,7 @@ def _unknown(key: str, value: yaml.Node, config: type, settings: Mapping[str, _S
         return f"{key!r} cannot be set here, but at the top of the file."
     hint = suggestion(name, [alias for own in settings.values() for alias in own.names])
     if isinstance(value, yaml.MappingNode):
-        # Only a setting without a flag has parts of its own.
+        # Only a setting without a flag can hold a mapping.
         hint = suggestion(name, [own for own in settings if settings[own].meta["file_only"]])
         hint = hint or " The file is flat, without sections."
     return f"unknown key {key!r}.{hint}"

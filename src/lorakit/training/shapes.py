@@ -1,13 +1,13 @@
-"""One row to the example it is: the shapes of rows, told by their keys.
+"""Convert a row to an example. The keys of the row decide its shape.
 
 Shapes, in this order (messages_field and the like map other keys to these):
 
     messages                            chat: a list of {"role", "content"}, with "tools" and "system" beside it
-    conversations                       the same as ShareGPT calls it, usually {"from", "value"}
+    conversations                       the same under ShareGPT's name, usually {"from", "value"}
     prompt + completion                 two texts, or either a list of messages
     instruction [+ input] + output      Alpaca
     text [+ text_pair] + label          classification; a label with a fraction makes it regression
-    sentence1 + sentence2 + label       the same, as GLUE calls it
+    sentence1 + sentence2 + label       the same under GLUE's names
     text                                plain text
 """
 
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.words import suggestion
-from .conversations import BadRow, Conversation, as_json, conversation, is_empty, is_missing, tools_of
+from .conversations import BadRow, Conversation, conversation, is_empty, is_missing, parsed_json, tools_of
 from .rows import Row, kind
 
 SHAPES = "messages | conversations | prompt+completion | instruction+output | text+label | text"
-# Keys that change what a row means and that nothing here can honour, and what to do.
+# Keys that change the meaning of a row and are not supported, with what to do instead.
 _REFUSED = {
     "history": "put the earlier turns into messages",
     "functions": "it is the old name of tools",
@@ -49,18 +49,18 @@ class Example:
     messages: tuple[dict[str, Any], ...] | None = None
     prompt: str | None = None
     completion: str | None = None
-    others: tuple[str, ...] = ()  # completions that are right as well
+    others: tuple[str, ...] = ()  # other right completions
     text: str | None = None
     text_pair: str | None = None
     label: str | float | None = None
-    tools: tuple[dict[str, Any], ...] = ()  # that the assistant may call
+    tools: tuple[dict[str, Any], ...] = ()  # the tools that the assistant may call
     unlearnt: frozenset[int] = frozenset()  # indices of assistant turns that are read, not learnt
 
 
 def parse(row: Row, fields: Mapping[str, str]) -> tuple[str, Example, set[str]]:
-    """The shape of a row, the example it is, and the row's keys that hold something and were not read. Raises BadRow.
+    """The shape of a row, its example, and the row's keys that hold something but were not read. Raises BadRow.
 
-    fields: the file's keys for roles, as `read` takes them.
+    fields: the file's keys for roles, as `read_data` takes them.
     """
     values = _renamed(row.values, fields)
     keys = values.keys()
@@ -139,8 +139,8 @@ def _chat(row: Row, values: Mapping[str, Any], said: Conversation, others: tuple
 
 
 def _pair(row: Row, values: Mapping[str, Any], prompt: Any, completion: Any) -> Example:
-    """Two texts stay a pair; where one is a list of messages, or a row has tools or a system message, it is a
-    conversation, and what the prompt holds is read, not learnt.
+    """Two texts stay a pair. If one is a list of messages, or the row has tools or a system message, they become a
+    conversation, in which the prompt is read, not learnt.
     """
     if _holds_messages(completion):
         asked = prompt
@@ -173,7 +173,7 @@ def _holds_messages(value: Any) -> bool:
 
 
 def _linear(parts: Sequence[Any]) -> str:
-    """Records as a line, as GPT-2 reads them in the LoRA paper: "subject : relation : object | …"."""
+    """Records as one line, in the form of the LoRA paper's GPT-2 experiments: "subject : relation : object | …"."""
     if any(isinstance(part, dict) for part in parts):
         raise BadRow("prompt is a list that mixes objects with other things; expected messages or records")
     texts = [part.replace(" | ", " : ") if isinstance(part, str) else " : ".join(map(str, part)) for part in parts]
@@ -181,7 +181,7 @@ def _linear(parts: Sequence[Any]) -> str:
 
 
 def _label(value: Any) -> str | float:
-    """A class as text, or a number with a fraction; what is a whole number stays text until the task is known."""
+    """A class as text, or a float as a number. An int becomes text, because the task is not known yet."""
     if is_missing(value):
         raise BadRow("label is null")
     if isinstance(value, bool):
@@ -218,7 +218,7 @@ def _mapping(values: Mapping[str, Any]) -> str:
         wanted = [key for name in names for key in keys if key.strip().lower() == name and key != besides]
         return next(iter(wanted), None)
 
-    if chat := next((key for key in keys if _are_turns(as_json(values[key]))), None):
+    if chat := next((key for key in keys if _are_turns(parsed_json(values[key]))), None):
         return f"--messages-field {_quoted(chat)}"
     pair = next((pair for pair in _PAIRS if all(named([name]) for name in pair)), None)
     label = named(_LABELS)

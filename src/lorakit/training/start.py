@@ -1,4 +1,4 @@
-"""What a run begins with: an empty folder, a new folder beside an old run, or a checkpoint. Decided before any work.
+"""Decide what a run begins with, before any work: an empty folder, a new folder beside an old run, or a checkpoint.
 
     nothing in OUT                    a new run
     a run that left nothing to keep   it is removed, a new run
@@ -6,8 +6,8 @@
     anything else                     refused
 
 `--overwrite` writes the new run into OUT/.lorakit/new, and it takes the old one's place when it is whole.
-`--resume auto` goes on with the newest whole checkpoint, that of an interrupted `--overwrite` before those of the run
-which it was to replace; without a checkpoint it starts a new run, so that one command serves for all starts.
+`--resume auto` goes on with the newest whole checkpoint. The checkpoints of an interrupted `--overwrite` come before
+those of the run that it should replace. Without a checkpoint it starts a new run, so one command serves for all starts.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _FILES = (
     r"adapter_config\.json|adapter_model\.safetensors|labels\.json|config\.yaml|metrics\.jsonl|README\.md|report\.html"
     r"|checkpoint-\d+"
 )
-_TOKENIZER = (  # as 0.1.0 left them; now each is noted
+_TOKENIZER = (  # files of lorakit 0.1.0; now the note of a folder lists each file
     r"tokenizer.*|chat_template\.jinja|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|spiece\.model|sentencepiece.*\.model|normalizer\.json"
 )
 
 
 def settings_in(folder: Path) -> dict[str, Any]:
-    """The settings in a folder's config.yaml; none where it has none that can be read."""
+    """The settings in a folder's config.yaml; empty if there is no readable one."""
     import yaml
 
     try:
@@ -54,9 +54,10 @@ TRAINING = OutputKind("train", peft.CONFIG, names=_FILES, released=_is_released,
 
 @dataclass(frozen=True)
 class Start:
-    """beside: the run is written beside an old one. anew: what an earlier run left where it writes goes first.
+    """How a run begins.
 
-    checkpoint: what it goes on from. record: of the run that it goes on with. finished: that run is whole already.
+    beside: the run is written beside an old one. anew: what an earlier run left in its folder is removed first.
+    checkpoint: the run goes on from it. record: that of the run that goes on. finished: that run is complete.
     said: sentences for the user.
     """
 
@@ -73,9 +74,9 @@ class Start:
 
 
 def start_of(config: TrainConfig) -> Start:
-    """Decide. Writes nothing, but completes a change of folders that was interrupted.
+    """Decide how a run begins. Writes nothing, but completes an exchange of folders that was interrupted.
 
-    Raises FileExistsError for a folder in use, FileNotFoundError or ValueError for a checkpoint that cannot be taken,
+    Raises FileExistsError for a folder in use, FileNotFoundError or ValueError for a checkpoint that cannot be used,
     UsageError for flags that contradict each other.
     """
     out = OutputFolder(config.output_dir, TRAINING)
@@ -118,7 +119,7 @@ def _resumed(config: TrainConfig, out: OutputFolder) -> Start:
     if not auto:
         return _from_given(config, out, here, given, beside)
     if config.overwrite:
-        raise UsageError("--resume goes on with a run and --overwrite starts anew; give one of them.")
+        raise UsageError("--resume goes on with a run and --overwrite starts a new one; give one of them.")
     checkpoint, passed = newest_whole(here.path)
     note = here.note
     products = {name for name in note.files if step_of(name) < 0} if note else set()
@@ -129,7 +130,9 @@ def _resumed(config: TrainConfig, out: OutputFolder) -> Start:
                 f"--resume auto: {here} holds an adapter and no whole checkpoint to go on from. --overwrite starts "
                 "a new run in its place."
             )
-        said = f"--resume auto: {here} holds no {'whole ' if passed else ''}checkpoint; the run starts anew."
+        said = (
+            f"--resume auto: {here} holds no {'whole ' if passed else ''}checkpoint; the run starts from the beginning."
+        )
         return Start(beside, anew=bool(here.own), said=(*passed, said))
     assert note is not None
     record = record_in(checkpoint) if checkpoint else note.record
@@ -155,7 +158,7 @@ def _from_given(config: TrainConfig, out: OutputFolder, here: OutputFolder, give
         raise FileNotFoundError(f"--resume {given} is no whole checkpoint of lorakit: {fault}.{hint}")
     in_it = given.resolve().parent == here.path.resolve()
     if in_it and config.overwrite:
-        raise UsageError("--resume goes on with a run and --overwrite starts anew; give one of them.")
+        raise UsageError("--resume goes on with a run and --overwrite starts a new one; give one of them.")
     if not in_it and out.own and not config.overwrite:
         raise FileExistsError(
             f"--output-dir {out} holds a run already, and {given} is a checkpoint of another one. Choose another "

@@ -26,7 +26,7 @@ from ..core.errors import LoraError
 from ..core.host import Host
 from ..core.kinds import layer_class
 from ..core.layers import Linear, is_transposed
-from ..formats.renamed import in_order, rules_of
+from ..formats.renamed import in_order, renaming
 from ..formats.shards import Entry, Shards
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class Stored:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(model)}
         self._parameters = {self.names[name] for name, _ in model.named_parameters(remove_duplicate=False)}
         self.ties = _ties(model, self.names)
-        self._rules = rules_of(model)
+        self._rules = renaming(model)
         self.units = list(self._units())
         self.unit_of = {name: unit for unit in self.units for name in unit.names}
         self.units_for: dict[str, list[Unit]] = {}

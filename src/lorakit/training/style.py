@@ -1,4 +1,4 @@
-"""How a prompt is put to a model: as it was in training, which the adapter's folder remembers."""
+"""How a prompt is formatted for a model: as in training, which a file in the adapter's folder records."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .data import Example
+    from .quantize import Quantize
 
 FILE = "style.json"  # beside an adapter, and in a merged model's folder
 
 
 @dataclass(frozen=True)
 class Style:
-    """chat: in the tokenizer's chat template, or as it stands. system: the message before conversations without one."""
+    """chat: use the tokenizer's chat template. system: the system message for conversations that have none."""
 
     chat: bool
     system: str | None = None
@@ -34,7 +35,7 @@ class Style:
     def of_rows(
         cls, rows: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, plain: bool, system: str | None
     ) -> Style:
-        """The style that rows are trained in: plain text never in a template, conversations always."""
+        """The style in which rows are trained. Plain text never uses the template; conversations always do."""
         rows = list(rows)
         if any(row.messages is not None for row in rows):
             plain = False
@@ -51,9 +52,9 @@ class Style:
         system: str | None = None,
         plain: bool | None = None,
     ) -> Style:
-        """The style that the folder of an adapter or a model remembers, and without it the tokenizer's template.
+        """The style that the folder of an adapter or a model records. Without a record: the tokenizer's template.
 
-        system, plain: what a user asks for instead.
+        system, plain: what the user asks for instead.
         """
         found = _of_folder(folder) or cls(True)
         if plain is not None:
@@ -68,10 +69,17 @@ class Style:
 
 
 def longest_text(folder: str | Path) -> int:
-    """At how many tokens a classifier's texts were cut in training."""
+    """The number of tokens at which a classifier's texts were cut in training."""
     path = beside(folder, "config.yaml")
     found = {} if path is None else recorded(TrainConfig, path, ["max_seq_length"])
     return int(found.get("max_seq_length", TrainConfig.max_seq_length))
+
+
+def trained_on(folder: str | Path) -> Quantize:
+    """How the weights were quantised that an adapter was trained on."""
+    path = beside(folder, "config.yaml")
+    found: Quantize = ({} if path is None else recorded(TrainConfig, path, ["quantize"])).get("quantize", "none")
+    return found
 
 
 def _of_folder(folder: str | Path) -> Style | None:
@@ -82,7 +90,7 @@ def _of_folder(folder: str | Path) -> Style | None:
         if not isinstance(chat, bool) or not isinstance(system, str | None):
             raise LoraError(f"{path}: expected chat to be true or false and system to be text or null.")
         return Style(chat, system)
-    path = beside(folder, "config.yaml")  # of a run that recorded its settings alone
+    path = beside(folder, "config.yaml")  # of a run that recorded only its settings
     if path is None:
         return None
     values = recorded(TrainConfig, path, ["plain", "system"])

@@ -1,4 +1,4 @@
-"""matplotlib's figures as SVG that stands inside a page: small, with text as text, in the page's colours.
+"""matplotlib's figures as SVG inside a page: small, with text as text, in the page's colours.
 
 A figure is drawn with the light values of `colours.py`; in the SVG each becomes its CSS variable, so that one drawing
 serves light and dark screens. The same data give the same bytes.
@@ -9,8 +9,8 @@ serves light and dark screens. The same data give the same bytes.
         ...
         return svg(figure, "what is drawn")
 
-No figure is registered with pyplot, and neither the process's backend nor its settings are changed: those of `styled`
-hold inside the function alone.
+No figure is registered with pyplot. The process's backend and settings are not changed: those of `styled` hold only
+inside the function.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 from .colours import LIGHT, rules
 
-# What a page with such drawings needs beside the colours. A label's letters are set off from the lines behind them.
+# The CSS that a page with plots needs beside the colours. An outline separates labels from the lines behind them.
 RULES = """
 .plot { display: block; width: 100%; height: auto }
 .plot .label text { stroke: var(--page); stroke-width: 3px; paint-order: stroke }
@@ -62,13 +62,13 @@ _TICK = re.compile(r"([xy]tick)_\d+")  # matplotlib's names of a tick's group
 
 @contextlib.contextmanager
 def styled() -> Iterator[None]:
-    """matplotlib with the pages' settings and no others: a person's own matplotlibrc does not count."""
+    """Within the block, matplotlib has only the pages' settings; the user's matplotlibrc is ignored."""
     with matplotlib.style.context(_STYLE, after_reset=True):
         yield
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many pixels."""
+    """An empty figure of `width` × `height` pixels."""
     return Figure(figsize=(width / 72, height / 72))
 
 
@@ -80,7 +80,7 @@ def svg(figure: Figure, label: str, kind: str = "plot", titles: Sequence[str] = 
     """
     buffer = io.StringIO()
     with warnings.catch_warnings():
-        # Where matplotlib's own font lacks a letter, the reader's has it.
+        # If matplotlib's font lacks a letter, the reader's font has it.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
         figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
     root = ElementTree.fromstring(_printable(buffer.getvalue()))
@@ -96,7 +96,7 @@ def svg(figure: Figure, label: str, kind: str = "plot", titles: Sequence[str] = 
 
 
 def standalone(drawing: str) -> str:
-    """The drawing as a file of its own, with its colours, light and dark."""
+    """The drawing as a separate SVG file, with its light and dark colours."""
     root = ElementTree.fromstring(drawing)
     root.set("xmlns", "http://www.w3.org/2000/svg")
     style = ElementTree.Element("style")
@@ -106,16 +106,16 @@ def standalone(drawing: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """The text with a sign in the place of each character that XML does not allow."""
+    """The text with U+FFFD in place of each character that XML does not allow."""
     return re.sub("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
 
 
 def _tidy(root: ElementTree.Element) -> None:
-    """Takes out what a page does not need, and puts the page's colours and fonts in."""
+    """Remove what a page does not need, and put in the page's colours and fonts."""
     referred = set(re.findall(r'(?:url\(#|href="#)([^")]+)', ElementTree.tostring(root, encoding="unicode")))
     for parent in list(root.iter()):
         for child in list(parent):
-            # matplotlib's style would apply to the whole page. The transparent background is nothing to draw.
+            # matplotlib's style would apply to the whole page. The transparent background need not be drawn.
             if child.tag.endswith(("}metadata", "}style")) or child.get("style") == "fill: none":
                 parent.remove(child)
     for element in root.iter():
@@ -135,7 +135,7 @@ def _tidy(root: ElementTree.Element) -> None:
 
 
 def _short(value: str) -> str:
-    """An attribute without spare white space and digits, its colours as variables and its font the page's."""
+    """An attribute without extra white space and digits, with colours as variables and with the page's font."""
     value = " ".join(value.split())
     if value.startswith("data:"):
         return value.replace(" ", "")

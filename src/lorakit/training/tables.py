@@ -1,7 +1,7 @@
-"""CSV and TSV: cells by the names in the header, with the line of each row and of each mark that is out of place.
+"""Read CSV and TSV: cells by the names in the header, with the line of each row and of each misplaced quotation mark.
 
 Quotation marks are read strictly. One that is never closed would swallow the rows after it and teach them as an answer,
-so it is refused where it stands.
+so it is an error at its line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import csv
 import io
 from collections.abc import Iterator, Sequence
 
-_LONGEST = 2**31 - 1  # of a cell, where csv stops at 131,072 characters; a C long on every system
+_LONGEST = 2**31 - 1  # characters of a cell (csv's default is 131,072); fits a C long on every system
 
 
 def read_cells(
@@ -32,7 +32,7 @@ def twice(names: Sequence[str]) -> str | None:
 def _rows(
     name: str, text: str, delimiter: str, problems: list[str], notes: list[str]
 ) -> Iterator[tuple[str, dict[str, str | None]]]:
-    # newline="" ends lines at \n, \r and \r\n alone; splitlines() would at U+2028 and form feeds inside cells too.
+    # newline="" ends lines only at \n, \r and \r\n; splitlines() would also end them at U+2028 and form feeds in cells.
     lines = list(io.StringIO(text, newline=""))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None

@@ -1,7 +1,7 @@
-"""What a model is for, told before any weight is loaded: to answer, to name a class, or to predict a number.
+"""Find what a model is for, before any weight is loaded: to answer, to name a class, or to predict a number.
 
 The adapter decides: by the labels.json beside it, or else by its configuration and the rows of its head. Without an
-adapter the model's config.json decides. The rows that are scored never do: they may lack some of the classes.
+adapter the model's config.json decides. The rows that are scored never decide, because they may lack some classes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _LISTED = 10
 
 @dataclass(frozen=True)
 class Task:
-    """kind, and the classes of a classification in the order of the head's rows.
+    """The kind of task, and the classes of a classification in the order of the head's rows.
 
-    named: whether a file names the classes; otherwise they are called 0, 1, … n.
+    named: whether a file names the classes; otherwise they are called 0, 1, 2, …
     """
 
     kind: Literal["causal-lm", "classification", "regression"]
@@ -56,11 +56,11 @@ class Task:
     def take(
         self, splits: Mapping[str, list[Example]], notes: list[str]
     ) -> tuple[str, tuple[str, ...], dict[str, list[Example]]]:
-        """Rows with labels as this model knows them: its kind, its classes, and the rows with labels in its words.
+        """This model's kind, its classes, and the rows with their labels as the model spells them.
 
-        Classes that no file names are called as the rows call them, in sorted order, where the numbers agree; `notes`
-        then says so. Raises DataError that names each label that the model does not know, or the first row for a model
-        that has no classes.
+        Classes that no file names get the rows' labels as names, in sorted order, if the counts agree; `notes` then
+        says so. Raises DataError that names each label that the model does not know, or the first row if the model is a
+        language model.
         """
         if self.answers:
             first = next(row for rows in splits.values() for row in rows)
@@ -88,7 +88,7 @@ class Task:
         return task.kind, task.labels, found
 
     def _own(self, label: str | float | None) -> str | float | None:
-        """The label in the model's words; None for one that it does not know."""
+        """The label as the model spells it; None for a label that it does not know."""
         number = number_of(label)
         if not self.labels:
             return number
@@ -120,10 +120,10 @@ class Task:
         return f"{rows[0].where}: {label!r} is no class of this model{also}. Its classes: {_listed(self.labels)}.{hint}"
 
 
-def task_of(base: str | None, adapter: str | None) -> Task:
-    """What a base model, or an adapter on it, is for. base=None: not known, and then not asked.
+def model_task(base: str | None, adapter: str | None) -> Task:
+    """What a base model, or an adapter on it, is for. base=None: the base is unknown, so only the adapter decides.
 
-    Raises ValueError for a task that lorakit has no verb for, and for a labels.json that holds no names.
+    Raises ValueError for a task that lorakit does not support, and for a labels.json that is not a list of names.
     """
     if adapter is None:
         return _of_model(base) if base else Task("causal-lm")
@@ -153,10 +153,10 @@ def task_of(base: str | None, adapter: str | None) -> Task:
     return _of_names(names) if len(names) == rows else _unnamed(rows)
 
 
-def ordered(labels: tuple[str, ...], base: str) -> tuple[str, ...]:
-    """Classes in the order in which a base model that is a classifier of the same ones has them.
+def in_model_order(labels: tuple[str, ...], base: str) -> tuple[str, ...]:
+    """The classes in the order of the base model, if it is a classifier of the same classes; otherwise unchanged.
 
-    Its trained head then keeps its meaning. Capital letters do not count; other classes keep their own order.
+    The base model's trained head then keeps its meaning. Upper and lower case are equal.
     """
     own = [name.lower() for name in _names_in(_config(base))]
     if sorted(own) != sorted(label.lower() for label in labels):
@@ -186,7 +186,7 @@ def _of_model(base: str) -> Task:
 
 
 def _names_in(config: Any) -> tuple[str, ...]:
-    """The classes that a model's configuration names; none where they are transformers' LABEL_0, LABEL_1, …"""
+    """The classes that a model's configuration names; none if they are transformers' LABEL_0, LABEL_1, …"""
     names = tuple(str(config.id2label[index]) for index in sorted(config.id2label))
     return () if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names
 
@@ -199,7 +199,7 @@ def _names(path: Path) -> tuple[str, ...]:
 
 
 def _head_rows(base: str, adapter: Adapter) -> int | None:
-    """How many classes a trained head in the adapter's file has; None where it has no head."""
+    """The number of classes of the trained head in the adapter's file; None if the file has no head."""
     for name in _head_parameters(base):
         if name in adapter.trained:
             return int(adapter.trained[name].shape[0])
@@ -220,7 +220,7 @@ def _head_parameters(base: str) -> list[str]:
         with quietly(), torch.device("meta"):
             try:
                 model = AutoModelForSequenceClassification.from_config(config)
-            except ValueError:  # no classifier is made of such a model
+            except ValueError:  # transformers has no classifier for such a model
                 return []
         shapes.append({name: parameter.shape for name, parameter in model.named_parameters()})
     return [name for name, shape in shapes[0].items() if shape != shapes[1].get(name)]

@@ -1,9 +1,9 @@
-"""Examples to token ids and labels: which tokens the model learns to write, and which it only reads.
+"""Convert examples to token ids and labels: which tokens the model learns to write, and which it only reads.
 
-Of a conversation, the tokens of the assistant's turns bear loss, the end token included, and no others; `chat.py` says
-where in the text they stand. What a template prints after the end token bears none.
+In a conversation, only the tokens of the assistant's turns bear loss, including the end token; `chat.py` finds them in
+the text. What a template prints after the end token bears no loss.
 
-Without a chat template (or with chat=False) prompt and completion are joined as they stand, then the end token.
+Without a chat template (or with chat=False) prompt and completion are joined unchanged, followed by the end token.
 Generation starts from `prompt_ids`, which are exactly the tokens before the first one that bears loss.
 """
 
@@ -27,7 +27,7 @@ IGNORED = -100  # the label of a token that bears no loss
 
 @dataclass(frozen=True)
 class Tokens:
-    """One row: token ids, and for each of them itself or IGNORED."""
+    """One row: token ids, and for each of them the label: the same id, or IGNORED."""
 
     input_ids: list[int]
     labels: list[int]
@@ -36,7 +36,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows ready for training, how many were left out or cut for their length, and what a person should know."""
+    """Rows ready for training, how many were left out or cut for their length, and notes for the user."""
 
     rows: list[Tokens]
     dropped: int = 0
@@ -47,7 +47,7 @@ class Encoded:
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool) -> Tokens:
     """The tokens of one example. chat: use the chat template; system: message for conversations that have none.
 
-    Raises BadRow, a ValueError, for what the chat template refuses or would lose.
+    Raises BadRow, a ValueError, if the chat template refuses the example or would lose a part of its meaning.
     """
     if example.text is not None:
         ids, _ = _tokenised(tokenizer, example.text, [], special=True)
@@ -57,7 +57,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str 
         prompt, completion = example.prompt or "", example.completion or ""
         ids, spans = _tokenised(tokenizer, prompt + completion, [(len(prompt), len(prompt + completion))], special=True)
         return _ended(ids, _labels(ids, spans), tokenizer)
-    # A system message that is put before the others moves them.
+    # A system message put before the others shifts their indices.
     moved = len(messages) - len(example.messages or messages)
     unlearnt = frozenset(index + moved for index in example.unlearnt)
     conversation = rendered(messages, tokenizer, tools=example.tools, unlearnt=unlearnt)
@@ -74,7 +74,7 @@ def encode_all(
     system: str | None,
     chat: bool,
 ) -> Encoded:
-    """Every example encoded. Rows over `max_length` are left out ("drop") or cut at the end ("truncate"), and counted.
+    """Encode every example. Rows over `max_length` are left out ("drop") or cut at the end ("truncate"), and counted.
 
     A row that a cut leaves without a label is left out too. Raises DataError listing rows without a label, and those
     that the chat template refuses.
@@ -121,7 +121,7 @@ def encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, max_length
 def prompt_ids(
     asked: str | Messages | Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool
 ) -> list[int]:
-    """The tokens an answer is generated from. Of an example: those before its last assistant turn."""
+    """The tokens from which an answer is generated. For an example: those before its last assistant turn."""
     if isinstance(asked, Example):
         if asked.messages is not None:
             row = encode(asked, tokenizer, system=system, chat=chat)
@@ -167,7 +167,7 @@ def preview(row: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, 
 def _conversation(
     example: Example, system: str | None, chat: bool, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]] | None:
-    """The example as messages, or None for a pair that is to be joined as it stands."""
+    """The example as messages, or None for a pair that is joined without a template."""
     if example.messages is not None:
         if tokenizer.chat_template is None:
             raise LoraError(
@@ -191,7 +191,7 @@ def _with_system(messages: Messages, system: str | None) -> list[dict[str, Any]]
 def _template_notes(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool
 ) -> list[str]:
-    """What a person should know of the chat template on these rows."""
+    """Notes for the user on how the chat template prints these rows."""
     notes: list[str] = []
     lost: set[str] = set()
     seen: set[str] = set()
@@ -224,7 +224,10 @@ def _last_learnt(row: Tokens) -> int:
 def _tokenised(
     tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]], *, special: bool
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of `text`, and spans of characters as spans of tokens. special: add BOS; a template has its own."""
+    """The token ids of `text`, and `spans` of characters as spans of tokens.
+
+    special: add BOS. A chat template prints its own.
+    """
     if not tokenizer.is_fast:
         raise LoraError("this tokenizer cannot say where its tokens stand in the text; a fast tokenizer is needed.")
     encoded: Any = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
@@ -233,7 +236,7 @@ def _tokenised(
     if special and ids and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
         ids, offsets = ids[:-1], offsets[:-1]  # the caller adds the end token, once
     if special and ids[:2] == [tokenizer.bos_token_id] * 2:
-        ids, offsets = ids[1:], offsets[1:]  # the text begins with a beginning token of its own
+        ids, offsets = ids[1:], offsets[1:]  # the text itself begins with a BOS token
     found = []
     for start, end in spans:
         inside = [i for i, (first, last) in enumerate(offsets) if last > start and first < end and last > first]
@@ -249,7 +252,7 @@ def _labels(ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
 
 
 def _ended(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, changed: int = 0) -> Tokens:
-    """The row with one end: its own, or else the end token."""
+    """The row with exactly one end: its own, or else an added end token."""
     if _closes(ids, labels, tokenizer):
         return Tokens(ids, _without_tail(ids, labels, tokenizer), changed)
     end = _end_token(tokenizer)

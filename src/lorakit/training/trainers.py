@@ -1,9 +1,9 @@
-"""transformers' Trainer and TRL's SFTTrainer, made to keep the adapter alone and to say what they do in our words.
+"""transformers' Trainer and TRL's SFTTrainer, changed for adapters.
 
-What is changed: a checkpoint holds the adapter instead of the model and appears whole or not at all, the loss of a
-causal model on a CPU computes logits only where a label is, the held-out loss is the mean over all labels, the first
-step of a warm-up trains, and a loss that is NaN or infinite stops the run at its step and says why. Batching, the
-optimizer, schedules, devices and resuming are theirs.
+What is changed: a checkpoint holds the adapter instead of the model and appears whole or not at all; the loss of a
+causal model on a CPU computes logits only where a label is; the held-out loss is the mean over all labels; the first
+step of a warm-up trains; and a loss that is NaN or infinite stops the run at its step and says why. Batching, the
+optimizer, schedules, devices and resuming are unchanged.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from .pace import Pace
 from .watch import FirstStep
 
 _KEPT = 2  # checkpoints
-_RECENT = 4  # batches by which a divergence is told
+_RECENT = 4  # last batches, on which divergence is checked
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor that training changes, or needs to go on, by its name in the model."""
+    """Every tensor that training changes, or needs in order to resume, by its name in the model."""
     wanted = lora_names(model) | set(trained_whole(model)[0])
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in wanted}
 
@@ -57,7 +57,7 @@ class _AdapterTrainer(BaseTrainer):
     def __init__(
         self, *args: Any, folder: OutputFolder, record: dict[str, Any], pace: Pace | None = None, **kwargs: Any
     ) -> None:
-        """folder: where checkpoints go. record: of the run, kept in each of them. pace: is told the forward passes."""
+        """folder: where checkpoints go. record: the run's record, kept in each. pace: times the forward passes."""
         super().__init__(*args, **kwargs)
         self.add_callback(FirstStep())
         self._folder, self._record, self._pace = folder, record, pace
@@ -73,14 +73,14 @@ class _AdapterTrainer(BaseTrainer):
         return str(self._saving or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Written under another name, waited for until it is on the disk, and renamed: whole or not there."""
+        """Write a checkpoint under another name, wait until it is on the disk, and rename it: it is whole or absent."""
         name = f"checkpoint-{self.state.global_step}"
         writes = bool(self.args.should_save)
         with contextlib.ExitStack() as stack:
             saving = self._folder.hidden / "saving"
             if writes:
                 stack.enter_context(self._folder.writing("saving"))
-            self.accelerator.wait_for_everyone()  # until the place is there
+            self.accelerator.wait_for_everyone()  # until the folder is there
             self._saving = saving
             try:
                 with naming(self._folder.path / name):
@@ -95,11 +95,11 @@ class _AdapterTrainer(BaseTrainer):
         self.accelerator.wait_for_everyone()
 
     def _keep_newest(self, step: int) -> None:
-        """Remove older checkpoints, and later ones, which a run left that went on from before them."""
+        """Remove older checkpoints, and later ones, which are left if this run resumed from an earlier step."""
         found = checkpoints(self._folder.path)
         older = [path for path in found if step_of(path) <= step]
         for path in set(found) - set(older[-_KEPT:]):
-            gone = self._folder.hidden / "gone"  # renamed first, so that no half of it is left under its name
+            gone = self._folder.hidden / "gone"  # renamed first, so that no part of it keeps its name
             remove(gone)
             path.rename(gone)
             remove(gone)
@@ -127,7 +127,7 @@ class _AdapterTrainer(BaseTrainer):
         model.load_state_dict(state, strict=False)
 
     def take(self, checkpoint: Path) -> None:
-        """The adapter of a checkpoint, where nothing remains to be trained."""
+        """Load the adapter of a checkpoint when nothing remains to be trained."""
         self._load_from_checkpoint(str(checkpoint))
 
     # --- the schedule ----------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ class _AdapterTrainer(BaseTrainer):
     # --- the loss --------------------------------------------------------------------------------------------------
 
     def count(self, inputs: dict[str, Any]) -> int:
-        """How many losses the mean of a batch is over."""
+        """The number of losses in the mean of a batch."""
         raise NotImplementedError
 
     def compute_loss(
@@ -169,9 +169,9 @@ class _AdapterTrainer(BaseTrainer):
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """Clipped as by Trainer. A gradient that is NaN or infinite ends the run: clipping would spread it to all.
+        """Trainer's clipping. A gradient that is NaN or infinite ends the run: clipping would spread it to all.
 
-        In float16 it is usual, and the scaled optimizer leaves the step out.
+        In float16 such gradients are usual, and the loss scaler skips the step.
         """
         norm = super()._clip_grad_norm(model)
         if norm is not None and self.accelerator.scaler is None and not torch.isfinite(torch.as_tensor(norm)).all():
@@ -181,7 +181,7 @@ class _AdapterTrainer(BaseTrainer):
         return norm
 
     def refuse_diverged(self) -> None:
-        """Raise Diverged where the adapter makes the rows of the last steps worse than the base model."""
+        """Raise Diverged if the adapter makes the loss on the rows of the last steps worse than the base model's."""
         model = self.accelerator.unwrap_model(self.model)
         loss_of = partial(self.loss_of, model)
         refuse_diverged(model, list(self._recent), loss_of, self.args.learning_rate, self.state.global_step)
@@ -189,7 +189,7 @@ class _AdapterTrainer(BaseTrainer):
     # --- the held-out loss -----------------------------------------------------------------------------------------
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Trainer's, with a loss that does not depend on how the rows fall into batches: the mean over all labels."""
+        """Trainer's loop, with a loss that does not depend on how rows fall into batches: the mean over all labels."""
         self._held_out = [0.0, 0]
         found: EvalLoopOutput = super().evaluation_loop(
             dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
@@ -214,7 +214,7 @@ class _AdapterTrainer(BaseTrainer):
         return loss, None, None
 
     def _own_rows(self, rows: int) -> int:
-        """How many rows of a batch are not repeated: the last batches of several processes are filled up."""
+        """How many rows of a batch are not repeats: with several processes, repeats fill up the last batches."""
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder < 1:
             return rows
@@ -239,13 +239,13 @@ class CausalTrainer(_AdapterTrainer, SFTTrainer):
         super().__init__(*args, **kwargs)
         self._on_cpu = self.args.device.type == "cpu"
         self._head = frozen_head(self.model) if self._on_cpu else None
-        # TRL's fused head multiplies by the head's weight itself and would never ask an adapter on it.
+        # TRL's fused head multiplies by the head's weight itself and would ignore an adapter on it.
         self._fused = not self._on_cpu and plain_head(self.model) is not None
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The mean over the labels of −log p, as TRL computes it.
 
-        On a GPU by TRL's fused head, on a CPU and with an adapter on the head by `loss.py`.
+        On a GPU TRL's fused head computes it. On a CPU, or with an adapter on the head, `loss.py` does.
         """
         if self._fused:
             fused: Tensor = SFTTrainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)

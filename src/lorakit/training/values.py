@@ -1,4 +1,4 @@
-"""A setting's value: of which type, within which limits, and what an error says where it is neither."""
+"""Convert a setting's value to its type, check its limits, and say what is wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..core.words import shown, suggestion
 
-# No count of rows, steps or tokens is larger, and libraries underneath hold them in 32 bits.
+# No count of rows, steps or tokens is larger, and other libraries hold them in 32 bits.
 _LARGEST = 2**31 - 1
 _LIMITS = {
     "above": ("more than", operator.gt),
@@ -37,7 +37,7 @@ def converted(value: Any, wanted: Any, limits: Mapping[str, Any], where: str, pr
 
 
 def as_type(value: Any, wanted: Any) -> Any:
-    """`value`, perhaps written as text, as a type. Raises ValueError or TypeError where it is none."""
+    """`value`, which may be text, as the type `wanted`. Raises ValueError or TypeError if it is not one."""
     origin, options = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -61,7 +61,7 @@ def as_type(value: Any, wanted: Any) -> Any:
     if wanted is str:
         return str(value)
     if wanted is int and isinstance(value, int):
-        return value  # exact, where a float has no digits left
+        return value  # exact; a float would round a large one
     number = float(value)  # PyYAML reads 2e-4 as text
     if not math.isfinite(number) or (wanted is int and not number.is_integer()):
         raise ValueError
@@ -69,7 +69,7 @@ def as_type(value: Any, wanted: Any) -> Any:
 
 
 def outside(value: Any, limits: Mapping[str, Any]) -> str | None:
-    """What a value that lies outside its limits must be; None where it lies within."""
+    """What a value outside its limits must be; None if it is within them."""
     if isinstance(value, str | tuple):
         empty = not value.strip() if isinstance(value, str) else not value
         return "a name" if empty and "not_empty" in limits else None

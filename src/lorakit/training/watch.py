@@ -1,4 +1,4 @@
-"""A look at the first step of training: an adapted layer that takes no part in it is found before hours pass."""
+"""Check the first step of training, to find an adapted layer that takes no part in it before hours pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..core.unused import idle_note, listed, refuse_silent, without_dropout
 
 
 class FirstStep(TrainerCallback):
-    """Raises ValueError at the first optimizer step where an adapted layer was passed over; prints what is idle."""
+    """Raises ValueError at the first optimizer step if an adapted layer was not used; prints what is idle."""
 
     def __init__(self) -> None:
         self._looked = False

@@ -1,4 +1,4 @@
-"""YAML files, read so that every error has its file and line: nodes first, values when it is known what for."""
+"""Read YAML files so that every error has its file and line: nodes first, values once their type is known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Yaml:
-    """A value in a file that was not constructed yet, with the line where it stands: for settings with a `parse`."""
+    """A YAML node of a file, not yet converted to a value; for settings with a `parse`."""
 
     path: Path
     node: yaml.Node
@@ -26,7 +26,7 @@ class Yaml:
 
 
 def root_of(path: Path) -> yaml.MappingNode | None:
-    """The mapping that a file holds; None where it is empty. Raises OSError, or ValueError with the line."""
+    """The mapping that a file holds; None if it is empty. Raises OSError, or ValueError with the line."""
     import yaml
 
     text = text_of(path)
@@ -47,8 +47,8 @@ def root_of(path: Path) -> yaml.MappingNode | None:
     return root
 
 
-def plain(node: yaml.Node, where: str, problems: list[str]) -> Any:
-    """The value of a node: numbers, texts, lists and mappings. What has none is None, and a problem, with `where`."""
+def value_of(node: yaml.Node, where: str, problems: list[str]) -> Any:
+    """The value of a node: a number, text, list or mapping. If it cannot be read: None, and a problem with `where`."""
     import yaml
 
     try:

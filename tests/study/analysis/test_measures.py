@@ -1,4 +1,4 @@
-"""What an adaptation did: constructed cases with known answers, and dense float64 SVDs of W and of the merged weight.
+"""The measures on constructed cases with known answers, and against dense float64 SVDs of W and the merged weight.
 
 The dense reference takes the weights of a plain copy of the model and of the merged model, so it shares neither the
 factors nor the decomposition with the code under test.
@@ -67,7 +67,7 @@ def test_a_planted_rank_is_found_and_zero_has_no_directions() -> None:
     assert directions(A, B).values[2:].sum() < 1e-4 * directions(A, B).values[0]
     nothing = directions(A, torch.zeros(20, 6))
     assert (nothing.left.shape, nothing.values.shape, nothing.right.shape) == ((20, 0), (0,), (30, 0))
-    # PiSSA as it is written, before its first step: [B, −B] [A; A] is zero, and its products are rounding errors.
+    # PiSSA's file before the first step: [B, −B] [A; A] is zero, so its singular values are rounding errors.
     assert len(directions(torch.cat((A, A)), torch.cat((B, -B), 1)).values) == 0
 
 
@@ -204,7 +204,7 @@ def test_energy_is_found_where_it_was_planted() -> None:
 
 
 def test_a_planted_intruder_is_found_and_a_strengthened_direction_is_none() -> None:
-    """W has 32 directions; a new one that leans on all of them alike has |cosine| 1/√32 with each."""
+    """W has 32 directions; a new one with an equal share of each has |cosine| 1/√32 with each."""
     left, right = orthonormal(32, 32), orthonormal(32, 32)
     values = torch.linspace(2, 1, 32).tolist()
     weight = planted(left, values, right)
@@ -386,7 +386,7 @@ def test_an_adapter_without_a_change_has_dashes_and_no_intruders() -> None:
         assert (module.singular_values, module.norm, module.effective_rank, module.directions_90) == ((), 0, 0, 0)
         assert (module.base.change, module.base.amplification, module.base.energy_within) == (0, None, {})
         assert module.base.intruders == 0 and min(module.base.cosines) > 0.999
-    text = report.text(report.Study("a", "base", tuple(modules)))
+    text = report.tables_text(report.Study("a", "base", tuple(modules)))
     assert " – " in text
     with torch.no_grad():
         model.get_parameter("model.layers.0.self_attn.q_proj.weight").zero_()

@@ -17,10 +17,10 @@ from PIL import Image
 
 import lorakit
 import models
-from lorakit.core.numbers import number
+from lorakit.core.numbers import short_number
 from lorakit.study.analysis import page, plots
 from lorakit.study.analysis.measures import analyze, similarities
-from lorakit.study.analysis.report import Study, as_json, grouped, text
+from lorakit.study.analysis.report import Study, as_json, grouped, tables_text
 from lorakit.study.analysis.run import local_base, study_of
 from models import train_a_little
 
@@ -42,7 +42,7 @@ def study() -> Study:
 
 
 def test_the_table_groups_layers_and_puts_the_most_changed_first(study: Study) -> None:
-    printed = text(study)
+    printed = tables_text(study)
     assert max(map(len, printed.splitlines())) <= 100
     tables = printed.split("most changed, each by itself:\n")
     assert re.search(
@@ -53,7 +53,7 @@ def test_the_table_groups_layers_and_puts_the_most_changed_first(study: Study) -
     assert tables[1].splitlines()[1].startswith("1.mlp.down_proj")
     assert "note: a note <&>" in printed
     assert "φ with theirs" in printed and re.search(r"^mlp.down_proj +×2 +4, 3 ", printed, re.M)
-    every = text(study, every=True)
+    every = tables_text(study, every=True)
     assert "each by itself" not in every
     assert every.splitlines()[3].startswith("1.mlp.down_proj")
     # A mean over the layers, each of which is in the table of all.
@@ -70,7 +70,7 @@ def test_the_table_groups_layers_and_puts_the_most_changed_first(study: Study) -
 
 def test_without_base_weights_the_columns_that_need_them_are_gone(study: Study) -> None:
     modules = tuple(dataclasses.replace(module, base=None) for module in study.modules)
-    printed = text(Study("ours", None, modules))
+    printed = tables_text(Study("ours", None, modules))
     assert "amplified" not in printed and "intruders" not in printed and "99%" in printed
     assert "Amplification" not in page.render(Study("ours", None, modules))
 
@@ -113,11 +113,11 @@ def test_groups_keep_shapes_and_ranks_apart_and_experts_together(study: Study) -
     [(None, "–"), (0.0, "0"), (0.12, "0.120"), (12.34, "12.3"), (123.4, "123"), (1234.5, "1.23e+03"), (2e-5, "2e-05")],
 )
 def test_numbers_have_three_digits(value: float | None, shown: str) -> None:
-    assert number(value) == shown
+    assert short_number(value) == shown
 
 
 class Balanced(HTMLParser):
-    """Fails on a tag that is closed and was not opened, or the reverse."""
+    """Fails if a tag is closed without being opened, or opened without being closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def test_only_the_most_changed_of_many_matrices_are_drawn_and_the_page_says_so(
 
 
 def test_layers_are_drawn_in_the_order_of_their_numbers(study: Study) -> None:
-    """A file holds them in the order of their names, the tenth behind the first."""
+    """A file holds matrices in the order of their names, so layer 10 comes after layer 1."""
     like = next(module for module in study.modules if "q_proj" in module.name)
     modules = tuple(dataclasses.replace(like, name=f"layers.{layer}.q_proj") for layer in (0, 1, 10, 2))
     drawn = re.findall(r"\[(\d+)\]: ", page.render(dataclasses.replace(study, modules=modules, similarities=())))
@@ -177,7 +177,7 @@ def test_a_heat_map_has_each_number_in_its_place() -> None:
     encoded = image.attrib["href"].removeprefix("data:image/png;base64,")
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))))
     assert pixels.shape == (2, 3, 4)
-    # Its opacity, in 255 steps; the first row lies on top.
+    # The opacity of a cell, in 255 steps; the first row is at the top.
     assert pixels[:, :, 3] / 255 == pytest.approx(np.array(phi), abs=0.5 / 255)
     assert {tuple(colour) for row in pixels for colour in row[:, :3].tolist()} == {(0x3B, 0x82, 0xF6)}
     # Ten pixels a cell, 24 to the left of them and below.

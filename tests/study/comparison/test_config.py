@@ -1,4 +1,4 @@
-"""The settings of a comparison: flags, a file, the three levels, and what is said of mistakes."""
+"""The settings of a comparison: flags, a file, the three levels, and the messages for mistakes."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ import pytest
 
 from lorakit.study.comparison.config import CompareConfig, config_of, tasks_of
 from lorakit.study.methods.baselines import BitFit, Full, Houlsby, LoRA, PrefixLayer
-from lorakit.training.settings import UsageError, add_arguments, to_yaml
+from lorakit.training.settings import UsageError, add_setting_flags, to_yaml
 
 FILE = """\
 model: base
@@ -37,7 +37,7 @@ methods:
 
 def read(*flags: str) -> CompareConfig:
     parser = argparse.ArgumentParser()
-    add_arguments(CompareConfig, parser)
+    add_setting_flags(CompareConfig, parser)
     return config_of(parser.parse_args(flags))
 
 
@@ -48,7 +48,7 @@ def written(folder: Path, text: str) -> str:
 
 
 def problems(folder: Path, text: str, *flags: str) -> list[str]:
-    """What is said of a file whose first two lines are in order."""
+    """The message for a file whose first two lines are correct."""
     path = written(folder, "model: m\noutput_dir: o\n" + text)
     with pytest.raises(UsageError, match=r"\S") as caught:
         tasks_of(read("-c", path, *flags))
@@ -92,7 +92,7 @@ def test_the_innermost_level_wins(tmp_path: Path) -> None:
 
 
 def test_flags_beat_the_whole_file(tmp_path: Path) -> None:
-    """At the top of it, in a task and in a method's own settings; what no flag names stays."""
+    """A flag wins at the top of the file, in a task and in a method's settings; other settings stay."""
     path = written(tmp_path, FILE)
     reviews, news = tasks_of(read("-c", path, "--epochs", "1", "--lr", "0.5"))
     assert [(m.method, m.training.epochs, m.training.learning_rate) for m in (*reviews.methods, *news.methods)] == [
@@ -122,7 +122,7 @@ def test_what_the_output_folder_holds_reads_back_as_the_same_settings(tmp_path: 
 
 
 def test_every_setting_that_a_method_takes_changes_its_runs() -> None:
-    """Nothing that a method's mapping takes is without effect: each is part of what tells one run from another."""
+    """Every setting that a method's mapping takes is part of the key of its runs."""
     from lorakit.study.comparison.run import _DECIDES
 
     training = [own.name for own in dataclasses.fields(CompareConfig) if own.metadata["group"] == "training"]

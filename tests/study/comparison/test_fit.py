@@ -1,4 +1,4 @@
-"""One training, against a loop written out in torch."""
+"""One training run, compared with a loop written in torch."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lorakit.study.comparison.config import CompareConfig, TaskConfig
 from lorakit.study.comparison.fit import Fitted, fit, steps_of
-from lorakit.study.comparison.tasks import StudyTask, task_of
+from lorakit.study.comparison.tasks import StudyTask, read_task
 from lorakit.study.methods.baselines import Applied, Full, Houlsby, LoRA, Method
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -27,7 +27,7 @@ def task_for(model: Path, folder: Path, train: int = 22, **changes: Any) -> Any:
     for name, some in (("train", rows[:train]), ("valid", rows[train:]), ("test", rows[train:])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
     config = dataclasses.replace(CONFIG, data=str(folder), **changes)
-    return task_of(TaskConfig("task", config, ()), str(model))
+    return read_task(TaskConfig("task", config, ()), str(model))
 
 
 def nothing() -> None: ...
@@ -46,7 +46,7 @@ def by_hand(
     model: nn.Module, task: Any, seed: int, rate: float, epochs: int, batch: int, accumulated: int, decay: float,
     smoothing: float, warmup: int,
 ) -> float:  # fmt: skip
-    """AdamW, warm-up and linear decline, gradients of a norm over 1 cut; returns the largest norm before the cut."""
+    """AdamW, warm-up, linear decay, gradients clipped to norm 1; returns the largest norm before clipping."""
     rows = task.train
     model.train()
     # Norms and biases do not decay.
@@ -103,12 +103,12 @@ def test_training_is_a_plain_loop(
         weight_decay=decay, label_smoothing=smoothing, warmup_steps=2,
     )  # fmt: skip
     norm = by_hand(reference.model, task, 1, 1e-2, 2, batch, accumulated, decay, smoothing, warmup=2)
-    assert norm > 1  # so that cutting has something to do
+    assert norm > 1  # so that clipping acts
     expected, found = trained(reference.model), trained(ours.model)
     assert found.keys() == expected.keys()
     for name in found:
         if name.endswith("key.bias"):
-            continue  # softmax leaves it without a gradient, and AdamW makes steps of what rounding leaves
+            continue  # softmax gives it no gradient, and AdamW turns rounding errors into steps
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=2e-5)
     assert max(float((expected[name] - begun[name]).abs().max()) for name in found) > 1e-2
     assert (result.steps, result.diverged) == (2 * math.ceil(22 / (batch * accumulated)), False)
@@ -166,7 +166,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_next_one_alone(
     base = {name: value.clone() for name, value in model.state_dict().items()}
 
     def ends() -> dict[str, Tensor]:
-        """What a training on `model` comes to."""
+        """The result of a training run on `model`."""
         torch.manual_seed(0)
         applied = LoRA(rank=2).apply(model)
         fitted(applied, task, batch_size=4)

@@ -1,4 +1,4 @@
-"""Each score against its definition, written out here, and against the programs that papers use."""
+"""Each score compared with its definition, written here, and with the programs that papers use."""
 
 import math
 import re
@@ -97,7 +97,7 @@ WANTED = [0.0, 2.0, 3.0, 2.0, 3.0, -1.0, 1.0]
 
 
 def ranks(values: list[float]) -> list[float]:
-    """1 for the smallest; equal ones share the mean of their places."""
+    """Ranks: 1 for the smallest; equal values share the mean of their ranks."""
     return [sum(v < value for v in values) + (values.count(value) + 1) / 2 for value in values]
 
 
@@ -128,8 +128,8 @@ def test_exact_match_with_any_reference() -> None:
 def bleu(answers: list[str], references: list[tuple[str, ...]]) -> float:
     """Papineni et al. (2002): clipped n-gram precisions, their geometric mean, and a penalty for too few words.
 
-    An n-gram of an answer is right as often as the reference that has it most often has it, and the length to reach is
-    that of the reference nearest in length, the shorter of two. For texts without punctuation, with hits at all orders.
+    An n-gram of an answer counts at most as often as in the reference that has it most often. The reference length is
+    the one nearest to the answer's, the shorter of two. For texts without punctuation, with matches at all orders.
     """
 
     def grams(text: str, n: int) -> Counter[tuple[str, ...]]:
@@ -156,7 +156,7 @@ def bleu(answers: list[str], references: list[tuple[str, ...]]) -> float:
 
 def test_bleu_from_counts() -> None:
     assert score("bleu", ANSWERS, REFERENCES) == pytest.approx(bleu(ANSWERS, REFERENCES))
-    # Fewer words than the references have: 24 against 10 + 10 + 6, the penalty is at work.
+    # Fewer words than the references (24 against 10 + 10 + 6), so the penalty acts.
     assert sum(map(len, map(str.split, ANSWERS))) == 24
     first = [ones[:1] for ones in REFERENCES]
     assert score("bleu", ANSWERS, first) == pytest.approx(bleu(ANSWERS, first))
@@ -181,7 +181,7 @@ def test_chrf_by_hand() -> None:
     assert score("chrf", ["ab"], [("abc",)]) == pytest.approx(100 * 5 * (7 / 12) / (4 + 7 / 12))
     # And with "xy z" of "xyz", counts added first: R = (5/6 + 3/4 + 1/2)/3 = 25/36, P = 1.
     assert score("chrf", ["ab", "xy z"], [("abc",), ("xyz",)]) == pytest.approx(100 * 5 * (25 / 36) / (4 + 25 / 36))
-    # The best reference counts, alone.
+    # Only the best reference counts.
     assert score("chrf", ["ab", "xy z"], [("q", "abc", "axxx"), ("xyz",)]) == pytest.approx(100 * 125 / 169)
     assert score("chrf", ["AB"], [("ab",)]) == 0
 
@@ -341,7 +341,7 @@ def test_the_libraries_are_imported_when_they_are_used() -> None:
 
 
 def test_bleu_of_a_tokenized_corpus_says_nothing_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """E2E's sentences end in " .": sacrebleu would warn of it for every score, and count them all the same."""
+    """E2E's sentences end in " .": sacrebleu would warn of it for every score, with the same result."""
     sentences = [f"The place {number} is near the river ." for number in range(200)]
     assert METRICS["bleu"].score(sentences, [(sentence,) for sentence in sentences]) == pytest.approx(100)
     assert caplog.records == []

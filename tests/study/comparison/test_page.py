@@ -1,4 +1,4 @@
-"""The page of a comparison: it parses, it holds every part, and what users name is escaped."""
+"""The page of a comparison: it parses, it has every part, and users' names are escaped."""
 
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -13,7 +13,7 @@ VOID = ("meta", "br")
 
 
 class Page(HTMLParser):
-    """The tables' cells, the words, and a failure where tags do not balance."""
+    """Collects the cells of the tables and the words; fails if tags do not balance."""
 
     def __init__(self, source: str) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The configurations of the LoRA paper's rows, held against the tables that the paper prints.
+"""The configurations of the LoRA paper's rows, compared with the tables in the paper.
 
-The numbers here are typed from its text (arXiv 2106.09685 v2: tables 2, 3, 9, 10, 11, 13 and 14), by table and not by
-file; the parameters are counted on models of the real sizes, without weights.
+The numbers here are copied from its text (arXiv 2106.09685 v2: tables 2, 3, 9, 10, 11, 13 and 14) by table, not by
+file. The parameters are counted on models of the real sizes, without weights.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def rows(config: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Task, method and the settings in force, of every training that a file asks for."""
+    """The task, the method and the resulting settings of every training run in a file."""
     found = []
     for task, own in config["tasks"].items():
         for item in own.get("methods", config.get("methods")):
@@ -181,7 +181,7 @@ AVERAGES = {
 def test_what_is_published_on_glue_has_the_printed_averages(name: str) -> None:
     tasks = read(name)["tasks"]
     for label, average in AVERAGES[name].items():
-        # Half of the average's last digit, which rounding took.
+        # Half a unit in the last digit of the average, because of rounding.
         assert sum(own["published"][label] for own in tasks.values()) / 8 == pytest.approx(average, abs=0.0501)
     assert all(list(own["published"]) == list(AVERAGES[name]) for own in tasks.values())
 
@@ -196,7 +196,7 @@ PRINTED_GPT2 = {  # table 11
 BOTH = dict(
     batch_size=8, epochs=5, warmup_steps=500, scheduler="linear", learning_rate=0.0002, beams=10, no_repeat_ngram=4
 )
-# Id on the hub, folder of its Parquet copy, and the columns: what is read, what is written, all references of a row.
+# Id on the hub, folder of its Parquet copy, and the columns: prompt, completion, all references of a row.
 HUB = {
     "e2e": ("tuetschek/e2e_nlg", "default", "meaning_representation", "human_reference", None),
     "dart": ("GEM/dart", "default", "tripleset", "target", "references"),
@@ -277,8 +277,8 @@ def count(model: str, text: str) -> int:
     return method_of(text).apply(architecture(model)).parameter_count
 
 
-# Each method beside the row of the paper that it stands for, whose label has the printed count; and our count where it
-# is another one. The paper's adapters of RoBERTa-large come out as printed when a million is 2²⁰.
+# Each method with the row of the paper that it reproduces, whose label has the printed count; and our count if it
+# differs. The paper's adapters of RoBERTa-large have the printed counts if a million is 2²⁰.
 STANDS_FOR = {
     "glue-roberta-base": [
         ("full", "FT (125.0M)", "124.1"),  # RoBERTa's own number, 0.6M of which are a pooler that no classifier has

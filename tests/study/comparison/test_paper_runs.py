@@ -1,7 +1,7 @@
 """The configurations of the LoRA paper's rows, run from end to end without the hub.
 
 The model is a tiny random one of the same architecture; the data are a few rows with the columns, types and splits of
-the hub's data sets. All else is as the file says, but for fewer rows, steps, seeds and, mostly, methods.
+the hub's data sets. Everything else is as in the file, with fewer rows, steps, seeds and, mostly, methods.
 """
 
 import argparse
@@ -40,7 +40,7 @@ WIDTH, LAYERS = 32, 2
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of a RoBERTa, a DeBERTa and a GPT-2, as the hub has them: with the heads they were trained with."""
+    """The folders of a RoBERTa, a DeBERTa and a GPT-2, as on the hub: with their pretraining heads."""
     import transformers
 
     folder = tmp_path_factory.mktemp("models")
@@ -71,7 +71,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind, model in made.items():
         model.save_pretrained(folder / kind)
         tokenizer = tiny_tokenizer(chat_template=None)
-        if kind == "gpt2":  # whose tokenizer has no token to pad with
+        if kind == "gpt2":  # its tokenizer has no padding token
             tokenizer.pad_token = None
         tokenizer.save_pretrained(folder / kind)
     return {kind: folder / kind for kind in made}
@@ -192,7 +192,7 @@ def _hub(copies: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: py
 
 @dataclass
 class Training:
-    """What one training was given, and what it did."""
+    """The inputs and the effects of one training run."""
 
     model: nn.Module  # afterwards, a copy
     arguments: Any
@@ -211,7 +211,7 @@ class Training:
 
 @pytest.fixture
 def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Training]:
-    """Every training that is made, in order."""
+    """All training runs, in order."""
     import transformers
 
     found: list[Training] = []
@@ -239,7 +239,7 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[Training]:
 
 
 def written(name: str, models: dict[str, Path], out: Path, whole: Collection[str] = (), **changes: Any) -> Path:
-    """The file with a tiny model, and what a test has to be short of. whole: tasks that keep all methods."""
+    """The file with a tiny model and shortened for a test. whole: tasks that keep all methods."""
     config: dict[str, Any] = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     model = str(models[name.split("-")[1]])
     config |= dict(model=model, output_dir=str(out / "out"), seeds=1, train_rows=16, max_steps=3) | changes
@@ -253,7 +253,7 @@ def written(name: str, models: dict[str, Path], out: Path, whole: Collection[str
 
 
 def compared(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """Run the command, and give what it writes as JSON."""
+    """Run the command and return its JSON output."""
     code = main(["compare", "--config", str(path), "--debug"])
     err = capsys.readouterr().err
     assert code == 0, err
@@ -267,7 +267,7 @@ class Search:
 
     settings: dict[str, Any]
     answers: list[list[int]]
-    widths: set[int]  # rows that the last block was given at once
+    widths: set[int]  # numbers of rows in the last block's batches
 
 
 @pytest.fixture
@@ -291,7 +291,7 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[Search]:
 
 
 def only(path: Path, task: str, **changes: Any) -> Path:
-    """The file with this one of its tasks, where it has several, and changes to its method."""
+    """The file with only this task, if it has several, and with changes to its method."""
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
     config["tasks"] = {name: own for name, own in config["tasks"].items() if name == task or len(config["tasks"]) == 1}
     for own in config["tasks"].values():
@@ -302,7 +302,7 @@ def only(path: Path, task: str, **changes: Any) -> Path:
 
 
 def applied() -> Any:
-    """What stands for a method on a model where no model is asked."""
+    """Takes the place of an applied method if no model is needed."""
     return SimpleNamespace(model=nn.Identity())
 
 
@@ -311,7 +311,7 @@ def tasks_in(path: Path) -> dict[str, Any]:
     return {plan.task.name: plan.task for plan in plans}
 
 
-# Tasks on which every method of the file is run; on all others LoRA alone.
+# Tasks on which every method of the file is run; on all others only LoRA is run.
 WHOLE = {
     "glue-roberta-base": {"stsb"},
     "glue-roberta-large": {"cola"},
@@ -347,7 +347,7 @@ def test_a_file_runs_to_its_tables(
     for row in found["rows"]:
         assert list(row["scores"]) == METRICS[row["task"]]
         for score in row["scores"].values():
-            # A correlation of equal predictions is none, and stands as 0.
+            # Equal predictions have no correlation; it is shown as 0.
             assert len(score["values"]) == 1 and math.isfinite(score["values"][0])
     assert {task["name"]: task["metrics"] for task in found["tasks"]} == {
         task: METRICS[task] for task in config["tasks"]
@@ -515,7 +515,7 @@ def test_loras_settings_reach_the_training(
     assert one.decays == {decay, 0.0}
     assert {len(batch["input_ids"]) for batch in one.batches} == {16 if "base" in name else 8}
     assert one.arguments.gradient_checkpointing == ("deberta" in name)
-    # B is 0 at first, so that the first loss is that of the model alone: −(1−ε) log p(label) − ε/V Σ log p.
+    # B is 0 at first, so the first loss is the base model's: −(1−ε) log p(label) − ε/V Σ log p.
     model = one.fresh()
     batch = {key: value for key, value in one.batches[0].items() if key != "labels"}
     with torch.no_grad():
@@ -570,7 +570,7 @@ def test_lora_changes_q_and_v_and_the_loss_falls(
 def test_no_answer_repeats_four_tokens(
     limit: int, models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], searches: list[Search]
 ) -> None:
-    """Of a model that says the same whatever it reads, so that it would repeat itself."""
+    """For a model that always gives the same output, so that it would repeat itself."""
     import transformers
 
     model = transformers.GPT2LMHeadModel.from_pretrained(models["gpt2"])

@@ -1,4 +1,4 @@
-"""The plot: its points are where its own ticks say, and its labels do not lie on each other."""
+"""The plot: its points match its ticks, and its labels do not overlap."""
 
 import math
 import random
@@ -28,7 +28,7 @@ def having(svg: ElementTree.Element, kind: str) -> list[ElementTree.Element]:
 
 
 def ticks(svg: ElementTree.Element, axis: str) -> dict[float, float]:
-    """What stands at an axis → where. A tick on the x axis is a small mark, one on the y axis a line of the grid."""
+    """The text of each tick → its position. A tick of the x axis is a small mark, one of the y axis a grid line."""
     found = {}
     for tick in having(svg, f"{axis}tick"):
         text = "".join(text.text or "" for text in tick.iter("text"))
@@ -50,7 +50,7 @@ def marks(svg: ElementTree.Element) -> list[tuple[float, float]]:
 
 
 def looks(svg: ElementTree.Element) -> list[tuple[str, str, str]]:
-    """Of each mark: its shape, its fill, its edge."""
+    """The shape, the fill and the edge of each mark."""
     shapes = {shape.attrib["id"]: shape.attrib["d"] for shape in svg.iter("path") if "id" in shape.attrib}
     found = []
     for mark in having(svg, "mark"):
@@ -74,7 +74,7 @@ def line_through(ticks: dict[float, float]) -> tuple[float, float]:
 
 
 def label_boxes(svg: ElementTree.Element) -> list[Rectangle]:
-    """What the labels cover at 12 px, a letter 6.2 px wide on average and 9 px high above the line, 3 px below."""
+    """The area of each label at 12 px: a letter is 6.2 px wide on average, 9 px above the line and 3 px below."""
     boxes = []
     for label in labels(svg):
         width = 6.2 * len(label.text or "")

@@ -1,4 +1,4 @@
-"""runs.jsonl as it is written and read, and a row as the mean of its runs."""
+"""Writing and reading runs.jsonl, and a row as the mean of its runs."""
 
 import dataclasses
 import json
@@ -96,7 +96,7 @@ def test_an_interval_is_student_s() -> None:
     values = (70.0, 72.0, 71.0, 75.0)
     interval = Interval.of(values)
     assert interval.mean == 72.0 and interval.values == values
-    # the 97.5 % quantile of t with 3 degrees of freedom, out of a printed table
+    # the 97.5 % quantile of t with 3 degrees of freedom, from a printed table
     assert interval.half == pytest.approx(3.182446 * statistics.stdev(values) / 2, rel=1e-6)
     assert Interval.of([70.0]) == Interval(70.0, None, (70.0,))
     assert Interval.of([70.0, 70.0]).half == 0

@@ -1,4 +1,4 @@
-"""A whole comparison on tiny models: which runs are made, what they say, and that none sees another."""
+"""A whole comparison on tiny models: which runs are made, their results, and that they are independent."""
 
 import dataclasses
 import itertools
@@ -27,7 +27,7 @@ TIMES = ("seconds", "peak_bytes", "latency", "base_latency")
 
 @pytest.fixture
 def classes(tmp_path: Path) -> Path:
-    """40 rows to train on, 12 to choose on and 20 to report: which word is in them, and every fifth one wrong."""
+    """40 rows to train on, 12 to choose on, 20 to report. The label is the row's word; every fifth label is wrong."""
     folder = tmp_path / "classes"
     folder.mkdir()
     rows = []
@@ -49,7 +49,7 @@ def questions(tmp_path: Path) -> Path:
 
 
 class Made:
-    """Every call of `fit`, and what the model was like then. Interrupts call number `stop`."""
+    """Records every call of `fit` and the model's state. Interrupts call number `stop`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[str, int, float]] = []
@@ -95,7 +95,7 @@ def timeless(run: Run | dict[str, Any]) -> dict[str, Any]:
 def test_every_row_is_what_its_runs_say(tiny_encoder: Path, classes: Path, tmp_path: Path, made: Made) -> None:
     methods = ("full", "lora rank=2", "adapter-h bottleneck=3 norms=false", "pissa rank=2", "prefix-layer length=4")
     found = comparison(tiny_encoder, classes, tmp_path / "out", methods=methods, seeds=3, trials=3)
-    # Of a search's best run there are two lines: as it was found, and with its test scores.
+    # A search's best run has two lines: one as it was found, and one with its test scores.
     last = {run["key"]: run for run in lines(tmp_path / "out")}
     assert len(made.calls) == len(last) == len(methods) * 5
     assert len(lines(tmp_path / "out")) == len(methods) * 6
@@ -125,14 +125,14 @@ def test_every_row_is_what_its_runs_say(tiny_encoder: Path, classes: Path, tmp_p
         assert row.peak_bytes == max(run["peak_bytes"] for run in final) > 2**20
         assert row.latency == min(r["latency"] for r in final) / min(r["base_latency"] for r in final) > 0
         assert (row.seeds, row.diverged) == (3, 0)
-        # 40 rows, 8 a step
+        # 40 rows, 8 for each step
         assert {run["steps"] for run in runs} == {5}
         assert row.head == HIDDEN * 2 + bias
         if row.method == "full":
             model = plans_of(CompareConfig(model=str(tiny_encoder), output_dir="", data=str(classes)))[0].task.model(0)
             counts["full"] = sum(p.numel() for name, p in model.named_parameters() if "classifier" not in name)
         assert row.parameters == counts[row.method]
-        # float32; PiSSA keeps the directions it took out besides
+        # float32; PiSSA also keeps the directions that it took out
         assert row.file_bytes == 4 * (row.parameters + row.head + (row.parameters if "pissa" in row.method else 0))
     (task,) = found.tasks
     assert (task.rows, task.metrics, task.chosen_by) == (
@@ -171,7 +171,7 @@ def test_seeds_differ_and_methods_share_them(
 
 
 def test_what_a_method_draws_is_told_by_the_seed(tiny_lm: Path, questions: Path, tmp_path: Path, made: Made) -> None:
-    """Where one model serves all runs, loading it draws nothing."""
+    """If one model serves all runs, loading it draws no random numbers."""
     settings: dict[str, Any] = dict(methods=("lora", "prefix-layer length=2"), learning_rate=1e-3, max_steps=1)
     comparison(tiny_lm, questions, tmp_path / "first", **settings)
     torch.rand(3)
@@ -192,7 +192,7 @@ def test_nothing_is_made_twice(tiny_encoder: Path, classes: Path, tmp_path: Path
     assert comparison(tiny_encoder, classes, tmp_path, **settings) == first
     assert len(made.calls) == 6
     assert (tmp_path / "runs.jsonl").read_bytes() == text
-    # More seeds, one more method: the new runs alone.
+    # With more seeds and one more method, only the new runs are made.
     made.calls.clear()
     more = comparison(tiny_encoder, classes, tmp_path, methods=("lora rank=1", "bitfit", "head"), seeds=3)
     rates = [row.learning_rate for row in more.rows]
@@ -201,7 +201,7 @@ def test_nothing_is_made_twice(tiny_encoder: Path, classes: Path, tmp_path: Path
     assert [row.scores["accuracy"].values[:2] for row in more.rows[:2]] == [
         row.scores["accuracy"].values for row in first.rows
     ]
-    # Other settings of training are other runs.
+    # Other training settings need other runs.
     made.calls.clear()
     comparison(tiny_encoder, classes, tmp_path, methods=("bitfit",), seeds=1, trials=1, weight_decay=0.1)
     assert len(made.calls) == 1
@@ -223,7 +223,7 @@ def test_an_interrupted_comparison_goes_on(
         file.write(half)
     found = comparison(tiny_encoder, classes, tmp_path / "cut", **settings)
     assert without_times(found) == without_times(whole)
-    # Once more is only what was interrupted, and the search's best run where its weights went with the process.
+    # Only the interrupted run is made again, and the search's best run if its weights were lost with the process.
     assert len(made.calls) in (7, 8)
     ours, theirs = (
         {run["key"]: timeless(run) for run in map(json.loads, text.splitlines()) if run is not None}
@@ -248,12 +248,12 @@ def test_what_is_finished_so_far_is_shown_without_making_more(
     tested = [run for run in lines(tmp_path) if run["test"]]
     assert (row.method, row.seeds, found.finished) == ("lora rank=1", 2, False)
     assert row.scores["accuracy"].values == tuple(run["test"]["accuracy"] for run in tested)
-    assert table.text(found).startswith("Unfinished")
+    assert table.tables_text(found).startswith("Unfinished")
     made.stop = None
     whole = comparison(tiny_encoder, classes, tmp_path, **settings)
     assert whole.finished and len(made.calls) == 4 + 1 + 4
     assert comparison(tiny_encoder, classes, tmp_path, so_far=True, **settings) == whole
-    # What the tables come from is the machine that made the runs, and not the one that shows them.
+    # The tables name the machine that made the runs, not the one that shows them.
     assert whole.machine == {**machine(), "lorakit": release()}
     elsewhere = {"processor": "another"}
     (tmp_path / "machine.json").write_text(json.dumps(elsewhere))
@@ -314,7 +314,7 @@ def test_a_method_that_does_not_apply_is_left_out_with_its_reason(
 def test_a_method_whose_rows_do_not_fit_into_the_model_is_left_out(
     tiny_encoder: Path, tiny_lm: Path, tmp_path: Path, kind: str
 ) -> None:
-    """The tiny encoder has 64 learnt positions; the language model turns its vectors, and has no end."""
+    """The tiny encoder has 64 learnt positions; the language model has rotary positions and no end."""
     data = tmp_path / "long.jsonl"
     texts = ["on " * 90, *(f"light {i}" for i in range(30))]  # a word with its space is a token or more
     rows = [{"text": text, "label": "ab"[i % 2]} for i, text in enumerate(texts)]
@@ -330,7 +330,7 @@ def test_a_method_whose_rows_do_not_fit_into_the_model_is_left_out(
         ("long", "prefix-embedding length=5", "the longest row of long has 60 tokens, and the prefix 5, but the model "
          "has 64 positions; lower max_seq_length to 59."),
     )  # fmt: skip
-    # Rows end where the model's positions do, whatever longer ones the settings allow.
+    # Rows end with the model's positions, even if the settings allow longer rows.
     cut = comparison(tiny_encoder, data, tmp_path / "cut", **settings, max_seq_length=65)
     assert [row.method for row in cut.rows] == ["head"]
     message = (
@@ -347,7 +347,7 @@ def test_a_run_that_diverges_has_no_scores_and_the_next_method_does_not_see_it(
     loss_of = Answers.loss
 
     def loss(self: Answers, model: Any, label_smoothing: float = 0.0) -> Any:
-        """NaN for the third batch, where LoRA is trained."""
+        """Gives NaN for the third batch if LoRA is trained."""
         usual, numbers = loss_of(self, model, label_smoothing), itertools.count(1)
         if not any("lora_A" in name for name, _ in model.named_parameters()):
             return usual
@@ -368,7 +368,7 @@ def test_a_run_that_diverges_has_no_scores_and_the_next_method_does_not_see_it(
 def test_a_run_whose_last_step_breaks_the_weights_has_diverged(
     tiny_encoder: Path, classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No loss of training sees what the last step did; the validation loss does."""
+    """The training loss does not show the effect of the last step; the validation loss does."""
 
     def fitted(applied: Applied, *args: Any, **settings: Any) -> Any:
         done = fit(applied, *args, **settings)

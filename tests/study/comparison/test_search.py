@@ -1,4 +1,4 @@
-"""The walk to a learning rate, against its rule stated over the whole ladder, and on scores made for it."""
+"""The search for a learning rate, compared with its rule on the whole ladder, and on constructed scores."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ Loss = Callable[[float], float | None]
 
 
 def walk(method: Method, loss: Loss, trials: int) -> dict[float, float | None]:
-    """What the search tries, in its order."""
+    """The rates that the search tries, in order."""
     tried: dict[float, float | None] = {}
     while (rate := next_rate(method, tried, trials)) is not None:
         assert rate not in tried
@@ -31,7 +31,7 @@ def rungs(rates: Iterable[float]) -> list[int]:
 def by_the_rule(begin: int, loss: Loss, trials: int) -> list[int]:
     """The rule in other words, on numbers of rungs: a run of neighbours that grows next to its best, or down.
 
-    Diverged is +∞, of equals the lower rung counts as better.
+    A diverged run is +∞; of equal scores, the lower rung counts as better.
     """
 
     def worse(rung: int) -> tuple[float, int]:
@@ -58,6 +58,7 @@ def test_every_method_begins_on_the_ladder_where_its_kind_is_trained() -> None:
         assert start(make()) in LADDER, name
     assert start(Full()) < start(LoRA()) < start(PrefixLayer())
     assert start(LoRA(rslora=True)) == start(LoRA(init="pissa")) == 3e-4
+    assert start(LoRA(init="gaussian")) == start(LoRA()) == 1e-3  # its update starts at zero too
     assert start(LoRA(dora=True)) == start(LoRA(rank=64)) == 1e-3
 
 
@@ -71,7 +72,7 @@ def test_one_valley_is_found_from_any_distance(away: int) -> None:
 
     tried = walk(BitFit(), loss, trials=20)
     assert best_rate(tried) == lowest
-    # Every rung on the way and both neighbours of the best; the one above first.
+    # Every rung on the way and both neighbours of the best, the higher one first.
     way = [*range(begin, begin + away, 1 if away > 0 else -1), begin + away]
     if away < 0:
         way.insert(1, begin + 1)
@@ -96,7 +97,7 @@ def test_divergence_is_worse_than_any_score() -> None:
 
 
 def test_a_score_that_is_no_number_counts_as_diverged() -> None:
-    """Weights that the last step made NaN are seen by validation alone."""
+    """Only validation finds weights that the last step made NaN."""
     for rates in itertools.permutations([1e-3, 3e-4, 1e-4]):
         scores = {1e-3: math.nan, 3e-4: 0.7, 1e-4: 0.5}
         assert best_rate({rate: scores[rate] for rate in rates}) == 1e-4

@@ -1,4 +1,4 @@
-"""A comparison as tables, against cells written by hand."""
+"""A comparison as tables, compared with cells written by hand."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 from comparisons import COMPARISON, E2E, ROWS, SST, row
 from lorakit.core.numbers import learning_rate
 from lorakit.study.comparison.results import Comparison, Interval
-from lorakit.study.comparison.table import as_json, markdown, score, summary, table, text
+from lorakit.study.comparison.table import as_json, markdown, score, summary, tables_text, task_table
 
 SST_CELLS = [
     ["method", "trainable", "accuracy", "rate", "train time", "peak memory", "file", "latency"],
@@ -32,7 +32,7 @@ E2E_CELLS = [
 
 
 def cells_below(printed: str, heading: str) -> list[list[str]]:
-    """The cells of the first table below a heading of the text: two spaces or more lie between them."""
+    """The cells of the first table below a heading of the text; two or more spaces separate them."""
     lines = printed[printed.index(f"── {heading} ") :].splitlines()
     start = next(index for index, line in enumerate(lines) if line.startswith("method"))
     end = lines.index("", start)
@@ -40,17 +40,17 @@ def cells_below(printed: str, heading: str) -> list[list[str]]:
 
 
 def test_the_text_has_each_number_in_its_cell() -> None:
-    printed = text(COMPARISON)
+    printed = tables_text(COMPARISON)
     assert cells_below(printed, "sst<&>2") == SST_CELLS
     assert cells_below(printed, "e2e") == E2E_CELLS
     assert max(map(len, printed.splitlines())) <= 120
-    # Columns of numbers end under each other.
+    # Columns of numbers are right-aligned.
     lines = [line for line in printed[printed.index("── e2e") :].splitlines() if "1.83 GB" in line]
     assert len(lines) == 4 and len({line.index("1.83 GB") for line in lines}) == len({len(line) for line in lines}) == 1
 
 
 def test_all_tasks_share_a_table_without_a_mean_where_their_metrics_differ_in_direction() -> None:
-    assert cells_below(text(COMPARISON), "all tasks") == [
+    assert cells_below(tables_text(COMPARISON), "all tasks") == [
         ["method", "sst<&>2, accuracy", "e2e, ter ↓"],
         ["full", "90.2 ± 0.4", "41.3 ± 0.3"],
         ["bitfit", "88.6 ± 0.6", "45.0 ± 0.9"],
@@ -72,18 +72,18 @@ def test_the_mean_over_tasks_is_that_of_methods_which_have_all() -> None:
 
 def test_one_task_has_no_table_of_all() -> None:
     one = replace(COMPARISON, tasks=(SST,))
-    assert "all tasks" not in text(one) and "All tasks" not in markdown(one)
+    assert "all tasks" not in tables_text(one) and "All tasks" not in markdown(one)
 
 
 def test_what_stands_around_the_table() -> None:
-    lines = text(COMPARISON).splitlines()
+    lines = tables_text(COMPARISON).splitlines()
     assert lines[:2] == ["Model: roberta<&>base; seeds 1, 2, 3, 4, 5.", "Machine: device: CPU, 2 cores; torch: 2.9.1."]
     start = next(index for index, line in enumerate(lines) if line.startswith("── sst"))
     assert lines[start + 1 : start + 3] == [
         "classification; data: data/sst|2; rows: 6,700 train, 872 valid, 1,821 test.",
         "Training: steps 600, batch size 16, weight decay 0.01.",
     ]
-    printed = " ".join(text(COMPARISON).split())
+    printed = " ".join(tables_text(COMPARISON).split())
     for sentence in (
         "* is the best accuracy. ± is the 95 % interval of the mean over 5 seeds (Student's t). The learning rate is "
         "the best of at most 3 by accuracy on the validation rows.",
@@ -102,18 +102,18 @@ def test_what_stands_around_the_table() -> None:
 def test_an_unfinished_comparison_says_so_first_and_counts_the_seeds_it_has() -> None:
     rows = (replace(ROWS[0], seeds=2), *ROWS[1:])
     unfinished = replace(COMPARISON, finished=False, rows=rows)
-    assert text(unfinished).splitlines()[0] == "Unfinished: some runs are still to be made."
+    assert tables_text(unfinished).splitlines()[0] == "Unfinished: some runs are still to be made."
     assert markdown(unfinished).splitlines()[0] == "**Unfinished: some runs are still to be made.**"
-    assert "full: 2 of 5 seeds so far." in text(unfinished)
-    assert "nfinished" not in text(COMPARISON) and "so far" not in text(COMPARISON)
+    assert "full: 2 of 5 seeds so far." in tables_text(unfinished)
+    assert "nfinished" not in tables_text(COMPARISON) and "so far" not in tables_text(COMPARISON)
 
 
 def test_a_rate_that_was_given_is_not_called_the_best_of_several() -> None:
     given = tuple(replace(one, tried={}) for one in ROWS)
-    assert text(replace(COMPARISON, rows=given)).count("The learning rate is given.") == 2
-    assert "best of at most" not in text(replace(COMPARISON, rows=given))
+    assert tables_text(replace(COMPARISON, rows=given)).count("The learning rate is given.") == 2
+    assert "best of at most" not in tables_text(replace(COMPARISON, rows=given))
     mixed = (replace(ROWS[0], tried={}), *ROWS[1:-1], replace(ROWS[-1], tried={}))
-    printed = " ".join(text(replace(COMPARISON, rows=mixed)).split())
+    printed = " ".join(tables_text(replace(COMPARISON, rows=mixed)).split())
     assert "at most 3 by accuracy on the validation rows; that of full is given." in printed
     assert "at most 3 by loss on the validation rows; that of lora rank=8 is given." in printed
 
@@ -123,7 +123,7 @@ def test_a_single_seed_and_the_usual_rate_are_called_that() -> None:
         replace(one, seeds=1, diverged=0, scores={m: Interval(i.mean, None, i.values) for m, i in one.scores.items()})
         for one in ROWS
     )
-    printed = text(replace(COMPARISON, rows=rows, seeds=(7,), trials=1))
+    printed = tables_text(replace(COMPARISON, rows=rows, seeds=(7,), trials=1))
     assert (
         "±" not in printed
         and "From a single seed there is no interval. The learning rate is the usual one of" in printed
@@ -139,7 +139,7 @@ def test_a_wide_table_goes_on_below_and_a_long_name_in_the_next_line() -> None:
         metric: (10.0 + index, 1.5) for index, metric in enumerate(metrics)
     }
     task = replace(E2E, metrics=metrics)
-    printed = text(
+    printed = tables_text(
         replace(COMPARISON, tasks=(task,), rows=(row("e2e", name, 1000, scores), row("e2e", "b", 5, scores)))
     )
     assert max(map(len, printed.splitlines())) <= 120
@@ -208,20 +208,20 @@ def test_the_json_holds_everything_to_six_digits() -> None:
 )
 def test_a_column_has_as_many_decimals_as_fit(scores: list[tuple[float, float | None]], shown: list[str]) -> None:
     rows = tuple(row("e2e", f"m{index}", 1, {"own": pair}) for index, pair in enumerate(scores))
-    content = table(replace(COMPARISON, rows=rows), replace(E2E, metrics=("own",)))
+    content = task_table(replace(COMPARISON, rows=rows), replace(E2E, metrics=("own",)))
     assert [cells[2] for cells in content.rows] == shown
 
 
 def test_equal_means_are_both_the_best_and_a_metric_of_the_users_own_is_better_when_higher() -> None:
     rows = tuple(row("e2e", f"m{value}", 1, {"own": (value, None)}) for value in (1.0, 3.0, 2.0))
     task = replace(E2E, metrics=("own",))
-    assert table(replace(COMPARISON, rows=(*rows, rows[1])), task).marked == {(1, 2), (3, 2)}
+    assert task_table(replace(COMPARISON, rows=(*rows, rows[1])), task).marked == {(1, 2), (3, 2)}
 
 
 def test_nothing_finished_yet_is_a_table_all_the_same() -> None:
     empty = Comparison("m", (SST,), (), (), (1, 2), 3, {}, finished=False)
-    assert cells_below(text(empty), "sst<&>2") == [SST_CELLS[0], SST_CELLS[-1]]
-    assert "Machine" not in text(empty)
+    assert cells_below(tables_text(empty), "sst<&>2") == [SST_CELLS[0], SST_CELLS[-1]]
+    assert "Machine" not in tables_text(empty)
 
 
 def test_rates_and_scores_alone() -> None:

@@ -1,4 +1,4 @@
-"""What a comparison is made on: splits, losses and scores, each derived again here."""
+"""The tasks of a comparison: splits, losses and scores, each computed again here."""
 
 import json
 import math
@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorakit.study.comparison.config import CompareConfig, TaskConfig
+from lorakit.study.comparison.config import CompareConfig, MethodConfig, TaskConfig
 from lorakit.study.comparison.fit import steps_of
-from lorakit.study.comparison.tasks import Answers, Sequences, task_of
+from lorakit.study.comparison.plan import TaskPlan
+from lorakit.study.comparison.tasks import Answers, Sequences, read_task, served
 from lorakit.study.methods.baselines import Full, LoRA
 
 Rows = Iterable[dict[str, Any]]
@@ -26,7 +27,7 @@ def write(path: Path, rows: Rows) -> Path:
 
 def make(model: Path, data: Path, **settings: Any) -> Any:
     config = CompareConfig(model=str(model), output_dir="unused", data=str(data), dtype="float32", **settings)
-    return task_of(TaskConfig("task", config, ()), str(model))
+    return read_task(TaskConfig("task", config, ()), str(model))
 
 
 def sentences(count: int, begin: int = 0) -> list[dict[str, Any]]:
@@ -38,7 +39,7 @@ def sentences(count: int, begin: int = 0) -> list[dict[str, Any]]:
 
 
 def pairs(questions: int, begin: int = 0, each: int = 2) -> list[dict[str, Any]]:
-    """`each` right answers for each question, not side by side in the file."""
+    """`each` right answers for each question, not adjacent in the file."""
     return [
         {"prompt": f"light {question}", "completion": f"turn {question} {'on' * (1 + answer)}"}
         for answer in range(each)
@@ -66,7 +67,7 @@ def prompts(examples: Any) -> list[str]:
 def test_one_file_is_split_three_ways_and_no_question_is_on_two_sides(tiny_lm: Path, tmp_path: Path) -> None:
     data = make(tiny_lm, write(tmp_path / "d.jsonl", pairs(40))).data
     train, valid, test = ({*prompts(rows)} for rows in (data.train, data.valid, data.test))
-    # A tenth of 40 questions to report, a tenth of the 36 that are left to choose on.
+    # A tenth of 40 questions to report; a tenth of the remaining 36 for validation.
     assert (len(data.test), len(data.valid), len(data.train)) == (4, 4, 2 * 32)
     assert (len(test), len(valid), len(train)) == (4, 4, 32)
     assert not (train & valid or train & test or valid & test)
@@ -84,7 +85,7 @@ def test_one_file_is_split_three_ways_and_no_question_is_on_two_sides(tiny_lm: P
 @pytest.mark.parametrize(
     ("files", "train", "valid", "test"),
     [
-        # by the numbers of the questions: which file each split is out of, and how many are left in it
+        # by question numbers: the file of each split, and how many questions it has
         (dict(train=20), (range(20), 16), (range(20), 2), (range(20), 2)),
         (dict(train=20, valid=6), (range(20), 18), (range(20), 2), (range(20, 26), 6)),
         (dict(train=20, test=6), (range(20), 18), (range(20), 2), (range(20, 26), 6)),
@@ -151,7 +152,7 @@ def test_equal_texts_with_labels_are_rows_of_their_own(tiny_encoder: Path, tmp_p
 
 
 def test_a_row_without_room_for_its_answer_is_not_counted(tiny_lm: Path, tmp_path: Path) -> None:
-    """Cut at the longest row, the prompt alone is left: nothing can be learnt from it, and no step is made of it."""
+    """After the cut only the prompt is left, so nothing can be learnt from the row and it is in no step."""
     long = [{"prompt": "light " * 30 + str(i), "completion": "on"} for i in range(3)]
     data = tmp_path / "d"
     data.mkdir()
@@ -159,7 +160,7 @@ def test_a_row_without_room_for_its_answer_is_not_counted(tiny_lm: Path, tmp_pat
         write(data / f"{split}.jsonl", [*pairs(5, begin, each=1), *(long if split == "train" else long[:1])])
     task = make(tiny_lm, data, plain=True, max_seq_length=24, batch_size=1, epochs=2.0)
     assert len(task.train) == 5
-    assert task.rows == {"train": 5, "valid": 5, "test": 6}  # its question is asked all the same
+    assert task.rows == {"train": 5, "valid": 5, "test": 6}  # its question is still asked
     assert steps_of(task, task.settings) == 10
     for split in ("train", "valid", "test"):
         kept = (data / f"{split}.jsonl").read_text(encoding="utf-8")
@@ -195,7 +196,7 @@ def test_what_decides_a_score_is_in_the_fingerprint(tiny_lm: Path, tmp_path: Pat
     ]
     fingerprints = [make(tiny_lm, data, **change).fingerprint for change in changes]
     assert len({*fingerprints}) == len(changes)
-    # What is a setting of training or is only shown changes nothing here.
+    # Training settings and settings that only affect the display change nothing here.
     same = dict(epochs=9.0, batch_size=1, seeds=1, trials=1, published={"paper": 1.0})
     assert make(tiny_lm, data, **same).fingerprint == fingerprints[0]
 
@@ -204,7 +205,7 @@ def test_what_decides_a_score_is_in_the_fingerprint(tiny_lm: Path, tmp_path: Pat
 
 
 def logits_of(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    """In float64, a text at a time, without padding."""
+    """Computed in float64, one text at a time, without padding."""
     with torch.no_grad():
         return torch.cat([model.double()(**tokenizer(text, return_tensors="pt")).logits for text in texts])
 
@@ -243,7 +244,7 @@ def test_the_loss_of_numbers_is_the_mean_square(tiny_encoder: Path, tmp_path: Pa
 def test_a_classifier_is_validated_by_the_loss_of_every_row_and_scored_by_its_classes(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:
-    data = folder(tmp_path / "d", sentences, train=8, valid=37, test=41)  # more than a batch, and no multiple of it
+    data = folder(tmp_path / "d", sentences, train=8, valid=37, test=41)  # more than one batch, not a multiple of it
     task = make(tiny_encoder, data)
     model = task.model(3)
     applied = Full().apply(model)
@@ -273,7 +274,7 @@ def test_the_head_is_drawn_by_the_seed_and_nothing_else_is(tiny_encoder: Path, t
 
 
 def losses_by_hand(model: Any, rows: list[dict[str, Any]]) -> list[Tensor]:
-    """−log p of the tokens with a label, a row at a time in float64."""
+    """−log p of the tokens with a label, one row at a time in float64."""
     found = []
     with torch.no_grad():
         for row in rows:
@@ -319,7 +320,7 @@ def test_perplexity_is_over_all_tokens_of_all_rows(tiny_lm: Path, tmp_path: Path
     task = answering(tiny_lm, tmp_path, metrics=("perplexity",))
     applied = Full().apply(task.model(0))
     scores = task.validate(applied), task.test(applied)
-    assert (len(task._valid), len(task._test)) == (18, 20)  # more than a batch of each
+    assert (len(task._valid), len(task._test)) == (18, 20)  # more than one batch of each
     for rows, found in zip((task._valid, task._test), scores, strict=True):
         by_hand = torch.cat(losses_by_hand(applied.model, rows))
         assert found == {"perplexity": pytest.approx(math.exp(float(by_hand.mean())), rel=1e-4)}
@@ -380,3 +381,30 @@ def test_plain_text_is_scored_by_perplexity_alone(tiny_lm: Path, tmp_path: Path)
 def test_one_model_of_answers_serves_all_seeds(tiny_lm: Path, tmp_path: Path) -> None:
     task = answering(tiny_lm, tmp_path)
     assert task.model(0) is task.model(1)
+
+
+@pytest.mark.parametrize("make_rows", [pairs, sentences])
+def test_methods_on_a_quantised_base(make_rows: Any, tiny_lm: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    model = tiny_lm if make_rows is pairs else tiny_encoder
+    data = write(tmp_path / "d.jsonl", make_rows(24))
+    plain, task = make(model, data), make(model, data, quantize="nf4")
+    assert plain.fingerprint != task.fingerprint
+    loaded = task.model(0)
+    layers = [module for module in loaded.modules() if type(module).__name__ == "Linear4bit"]
+    assert layers and all(layer.compute_dtype == torch.float32 for layer in layers)
+    costs = TaskPlan(task, [MethodConfig(method, task.settings) for method in (Full(), LoRA(rank=2))]).costs
+    assert costs["full"].left_out.endswith("which is quantised and takes no gradient.")
+    applied = LoRA(rank=2).apply(loaded, task.head)
+    assert costs["lora rank=2"].parameters == applied.parameter_count
+    batch = task.collate(list(task.train)[:4])
+    loss = task.loss(loaded)
+    before = loss(batch)
+    before.backward()
+    with torch.no_grad():
+        for parameter in applied.parameters():
+            assert parameter.grad is not None
+            parameter.sub_(0.02 * parameter.grad / (parameter.grad.norm() + 1e-9))
+    assert loss(batch) < before
+    scores = task.test(applied)
+    assert scores.keys() == set(task.metrics)
+    task.serve(served(applied, half=True))

@@ -1,4 +1,4 @@
-"""The paper's other methods: what each trains, that it trains it, and that it is taken back without a trace."""
+"""The paper's other methods: what each trains, that training works, and that removal restores the model."""
 
 import ast
 import copy
@@ -101,7 +101,7 @@ def llama() -> nn.Module:
 ENCODERS = [bert, roberta, mpnet, deberta]
 CAUSAL = [gpt2, llama]
 EVERY = [*ENCODERS, gpt2, gpt2_classifier, llama]
-# Small ones of every kind.
+# Small methods of every kind.
 SMALL: list[Method] = [
     Full(),
     BitFit(),
@@ -260,7 +260,7 @@ def deberta_xxl() -> nn.Module:
 
 
 # What the paper prints in table 2 (GLUE) and table 3 (E2E), in millions. Its adapters of RoBERTa-large, with the
-# bottlenecks of its table 9, come out as printed when a million is 2²⁰ and no norm is counted.
+# bottlenecks of its table 9, have the printed counts if a million is 2²⁰ and no norm is counted.
 AS_PRINTED = [
     (roberta_base, BitFit(), 102_144, "0.1", 10**6),
     (roberta_base, Pfeiffer(bottleneck=16), 304_320, "0.3", 10**6),  # its AdapterD, quoted from AdapterDrop
@@ -276,7 +276,7 @@ AS_PRINTED = [
     (gpt2_medium, TopLayers(k=2), 25_192_448, "25.19", 10**6),
 ]
 OTHERWISE = [
-    # Printed 125.0: RoBERTa's own paper gives 125M; 0.6M of it are the pooler, which a classifier does without.
+    # Printed 125.0: RoBERTa's own paper gives 125M; 0.6M of it are the pooler, which a classifier does not use.
     (roberta_base, Full(), 124_055_040, "124.1", 10**6),
     # Printed 354.92. The 0.1M more are not explained there.
     (gpt2_medium, Full(), 354_823_168, "354.82", 10**6),
@@ -329,13 +329,13 @@ def test_a_causal_prefix_begins_as_words_before_the_text(model, kind) -> None:
     base = make(model)
     torch.manual_seed(5)
     words = torch.randint(VOCAB, (3,)).expand(len(IDS), -1)
-    expected = structure.base_of(base)(torch.cat((words, IDS), 1)).last_hidden_state[:, 3:]
+    expected = structure.base_model_of(base)(torch.cat((words, IDS), 1)).last_hidden_state[:, 3:]
     torch.manual_seed(5)
     kind(length=3).apply(base)
-    out = structure.base_of(base)(IDS, output_hidden_states=True)
+    out = structure.base_model_of(base)(IDS, output_hidden_states=True)
     torch.testing.assert_close(out.last_hidden_state, expected)
     assert {state.shape for state in out.hidden_states} == {(4, 7, D)}
-    plain = structure.base_of(base)(IDS, return_dict=False)
+    plain = structure.base_model_of(base)(IDS, return_dict=False)
     torch.testing.assert_close(plain[0], expected)
 
 
@@ -479,7 +479,7 @@ def test_loras_layers_are_query_and_value(model, names: list[str]) -> None:
     assert {name.rpartition(".lora_")[0] for name in applied.trained} == {
         f"{b.name}.{n}" for b in blocks for n in names
     }
-    if model is gpt2:  # of q, k and v the second stays as it is
+    if model is gpt2:  # k stays unchanged
         base, x = make(model).transformer.h[0].attn.c_attn, torch.randn(5, D)
         models.train_a_little(applied.model)
         change = applied.model.transformer.h[0].attn.c_attn(x) - base(x)
@@ -513,7 +513,7 @@ def test_each_learns_what_it_names_and_is_taken_back(model, method: Method) -> N
     begun = tensors(base)
     rate = 5e-3 if isinstance(method, (Full, TopLayers, HeadOnly)) else 2e-2
     own = applied.parameters()[: len(applied.trained)]
-    # Without the help of a new head, but for the method that has nothing else.
+    # Without a new head, except for the method that trains only the head.
     losses = train(base, own or applied.parameters(), 20, rate)
     assert losses[-1] < (0.9 if isinstance(method, PREFIXES) and _generates(base) else 0.75) * losses[0], losses
     train(base, applied.parameters(), 2, rate)
@@ -596,7 +596,7 @@ def test_gradient_checkpointing_changes_no_gradient(model, method: Method, reent
         getattr(applied.model, "activation_checkpointing_enable", None) or applied.model.gradient_checkpointing_enable
     )
     enable({"use_reentrant": reentrant})
-    if reentrant:  # as Trainer does for PEFT: torch's reentrant checkpoint wants an input with a gradient
+    if reentrant:  # as Trainer does for PEFT: torch's reentrant checkpoint needs an input with a gradient
         applied.model.enable_input_require_grads()
     loss_of(applied.model).backward()
     given = [parameter.grad for parameter in applied.parameters() if parameter.grad is not None]
@@ -657,7 +657,7 @@ def test_half_precision_models_are_adapted_in_float32() -> None:
             loss_of(applied.model).backward()
 
 
-# --- models that are none of transformers' ---------------------------------------------------------------------------
+# --- models of other libraries ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

@@ -17,7 +17,7 @@ from lorakit.study.methods.baselines import (
 )
 from lorakit.study.methods.naming import method_of, name_of
 
-# What is written, what it means, and how it is written shortest.
+# Text, its meaning, and the shortest text for it.
 WRITTEN: list[tuple[str, Method, str]] = [
     ("full", Full(), "full"),
     ("bitfit", BitFit(), "bitfit"),

@@ -2,13 +2,13 @@
 
     Linear, MergedLinear, Embedding, Conv1d, Conv2d, Conv3d       loralib's names and constructor arguments
 
-Each is a subclass of torch's own layer, so an existing `nn.Linear` becomes one by changing its class (`attach.py`) and
-everything that worked on the module before works after. What they share, merging above all, is in `adapted.py`.
+Each is a subclass of torch's own layer, so an existing `nn.Linear` becomes one by changing its class (`attach.py`), and
+everything that worked on the module before works after. What they share, mainly merging, is in `adapted.py`.
 
-What is not here: choosing layers (`attach.py`), files (`lorakit.formats`).
+Not here: choosing layers (`targets.py`), files (`lorakit.formats`).
 """
 
-from ..adapted import LoRALayer as LoRALayer
+from ..lora_layer import LoRALayer as LoRALayer
 from .blocks import MergedLinear as MergedLinear
 from .blocks import block_sizes as block_sizes
 from .conv import Conv1d as Conv1d

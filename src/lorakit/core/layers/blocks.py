@@ -1,4 +1,4 @@
-"""Several linear layers in one weight: q, k and v, each with an update of its own or none."""
+"""Several linear layers in one weight: q, k and v, each with its own update or none."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ _NONE_ENABLED: Sequence[bool] = (False,)  # loralib's default
 
 
 class MergedLinear(Linear):
-    """Several linear layers in one weight (q, k and v), each of them with an update of its own or none.
+    """Several linear layers in one weight (q, k and v), each of them with its own update or none.
 
-    enable_lora: a flag for each block of the output; all of them when left out beside splits or several ranks.
-    splits: the sizes of the blocks, by default equal. r: the rank, or a rank for each block (0 for none).
+    enable_lora: a flag for each block of the output. If it is left out, and splits or several ranks are given, all
+    blocks are enabled. splits: the sizes of the blocks, by default equal. r: the rank, or a rank for each block (0 for
+    none).
 
-    A (Σ rᵢ, in), B (Σ sizeᵢ, max r), sums over the blocks with an update: block i reads its own rᵢ rows of A with the
-    first rᵢ columns of its rows of B. The scale is lora_alpha / max r for all of them.
+    A (Σ rᵢ, in), B (Σ sizeᵢ, max r), sums over the blocks with an update: the update of block i is the product of the
+    first rᵢ columns of its rows of B and its own rᵢ rows of A. The scale is lora_alpha / max r for all of them.
 
-    That is a `Linear` whose B is block-diagonal, (out, Σ rᵢ), with zero rows for the blocks left out; it is computed
-    as one, so ΔW is never formed in training.
+    That is a `Linear` whose B is block-diagonal, (out, Σ rᵢ), with zero rows for the blocks left out. It is computed as
+    one.
     """
 
     blocks: Blocks
@@ -65,7 +66,7 @@ class MergedLinear(Linear):
         self.set_blocks(layout.sizes)
 
     def set_blocks(self, blocks: Blocks, enable_lora: Sequence[bool] | None = None) -> None:
-        """Before there are factors. enable_lora: the flags as they were given."""
+        """Set the blocks, before there are factors. enable_lora: the flags as they were given."""
         self.blocks = blocks
         self.enable_lora = [rank > 0 for _, rank in blocks] if enable_lora is None else enable_lora
 
@@ -89,10 +90,10 @@ class MergedLinear(Linear):
         return self.lora_A, block_diagonal(self.lora_B, self.blocks)
 
     def resized(self, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
-        return AdaptedLayer.resized(self, outputs, inputs)  # whose block would the new rows be?
+        return AdaptedLayer.resized(self, outputs, inputs)  # it is unknown to which block new rows belong
 
     def zero_pad(self, x: Tensor) -> Tensor:
-        """Rows of the enabled blocks put in their places among zeros, (out, …)."""
+        """The rows x of the enabled blocks, put in their places among zero rows: (out, …)."""
         enabled = self.lora_ind
         padded = x.new_zeros((len(enabled), *x.shape[1:]))
         padded[enabled] = x
@@ -111,7 +112,7 @@ def block_sizes(
 ) -> Blocks:
     """(size, rank) of each block of the output of a `MergedLinear`, rank 0 where there is no update.
 
-    Raises LoraError where the arguments do not agree.
+    Raises LoraError if the arguments do not agree.
     """
     given = f"out_features={out_features}, r={r}, enable_lora={enable_lora}, splits={splits}"
     if enable_lora is _NONE_ENABLED and (splits is not None or isinstance(r, Sequence)):

@@ -10,23 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import layouts
-from ..adapted import AdaptedLayer, LoRALayer
+from ..adapted import AdaptedLayer
 from ..conv import Geometry, lora_conv
 from ..init import init_of
 from ..joined import joined
 from ..layouts import Layout
+from ..lora_layer import LoRALayer
 from ..matrix import forms
 
 
 class ConvLoRA(AdaptedLayer):
     """y = conv(x, W) + b + s · conv(x, ΔW)     weight (out, in/groups, *k), any number of dimensions
 
-    Two layouts of the factors, of different rank, told apart by their dimensions:
+    The factors have one of two layouts, which differ in rank. Their number of dimensions tells which:
 
     loralib's (its constructors)    A (r·k_last, in·k_last), B (out/groups·∏k[:-1], r·k_last), ΔW = (B A) viewed as
                                     the kernel. The rank of ΔW as a matrix (out, in/groups·∏k) is up to r·∏k.
     factored (`attach`)             A (r, in/groups, *k), B (out, r, 1, …): a convolution to r channels, then 1×1.
-                                    With groups, every group shares A.
+                                    All groups share A.
     """
 
     plain_layout = layouts.Kernel()
@@ -62,7 +63,7 @@ class ConvLoRA(AdaptedLayer):
         self.construct(r, self._loralib_shapes)
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()  # type: ignore[misc]  # of the convolution class beside this one
+        super().reset_parameters()  # type: ignore[misc]  # that of the convolution class behind this one
         if self.has_update:
             self.draw(self.lora_A, self.lora_B, init_of("kaiming"))
 
@@ -93,13 +94,13 @@ class ConvLoRA(AdaptedLayer):
 
     def _dense(self) -> Tensor:
         update = super()._dense()
-        # loralib's factors multiply to another matrix, of as many entries, which is viewed as the kernel.
+        # The product of loralib's factors is another matrix with as many entries, which is viewed as the kernel.
         return update if self.is_factored else self.matrix(update.view(self.own_weight.shape))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return self.guard(self._conv_forward(x, self.own_weight, self.bias))
-        self.refit()  # which refuses a weight of another shape
+        self.refit()  # raises for a weight of another shape
         self.mark()
         gain = self.gain()
         if gain is None:
@@ -116,7 +117,7 @@ class ConvLoRA(AdaptedLayer):
         if self.is_factored and self.groups == 1:
             x, geometry = self._padded(x)
             return lora_conv(x, self.own_weight, bias, A, B, self.scaling, geometry, dropout)
-        # These kernels have no thin form: loralib's layout has none, and grouped kernels are thin already.
+        # Here ΔW is formed: loralib's layout has no thin form, and grouped kernels are thin already.
         update = self.scaling * self.delta()
         if dropout is None and forms(x, self.own_weight, A, B):
             return self._conv_forward(x, self.own_weight + update, bias)
@@ -124,7 +125,7 @@ class ConvLoRA(AdaptedLayer):
         return self._conv_forward(x, self.own_weight, bias) + self._conv_forward(dropped, update.to(x.dtype), None)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, Geometry]:
-        """x padded where that is not the same number of zeros on both sides, and how the kernel moves over it."""
+        """x, and how the kernel moves over it. x is padded unless the padding is as many zeros on both sides."""
         sides = self._reversed_padding_repeated_twice  # torch's, for F.pad: the last dimension first
         before, after = tuple(sides[-2::-2]), tuple(sides[-1::-2])
         if self.padding_mode != "zeros":

@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import layouts
-from ..adapted import AdaptedLayer, LoRALayer
+from ..adapted import AdaptedLayer
 from ..embedding import lora_embedding
 from ..errors import LoraError
 from ..init import Init, init_of
+from ..lora_layer import LoRALayer
 
 
 class Embedding(AdaptedLayer, nn.Embedding):
     """y = W[tokens] + s · A[:, tokens]ᵀ Bᵀ     weight (vocabulary, dim); A (r, vocabulary); B (dim, r)
 
-    The padding row keeps no update. max_norm is refused: torch renormalises the stored weight in place during the
+    The padding row has no update. max_norm is refused: torch renormalises the stored weight in place during the
     lookup, which has no meaning for a sum of a frozen weight and an update.
     """
 
@@ -61,7 +62,7 @@ class Embedding(AdaptedLayer, nn.Embedding):
     def take(self, rank: int, init: Init) -> tuple[Tensor, Tensor]:
         A, B = super().take(rank, init)
         if self.padding_idx is not None:
-            A[:, self.padding_idx] = 0  # and no gradient will reach it
+            A[:, self.padding_idx] = 0  # no gradient will reach it either
         return A, B
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -74,7 +75,7 @@ class Embedding(AdaptedLayer, nn.Embedding):
         return matrix.T
 
     def resized(self, outputs: int, inputs: int) -> dict[str, tuple[int, int]]:
-        # DoRA's norms run over all rows, those that were cut too.
+        # DoRA's norms are taken over all rows, so they change with the number of rows.
         if outputs != len(self.lora_B) or "lora_magnitude" in self._parameters:
             return super().resized(outputs, inputs)
         self.num_embeddings = inputs

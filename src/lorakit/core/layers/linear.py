@@ -7,13 +7,14 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapted import AdaptedLayer, LoRALayer
+from ..adapted import AdaptedLayer
 from ..errors import LoraError
 from ..init import init_of
 from ..layouts import Blocks, Layout
 from ..linear import lora_linear
+from ..lora_layer import LoRALayer
 
-# Named, not imported: transformers' linear layer with a transposed weight (GPT-2).
+# transformers' linear layer with a transposed weight (GPT-2), by name, because it is not imported.
 TRANSFORMERS_CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
@@ -111,8 +112,9 @@ def plain_matrix(module: Any) -> Tensor:
 
 def linear_size(module: Any) -> tuple[int, int]:
     """(out, in) of a linear layer. Raises LoraError where neither its attributes nor its weight tell."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.out_features, module.in_features
+    for outputs, inputs in (("out_features", "in_features"), ("outfeatures", "infeatures")):  # AutoGPTQ's names
+        if hasattr(module, outputs) and hasattr(module, inputs):
+            return getattr(module, outputs), getattr(module, inputs)
     weight = module._parameters.get("weight")
     if weight is None or weight.dim() != 2:
         raise LoraError(

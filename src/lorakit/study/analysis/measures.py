@@ -2,31 +2,31 @@
 
     ΔW = s·B A = U Σ Vᵀ            B (out, r)   A (r, in)   →   U (out, r)   Σ (r)   V (in, r)
 
-A column of V is a direction of the input that the adapter listens to, the column of U beside it the direction of the
-output it answers in, and σ how loudly. From the factors alone:
+A column of V is a direction of the input that the adapter reads. The same column of U is the direction of the output
+that it writes, and σ is the strength. From the factors alone:
 
     how much         ‖ΔW‖ = √Σσ², and how many directions carry it (`effective_rank`, `directions_holding`)
-    how alike        two adapters learnt the same directions or not (`subspace_similarity`, eq. 4, figures 3 and 4)
+    how similar      whether two adapters learnt the same directions (`subspace_similarity`, eq. 4, figures 3 and 4)
 
-and, beside the weight W that was adapted:
+With the weight W that was adapted:
 
     how far          ‖W' − W‖ / ‖W‖
-    how amplified    ‖ΔW‖ / ‖Uᵀ W V‖: what W itself does in ΔW's directions is small, and the adapter makes it so many
-                     times larger (`projections`, section 7.3, table 7)
+    how amplified    ‖ΔW‖ / ‖Uᵀ W V‖: how many times larger ΔW is than what W itself does in ΔW's directions
+                     (`projections`, section 7.3, table 7)
     where            the share of ΔW's energy in W's own strongest directions (`energy_within`)
     what is new      directions of W' that W does not have (`intruder_cosines`, Shuttleworth et al. 2024)
 
-ΔW has r directions that matter and in·out entries. It is not formed to be decomposed: with thin Q's,
-B = Q_B R_B and Aᵀ = Q_A R_A, ΔW = Q_B (s·R_B R_Aᵀ) Q_Aᵀ, and the SVD left to do is of an r × r matrix.
+ΔW has in·out entries, but only r directions. The SVD does not form it: with thin QR decompositions B = Q_B R_B and
+Aᵀ = Q_A R_A, ΔW = Q_B (s·R_B R_Aᵀ) Q_Aᵀ, so only an r × r matrix is decomposed.
 
-W is decomposed whole, one weight at a time, on the device it is on and in float32 at least. Every update is a matrix
-(out, in): an embedding's (dim, vocabulary); a convolution's kernel with in/groups·∏k columns, and in loralib's layout
-the matrix that its two factors multiply to; a stack of experts is one matrix for each expert, `name[3]`.
+W is decomposed in full, one weight at a time, on its device and in float32 or more. Every update is a matrix
+(out, in). For an embedding it is (dim, vocabulary). For a convolution it is the kernel with in/groups·∏k columns, or,
+in loralib's layout, the product of its two factors. A stack of experts gives one matrix for each expert, `name[3]`.
 
-DoRA: ΔW is s·B A, the change of direction. Its gain is one number for each row of W, of no low rank, so it enters
-where W is at hand, in W' = g ⊙ (W + s·B A): in how far, and in what is new.
+DoRA: ΔW is s·B A, the change of direction. The gain g is one number for each row of W and has no low rank. It therefore
+counts only where W is known, in W' = g ⊙ (W + s·B A): in "how far" and in "what is new".
 
-What this does not say is how well the adapter works: a large change can be idle and a small one decisive.
+These numbers do not say how well the adapter works: a large change can be useless and a small one decisive.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Factors:
     B: Tensor
     scale: float
     module: str  # the update's name
-    expert: int | None = None  # which of its matrices, where it has several
+    expert: int | None = None  # which of the update's matrices, if it has several
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,7 +66,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class Directions:
-    """A thin SVD, the strongest direction first: left (out, k), values (k), right (in, k). k is the rank, maybe 0."""
+    """A thin SVD, strongest direction first: left (out, k), values (k), right (in, k). k is the rank and may be 0."""
 
     left: Tensor
     values: Tensor
@@ -91,7 +91,7 @@ class AgainstBase:
     """One update beside the weight W that it changes. A ratio to zero is None."""
 
     weight_norm: float  # ‖W‖
-    change: float | None  # ‖W' − W‖ / ‖W‖; with DoRA, the gain included
+    change: float | None  # ‖W' − W‖ / ‖W‖; with DoRA, including the gain
     projections: Projections
     amplification: float | None  # ‖ΔW‖ / ‖Uᵀ W V‖
     # k → shares of ‖ΔW‖² within W's k strongest output and input directions; k: powers of two, and ΔW's rank
@@ -100,7 +100,7 @@ class AgainstBase:
 
     @property
     def intruders(self) -> int:
-        """How many of W's strongest directions after the change are none that W had before."""
+        """How many of the strongest directions of W' are new: W had no similar one."""
         return sum(cosine < THRESHOLD for cosine in self.cosines)
 
 
@@ -123,12 +123,12 @@ class Analysis:
 
 @dataclass(frozen=True)
 class Similarity:
-    """φ(i, j) of one matrix in two adapters of ranks r₁ and r₂: row i − 1, column j − 1.
+    """φ(i, j) of one matrix in two adapters of ranks r₁ and r₂, at row i − 1 and column j − 1.
 
-    From A's rows, from ΔW's input directions (right) and from its output directions (left). A and the input directions
-    span the same space where B has full rank, in another order: A's depends on how A and B share the product, ΔW's does
-    not. B starts at zero, so what is alike on the left was learnt; A starts at random, from the seed.
-    PiSSA's and OLoRA's files hold [A; A₀], the start taken from W beside what was learnt: there A says little.
+    It is computed from A's rows, from ΔW's input directions (right) and from its output directions (left). If B has
+    full rank, A and the input directions span the same space, but in another order: A's order depends on how A and B
+    share the product, ΔW's order does not. B starts at zero, so similarity on the left was learnt. A starts at random
+    from the seed. PiSSA's and OLoRA's files hold [A; A₀], with A₀ taken from W, so φ of A says little there.
     """
 
     name: str
@@ -139,7 +139,7 @@ class Similarity:
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """Of the two A's."""
+        """r₁ and r₂, the rows of the two A's."""
         return len(self.A), len(self.A[0]) if self.A else 0
 
     @property
@@ -153,10 +153,10 @@ class Similarity:
 
 
 def directions(A: Tensor, B: Tensor, scale: float = 1.0) -> Directions:
-    """The SVD of scale · B A from its factors, in float64; ΔW (out, in) is not formed.
+    """The SVD of scale · B A from its factors, in float64, without forming ΔW (out, in).
 
-    A (r, in)   B (out, r).   Singular values that are rounding errors of the product are left out, with their
-    directions, which would be arbitrary: ΔW = 0 has none.
+    A (r, in)   B (out, r).   Singular values that are only rounding errors of the product are left out with their
+    directions, which would be arbitrary. ΔW = 0 has none.
     """
     left_basis, left_part = torch.linalg.qr(B.double())  # (out, k), (k, r)
     right_basis, right_part = torch.linalg.qr(A.double().T)
@@ -167,10 +167,10 @@ def directions(A: Tensor, B: Tensor, scale: float = 1.0) -> Directions:
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp(−Σ p ln p) with p = σ²/Σσ², the directions' shares of the energy: k equal ones give k. Of none, 0.
+    """exp(−Σ p ln p) with p = σ²/Σσ², the directions' shares of the energy. k equal values give k; no values give 0.
 
-    values (k), positive. Roy and Vetterli 2007 take the shares of Σσ; with squares it is the energy ‖ΔW‖² that is
-    counted, as in everything else here.
+    values (k), positive. Roy and Vetterli 2007 use the shares of Σσ. The squares count the energy ‖ΔW‖², as everywhere
+    else in this file.
     """
     if not len(values):
         return 0.0
@@ -179,7 +179,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def directions_holding(values: Tensor, share: float) -> int:
-    """The fewest directions that hold `share` of the energy Σσ². values (k), largest first."""
+    """The smallest number of directions that hold `share` of the energy Σσ². values (k), largest first."""
     if not len(values):
         return 0
     reached = _shares(values).cumsum(0)
@@ -187,12 +187,12 @@ def directions_holding(values: Tensor, share: float) -> int:
 
 
 def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """φ(i, j) = ‖U₁ᵀ U₂‖² / min(i, j) of the first i columns of one and the first j of the other: (r₁, r₂).
+    """φ(i, j) = ‖U₁ᵀ U₂‖² / min(i, j), with the first i columns of `first` and the first j of `second`: (r₁, r₂).
 
     first (d, r₁)   second (d, r₂), each with orthonormal columns. 1: the smaller of the two spaces lies in the larger;
-    0: they are orthogonal. Hu et al. 2021, eq. 4 (and appendix G, by way of the projection metric).
+    0: they are orthogonal. Hu et al. 2021, eq. 4 (appendix G derives it from the projection metric).
 
-    By chance it is max(i, j)/d: a random U₁ has E[U₁U₁ᵀ] = (i/d)·I, so E‖U₁ᵀU₂‖² = (i/d)·tr(U₂U₂ᵀ) = i·j/d.
+    For random spaces it is max(i, j)/d: a random U₁ has E[U₁U₁ᵀ] = (i/d)·I, so E‖U₁ᵀU₂‖² = (i/d)·tr(U₂U₂ᵀ) = i·j/d.
     """
     rows = torch.arange(1, first.shape[1] + 1, device=first.device)
     columns = torch.arange(1, second.shape[1] + 1, device=first.device)
@@ -203,8 +203,7 @@ def subspace_similarity(first: Tensor, second: Tensor) -> Tensor:
 def projections(update: Directions, weight: Tensor, weight_values: Tensor) -> Projections:
     """‖Uᵀ W V‖ in three pairs of k-dimensional spaces. weight (out, in), weight_values: its singular values.
 
-    Of the random one the root mean square: E‖Uᵀ W V‖² = (k/out)·(k/in)·‖W‖², the mean over all spaces of what the
-    paper draws once.
+    random: the root mean square over all spaces, from E‖Uᵀ W V‖² = (k/out)·(k/in)·‖W‖². The paper draws one instead.
     """
     k = len(update.values)
     return Projections(
@@ -217,8 +216,8 @@ def projections(update: Directions, weight: Tensor, weight_values: Tensor) -> Pr
 def energy_within(update: Directions, left: Tensor, right: Tensor) -> dict[int, tuple[float, float]]:
     """For several k, ‖U_kᵀ ΔW‖² / ‖ΔW‖² and ‖ΔW V_k‖² / ‖ΔW‖² with the first k columns of W's U and V.
 
-    left (out, m), right (in, m). k: the powers of two up to m, and ΔW's own rank. Empty for ΔW = 0. By chance the two
-    are k/out and k/in.
+    left (out, m), right (in, m). k: the powers of two up to m, and ΔW's own rank. Empty for ΔW = 0. For random
+    directions the two shares are k/out and k/in.
     """
     if not len(update.values):
         return {}
@@ -234,9 +233,10 @@ def energy_within(update: Directions, left: Tensor, right: Tensor) -> dict[int, 
 def intruder_cosines(before: Tensor, after: Tensor) -> tuple[float, ...]:
     """For each column of `after`, the largest |cosine| with a column of `before`.
 
-    before (out, m): W's left singular vectors. after (out, k): the strongest of W'. A small one is an intruder
-    dimension (Shuttleworth et al. 2024): a strong direction that W has nothing like. Directions of W whose
-    singular values are equal may turn among themselves, and then each is unlike any before without being new.
+    before (out, m): W's left singular vectors. after (out, k): the strongest left singular vectors of W'. A small
+    cosine marks an intruder dimension (Shuttleworth et al. 2024): a strong direction that is similar to none of W's.
+    Directions of W with equal singular values may rotate among themselves. Each then has small cosines without being
+    new.
     """
     if not after.shape[1]:
         return ()
@@ -249,7 +249,7 @@ def intruder_cosines(before: Tensor, after: Tensor) -> tuple[float, ...]:
 def factors_of(adapter: Adapter) -> dict[str, Factors]:
     """The matrices of `adapter` by name, a stack of experts as `name[0]`, `name[1]`, …
 
-    Raises ValueError for an adapter without updates, and naming those with NaN or infinite numbers.
+    Raises ValueError for an adapter without updates, and for updates with NaN or infinite numbers, which it names.
     """
     found: dict[str, Factors] = {}
     for name, update in adapter.updates.items():
@@ -267,8 +267,8 @@ def factors_of(adapter: Adapter) -> dict[str, Factors]:
 def analyze(adapter: Adapter, model: nn.Module | None = None) -> Iterator[Analysis]:
     """Each matrix of `adapter`, one after another.
 
-    model: the model that the adapter is in, merged or not (`lorakit.load(model, path)`), for what needs the base
-    weights; they are read one at a time. Raises ValueError, naming them, for updates that are not in the model.
+    model: the model that holds the adapter, merged or not (`lorakit.load(model, path)`). The measures that need base
+    weights read them from it, one at a time. Raises ValueError naming updates that are not in the model.
     """
     layers = adapted_layers(model) if model is not None else {}
     missing = [name for name in adapter.updates if name not in layers]
@@ -295,7 +295,7 @@ def analyze(adapter: Adapter, model: nn.Module | None = None) -> Iterator[Analys
 def matched(first: Adapter, second: Adapter) -> dict[str, tuple[Factors, Factors]]:
     """Each matrix of the two adapters by name; their ranks may differ.
 
-    Raises ValueError, listing them, where one has a matrix that the other has not, or one of another shape.
+    Raises ValueError listing the matrices that only one adapter has, or that differ in shape.
     """
     ours, theirs = factors_of(first), factors_of(second)
     problems = [f"{name}: in the first adapter only" for name in ours if name not in theirs]
@@ -312,7 +312,7 @@ def matched(first: Adapter, second: Adapter) -> dict[str, tuple[Factors, Factors
 
 
 def similarities(first: Adapter, second: Adapter) -> list[Similarity]:
-    """φ of each matrix of two adapters. Raises ValueError where they do not cover the same modules (`matched`)."""
+    """φ of each matrix of two adapters. Raises ValueError if they do not cover the same modules (`matched`)."""
     return [_similarity(name, *pair) for name, pair in matched(first, second).items()]
 
 
@@ -354,7 +354,7 @@ def _against_base(update: Directions, layer: AdaptedLayer, factors: Factors, who
 
 
 def _shares(values: Tensor) -> Tensor:
-    # Divided by the largest first: the square of a tiny update would vanish.
+    # First divided by the largest value, because the squares of a tiny update would underflow.
     energy = (values.double() / values[0]).square()
     return energy / energy.sum()
 

@@ -14,13 +14,13 @@ from matplotlib.patches import Rectangle
 from ...training.colours import LIGHT
 from ...training.svg import new_figure, styled, svg
 
-_MAP = "#3b82f6"  # of heat maps, whose pixels know no variables: as clear on a light page as on a dark one
+_MAP = "#3b82f6"  # of heat maps, whose pixels cannot use CSS variables; visible on light and on dark pages
 _MARGIN = 24  # pixels beside a heat map, for its numbers
 
 
 @styled()
 def bars(values: Sequence[float], label: str, ceiling: float, width: int = 150, height: int = 60) -> Markup:
-    """Numbers from the left, each as high as its share of `ceiling`."""
+    """A bar for each value, from left to right. `ceiling` is the value at the top."""
     figure = new_figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, max(len(values), 1)), ylim=(0, ceiling))
     axes.stairs(values, fill=True, facecolor=LIGHT["blue"], linewidth=0, gid=".bars")
@@ -51,7 +51,7 @@ def heat_map(phi: Sequence[Sequence[float]], label: str) -> Markup:
 
 @styled()
 def scale() -> Markup:
-    """What the colours of the heat maps mean."""
+    """The colour scale of the heat maps."""
     figure = new_figure(200, 16)
     _coloured(figure, [[level / 20 for level in range(21)]], (16, 2, 168, 12))
     figure.text(12, 8, "0", transform=None, ha="right", va="center_baseline", color=LIGHT["soft"])
@@ -60,7 +60,7 @@ def scale() -> Markup:
 
 
 def _coloured(figure: Figure, cells: Sequence[Sequence[float]], box: tuple[float, float, float, float]) -> None:
-    """An image with a pixel for each cell, as opaque as its number is large, in a box: left, bottom, width, height."""
+    """An image with a pixel for each cell, whose opacity is the cell's number. box: left, bottom, width, height."""
     across, up = 72 * figure.get_size_inches()
     axes = figure.add_axes((box[0] / across, box[1] / up, box[2] / across, box[3] / up))
     axes.imshow([[to_rgba(_MAP, cell) for cell in row] for row in cells], interpolation="none", aspect="auto")

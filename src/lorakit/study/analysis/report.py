@@ -1,7 +1,7 @@
-"""What `lorakit analyze` says: a table for a person, everything as JSON for a program.
+"""The output of `lorakit analyze`: a table for a person, everything as JSON for a program.
 
-A model has the same few matrices in each of its layers, so the table has a line for those whose names differ in their
-numbers alone, with the means over them; below come the most changed ones by themselves.
+A model has the same few matrices in each of its layers. The table therefore has one line, with means, for the matrices
+whose names differ only in their numbers. Below it, the most changed matrices have their own lines.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from ...core.numbers import NONE, number, percent, rounded
+from ...core.numbers import NONE, percent, rounded, short_number
 from ...core.report import numberless
 from ...core.table import Table
 from ...training.report import heading
@@ -29,7 +29,7 @@ class Study:
     """Everything that one run of `lorakit analyze` found, matrices in the adapter's order."""
 
     adapter: str
-    base: str | None  # None: no weights at hand
+    base: str | None  # None: without base weights
     modules: tuple[Analysis, ...]
     other: str | None = None
     similarities: tuple[Similarity, ...] = ()
@@ -38,14 +38,14 @@ class Study:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table: its head, and what it shows of the matrices of a line."""
+    """A column of a table: its head, and the function from a line's matrices to the cell's text."""
 
     head: str
     cell: Callable[[Sequence[Any]], str]
 
 
-def text(study: Study, every: bool = False) -> str:
-    """The tables. every: a line for each matrix."""
+def tables_text(study: Study, every: bool = False) -> str:
+    """The tables as text. every: print a line for each matrix."""
     count = len(study.modules)
     matrices = f"{count} {'matrix' if count == 1 else 'matrices'}"
     lines = [heading(f"{study.adapter}: {matrices}").lstrip("\n")]
@@ -62,7 +62,7 @@ def text(study: Study, every: bool = False) -> str:
 
 
 def as_json(study: Study) -> str:
-    """Everything, numbers to six digits; a number that does not exist is null."""
+    """Everything as JSON, with numbers to six digits. A number that does not exist is null."""
     plain = dataclasses.asdict(study)
     for module, analysis in zip(plain["modules"], study.modules, strict=True):
         if analysis.base is not None:
@@ -73,7 +73,7 @@ def as_json(study: Study) -> str:
 
 
 def grouped(items: Iterable[Item]) -> dict[str, list[Item]]:
-    """Those whose names differ in their numbers alone, and whose shapes and ranks do not, under a name with stars."""
+    """Items by group, under a name with stars: names differ only in their numbers; shapes and ranks are equal."""
     groups: dict[tuple[str, str], list[Item]] = {}
     for item in items:
         name = re.sub(r"\[\d+\]", "[*]", numberless(item.name))
@@ -87,28 +87,28 @@ def grouped(items: Iterable[Item]) -> dict[str, list[Item]]:
 
 
 def by_change(modules: Iterable[Analysis]) -> list[Analysis]:
-    """The most changed first."""
+    """The modules, most changed first."""
     return sorted(modules, key=change_of, reverse=True)
 
 
 def change_of(module: Analysis) -> float:
-    """How far a module has moved: relative to its weight where that is known."""
+    """How far a module has moved: relative to its weight if that is known, otherwise ‖ΔW‖."""
     return module.norm if module.base is None else module.base.change or 0.0
 
 
-def ordered(groups: dict[str, list[Item]], key: Callable[[Item], float]) -> dict[str, list[Item]]:
+def largest_first(groups: dict[str, list[Item]], key: Callable[[Item], float]) -> dict[str, list[Item]]:
     """The groups by the mean of `key`, largest first."""
     return dict(sorted(groups.items(), key=lambda group: sum(map(key, group[1])) / len(group[1]), reverse=True))
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Of those that exist."""
+    """The mean of the values that are not None; None without any."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
-def table(groups: Mapping[str, Sequence[Item]], columns: Sequence[Column]) -> Table:
-    """A line for each group, with the number of its matrices where it has several."""
+def grouped_table(groups: Mapping[str, Sequence[Item]], columns: Sequence[Column]) -> Table:
+    """A table with a line for each group, and the number of its matrices if it has several."""
     rows = (
         (name, f"×{len(own)}" if len(own) > 1 else "", *(column.cell(own) for column in columns))
         for name, own in groups.items()
@@ -117,7 +117,7 @@ def table(groups: Mapping[str, Sequence[Item]], columns: Sequence[Column]) -> Ta
 
 
 def change_columns(study: Study) -> list[Column]:
-    """What the table of changes shows, with base weights or without."""
+    """The columns of the table of changes, with or without base weights."""
 
     def base(modules: Sequence[Analysis], pick: Callable[[AgainstBase], float | None]) -> float | None:
         return mean(pick(module.base) for module in modules if module.base is not None)
@@ -135,23 +135,25 @@ def change_columns(study: Study) -> list[Column]:
         Column("rank", lambda modules: str(modules[0].rank)),
         Column("eff.", lambda modules: f"{mean(m.effective_rank for m in modules):.1f}"),
         Column("90%", lambda modules: f"{mean(m.directions_90 for m in modules):.1f}"),
-        Column("‖ΔW‖", lambda modules: number(mean(m.norm for m in modules))),
+        Column("‖ΔW‖", lambda modules: short_number(mean(m.norm for m in modules))),
     ]
     if study.base is None:
         columns.insert(3, Column("99%", lambda modules: f"{mean(m.directions_99 for m in modules):.1f}"))
-        columns.append(Column("σ₁", lambda modules: number(mean(max(m.singular_values, default=0.0) for m in modules))))
+        columns.append(
+            Column("σ₁", lambda modules: short_number(mean(max(m.singular_values, default=0.0) for m in modules)))
+        )
         return columns
     return [
         *columns,
         Column("/‖W‖", lambda modules: percent(base(modules, lambda b: b.change))),
-        Column("amplified", lambda modules: number(base(modules, lambda b: b.amplification))),
+        Column("amplified", lambda modules: short_number(base(modules, lambda b: b.amplification))),
         Column("in top r", within),
         Column("intruders", intruders),
     ]
 
 
 def change_legend(study: Study) -> list[tuple[str, str]]:
-    """What the columns mean."""
+    """The meaning of the columns of changes."""
     legend = [
         ("eff.", "effective rank of ΔW: exp of the entropy of its shares of energy, σ²/Σσ²"),
         ("90%", "how many directions hold 90 % of the energy"),
@@ -168,7 +170,7 @@ def change_legend(study: Study) -> list[tuple[str, str]]:
 
 
 def likeness(similarity: Similarity) -> float:
-    """φ(r₁, r₂) of the output directions: B starts at zero, so what is alike there was learnt."""
+    """φ(r₁, r₂) of the output directions. B starts at zero, so this similarity was learnt."""
     return _last(similarity.left) or 0.0
 
 
@@ -204,7 +206,7 @@ SIMILARITY_LEGEND = [
 
 
 def _within_rank(module: Analysis) -> tuple[float, float] | None:
-    """ΔW's energy within as many of W's directions as ΔW has."""
+    """The share of ΔW's energy within W's r strongest output and input directions, with r the rank of ΔW."""
     return None if module.base is None else module.base.energy_within.get(len(module.singular_values))
 
 
@@ -215,13 +217,13 @@ def _sections(items: Sequence[Item], columns: Sequence[Column], every: bool, tit
         return _lines({item.name: [item] for item in items}, columns)
     key: Any = change_of if isinstance(items[0], Analysis) else likeness
     few = {item.name: [item] for item in items[:_MOST]}
-    return [*_lines(ordered(groups, key), columns), "", f"{title}:", *_lines(few, columns)]
+    return [*_lines(largest_first(groups, key), columns), "", f"{title}:", *_lines(few, columns)]
 
 
 def _lines(groups: dict[str, list[Item]], columns: Sequence[Column]) -> list[str]:
-    """A line for each group. What all names begin with stands once, in the head, so that lines fit a terminal."""
+    """A line for each group. The common beginning of all names is in the head, so that lines fit a terminal."""
     prefix = _common_prefix(list(groups))
-    found = table(groups, columns)
+    found = grouped_table(groups, columns)
     rows = tuple((name.removeprefix(prefix), *cells) for name, *cells in found.rows)
     return replace(found, head=(f"{prefix}…" if prefix else "module", *found.head[1:]), rows=rows).lines()
 

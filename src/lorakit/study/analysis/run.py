@@ -1,4 +1,4 @@
-"""From the folders that `lorakit analyze` is given to a `Study`: which base weights, what is read, what is left out."""
+"""Make a `Study` from the folders that `lorakit analyze` is given: find base weights, read, note what is missing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _is_released(folder: Path) -> bool:
     return isinstance(found, dict) and {"adapter", "base", "modules", "similarities"} <= found.keys()
 
 
-# An analysis may stand in any folder, beside the adapter for one.
+# An analysis may be written into any folder, for example beside the adapter.
 _FILES = r"analysis\.(json|html)"
 ANALYSIS = OutputKind("analyze", names=_FILES, released=_is_released)
 
@@ -34,14 +34,14 @@ ANALYSIS = OutputKind("analyze", names=_FILES, released=_is_released)
 def study_of(adapter: str, other: str | None = None, model: str | None = None, *, dtype: str = "float32") -> Study:
     """Analyze the adapter's folder, and compare it with the folder `other`.
 
-    model: the base; without it, the one that the adapter names, if that is on this machine. Nothing is fetched unless
-    `model` is a hub id. Raises FileNotFoundError, or ValueError for adapters that do not fit the base or one another.
+    model: the base; None: the base that the adapter names, if it is on this machine. Nothing is downloaded unless
+    `model` is a hub id. Raises FileNotFoundError, or ValueError for adapters that do not fit the base or each other.
     """
     for folder in filter(None, (adapter, other)):
         check_adapter(folder)
     first = peft.read(adapter)
     second = None if other is None else peft.read(other)
-    factors_of(first)  # what cannot be analyzed is refused before a model is loaded
+    factors_of(first)  # raises before a model is loaded if it cannot be analyzed
     if second is not None:
         matched(first, second)
     base = model or local_base(first.base_model)
@@ -49,7 +49,7 @@ def study_of(adapter: str, other: str | None = None, model: str | None = None, *
     loaded = None
     if base is not None:
         loaded = load_with_adapter(base, adapter, dtype=dtype).model
-        first = read_for(loaded, adapter)  # some names in a file are told by the model alone
+        first = read_for(loaded, adapter)  # some names in a file can be resolved only with the model
         second = None if other is None else read_for(loaded, other)
     matrices = tqdm(
         analyze(first, loaded),
@@ -70,8 +70,9 @@ def study_of(adapter: str, other: str | None = None, model: str | None = None, *
 
 
 def local_base(name: str | None) -> str | None:
-    """Where the base model of this name is on this machine: a path that exists, or a hub id's folder in the hub's
-    cache. None where it is not, or where the cache holds no weights.
+    """Where the base model of this name is on this machine: an existing path, or a hub id's folder in the hub's cache.
+
+    None if it is not on this machine, or if the cache holds no weights.
     """
     if not name:
         return None
@@ -82,7 +83,7 @@ def local_base(name: str | None) -> str | None:
 
     try:
         config = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # a path, of another machine
+    except HFValidationError:  # a path on another machine
         return None
     if not isinstance(config, str):
         return None
@@ -91,7 +92,7 @@ def local_base(name: str | None) -> str | None:
 
 
 def _notes(adapter: Adapter, base: str | None) -> tuple[str, ...]:
-    """A line for each thing that the tables do not show."""
+    """A line for everything that the tables do not show."""
     notes = []
     if base is None:
         named = f"{adapter.base_model!r} is not on this machine" if adapter.base_model else "the adapter names none"

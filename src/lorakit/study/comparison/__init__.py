@@ -1,1 +1,1 @@
-"""`lorakit compare`: which method, which rank, which layers, on the model and data at hand."""
+"""`lorakit compare`: which method, rank and layers are best on the user's model and data."""

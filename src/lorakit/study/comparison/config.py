@@ -1,7 +1,7 @@
-"""The settings of `lorakit compare`, and what they come to for each method on each task.
+"""The settings of `lorakit compare`, and the resulting settings of each method on each task.
 
-A YAML file may hold `tasks:`, a mapping of names to settings, and `methods:`, a list; both may change what stands at
-the top of the file:
+A YAML file may hold `tasks:`, a mapping of names to settings, and `methods:`, a list. Both may override settings at the
+top of the file:
 
     model: path/to/model
     epochs: 3                                   for every task and method
@@ -13,7 +13,8 @@ the top of the file:
       - lora rank=4
       - {method: lora rank=64, learning_rate: 1e-4}
 
-The innermost wins: method, task, top; and a flag of the command line over all of them. Nothing heavy is imported here.
+The innermost setting wins: method, then task, then top. A flag of the command line overrides all of them. Nothing heavy
+is imported here.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ...training.settings import UsageError, check, from_args, read_mapping, setting
-from ...training.yaml_files import Yaml, line_of, plain
+from ...training.settings import UsageError, check_settings, from_args, read_mapping, setting
+from ...training.yaml_files import Yaml, line_of, value_of
 
 if TYPE_CHECKING:
     from ..methods.baselines import Method
@@ -35,7 +36,7 @@ _MODEL, _METHODS, _DATA, _TRAINING, _SEARCH = "model and output", "methods", "da
 
 
 def _methods(value: str | Yaml, where: str, problems: list[str]) -> tuple[str | dict[str, Any], ...]:
-    """Methods separated by commas, or a list in a file; checked, and left as they were written."""
+    """Methods separated by commas, or a list in a file. They are checked, and returned as written."""
     import yaml
 
     items: list[tuple[Any, str]] = []
@@ -44,7 +45,7 @@ def _methods(value: str | Yaml, where: str, problems: list[str]) -> tuple[str | 
         for node in nodes:
             own = Yaml(value.path, node)
             has_settings = isinstance(node, yaml.MappingNode)
-            items.append((_method_item(own, problems) if has_settings else plain(node, where, problems), own.place))
+            items.append((_method_item(own, problems) if has_settings else value_of(node, where, problems), own.place))
     else:
         text = value.node.value if isinstance(value, Yaml) else value
         items = [(word.strip(), where) for word in text.split(",") if word.strip()]
@@ -66,7 +67,7 @@ def _method_item(source: Yaml, problems: list[str]) -> dict[str, Any]:
         return {"method": "full"}
     mapping = yaml.MappingNode(source.node.tag, rest, source.node.start_mark, source.node.end_mark)
     settings = read_mapping(CompareConfig, Yaml(source.path, mapping), problems, groups=(_TRAINING,))
-    return {"method": plain(names[0], source.place, problems), **settings}
+    return {"method": value_of(names[0], source.place, problems), **settings}
 
 
 def _check_method(text: Any, where: str, problems: list[str]) -> None:
@@ -88,7 +89,7 @@ def _tasks(value: str | Yaml, where: str, problems: list[str]) -> dict[str, dict
     tasks: dict[str, dict[str, Any]] = {}
     lines: dict[str, int] = {}
     for key, settings in value.node.value:
-        name, line = str(plain(key, where, problems)), line_of(key)
+        name, line = str(value_of(key, where, problems)), line_of(key)
         if name in tasks:
             problems.append(f"{value.path}:{line}: the task {name!r} stands here and in line {lines[name]}.")
         lines[name] = line
@@ -99,9 +100,9 @@ def _tasks(value: str | Yaml, where: str, problems: list[str]) -> dict[str, dict
 
 
 def _published(value: str | Yaml, where: str, problems: list[str]) -> dict[str, Any]:
-    """What was published of a task: a number of its first metric for each label, or one for each metric."""
+    """Published scores of a task, by label: a number for its first metric, or a number for each metric."""
     assert isinstance(value, Yaml)
-    found = plain(value.node, where, problems)
+    found = value_of(value.node, where, problems)
 
     def is_number(score: Any) -> bool:
         return isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
@@ -142,7 +143,7 @@ class CompareConfig:
     )
     methods: tuple[str | dict[str, Any], ...] = setting(
         ("full", "bitfit", "adapter-h", "prefix-layer", "lora"),
-        help='what to compare, with settings if need be: "full,lora rank=4,lora rank=64 targets=q_proj+v_proj"',
+        help='methods to compare, with optional settings: "full,lora rank=4,lora rank=64 targets=q_proj+v_proj"',
         group=_METHODS,
         parse=_methods,
     )
@@ -207,6 +208,11 @@ class CompareConfig:
         help="dtype of the products; auto: bfloat16 if the device is fast at it. Weights are float32",
         group=_DATA,  # the same for every method of a task
     )
+    quantize: Literal["none", "nf4", "int8", "gguf"] = setting(
+        "none",
+        help="quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file",
+        group=_DATA,
+    )
     published: dict[str, Any] = setting(
         help="published scores to show beside, by label",
         group=_DATA,
@@ -254,7 +260,7 @@ class CompareConfig:
     )
 
     def __post_init__(self) -> None:
-        check(self)
+        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -280,7 +286,7 @@ def config_of(args: argparse.Namespace) -> CompareConfig:
 
 
 def _overruled(config: CompareConfig, flags: Collection[str]) -> CompareConfig:
-    """The settings named by flags hold for every task and method: flags beat the whole file."""
+    """Remove the settings named by flags from every task and method, because flags override the whole file."""
 
     def rest(settings: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in settings.items() if name not in flags}
@@ -298,7 +304,7 @@ def _overruled(config: CompareConfig, flags: Collection[str]) -> CompareConfig:
 def tasks_of(config: CompareConfig) -> tuple[TaskConfig, ...]:
     """Every task with its methods.
 
-    Raises UsageError when there is no data, a template without its prompt, or two methods are the same.
+    Raises UsageError if there is no data, if a template lacks {prompt}, or if two methods are the same.
     """
     from pathlib import Path
 

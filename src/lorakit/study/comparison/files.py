@@ -1,7 +1,7 @@
-"""The folder of a comparison: whose it is, and what is left in it besides the runs and the machine they were made on.
+"""The folder of a comparison: which comparison it holds, and the tables, page and plots that are written into it.
 
-A comparison goes on in its own folder, with more seeds, methods or tasks. One of another model or of other rows is
-refused there: its tables would take the place of the first one's.
+A comparison goes on in its own folder, with more seeds, methods or tasks. A comparison of another model or of other
+rows is refused there, because its tables would replace those of the first one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...training.svg import standalone
 from . import page, plots, table
 from .plan import TaskPlan
 from .results import Comparison
-from .tasks import StudyTask, fingerprint
+from .tasks import StudyTask, digest_of
 
 _FILES = r"runs\.jsonl|machine\.json|config\.yaml|compare\.(json|md|html)|compare-[\w-]+\.svg"
 
@@ -31,20 +31,20 @@ def _is_released(folder: Path) -> bool:
 COMPARISON = OutputKind("compare", names=_FILES, released=_is_released)
 
 
-def record_of(model: str, plans: Sequence[TaskPlan]) -> dict[str, Any]:
-    """What a comparison is of: a model, and for each task where its rows come from and a fingerprint of them."""
+def comparison_record(model: str, plans: Sequence[TaskPlan]) -> dict[str, Any]:
+    """What identifies a comparison: the model, and for each task the source of its rows and their fingerprint."""
     return {"model": model, "tasks": {plan.task.name: [plan.task.source, _rows(plan.task)] for plan in plans}}
 
 
 def refuse_other(folder: OutputFolder, record: dict[str, Any]) -> None:
-    """Raise FileExistsError where the folder holds anything but this comparison, naming what differs."""
+    """Raise FileExistsError if the folder holds anything but this comparison. The message names what differs."""
     folder.refuse_unusable()
     note = folder.note
     if note is None:
         folder.refuse_others()
         return
     if not (folder.path / "runs.jsonl").is_file():
-        return  # it came to nothing
+        return  # the earlier comparison finished no run
     before = note.record or _released_record(folder.path)
     differing = []
     if not _same_place(before["model"], record["model"]):
@@ -68,11 +68,11 @@ def _rows(task: StudyTask) -> str:
     if data is None:
         return task.fingerprint
     rows = (*data.train, *data.valid, *data.test)
-    return fingerprint(*({**asdict(row), "where": None} for row in rows))
+    return digest_of(*({**asdict(row), "where": None} for row in rows))
 
 
 def _released_record(folder: Path) -> dict[str, Any]:
-    """That of a comparison of lorakit 0.1.0, told by its settings: rows are known by where they came from alone."""
+    """The record of a comparison of lorakit 0.1.0, from its settings. Only the source of its rows is known."""
     settings = settings_in(folder)
     data = settings.get("data")
     tasks = settings.get("tasks") or ({Path(data).resolve().stem: {}} if data else {})
@@ -86,8 +86,8 @@ def _same_place(one: str, other: str) -> bool:
     return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))
 
 
-def write(found: Comparison, folder: Path) -> list[Path]:
-    """The tables as JSON and Markdown, the page, and the plot of each task as a picture; returns their paths."""
+def write_results(found: Comparison, folder: Path) -> list[Path]:
+    """Write the tables as JSON and Markdown, the page, and the plot of each task as SVG; return their paths."""
     contents = {
         "compare.json": table.as_json(found),
         "compare.md": table.markdown(found),

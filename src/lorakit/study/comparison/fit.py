@@ -1,7 +1,7 @@
-"""One training of an applied method, on transformers' Trainer: batching, AdamW, the schedule and the device are its.
+"""Train an applied method once with transformers' Trainer, which does batching, AdamW, the schedule and the device.
 
-Products may be in bfloat16, weights are float32 for every method: full fine-tuning needs it, and what is compared is
-to differ in the method alone.
+Products may be in bfloat16. Weights are float32 for every method: full fine-tuning needs it, and the compared runs
+should differ only in the method.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .tasks import Loss, StudyTask
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a training cost, and whether its loss stayed a number."""
+    """What a training run cost, and whether its loss became NaN or infinite."""
 
     steps: int
     seconds: float
@@ -62,7 +62,7 @@ def fit(
         callbacks=[_Steps(step)],
     )
     trainer.loss = task.loss(applied.model, training.label_smoothing)
-    trainer.model_accepts_loss_kwargs = False  # so that Trainer divides the loss when batches are added up
+    trainer.model_accepts_loss_kwargs = False  # so that Trainer divides the loss when it accumulates gradients
     forget_peak(made.device)
     began = time.perf_counter()
     diverged = False
@@ -81,12 +81,12 @@ def fit(
 
 
 def steps_of(task: StudyTask, training: CompareConfig) -> int:
-    """How many steps `fit` will make."""
+    """The number of steps that `fit` will take."""
     if training.max_steps is not None:
         return training.max_steps
     batches = -(-task.rows["train"] // training.batch_size)
     each = max(1, -(-batches // training.gradient_accumulation_steps))
-    return math.ceil(training.epochs * each)  # as Trainer reckons, in binary numbers too
+    return math.ceil(training.epochs * each)  # as Trainer computes it, with the same rounding
 
 
 class _Diverged(Exception):
@@ -102,7 +102,7 @@ class _Steps(TrainerCallback):
 
 
 class _Trainer(BaseTrainer):
-    """With the task's loss, which knows its model."""
+    """A Trainer with the task's loss, which already knows its model."""
 
     loss: Loss
 

@@ -1,6 +1,7 @@
-"""Where the labels of a plot's points stand: each near its point, where least lies under it.
+"""Place the labels of a plot's points: each near its point, where it covers the least.
 
-All places are tried, the most crowded point first, and twice. Places are in pixels, x to the right and y upwards.
+All places are tried for each label, the most crowded point first, and all labels are placed twice. Places are in
+pixels, x to the right and y upwards.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 Spot = tuple[float, float]
 
 LINE = 13.0  # height of a label at 12 px
-_CHARACTER = 6.6  # width of one of its letters, rather too much than too little
+_CHARACTER = 6.6  # width of one of its letters, rounded up
 _RADII = (9.0, 15.0, 24.0, 36.0, 50.0, 68.0, 90.0, 120.0)  # from a point to its label
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
 
@@ -43,7 +44,7 @@ class Box:
 def placed(
     places: Sequence[Spot], labels: Sequence[str], area: Box, bars: Iterable[Box], lines: Iterable[tuple[Spot, Spot]]
 ) -> list[Box]:
-    """A box for each label beside its place, within the area. bars, lines: what lies there already."""
+    """A box for each label beside its place, within the area. bars, lines: what is already drawn."""
     fixed = [*bars, *(Box(x - 6, y - 6, 12, 12) for x, y in places)]
     lined = [spot for a, b in lines for spot in _between(a, b)]
     boxes: dict[int, Box] = {}
@@ -65,14 +66,14 @@ def placed(
             choices.append((100 * under + 6 * over + 40 * crossed + radius, len(choices), box))
         return min(choices)[2]
 
-    # What was put first did not know of what came later, so each may move once more.
+    # The first labels were placed without knowing the later ones, so each may move once more.
     for index in 2 * sorted(range(len(places)), key=crowd):
         boxes[index] = best(index)
     return [boxes[index] for index in range(len(places))]
 
 
 def _around(place: Spot, width: float, area: Box) -> list[tuple[float, Box]]:
-    """Where a label of this width may stand, with its distance."""
+    """The places for a label of this width, each with its distance."""
     x, y = place
     found = []
     for radius in _RADII:
@@ -86,6 +87,6 @@ def _around(place: Spot, width: float, area: Box) -> list[tuple[float, Box]]:
 
 
 def _between(a: Spot, b: Spot) -> list[Spot]:
-    """Points on the way from a to b, close enough for no label to lie on it unseen."""
+    """Points on the line from a to b, close enough together that a label on the line contains one."""
     count = math.ceil(math.dist(a, b) / 6) or 1
     return [(a[0] + (b[0] - a[0]) * step / count, a[1] + (b[1] - a[1]) * step / count) for step in range(count + 1)]

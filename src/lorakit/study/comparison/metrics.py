@@ -1,14 +1,14 @@
-"""Scores on the scale that papers print, each by the implementation that papers use.
+"""Scores on the scale that papers print, each from the implementation that papers use.
 
-Shares and correlations are times 100 (an accuracy of 95.1); BLEU, chrF and TER are sacrebleu's 0 to 100; perplexity is
-as it is. A score is one number for all rows together and is taken from
+Shares and correlations are times 100 (an accuracy of 95.1). BLEU, chrF and TER are sacrebleu's 0 to 100. Perplexity is
+not scaled. A score is one number for all rows together. It is computed from
 
-    classes, numbers    predicted, expected: one of each a row
-    texts               the answers; and for each question a tuple of all its references, as many as it has
-    loss                Σ −log p of each row, in nats; and how many tokens it is the sum over
+    classes, numbers    predicted and expected: one of each for a row
+    texts               the answers; and for each question a tuple of all its references
+    loss                Σ −log p of each row, in nats; and the number of tokens in that sum
 
-Every score raises ValueError where there are no rows, or more of one side than of the other. A constant side, which
-correlates with nothing, scores 0.
+Every score raises ValueError if there are no rows, or if the two sides differ in length. If one side is constant, a
+correlation is 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ...training import metrics
 
 @dataclass(frozen=True)
 class Metric:
-    """A score: what it is called, what it is taken from, and which way is better."""
+    """A score: its name, what it is computed from, and whether higher is better."""
 
     name: str
     of: Literal["classes", "numbers", "texts", "loss"]
@@ -36,9 +36,9 @@ class Metric:
 
 
 def default_metrics(task: str, answers: bool) -> tuple[str, ...]:
-    """The names of what is usually reported for a task; the first is the most telling.
+    """The names of the metrics that are usually reported for a task, the most informative first.
 
-    answers: of a causal-lm, whether its rows have prompts to answer; without them it is only the text that is scored.
+    answers: for causal-lm, whether its rows have prompts to answer; without prompts only the text is scored.
     """
     _scored(task, answers)
     if task == "classification":
@@ -62,7 +62,7 @@ def metrics_for(names: Sequence[str], task: str, answers: bool) -> list[Metric]:
 
 
 def _scored(task: str, answers: bool) -> tuple[str, ...]:
-    """What a model for this task gives to score."""
+    """The outputs of a model for this task that can be scored."""
     if task == "causal-lm":
         return ("texts", "loss") if answers else ("loss",)
     kinds = {"classification": ("classes",), "regression": ("numbers",)}
@@ -80,7 +80,7 @@ def _accuracy(predicted: Sequence[Any], expected: Sequence[Any]) -> float:
 
 
 def _matthews(predicted: Sequence[Any], expected: Sequence[Any]) -> float:
-    """Matthews' correlation; of more than two classes Gorodkin's R_K, which is the same for two."""
+    """Matthews' correlation; for more than two classes Gorodkin's R_K, which is equal to it for two."""
     from sklearn.metrics import matthews_corrcoef
 
     _check(predicted, expected)
@@ -91,7 +91,7 @@ def _matthews(predicted: Sequence[Any], expected: Sequence[Any]) -> float:
 
 
 def _f1(predicted: Sequence[Any], expected: Sequence[Any]) -> float:
-    """Of two classes the F1 of the one that sorts last; of more the mean of every class's F1 (macro).
+    """For two classes, the F1 of the class that sorts last; for more, the mean of all classes' F1 (macro).
 
     GLUE reports the F1 of its class 1, which sorts after 0. Only classes that occur on either side count.
     """
@@ -106,7 +106,7 @@ def _f1(predicted: Sequence[Any], expected: Sequence[Any]) -> float:
 
 @contextmanager
 def _many_classes() -> Iterator[None]:
-    """Without scikit-learn's warning that many classes in few rows may be numbers: they are not."""
+    """Within the block, silence scikit-learn's warning that many classes in few rows may be numbers: they are not."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
         yield
@@ -144,10 +144,10 @@ def _exact_match(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) 
 
 
 def _bleu(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> float:
-    """As the command sacrebleu: case counts, tokenizer 13a, exponential smoothing, orders 1 to 4.
+    """BLEU as in the command sacrebleu: case-sensitive, tokenizer 13a, exponential smoothing, orders 1 to 4.
 
-    An order of which the answers have no n-gram at all makes it 0, even where every answer is right: it is not for
-    answers that are all shorter than four tokens.
+    If the answers have no n-gram of some order, the score is 0, even if every answer is right. It is therefore not
+    suitable if all answers are shorter than four tokens.
     """
     from sacrebleu.metrics import BLEU
 
@@ -155,7 +155,7 @@ def _bleu(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> floa
 
 
 def _chrf(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> float:
-    """chrF2 as the command sacrebleu: characters' n-grams of orders 1 to 6 without white space, recall weighs double.
+    """chrF2 as in the command sacrebleu: character n-grams of orders 1 to 6 without white space; recall counts double.
 
     The n-grams are counted against each question's best reference.
     """
@@ -167,8 +167,8 @@ def _chrf(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> floa
 def _rouge_l(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> float:
     """The F1 of the longest common subsequence of words, with each question's best reference; mean over questions.
 
-    No stemmer. Words are runs of a–z and 0–9 in lower case, as in the original ROUGE: other scripts have none, and
-    score 0.
+    No stemmer. Words are runs of a–z and 0–9 in lower case, as in the original ROUGE. Texts in other scripts have no
+    words and score 0.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -182,9 +182,9 @@ def _rouge_l(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> f
 
 
 def _ter(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> float:
-    """Edits and moved phrases for each 100 words of reference, as the command sacrebleu: case does not count.
+    """TER as in the command sacrebleu: edits and moved phrases for each 100 words of reference, ignoring case.
 
-    The edits are those to each question's nearest reference, the words the mean over its references.
+    The edits are those to each question's nearest reference. The words are the mean over its references.
     """
     from sacrebleu.metrics import TER
 
@@ -192,9 +192,9 @@ def _ter(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> float
 
 
 def _streams(predicted: Sequence[str], expected: Sequence[tuple[str, ...]]) -> list[list[str | None]]:
-    """The references as sacrebleu wants them: all first ones, all second ones, …; None where a question has no more.
+    """The references as sacrebleu takes them: all first ones, all second ones, …; None if a question has no more.
 
-    An empty text would not do: it is a reference too, of length 0, and shortens what TER divides by.
+    An empty text would be wrong: it counts as a reference of length 0, which makes TER's divisor smaller.
     """
     _check_texts(predicted, expected)
     most = max(map(len, expected))

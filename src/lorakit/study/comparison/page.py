@@ -1,22 +1,22 @@
-"""compare.html: what a comparison found. Tables, a plot for each task, and how the learning rates were chosen."""
+"""compare.html: the tables of a comparison, a plot for each task, and how the learning rates were chosen."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ...core.numbers import learning_rate, number
+from ...core.numbers import learning_rate, short_number
 from ...core.table import Table
 from ...training import html
 from . import plots
 from .results import Comparison, TaskFacts
-from .table import UNFINISHED, about, facts, notes, rows_of, summary, summary_notes, table
+from .table import UNFINISHED, about, facts, notes, rows_of, summary, summary_notes, task_table
 
 
 def render(comparison: Comparison) -> str:
     """The page as HTML."""
     tasks = len(comparison.tasks)
     methods = len(dict.fromkeys(row.method for row in comparison.rows))
-    return html.render(
+    return html.fill_template(
         "compare.html.j2",
         title=f"{methods} methods on {tasks} task{'s' if tasks != 1 else ''}",
         unfinished="" if comparison.finished else UNFINISHED,
@@ -33,7 +33,7 @@ def _task(comparison: Comparison, task: TaskFacts) -> dict[str, Any]:
         "name": task.name,
         "facts": facts(task),
         "plot": plots.scatter(points, task.metrics[0], plots.families(comparison)) if points else "",
-        "table": table(comparison, task),
+        "table": task_table(comparison, task),
         "notes": notes(comparison, task, "Bold"),
         "search": _search(comparison, task),
         "chosen_by": task.chosen_by,
@@ -41,7 +41,7 @@ def _task(comparison: Comparison, task: TaskFacts) -> dict[str, Any]:
 
 
 def _search(comparison: Comparison, task: TaskFacts) -> Table | None:
-    """Each rate that was tried, and what it gave on the validation rows."""
+    """Each learning rate that was tried, and its score on the validation rows. None if none was tried."""
     rows = rows_of(comparison, task)
     rates = sorted({one for row in rows for one in row.tried})
     if not rates:
@@ -49,7 +49,7 @@ def _search(comparison: Comparison, task: TaskFacts) -> Table | None:
     lines = []
     for row in rows:
         cells = (
-            "" if one not in row.tried else "diverged" if row.tried[one] is None else number(row.tried[one], 4)
+            "" if one not in row.tried else "diverged" if row.tried[one] is None else short_number(row.tried[one], 4)
             for one in rates
         )
         lines.append((row.method, *cells))

@@ -1,4 +1,4 @@
-"""What will be run, told before it is: tasks with their rows and steps, methods with their trained parameters."""
+"""The plan of a comparison, before it runs: tasks with their rows and steps, methods with their trained parameters."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..methods.naming import name_of
 from ..methods.structure import positions_of
 from .config import CompareConfig, MethodConfig, tasks_of
 from .fit import steps_of
-from .tasks import StudyTask, task_of
+from .tasks import StudyTask, read_task
 
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A task, the methods to compare on it, and what was published of it."""
+    """A task, the methods to compare on it, and published scores."""
 
     task: StudyTask
     methods: Sequence[MethodConfig]
@@ -32,7 +32,7 @@ class TaskPlan:
 
     @cached_property
     def costs(self) -> dict[str, Cost]:
-        """Of each method by its name. No weight is loaded."""
+        """The cost of each method, by the method's name. No weight is loaded."""
         found = {}
         for method in self.methods:
             with FakeTensorMode():
@@ -52,11 +52,11 @@ class TaskPlan:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a method trains on a task and what memory it cannot do without, or why it is left out."""
+    """What a method trains on a task and the least memory that it needs, or why it is left out."""
 
     parameters: int = 0
     head: int = 0
-    least_bytes: int = 0  # weights, gradients and the optimizer's moments; what the rows take comes on top
+    least_bytes: int = 0  # weights, gradients and the optimizer's moments, without activations
     left_out: str = ""
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ def plans_of(config: CompareConfig) -> list[TaskPlan]:
     """Read and check the data of every task, before any weight is loaded."""
     plans = []
     for task in tasks_of(config):
-        made = task_of(task, config.model)
+        made = read_task(task, config.model)
         published = {
             label: score if isinstance(score, dict) else {made.metrics[0]: score}
             for label, score in task.data.published.items()
@@ -78,7 +78,7 @@ def plans_of(config: CompareConfig) -> list[TaskPlan]:
 
 
 def apply(method: Method, model: nn.Module, task: StudyTask) -> Applied:
-    """Apply the method, if the task's rows fit into the model then. Raises ValueError."""
+    """Apply the method. Raises ValueError if the task's rows, with the method's prefix, do not fit into the model."""
     positions = positions_of(model)
     prefix = method.length if isinstance(method, PrefixEmbedding | PrefixLayer) else 0
     if positions is not None and task.longest + prefix > positions:
@@ -91,17 +91,17 @@ def apply(method: Method, model: nn.Module, task: StudyTask) -> Applied:
 
 
 def most_runs(method: MethodConfig, seeds: int, trials: int) -> int:
-    """Of a method on a task: the best of the search is the run of seed 0, and a given rate is not searched."""
+    """The most runs of a method on a task. The search's best run is the run of seed 0; a given rate is not searched."""
     return seeds if method.training.learning_rate is not None else seeds + trials - 1
 
 
 def most_runs_of(plans: Sequence[TaskPlan], seeds: int, trials: int) -> int:
-    """Of all methods on all tasks."""
+    """The most runs of all methods on all tasks."""
     return sum(most_runs(method, seeds, trials) for plan in plans for method in plan.methods)
 
 
-def refuse_too_large(config: CompareConfig, plans: Sequence[TaskPlan]) -> None:
-    """Raise ValueError for a method that the machine's memory does not hold, unless that is to be ignored."""
+def refuse_large_comparison(config: CompareConfig, plans: Sequence[TaskPlan]) -> None:
+    """Raise ValueError for a method that needs more memory than the machine has, unless --ignore-memory is set."""
     if config.ignore_memory:
         return
     for plan in plans:
@@ -111,7 +111,7 @@ def refuse_too_large(config: CompareConfig, plans: Sequence[TaskPlan]) -> None:
 
 
 def plan_block(config: CompareConfig, plans: Sequence[TaskPlan]) -> str:
-    """What will be run, before it is: rows and steps of each task, methods with their trained parameters."""
+    """The plan as text: rows and steps of each task, methods with their trained parameters, and the number of runs."""
     lines = [heading("model").lstrip("\n"), config.model]
     for plan in plans:
         task, costs = plan.task, plan.costs

@@ -1,10 +1,10 @@
 """A metric against the trained parameters, as in figure 2 of the LoRA paper.
 
-    x   log₁₀ of the parameters; a method that trains none but the head stands to the left of the axis' break, at 0
-    y   the mean over the seeds with its interval, fitted to the data
+    x   log₁₀ of the parameters; a method that trains only the head stands at 0, to the left of the axis' break
+    y   the mean over the seeds with its interval, on an axis that fits the data
 
-A family of methods ("lora") has one colour and one marker, hollow where other settings than the size are changed.
-Members that differ in their size alone are joined by a line, and only the smallest of them is labelled in full.
+A family of methods ("lora") has one colour and one marker, which is hollow if other settings than the size are changed.
+Members that differ only in size are joined by a line, and only the smallest of them is labelled in full.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from ...core.numbers import number, short_count
+from ...core.numbers import short_count, short_number
 from ...training.colours import LIGHT
 from ...training.svg import new_figure, styled, svg
 from .labels import LINE, Box, Spot, placed
 from .results import Comparison, TaskFacts
 from .table import higher_is_better, rows_of
 
-# Of each family: a colour, a marker of matplotlib's and its size, so that all have about the same area.
+# For each family: a colour, a matplotlib marker, and its size. All markers have about the same area.
 _LOOKS = (
     ("blue", "o", 8.0),
     ("orange", "s", 7.2),
@@ -40,8 +40,8 @@ _LOOKS = (
     ("ink", ">", 9.0),
 )
 _WIDTH, _HEIGHT = 760, 440
-_AREA = Box(62, 48, 682, 358)  # of the plot, that is drawn in
-_ZERO = 0.35  # of the width of a decade, from "0" to where the logarithmic axis begins
+_AREA = Box(62, 48, 682, 358)  # the drawing area of the plot
+_ZERO = 0.35  # distance from "0" to the start of the logarithmic axis, as a share of a decade's width
 _LONGEST = 40  # characters of a label
 
 
@@ -51,15 +51,15 @@ class Point:
 
     label: str
     family: str  # one colour and one marker
-    others: str  # settings beside the size: points of a family with the same ones are a line
+    others: str  # settings besides the size; points of a family with the same ones form a line
     parameters: int
     value: float
-    half: float | None  # of its interval
-    title: str  # shown when pointed at
+    half: float | None  # half of its interval
+    title: str  # shown when the pointer is on it
 
 
 def points_of(comparison: Comparison, task: TaskFacts) -> list[Point]:
-    """The methods that have the task's first metric."""
+    """A point for each method that has the task's first metric."""
     metric = task.metrics[0]
     rows = [row for row in rows_of(comparison, task) if metric in row.scores]
     points: list[Point] = []
@@ -69,7 +69,7 @@ def points_of(comparison: Comparison, task: TaskFacts) -> list[Point]:
         if not math.isfinite(interval.mean):
             continue
         name, size, others = _parts(row.method)
-        half = f" ± {number(interval.half)}" if interval.half is not None else ""
+        half = f" ± {short_number(interval.half)}" if interval.half is not None else ""
         points.append(
             Point(
                 label=_shortened(size if (name, others) in labelled else row.method),
@@ -78,7 +78,7 @@ def points_of(comparison: Comparison, task: TaskFacts) -> list[Point]:
                 parameters=row.parameters,
                 value=interval.mean,
                 half=interval.half,
-                title=f"{row.method}: {number(interval.mean, 4)}{half}, {row.parameters:,} parameters",
+                title=f"{row.method}: {short_number(interval.mean, 4)}{half}, {row.parameters:,} parameters",
             )
         )
         labelled.add((name, others))
@@ -86,14 +86,14 @@ def points_of(comparison: Comparison, task: TaskFacts) -> list[Point]:
 
 
 def families(comparison: Comparison) -> list[str]:
-    """In the order of their colours, which is the same in the drawings of all tasks: LoRA, then as they come."""
+    """The families in the order of their colours, which is the same for all tasks: LoRA first, then as they come."""
     found = dict.fromkeys(_parts(row.method)[0] for row in comparison.rows)
     return sorted(found, key=lambda family: family != "lora")
 
 
 @styled()
 def scatter(points: Sequence[Point], metric: str, families: Sequence[str]) -> Markup:
-    """The plot of at least one point. families: all there are, in the order of their colours."""
+    """The plot of one or more points. families: all families, in the order of their colours."""
     figure = new_figure(_WIDTH, _HEIGHT)
     axes = figure.add_axes(
         (_AREA.x / _WIDTH, _AREA.y / _HEIGHT, _AREA.width / _WIDTH, _AREA.height / _HEIGHT),
@@ -124,7 +124,7 @@ def scatter(points: Sequence[Point], metric: str, families: Sequence[str]) -> Ma
         if point.half:
             high = axes.transData.transform((point.parameters, point.value + point.half))[1]
             bars.append(Box(x - 4, 2 * y - high, 8, 2 * (high - y)))
-    # A label may stand a little above the area, and not on its axis.
+    # A label may stand a little above the area, but not on the axis.
     free = Box(_AREA.x + 2, _AREA.y + 2, _AREA.width - 2, _AREA.height + 10)
     boxes = placed(places, [point.label for point in points], free, bars, lines)
     for point, place, box in zip(points, places, boxes, strict=True):
@@ -156,7 +156,7 @@ def _mark(point: Point, look: tuple[str, str, float], axes: Axes) -> None:
 
 
 def _label(label: str, place: Spot, box: Box, colour: str, figure: Figure) -> None:
-    """The text in its box, towards its point, and a thin line to it from far away."""
+    """Draw the text in its box, on the side of its point, with a thin line to a point that is far away."""
     near = box.nearest(place)
     side, x = "center", box.x + box.width / 2
     if box.x >= place[0]:
@@ -171,7 +171,7 @@ def _label(label: str, place: Spot, box: Box, colour: str, figure: Figure) -> No
 
 
 def _across(counts: Sequence[int], axes: Axes) -> None:
-    """The axis of the parameters: logarithmic, with 0 on its left where some method trains none."""
+    """The axis of the parameters: logarithmic, with 0 on its left if some method trains none."""
     logs = [math.log10(count) for count in counts if count]
     if not logs:
         axes.set_xlim(-0.05, 1)
@@ -184,7 +184,7 @@ def _across(counts: Sequence[int], axes: Axes) -> None:
         axes.set_xscale("log")
         axes.set_xlim(low, high)
     else:
-        # Linear from 0 to `low`, which is a break in what is logarithmic beyond.
+        # Linear from 0 to `low`, which appears as a break; logarithmic from `low` on.
         axes.set_xscale("symlog", linthresh=low, linscale=0.9 * _ZERO)
         axes.set_xlim(-low / 3, high)
         for share in (0.5, 0.6):  # the two strokes of a broken axis
@@ -199,7 +199,7 @@ def _across(counts: Sequence[int], axes: Axes) -> None:
                 transform=axes.get_xaxis_transform(),
             )
         powers = [0, *powers]
-    # After the scale, which sets its own.
+    # Set after the scale, because the scale sets its own.
     axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short_count(count)))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(FixedLocator(powers))
@@ -217,7 +217,7 @@ def _upwards(points: Sequence[Point], axes: Axes) -> None:
 
 
 def _range(logs: Sequence[float]) -> tuple[float, float]:
-    """Of the axis: a little more than the data, and wide enough for two powers of ten."""
+    """The range of the axis: a little more than the data, and wide enough for two powers of ten."""
     margin = max(0.06 * (max(logs) - min(logs)), 0.1)
     low, high = max(min(logs) - margin, 0.0), max(logs) + margin
     if math.floor(high) - math.ceil(low) < 1:
@@ -227,9 +227,9 @@ def _range(logs: Sequence[float]) -> tuple[float, float]:
 
 
 def _parts(method: str) -> tuple[str, str, str]:
-    """The family, the size, which is the first setting, and the other settings of "lora rank=8 targets=q_proj".
+    """The family, the size (the first setting), and the other settings of a method such as "lora rank=8 targets=q".
 
-    "dora rank=8" is of LoRA's family, with another setting: so there are as many colours as there are kinds of method.
+    "dora rank=8" belongs to LoRA's family, with another setting, so each kind of method has one colour.
     """
     name, _, settings = method.partition(" ")
     size, _, others = settings.partition(" ")

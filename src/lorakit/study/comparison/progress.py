@@ -1,6 +1,6 @@
-"""What a person sees while runs are made: a bar of runs and, below it, the run's steps; a line a run in a log.
+"""Show the progress of runs: on a terminal a bar of runs and a bar of the run's steps, in a log a line for each run.
 
-All of it goes to standard error.
+Everything goes to standard error.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from .results import Run
 
 
 class RunsProgress:
-    """Two bars on a terminal, a line for each finished run elsewhere."""
+    """Two bars on a terminal; otherwise a line for each finished run."""
 
     def __init__(self) -> None:
         self._runs: tqdm[Any] | None = None
         self._steps: tqdm[Any] | None = None
-        self._expected = 0  # runs that the bar stands at when the method in hand is done
+        self._expected = 0  # where the bar should be when the current method is done
         self.made = 0  # runs
         self._silent = not sys.stderr.isatty()
 
@@ -33,11 +33,11 @@ class RunsProgress:
                 bar.close()
 
     def begin(self, most: int) -> None:
-        """most: runs if every search takes all its trials; the bar skips those that are not needed."""
+        """most: the number of runs if every search takes all its trials; the bar skips runs that are not needed."""
         self._runs = tqdm(total=most, desc="runs", unit="run", dynamic_ncols=True, disable=self._silent)
 
     def run(self, task: str, method: str, seed: int, rate: float, steps: int) -> None:
-        """A run begins."""
+        """Show that a run begins."""
         self._close_steps()
         label = f"{task}: {method}, rate {rate:g}, seed {seed}"
         self._steps = tqdm(total=steps, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=self._silent)
@@ -47,7 +47,7 @@ class RunsProgress:
             self._steps.update()
 
     def says(self, what: str) -> None:
-        """What the run does after its last step."""
+        """Show what the run does after its last step."""
         if self._steps is not None:
             self._steps.set_postfix_str(what)
 
@@ -66,7 +66,7 @@ class RunsProgress:
             )
 
     def advance_to_method_end(self, runs: int) -> None:
-        """The bar moves over runs of this method that were not needed."""
+        """Move the bar over the runs of this method that were not needed."""
         self._expected += runs
         if self._runs is not None:
             self._runs.update(self._expected - self._runs.n)

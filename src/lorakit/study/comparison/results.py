@@ -1,7 +1,7 @@
-"""What a comparison found, as plain data: runs, and the rows of a table made of them.
+"""The results of a comparison as plain data: runs, and the rows of a table that summarise them.
 
-A `Run` is one training, and a line of OUT/runs.jsonl: a run that stands there with the same key is not made again.
-Rows summarise the runs of a method on a task over the seeds.
+A `Run` is one training run and a line of OUT/runs.jsonl. A run whose key is already there is not made again. A row
+summarises the runs of a method on a task over the seeds.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ...core.reading import text_of
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a method on a task, with one seed and one learning rate, and what came of it."""
+    """One training run of a method on a task, with one seed and one learning rate, and its results."""
 
-    key: str  # of everything that decides the outcome: task, data, method, training, seed, rate
+    key: str  # fingerprint of everything that decides the result: task, data, method, training, seed, rate
     task: str
     method: str  # with its settings: "lora rank=8"
     seed: int
@@ -30,18 +30,18 @@ class Run:
     parameters: int  # trained, without a new head
     head: int  # parameters of a new head
     diverged: bool  # the loss was NaN or infinite at some step; there are no scores then
-    valid: dict[str, float]  # what the learning rate is chosen by, first; see `Metric`
+    valid: dict[str, float]  # scores on the validation rows; the first chooses the learning rate; see `Metric`
     test: dict[str, float]  # empty for a run of the search that was not the best
     seconds: float  # of training
     peak_bytes: int  # of training: the process on a CPU, tensors on a GPU
     file_bytes: int  # of the trained parameters in a file
-    latency: float  # seconds of a forward pass as the method serves: LoRA merged
-    base_latency: float  # and of the model without it, on the same rows
+    latency: float  # seconds of a forward pass of the model as it is served: LoRA merged
+    base_latency: float  # seconds for the model without the method, on the same rows
 
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean of the seeds, and half of its 95 % confidence interval (Student's t); None from a single seed."""
+    """The mean over the seeds, and half of its 95 % confidence interval (Student's t); None for a single seed."""
 
     mean: float
     half: float | None
@@ -72,14 +72,14 @@ class MethodRow:
     parameters: int
     head: int
     learning_rate: float
-    tried: dict[float, float | None]  # rate → what it was chosen by on the validation rows; None: diverged
-    scores: dict[str, Interval]  # metric → over the seeds that did not diverge; empty where all did
+    tried: dict[float, float | None]  # rate → its validation score that chooses the rate; None: diverged
+    scores: dict[str, Interval]  # metric → scores of the seeds that did not diverge; empty if all diverged
     seeds: int
-    diverged: int  # seeds that did
-    seconds: float  # the shortest training: what else ran on the machine only adds to it
-    peak_bytes: int  # largest
+    diverged: int  # number of seeds that diverged
+    seconds: float  # the shortest training time, because other work on the machine only adds to it
+    peak_bytes: int  # the largest
     file_bytes: int
-    latency: float  # of the model without the method: 1.0 is its own time
+    latency: float  # as a multiple of the model without the method: 1.0 is equally fast
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TaskFacts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that one `lorakit compare` found."""
+    """All results of one `lorakit compare`."""
 
     model: str
     tasks: tuple[TaskFacts, ...]
@@ -134,7 +134,7 @@ class Ledger:
         return self._runs.get(key)
 
     def add(self, run: Run) -> None:
-        """Keep `run`, in memory and in the file; one of the same key is superseded."""
+        """Keep `run` in memory and in the file. It replaces an earlier run with the same key."""
         self._runs[run.key] = run
         with self.path.open("a", encoding="utf-8") as file:
             file.write(("\n" if self._cut else "") + json.dumps(asdict(run)) + "\n")
@@ -142,7 +142,7 @@ class Ledger:
 
 
 def row_of(runs: Sequence[Run], searched: Iterable[Run], chosen_by: str) -> MethodRow:
-    """runs: of one method on one task, one for each seed. searched: those of the learning-rate search."""
+    """The row of one method on one task. runs: one for each seed. searched: those of the learning-rate search."""
     first = runs[0]
     good = [run for run in runs if not run.diverged]
     metrics: Mapping[str, float] = good[0].test if good else {}

@@ -1,10 +1,10 @@
-"""The runs of a comparison: for each task and method the search for a learning rate, then every seed at the best one.
+"""Make the runs of a comparison: for each task and method, search a learning rate, then run every seed with the best.
 
-Each finished run is a line of runs.jsonl, and a run that stands there is not made again: an interrupted comparison
-goes on where it was, and one with more seeds or methods makes the new ones alone.
+Each finished run is a line of runs.jsonl, and a run that is there is not made again. An interrupted comparison
+therefore continues where it was, and one with more seeds or methods makes only the new runs.
 
-The search's best run is the run of seed 0. Its weights are kept in memory until the search is over, so that it need
-not be trained twice, and the answers of the others need not be generated.
+The search's best run is also the run of seed 0. Its weights are kept in memory until the search is over, so that it is
+not trained twice, and so that no answers are generated for the other runs of the search.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from .plan import TaskPlan, apply, most_runs, most_runs_of
 from .progress import RunsProgress
 from .results import Comparison, Ledger, MethodRow, Run, TaskFacts, row_of
 from .search import best_rate, next_rate
-from .tasks import StudyTask, fingerprint, halved, served
+from .tasks import StudyTask, digest_of, halved, served
 
 RUNS, MACHINE = "runs.jsonl", "machine.json"
-_TURNS = 7  # of the two models whose latency is compared, interleaved; the least time of each counts
+_TURNS = 7  # timings of each of the two models, in alternation; the shortest of each counts
 _DECIDES = (
     *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "scheduler", "warmup_ratio", "warmup_steps"),
     *("weight_decay", "label_smoothing", "gradient_checkpointing"),
-)  # settings of training that change what comes out, besides the learning rate
+)  # the training settings that change the result, besides the learning rate
 
 
 @quiet_libraries()
@@ -57,9 +57,9 @@ def compare(
     so_far: bool = False,
     progress: RunsProgress | None = None,
 ) -> Comparison:
-    """Make the runs that `folder` does not hold yet, and return what all of them say.
+    """Make the runs that `folder` does not hold yet, and return the results of all of them.
 
-    so_far: make none, and return what those in the folder say. Raises ValueError where no method can be applied.
+    so_far: make no runs, and return the results of those in the folder. Raises ValueError if no method can be applied.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / RUNS)
@@ -99,11 +99,11 @@ class _NotApplicable(Exception):
 
 
 class _NotMade(Exception):
-    """A run that is wanted stands in no ledger, and none is to be made."""
+    """A run that is needed is not in the ledger, and no runs are to be made."""
 
 
 class _Runs:
-    """The runs of one method on one task. so_far: those of the ledger alone."""
+    """The runs of one method on one task. so_far: only those of the ledger."""
 
     def __init__(
         self, task: StudyTask, config: MethodConfig, ledger: Ledger, progress: RunsProgress, so_far: bool
@@ -111,8 +111,8 @@ class _Runs:
         self.task, self.config, self.ledger, self.progress, self.so_far = task, config, ledger, progress, so_far
         self.complete = True
         self.name = name_of(config.method)
-        self._tried: dict[float, float | None] = {}  # of the search: rate → score, None where it diverged
-        self._best: tuple[Run, dict[str, Tensor]] | None = None  # the best run made in it, and what that trained
+        self._tried: dict[float, float | None] = {}  # in the search: rate → score, None if it diverged
+        self._best: tuple[Run, dict[str, Tensor]] | None = None  # the search's best new run, and what it trained
 
     def of_all_seeds(self, seeds: int, trials: int) -> MethodRow:
         rate = self.config.training.learning_rate
@@ -128,7 +128,7 @@ class _Runs:
         return row_of(runs, searched, self.task.chosen_by)
 
     def _search(self, trials: int) -> tuple[float, list[Run]]:
-        """The best learning rate, and the runs that say so. Where every run diverged, the lowest."""
+        """The best learning rate, and the runs of the search. If every run diverged, the lowest rate."""
         runs = []
         while (rate := next_rate(self.config.method, self._tried, trials)) is not None:
             key = self._key(0, rate)
@@ -139,7 +139,7 @@ class _Runs:
 
     def _tested(self, seed: int, rate: float) -> Run:
         key = self._key(seed, rate)
-        best, self._best = self._best, None  # the search is over: its weights are kept for the first seed alone
+        best, self._best = self._best, None  # the search is over: its weights are kept only for the first seed
         run = self.ledger.get(key)
         if run is not None and (run.test or run.diverged):
             return run
@@ -150,7 +150,7 @@ class _Runs:
         return self._made(key, seed, rate, test=True)
 
     def _made(self, key: str, seed: int, rate: float, *, test: bool) -> Run:
-        """Train, score, take the time, and write it down."""
+        """Train, score, measure the latency, and add the run to the ledger."""
         if self.so_far:
             self.complete = False
             raise _NotMade
@@ -164,7 +164,9 @@ class _Runs:
         if not diverged:
             self.progress.says("validation")
             valid = self.task.validate(applied)
-            if not math.isfinite(valid[self.task.chosen_by]):  # after the last step, which no loss of training saw
+            if not math.isfinite(
+                valid[self.task.chosen_by]
+            ):  # the last step may have caused it, after the last training loss
                 diverged, valid = True, {}
             elif test:
                 self.progress.says("test")
@@ -201,7 +203,7 @@ class _Runs:
             self._best = run, {name: tensor.clone() for name, tensor in applied.state_dict().items()}
 
     def _with_test(self, run: Run, trained: dict[str, Tensor]) -> Run:
-        """The best run of the search with the scores on the test rows, from the weights that were kept."""
+        """The best run of the search with its scores on the test rows, from the weights that were kept."""
         _, applied = self._applied(run.seed)
         applied.load_state_dict(trained)
         self.progress.says("test")
@@ -220,9 +222,9 @@ class _Runs:
             raise _NotApplicable(str(error)) from None
 
     def _latencies(self, applied: Applied, model: nn.Module) -> tuple[float, float]:
-        """Seconds of a forward pass with the method and, on the same rows, of the model without it.
+        """Seconds of a forward pass with the method and, on the same rows, without it.
 
-        Takes the method out of the model.
+        Removes the method from the model.
         """
         ours = served(applied, self.task.half)
         applied.remove()
@@ -240,11 +242,11 @@ class _Runs:
     def _key(self, seed: int, rate: float) -> str:
         training = {name: getattr(self.config.training, name) for name in _DECIDES}
         method: Method = self.config.method
-        return fingerprint(self.task.fingerprint, self.task.name, method.name, method.settings, training, seed, rate)
+        return digest_of(self.task.fingerprint, self.task.name, method.name, method.settings, training, seed, rate)
 
 
 def _made_on(folder: Path, now: bool) -> dict[str, str]:
-    """The machine of the last runs, which stands in the folder: tables made anew later do not come from elsewhere."""
+    """The machine of the last runs, from a file in the folder, because tables may be made later on another machine."""
     path = folder / MACHINE
     if now or not path.is_file():
         with replacing(path) as temporary:

@@ -1,7 +1,7 @@
-"""The search for a learning rate: a walk on the ladder …, 1e-4, 3e-4, 1e-3, 3e-3, … to where validation is best.
+"""The search for a learning rate on the ladder …, 1e-4, 3e-4, 1e-3, 3e-3, …: find where the validation score is best.
 
-Every method may try the same number of rates on a task, with seed 0, and begins where its kind is usually trained. The
-next rate is the neighbour of the best one so far, the higher first; between two worse neighbours the search ends.
+Every method may try the same number of rates on a task, with seed 0, and begins at a usual rate for its kind. The next
+rate is a neighbour of the best one so far, the higher first. The search ends when both neighbours are worse.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from ...core.init import init_of
 from ..methods.baselines import (
     BitFit,
     Full,
@@ -33,14 +34,14 @@ _START = {
     PrefixLayer: 1e-2,
     LoRA: 1e-3,
 }
-_STRONGER = 3e-4  # LoRA whose update moves faster: scaled by α/√r, or begun with the weight's largest directions
+_STRONGER = 3e-4  # for LoRA whose update moves faster: scaled by α/√r, or with factors of the weight itself (PiSSA)
 
 
 def next_rate(method: Method, tried: Mapping[float, float | None], trials: int) -> float | None:
     """The rate to try next, or None when the search is over.
 
-    tried: rate → validation score, better the lower; None where the run diverged, which is worse than any score. So is
-    a score that is NaN or infinite: the last step may have made the weights so, and no loss was taken after it.
+    tried: rate → validation score, lower is better; None if the run diverged, which is worse than any score. A score
+    that is NaN or infinite is worse too: the last step may have broken the weights after the last training loss.
     """
     if not tried:
         return start(method)
@@ -53,20 +54,20 @@ def next_rate(method: Method, tried: Mapping[float, float | None], trials: int) 
 
 
 def best_rate(tried: Mapping[float, float | None]) -> float | None:
-    """The best of the rates that did not diverge; of equals the lower. None where all did."""
+    """The best of the rates that did not diverge; of equally good ones the lower. None if all diverged."""
     scores = {rate: score for rate, score in tried.items() if score is not None and not math.isnan(score)}
     return min(scores, key=lambda rate: (scores[rate], rate), default=None)
 
 
 def start(method: Method) -> float:
     """The first rate of the search."""
-    if isinstance(method, LoRA) and (method.rslora or method.init != "kaiming"):
+    if isinstance(method, LoRA) and (method.rslora or init_of(method.init).take is not None):
         return _STRONGER
     return _START[type(method)]
 
 
 def _step(rate: float, by: int) -> float:
-    """The neighbour on the ladder, as the number that its decimal digits are."""
+    """The neighbour of a rate on the ladder, as the float of its decimal digits (3e-4, not a product)."""
     mantissa, _, exponent = f"{rate:.0e}".partition("e")
     rung = 2 * int(exponent) + (mantissa == "3") + by
     return float(f"{'3' if rung % 2 else '1'}e{rung // 2}")

@@ -1,7 +1,7 @@
 """A comparison as tables: for the terminal, as Markdown, and as JSON for a program.
 
-Each task has a table with a line for each method, and several tasks share one of the first metrics. What a table
-shows (`Table`, `facts`, `notes`) is put together once; here and in `page.py` it is only laid out.
+Each task has a table with a line for each method. With several tasks there is also a table of their first metrics. The
+contents (`Table`, `facts`, `notes`) are made once; `tables_text`, `markdown` and `page.py` only lay them out.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .results import Comparison, Interval, MethodRow, TaskFacts
 
 UNFINISHED = "Unfinished: some runs are still to be made."
 
-_WIDTH = 120  # of a terminal
-_NAME = 40  # of a method in it; a longer one goes on in the next line
+_WIDTH = 120  # columns of a terminal
+_NAME = 40  # columns for a method's name; a longer name continues in the next line
 
 
-def text(comparison: Comparison) -> str:
-    """For a terminal of 120 columns; a table that is wider goes on below."""
+def tables_text(comparison: Comparison) -> str:
+    """The tables for a terminal of 120 columns; a wider table continues below."""
     lines = [] if comparison.finished else [UNFINISHED]
     lines += _wrapped(about(comparison))
     if len(comparison.tasks) > 1:
@@ -35,39 +35,45 @@ def text(comparison: Comparison) -> str:
             *_wrapped(summary_notes(comparison, "*")),
         ]
     for task in comparison.tasks:
-        lines += [heading(task.name), *_wrapped(facts(task)), "", *table(comparison, task).lines(_WIDTH, _NAME), ""]
+        lines += [
+            heading(task.name),
+            *_wrapped(facts(task)),
+            "",
+            *task_table(comparison, task).lines(_WIDTH, _NAME),
+            "",
+        ]
         lines += _wrapped(notes(comparison, task, "*"))
     return "\n".join(lines)
 
 
 def markdown(comparison: Comparison) -> str:
-    """Headings of the second level and tables of GitHub's kind."""
+    """The tables as Markdown, with headings of the second level and GitHub's tables."""
     parts = [] if comparison.finished else [f"**{UNFINISHED}**"]
     parts += map(escaped, about(comparison))
     if len(comparison.tasks) > 1:
         parts += ["## All tasks", summary(comparison).markdown(), _listed(summary_notes(comparison, "Bold"))]
     for task in comparison.tasks:
-        parts += [f"## {escaped(task.name)}", *map(escaped, facts(task)), table(comparison, task).markdown()]
+        parts += [f"## {escaped(task.name)}", *map(escaped, facts(task)), task_table(comparison, task).markdown()]
         parts.append(_listed(notes(comparison, task, "Bold")))
     return "\n\n".join(parts) + "\n"
 
 
 def as_json(comparison: Comparison) -> str:
-    """Everything, numbers to six digits; a number that does not exist is null."""
+    """Everything as JSON, with numbers to six digits. A number that does not exist is null."""
     plain = dataclasses.asdict(comparison)
     plain["left_out"] = [dict(zip(("task", "method", "reason"), one, strict=True)) for one in comparison.left_out]
     return json.dumps(rounded(plain), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
 def about(comparison: Comparison) -> list[str]:
-    """What holds for all tasks: the model and the seeds, the machine."""
+    """Lines on what is common to all tasks: the model, the seeds and the machine."""
     seeds = f"seed{'s' if len(comparison.seeds) > 1 else ''} {', '.join(map(str, comparison.seeds))}"
     machine = "; ".join(f"{name}: {value}" for name, value in comparison.machine.items())
     return [f"Model: {comparison.model}; {seeds}.", *([f"Machine: {machine}."] if machine else [])]
 
 
 def facts(task: TaskFacts) -> list[str]:
-    """What the scores of a task come from: its data, its training."""
+    """Lines on what the scores of a task come from: its data and its training."""
     rows = ", ".join(f"{count:,} {name}" for name, count in task.rows.items())
     training = ", ".join(
         f"{name.replace('_', ' ')} {f'{value:g}' if isinstance(value, float) else value}"
@@ -76,7 +82,7 @@ def facts(task: TaskFacts) -> list[str]:
     return [f"{task.kind}; data: {task.source}; rows: {rows}.", *([f"Training: {training}."] if training else [])]
 
 
-def table(comparison: Comparison, task: TaskFacts) -> Table:
+def task_table(comparison: Comparison, task: TaskFacts) -> Table:
     """A line for each method, then one for each published number."""
     rows = rows_of(comparison, task)
     published = [
@@ -90,7 +96,7 @@ def table(comparison: Comparison, task: TaskFacts) -> Table:
         digits = _decimals(measured)
         columns.append([score(interval, digits) for interval in measured])
         columns[-1] += [
-            # Rounded to as many decimals, and never given more than it was published with.
+            # Rounded to the column's decimals, without adding any to the published number.
             NONE if metric not in values else str(round(values[metric], digits))
             for _, values in published
         ]
@@ -113,9 +119,9 @@ def table(comparison: Comparison, task: TaskFacts) -> Table:
 
 
 def summary(comparison: Comparison) -> Table:
-    """The first metric of every task, and the mean over them of those methods that have it in all.
+    """The first metric of every task, and its mean over the tasks for methods that have it in all of them.
 
-    There is no mean where one metric is better when it is lower, and another when it is higher.
+    There is no mean if some of the metrics are better when higher and others when lower.
     """
     methods = list(dict.fromkeys(row.method for row in comparison.rows))
     scores = {
@@ -144,12 +150,12 @@ def summary(comparison: Comparison) -> Table:
 
 
 def summary_notes(comparison: Comparison, mark: str) -> list[str]:
-    """What to know below the table of all tasks. mark: how the best is marked there."""
+    """Notes below the table of all tasks. mark: how the best is marked there."""
     return [f"{mark} is the best of a column. {_interval(comparison)}"]
 
 
 def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
-    """What to know below a task's table. mark: how the best is marked there."""
+    """Notes below a task's table. mark: how the best is marked there."""
     rows = rows_of(comparison, task)
     lines = [f"{mark} is the best {task.metrics[0]}. {_interval(comparison)} {_choice(comparison, task)}"]
     lines.append("Train time is the shortest of the seeds'.")
@@ -177,7 +183,7 @@ def rows_of(comparison: Comparison, task: TaskFacts) -> list[MethodRow]:
 
 
 def score(interval: Interval | None, digits: int) -> str:
-    """mean ± half, to as many decimals."""
+    """mean ± half, each with `digits` decimals."""
     if interval is None or not math.isfinite(interval.mean):
         return NONE
     half = "" if interval.half is None else f" ± {interval.half:.{digits}f}"
@@ -185,7 +191,7 @@ def score(interval: Interval | None, digits: int) -> str:
 
 
 def higher_is_better(metric: str) -> bool:
-    """A metric of a user's own counts as one of which more is better."""
+    """Whether a higher value of the metric is better; True for a metric that lorakit does not know."""
     return metric not in METRICS or METRICS[metric].higher_is_better
 
 
@@ -197,7 +203,7 @@ def _interval(comparison: Comparison) -> str:
 
 
 def _choice(comparison: Comparison, task: TaskFacts) -> str:
-    """Where the learning rates come from."""
+    """A sentence on where the learning rates come from."""
     rows, trials = rows_of(comparison, task), comparison.trials
     given = [row.method for row in rows if not row.tried]
     if len(given) == len(rows):
@@ -216,14 +222,14 @@ def _mean(interval: Interval | None) -> float | None:
 
 
 def _best(metric: str, means: Sequence[float | None]) -> set[int]:
-    """Where the best is; more than one place where they are equal."""
+    """The indices of the best mean; several if they are equal."""
     known = [mean for mean in means if mean is not None]
     best = (max if higher_is_better(metric) else min)(known, default=None)
     return {index for index, mean in enumerate(means) if mean is not None and mean == best}
 
 
 def _decimals(column: Iterable[Interval | None]) -> int:
-    """Of a column: 1 for scores up to 100, 2 below 10, 3 for shares of one; another one for narrow intervals."""
+    """The decimals of a column: 3 up to 1, 2 below 10, otherwise 1; one more if an interval is narrow."""
     known = [interval for interval in column if interval is not None and math.isfinite(interval.mean)]
     largest = max((abs(interval.mean) for interval in known), default=0.0)
     digits = 3 if largest <= 1 else 2 if largest < 10 else 1

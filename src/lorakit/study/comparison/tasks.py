@@ -1,11 +1,11 @@
-"""What a comparison is made on: rows, a model, a loss, and scores.
+"""The tasks of a comparison: rows, a model, a loss, and scores.
 
-`StudyTask` is all that `run.py` knows of it. Two kinds read any data that `lorakit train` reads: `Sequences` (a
-classifier or a regression) and `Answers` (a causal language model); others are a subclass away, as images are in
+`run.py` uses only `StudyTask`. Two kinds read any data that `lorakit train` reads: `Sequences` (a classifier or a
+regression) and `Answers` (a causal language model). Others are subclasses, such as images in
 benchmarks/experiments/vision.py.
 
-Where the data has no test split, its validation split is what is reported; what is then missing is held out of the
-training rows, whole questions at a time, so that no test question was seen in training.
+If the data has no test split, its validation split is reported. Splits that are then missing are held out of the
+training rows, in whole questions, so that no test question was seen in training.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ...core.attach import adapted_layers
 from ...core.errors import LoraError
 from ...core.paths import expanded
+from ...core.quantised import is_quantised
 from ...core.switching import merge
-from ...training.data import Data, Example, read
+from ...training.data import Data, Example, read_data
 from ...training.evaluate import predict
 from ...training.folders import no_split, split_files
 from ...training.generation import answers
@@ -52,32 +53,32 @@ from ..methods.baselines import Applied, Head
 from .config import CompareConfig, TaskConfig
 from .metrics import METRICS, default_metrics, metrics_for
 
-_HELD_OUT = 0.1  # of the training rows, for each split that the data lacks
-_BATCH = 16  # rows at a time where nothing is trained
-_SERVED = 8  # rows whose time is taken
+_HELD_OUT = 0.1  # share of the training rows, for each split that the data lacks
+_BATCH = 16  # rows of a batch outside of training
+_SERVED = 8  # rows of the latency measurement
 
 
 Loss = Callable[[dict[str, Any]], Tensor]
 
 
 class StudyTask(ABC):
-    """Rows in three splits, a model to train on them, and how good it is."""
+    """Rows in three splits, a model to train on them, and its scores."""
 
     name: str
     source: str  # where the data came from
     kind: str
     rows: dict[str, int]  # of train, valid, test
     train: Sequence[Any]  # what `collate` takes
-    metrics: tuple[str, ...]  # of `test`, the first to be drawn
-    chosen_by: str  # the score of `validate` that chooses the learning rate, better the lower it is
-    fingerprint: str  # of all that decides a score and is no setting of training
-    head: Head = None  # modules that are new; None: told by the model
+    metrics: tuple[str, ...]  # the scores of `test`; the first is plotted
+    chosen_by: str  # the score of `validate` that chooses the learning rate; lower is better
+    fingerprint: str  # of everything that decides a score, except the training settings
+    head: Head = None  # modules that are a new head; None: found in the model
     longest: int = 0  # tokens of the longest row
     half: bool = False  # whether products are made in bfloat16
 
     @abstractmethod
     def model(self, seed: int) -> nn.Module:
-        """The pretrained model on its device, in eval mode, a new head drawn by `seed`."""
+        """The pretrained model on its device, in eval mode, with a new head initialised by `seed`."""
 
     @abstractmethod
     def collate(self, rows: list[Any]) -> dict[str, Any]:
@@ -85,9 +86,9 @@ class StudyTask(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, label_smoothing: float = 0.0) -> Loss:
-        """The mean loss of a batch as a function of it, made anew for each training of `model`.
+        """A function from a batch to its mean loss. It is made again for each training run of `model`.
 
-        Where batches are added up for a step, each counts alike.
+        If gradients of several batches are accumulated, each batch has the same weight.
         """
 
     @abstractmethod
@@ -100,25 +101,25 @@ class StudyTask(ABC):
 
     @abstractmethod
     def serve(self, model: nn.Module) -> None:
-        """One forward pass over a few test rows: what the latency is taken of."""
+        """One forward pass over a few test rows, for the latency."""
 
     @abstractmethod
     def blueprint(self) -> nn.Module:
-        """The model without its weights, under FakeTensorMode: for counting parameters."""
+        """The model without its weights, called under FakeTensorMode, to count parameters."""
 
 
-def task_of(task: TaskConfig, model: str) -> Sequences | Answers:
-    """Read and check the data of a task. Loads the model's tokenizer, no weights. Raises what `read` raises."""
+def read_task(task: TaskConfig, model: str) -> Sequences | Answers:
+    """Read and check the data of a task. Loads the model's tokenizer, no weights. Raises what `read_data` raises."""
     settings = task.data
     assert settings.data is not None
     folder = Path(expanded(settings.data))
     if folder.is_dir() and not split_files(folder)["train"]:
-        # `read` takes such a folder as one to evaluate on, and calls its test rows train.
+        # `read_data` takes such a folder for one to evaluate on, and calls its test rows train.
         raise no_split(folder, "train")
     splits = {"train": settings.train_split, "valid": settings.valid_split, "test": settings.test_split}
     fields = fields_of(settings) | ({"references": settings.references_field} if settings.references_field else {})
     hub = Hub(settings.subset, settings.revision, splits)
-    data = read(settings.data, fields=fields, task=settings.task, holdout=0.0, hub=hub)
+    data = read_data(settings.data, fields=fields, task=settings.task, holdout=0.0, hub=hub)
     check_task(settings, data)
     kind = Answers if data.task == "causal-lm" else Sequences
     return kind(task.name, model, settings, _split(data, settings))
@@ -144,11 +145,20 @@ class _Text(StudyTask):
             *("no_repeat_ngram", "dtype"),
         )
         said = {name: getattr(settings, name) for name in decides}
-        self.fingerprint = fingerprint(model, self.metrics, said, *map(asdict, (*data.train, *data.valid, *data.test)))
+        if settings.quantize != "none":
+            said["quantize"] = settings.quantize
+        self.fingerprint = digest_of(model, self.metrics, said, *map(asdict, (*data.train, *data.valid, *data.test)))
 
     def blueprint(self) -> nn.Module:
-        model: nn.Module = skeleton(self._model_name, labels=labels_of(self.data), dtype="float32")
+        labels = labels_of(self.data)
+        model: nn.Module = skeleton(self._model_name, labels=labels, dtype="float32", quantize=self.settings.quantize)
         return model
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How the base is loaded."""
+        settings: dict[str, Any] = {"dtype": "float32", "quantize": self.settings.quantize}
+        return settings | {"device": self.device, "tokenizer": self.tokenizer}
 
     def products(self) -> AbstractContextManager[Any]:
         """The context in which products have the precision of the settings."""
@@ -162,8 +172,8 @@ class _Text(StudyTask):
 class Sequences(_Text):
     """Classes or numbers for texts.
 
-    The learning rate is chosen by the loss: on some hundred rows accuracy is too coarse to tell two rates apart, and
-    where a method has hardly begun to learn it does not say which way to go.
+    The learning rate is chosen by the loss: on a few hundred rows accuracy is too coarse to distinguish two rates, and
+    while a method has hardly begun to learn it does not show which direction is better.
     """
 
     def __init__(self, name: str, model: str, settings: CompareConfig, data: Data) -> None:
@@ -177,9 +187,7 @@ class Sequences(_Text):
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        loaded = load_classifier(
-            self._model_name, labels=self.data.labels, dtype="float32", device=self.device, tokenizer=self.tokenizer
-        )
+        loaded = load_classifier(self._model_name, labels=self.data.labels, **self.loading)
         model: nn.Module = loaded.model
         return model
 
@@ -230,8 +238,8 @@ class Sequences(_Text):
 class Answers(_Text):
     """Texts that a causal language model writes: answers to prompts, or plain text.
 
-    The learning rate is chosen by the perplexity of the right answers. Answers are generated by a copy of the model in
-    the precision of the products, greedily or as the settings say; adapters stay beside the weights in it.
+    The learning rate is chosen by the perplexity of the right answers. Answers are generated greedily or as the
+    settings say. With bfloat16 products, a copy of the model in bfloat16 generates them; adapters are not merged in it.
     """
 
     def __init__(self, name: str, model: str, settings: CompareConfig, data: Data) -> None:
@@ -249,14 +257,14 @@ class Answers(_Text):
                     f"raise max_seq_length, where the model has more positions."
                 )
         self.longest = max(len(row["input_ids"]) for row in (*self.train, *self._valid, *self._test))
-        # Without those whose prompt alone is longer. Every question of the test is asked.
+        # Without rows whose prompt alone is too long. Every test question is still asked.
         self.rows |= {"train": len(self.train), "valid": len(self._valid)}
         self._few = self.collate(self._test[:_SERVED])
         self._model: nn.Module | None = None
 
     def model(self, seed: int) -> nn.Module:
-        if self._model is None:  # it has no new head, so that one serves all seeds
-            loaded = load_causal_lm(self._model_name, dtype="float32", device=self.device, tokenizer=self.tokenizer)
+        if self._model is None:  # there is no new head, so one model serves all seeds
+            loaded = load_causal_lm(self._model_name, **self.loading)
             self._model = loaded.model
         return self._model
 
@@ -299,7 +307,7 @@ class Answers(_Text):
 
     @torch.no_grad()
     def _losses(self, model: nn.Module, rows: list[dict[str, Any]]) -> tuple[list[float], list[int]]:
-        """The sums of −log p, and the labels in each, of batches of rows of like length."""
+        """For batches of rows of similar length: each batch's sum of −log p, and its number of labels."""
         ordered = sorted(rows, key=lambda row: len(row["input_ids"]))
         sums, counts = [], []
         with self.products():
@@ -325,7 +333,7 @@ class Answers(_Text):
             search = {"num_beams": settings.beams, "length_penalty": settings.length_penalty}
         if settings.no_repeat_ngram:
             search["no_repeat_ngram_size"] = settings.no_repeat_ngram
-        # Beams multiply the rows that are held.
+        # Each beam holds its own copy of a row.
         size = max(1, 32 // settings.beams)
         loaded = Loaded(model, self.tokenizer)
         return list(answers(loaded, prompts, max_new_tokens=limit, batch_size=size, search=search))
@@ -346,22 +354,25 @@ class Answers(_Text):
 
 
 def served(applied: Applied, half: bool) -> nn.Module:
-    """A copy of the model as it is put to use: LoRA merged, in bfloat16 where products are."""
+    """A copy of the model as it is used after training: LoRA merged, on a quantised base beside it. half: with weights
+    in bfloat16.
+    """
     model = copy.deepcopy(applied).model
-    if adapted_layers(model):
+    if adapted_layers(model) and not any(is_quantised(module) for module in model.modules()):
         merge(model)
     return halved(model) if half else model
 
 
 def halved(model: nn.Module) -> nn.Module:
-    """The model with its weights in bfloat16. Buffers stay: rotary frequencies and running means need float32."""
+    """The model with its weights in bfloat16. Buffers keep float32, which rotary frequencies and running means need."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 
-def fingerprint(*parts: Any) -> str:
-    """A short word that is another one for other parts."""
+def digest_of(*parts: Any) -> str:
+    """A short hash (16 hexadecimal digits) of the parts, as JSON."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(json.dumps(part, sort_keys=True, default=str).encode())
@@ -372,7 +383,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 def _split(data: Data, settings: CompareConfig) -> Data:
-    """Three splits out of those that the data has. A test question has all its right answers."""
+    """Make three splits from those of the data. A validation or test question has all its right answers."""
     train = _questions(data.train)
     reported = data.test or data.valid
     valid = data.valid if data.test else []
@@ -389,7 +400,7 @@ def _split(data: Data, settings: CompareConfig) -> Data:
 
 
 def _questions(examples: Iterable[Example]) -> list[list[Example]]:
-    """Rows with the same prompt together; any other row is a question of its own."""
+    """Group rows with the same prompt into one question. A row without a prompt is a separate question."""
     groups: dict[Any, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.where if example.prompt is None else example.prompt, []).append(example)
@@ -397,7 +408,7 @@ def _questions(examples: Iterable[Example]) -> list[list[Example]]:
 
 
 def _together(question: list[Example]) -> Example:
-    """A question of several rows as one, with every right answer."""
+    """The rows of a question as one row, with every right answer."""
     first = question[0]
     if first.prompt is None:
         return first
@@ -407,7 +418,7 @@ def _together(question: list[Example]) -> Example:
 
 
 def _drawn(questions: list[list[Example]], limit: int | None, seed: int) -> list[list[Example]]:
-    """At most `limit` of them, in their order, the same for all methods and seeds."""
+    """At most `limit` of the questions, in their order. The choice is the same for all methods and seeds."""
     if limit is None or len(questions) <= limit:
         return questions
     chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
@@ -415,7 +426,7 @@ def _drawn(questions: list[list[Example]], limit: int | None, seed: int) -> list
 
 
 def _held_out(train: list[list[Example]], limit: int | None, seed: int) -> list[list[Example]]:
-    """Take questions out of `train`."""
+    """Take about a tenth of the questions, at most `limit`, out of `train` and return them."""
     count = max(1, round(_HELD_OUT * len(train)))
     count = min(count, limit or count)
     if len(train) <= count:

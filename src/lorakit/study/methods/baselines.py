@@ -1,30 +1,30 @@
-"""The methods that the LoRA paper compares LoRA with (Hu et al. 2021, section 5.1), each applied and taken back alike.
+"""The methods that the LoRA paper compares with LoRA (Hu et al. 2021, section 5.1), all with the same interface.
 
     applied = Houlsby(bottleneck=8).apply(model)     # in place; the model trains and generates as before
     …                                                # an optimizer over applied.parameters()
     applied.save("houlsby.safetensors")              # what was trained, and the settings
     applied.remove()                                 # the model as it was, bit for bit
 
-With L blocks of width d, the parameters that each trains, besides a new head's:
+With L blocks of width d, each method trains this many parameters, not counting a new head:
 
     Full              all
     BitFit            every bias                                   Ben Zaken et al. 2021
     TopLayers         the last k blocks (the paper's FT^Top2)
-    HeadOnly          none: the head alone
+    HeadOnly          none: only the head
     Houlsby           2L · (2dr + r + d), + 2d for each LayerNorm  after attention and MLP: AdapterH (2019)
     Pfeiffer          L · (2dr + r + d)                            after the MLP's norm: AdapterP (2021)
     PrefixEmbedding   d · l                                        trained embeddings in l extra positions
     PrefixLayer       L · d · l                                    trained inputs of every block there
     LoRA              2 · L̂ · d · r for L̂ matrices d × d           lorakit.attach; with rsLoRA, DoRA, PiSSA
 
-A new classifier head is trained by every method and counted apart, as the paper counts: `parameter_count` is without
-it. A model is told by its structure (`structure.py`), and what is put into it hangs on hooks (`inserted.py`); its own
-state-dict keys stay, those of `lorakit_adapter` and `lorakit_prefix` modules come beside them. An adapter leaves the
-output as it was at first, to the bit; a prefix changes it at once, since attention sees the new positions.
+Every method also trains a new classifier head. As in the paper, it is counted separately: `parameter_count` is without
+it. The blocks of a model are found by structure (`structure.py`), and inserted modules run in hooks (`inserted.py`).
+The model's own state-dict keys stay; those of `lorakit_adapter` and `lorakit_prefix` modules are added. A new adapter
+leaves the output unchanged, bit for bit. A prefix changes it at once, because attention sees the new positions.
 
-Two things of the paper's are left out. Infix tokens (its l_i, here 0) stand at the end of the prompt, which a model's
-forward pass is not told. And PEFT's prefix tuning, which hands keys and values over in the cache (2 · L · d · l
-parameters), is not used: DeBERTa-v2 and MPNet have no cache, and gradient checkpointing does without one.
+Two things are left out. The paper's infix tokens (its l_i, here 0) stand at the end of the prompt, and a model's
+forward pass does not know where that is. PEFT's prefix tuning, which passes keys and values in the cache (2 · L · d · l
+parameters), is not used, because DeBERTa-v2 and MPNet have no cache, and gradient checkpointing turns it off.
 """
 
 from __future__ import annotations
@@ -45,31 +45,41 @@ from torch.utils.hooks import RemovableHandle
 
 from ...core.attach import adapted_layers, attach, detach
 from ...core.errors import LoraError
+from ...core.evaluating import evaluating
 from ...core.settings import LoRASettings
 from ...core.switching import unmerge
 from ...core.trainable import bias_names, lora_names
 from ...formats.files import replacing
 from .inserted import Bottleneck, Span, Vectors, given_to
-from .structure import attention_of, base_of, blocks_of, ends_of, head_of, norm_after_mlp, norms_of, query_and_value
+from .structure import (
+    attention_of,
+    base_model_of,
+    blocks_of,
+    ends_of,
+    head_of,
+    norm_after_mlp,
+    norms_of,
+    query_and_value,
+)
 
 Head = str | Iterable[str] | None
-_A_SIZE = {"limits": {"at_least": 1}}  # of a field: what a person may write there
+_A_SIZE = {"limits": {"at_least": 1}}  # metadata of a field: the values that a person may write
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method with its settings, which are its fields, its size first. A kind supplies `_install`."""
+    """A method. Its fields are its settings, the size first. A subclass supplies `_install`."""
 
     name: ClassVar[str]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings as JSON knows them."""
+        """The settings as JSON values."""
         settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
         return settings
 
     def __str__(self) -> str:
-        """The name, the size and the settings that are not the default: one method in a table."""
+        """The method in a table: its name, its size and the settings that are not the default."""
         shown = [
             f"{own.name}={getattr(self, own.name)}"
             for index, own in enumerate(dataclasses.fields(self))
@@ -80,22 +90,26 @@ class Method:
     def apply(self, model: nn.Module, head: Head = None) -> Applied:
         """Make `model` train what this method trains, in place.
 
-        head: the modules that are a new head, named like targets; None finds a transformers classifier's. Values,
-        modes and existing keys stay as they are. Raises ValueError, before anything is changed, when the model lacks
-        what the method needs or has a method's changes already.
+        head: the modules that are a new head, named like targets; None finds that of a transformers classifier. Values,
+        modes and existing keys are not changed. Raises ValueError, before anything is changed, if the model lacks what
+        the method needs or already has a method applied.
         """
         if "_lorakit_method" in model.__dict__ or adapted_layers(model):
             before = model.__dict__.get("_lorakit_method", "lorakit.attach's adapter")
             raise LoraError(f"{type(model).__name__} has {before} already: take it back first.")
         modules = head_of(model, head)
         requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        # By identity: a weight that the head shares with the base is the base's, as a tied language head is.
+        # By identity: a weight that the head shares with the base (a tied language head) has only the base's name.
         inside = {id(p) for name in modules for p in model.get_submodule(name).parameters()}
         head_names = tuple(name for name, parameter in model.named_parameters() if id(parameter) in inside)
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
         inserted = _Inserted()
         trained = self._install(model, modules, inserted)
         names = tuple(name for name, _ in model.named_parameters() if name in trained and name not in head_names)
+        packed = [name for name in (*names, *head_names) if not model.get_parameter(name).is_floating_point()]
+        if packed:
+            inserted.remove()
+            raise LoraError(f"{self} trains {packed[0]}, which is quantised and takes no gradient.")
         values = {
             name: model.get_parameter(name).detach().clone() for name in (*names, *head_names) if name in requires_grad
         }
@@ -105,13 +119,13 @@ class Method:
         return Applied(model, self, names, head_names, inserted, requires_grad, values, buffers)
 
     def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
-        """Put in what the method needs; the names of the parameters to train, the head's among them or not."""
+        """Insert what the method needs. Returns the names of the parameters to train, with or without the head's."""
         raise NotImplementedError
 
 
 @dataclass
 class _Inserted:
-    """The modules and hooks that were put into a model, to be taken out again."""
+    """The modules and hooks that were inserted into a model, so that they can be removed."""
 
     modules: list[tuple[nn.Module, str]] = field(default_factory=list)  # parent, name
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -129,20 +143,20 @@ class _Inserted:
 
 @dataclass
 class Applied:
-    """A method at work in a model. Copied with `copy.deepcopy`, it is at work in the copy of the model."""
+    """A method applied to a model. `copy.deepcopy` of it also copies the model, with the method applied."""
 
     model: nn.Module
     method: Method
     trained: tuple[str, ...]  # names of the parameters that the method trains
-    head: tuple[str, ...]  # and of a new head's
+    head: tuple[str, ...]  # names of a new head's parameters
     _inserted: _Inserted = field(repr=False)
-    _requires_grad: dict[str, bool] = field(repr=False)  # before, of every parameter
-    _values: dict[str, Tensor] = field(repr=False)  # before, of the trained ones that the model had
-    _buffers: dict[str, Tensor] = field(repr=False)  # before, all of them: a BatchNorm's follow the training
+    _requires_grad: dict[str, bool] = field(repr=False)  # of every parameter, before
+    _values: dict[str, Tensor] = field(repr=False)  # of the model's own trained parameters, before
+    _buffers: dict[str, Tensor] = field(repr=False)  # all buffers, before: training changes those of a BatchNorm
 
     @property
     def parameter_count(self) -> int:
-        """Trained parameters without the head, as the papers count."""
+        """The number of trained parameters without the head, as the papers count."""
         return sum(self.model.get_parameter(name).numel() for name in self.trained)
 
     @property
@@ -154,7 +168,7 @@ class Applied:
         return f"{self.method}: {self.parameter_count:,} parameters{head}"
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters, the head's last: what an optimizer takes."""
+        """The trained parameters for an optimizer, the head's last."""
         return [self.model.get_parameter(name) for name in (*self.trained, *self.head)]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -167,7 +181,7 @@ class Applied:
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take on the trained values of another model. Raises ValueError unless the names and shapes are the same."""
+        """Copy in the trained values of another model. Raises ValueError unless names and shapes are the same."""
         buffers = dict(self.model.named_buffers())
         own = {name: self.model.get_parameter(name) for name in (*self.trained, *self.head)}
         places = {**own, **{name: buffers[name] for name in tensors if name in buffers}}
@@ -192,7 +206,7 @@ class Applied:
             safetensors.torch.save_file(tensors, temporary, metadata=metadata)
 
     def load(self, path: str | Path) -> None:
-        """Read what `save` wrote. Raises ValueError when it is another method's, or has other settings."""
+        """Read what `save` wrote. Raises ValueError if another method, or one with other settings, wrote it."""
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -202,7 +216,7 @@ class Applied:
         self.load_state_dict(tensors)
 
     def remove(self) -> None:
-        """Give back the model that the method was applied to: modules, hooks, keys, values, requires_grad."""
+        """Restore the model that the method was applied to: modules, hooks, keys, values, requires_grad."""
         if "_lorakit_method" not in self.model.__dict__:
             raise LoraError(f"{self.method} has been taken back already.")
         self._inserted.remove()
@@ -224,7 +238,7 @@ class Applied:
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Every parameter. To take it back, a copy of the whole model is kept."""
+    """Every parameter. A copy of the whole model is kept, so that `remove` can restore it."""
 
     name = "full"
 
@@ -234,7 +248,7 @@ class Full(Method):
 
 @dataclass(frozen=True)
 class BitFit(Method):
-    """Every bias, those of the norms too (Ben Zaken et al. 2021)."""
+    """Every bias, including those of norms (Ben Zaken et al. 2021)."""
 
     name = "bitfit"
 
@@ -250,7 +264,7 @@ class BitFit(Method):
 
 @dataclass(frozen=True)
 class TopLayers(Method):
-    """The last k transformer blocks, whole: the paper's FT^Top2."""
+    """The last k transformer blocks, in full: the paper's FT^Top2."""
 
     name = "top-layers"
     k: int = field(default=2, metadata=_A_SIZE)
@@ -279,7 +293,7 @@ class HeadOnly(Method):
 class Houlsby(Method):
     """A bottleneck after the attention and one after the MLP of each block (AdapterH; Houlsby et al. 2019, figure 2).
 
-    norms: the blocks' norms are trained with them, as there. GELU, as in the authors' program.
+    norms: also train the blocks' norms, as that paper does. The activation is GELU, as in the authors' program.
     """
 
     name = "adapter-h"
@@ -301,10 +315,10 @@ class Houlsby(Method):
 
 @dataclass(frozen=True)
 class Pfeiffer(Method):
-    """A bottleneck at the end of each block alone (AdapterP; Pfeiffer et al. 2021), with ReLU.
+    """A bottleneck only at the end of each block (AdapterP; Pfeiffer et al. 2021), with ReLU.
 
-    In a post-norm block (BERT, RoBERTa, DeBERTa, MPNet) it lies between the norm after the MLP and that same norm used
-    once more. In another one there is no such norm, and it follows the block: y + up(f(down(y))).
+    In a post-norm block (BERT, RoBERTa, DeBERTa, MPNet) it lies between the norm after the MLP and a second use of the
+    same norm. Other blocks have no such norm, so it follows the block: y + up(f(down(y))).
     """
 
     name = "adapter-p"
@@ -323,9 +337,9 @@ class Pfeiffer(Method):
 
 @dataclass(frozen=True)
 class PrefixEmbedding(Method):
-    """l extra positions with trained embeddings (Hu et al. 2021, section 5.1), which begin as those of random tokens.
+    """l extra positions with trained embeddings (Hu et al. 2021, section 5.1), initialised from random tokens.
 
-    Positions count: a model for n of them takes texts of n − l tokens. Needs a transformers model.
+    The extra positions count: a model with n positions takes texts of n − l tokens. Needs a transformers model.
     """
 
     name = "prefix-embedding"
@@ -345,8 +359,8 @@ class PrefixEmbedding(Method):
 class PrefixLayer(Method):
     """l extra positions where every block's input is trained (Hu et al. 2021, section 5.1).
 
-    They begin as what the blocks are given for random tokens: with activations of real words the method learns better
-    (Li and Liang 2021, section 7.4). So at first a causal model does what it does after these tokens.
+    They are initialised with the blocks' inputs for random tokens, because the method learns better from activations of
+    real words (Li and Liang 2021, section 7.4). A causal model therefore begins as if these tokens came first.
     """
 
     name = "prefix-layer"
@@ -356,8 +370,8 @@ class PrefixLayer(Method):
         span, embedding = _open_span(model, self.length)
         blocks = [block.module for block in blocks_of(model)]
         words = torch.randint(embedding.num_embeddings, (1, self.length))
-        with given_to(blocks) as seen, torch.no_grad(), _evaluating(model):
-            base_of(model)(input_ids=words.to(embedding.weight.device))
+        with given_to(blocks) as seen, torch.no_grad(), evaluating(model):
+            base_model_of(model)(input_ids=words.to(embedding.weight.device))
         _hook_span(model, span, inserted)
         for block, states in zip(blocks, seen, strict=True):
             vectors = Vectors(states[0], span)
@@ -368,9 +382,9 @@ class PrefixLayer(Method):
 
 @dataclass(frozen=True)
 class LoRA(Method):
-    """lorakit.attach with these settings. targets: "query-value" are q and v of each block, as in the paper.
+    """lorakit.attach with these settings. targets: "query-value" means q and v of each block, as in the paper.
 
-    Where one layer gives q, k and v, as in GPT-2, they are its blocks; dora and pissa need a layer each.
+    If one layer gives q, k and v, as in GPT-2, q and v are two of its three parts. dora and pissa need separate layers.
     """
 
     name = "lora"
@@ -395,7 +409,7 @@ class LoRA(Method):
         return lora_names(model)
 
 
-# What a command line calls each. With the sizes as they are, the methods that have a size per block train about 0.3M
+# The names for a command line. With their default sizes, the methods that have a size per block train about 0.3M
 # parameters of RoBERTa-base, as LoRA does with r = 8: the paper's smallest budget (table 2).
 METHODS: dict[str, Callable[..., Method]] = {
     "full": Full,
@@ -415,22 +429,8 @@ METHODS: dict[str, Callable[..., Method]] = {
 ADAPTER, PREFIX = "lorakit_adapter", "lorakit_prefix"
 
 
-class _evaluating:
-    """Inside, every module is in `eval()`; afterwards each is in the mode it was in."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None:
-        for module, mode in self.modes:
-            module.training = mode
-
-
 def _open_span(model: nn.Module, length: int) -> tuple[Span, nn.Embedding]:
-    """The span for `length` positions in a transformers model, and its embedding of tokens. Changes nothing."""
+    """A span of `length` positions for a transformers model, and the model's token embedding. Changes nothing."""
     _check_size("length", length)
     blocks = blocks_of(model)
     embedding = getattr(model, "get_input_embeddings", lambda: None)()
@@ -443,7 +443,7 @@ def _open_span(model: nn.Module, length: int) -> tuple[Span, nn.Embedding]:
 
 
 def _hook_span(model: nn.Module, span: Span, inserted: _Inserted) -> None:
-    base = base_of(model)
+    base = base_model_of(model)
     inserted.handles.append(base.register_forward_pre_hook(span.open, with_kwargs=True))
     inserted.handles.append(base.register_forward_hook(span.close, always_call=True))
 

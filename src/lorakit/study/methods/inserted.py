@@ -1,27 +1,28 @@
-"""What the other methods put into a model: bottleneck adapters, and trained vectors in extra positions.
+"""What the other methods insert into a model: bottleneck adapters, and trained vectors in extra positions.
 
-Adapter (Houlsby et al. 2019, figure 2), on what a sublayer gives, before it is added to the residual stream:
+An adapter (Houlsby et al. 2019, figure 2) changes the output of a sublayer before it is added to the residual stream:
 
-    h ← h + up(f(down(h)))       down: d → r, up: r → d, both with biases; f: GELU, or ReLU as Pfeiffer et al.
+    h ← h + up(f(down(h)))       down: d → r, up: r → d, both with biases; f: GELU, or ReLU for Pfeiffer et al.
 
-after a block's last norm (Pfeiffer et al. 2021; AdapterHub's configuration "pfeiffer"), s = x + h the sum it is given:
+After a block's last norm (Pfeiffer et al. 2021; AdapterHub's configuration "pfeiffer"), with its input s = x + h:
 
     LN(s)  becomes  LN(s + up(f(down(LN(s)))))
 
-`up` starts at zero, so that the model's output is at first what it was, to the bit; Houlsby et al. draw it near zero.
-`down` is drawn as theirs: a normal of deviation 0.01, cut at two deviations. An adapter comes before the sublayer's
-dropout, where theirs comes after it: what follows a projection is not told by structure. In `eval()` it is the same.
+`up` starts at zero, so the model's output is at first unchanged, bit for bit; Houlsby et al. start it near zero. `down`
+starts as theirs: a normal distribution with standard deviation 0.01, cut at two deviations. An adapter comes before the
+sublayer's dropout, because the structure of a model does not show what follows a projection; theirs comes after it. In
+eval mode there is no difference.
 
-Prefix (Hu et al. 2021, section 5.1: prefix-embedding and prefix-layer tuning): l positions are added to the sequence,
-and what stands there is trained, either what the embedding gives for them, (l, d), or what each block is given,
-L · (l, d). `Span` adds the positions on the way into the base model and cuts them out on the way out, so ids, labels,
-logits and heads keep their shapes. They stand before the text in a causal model, and after the first token, from which
-the class is read, in an encoder. A key-value cache holds them from its first step on.
+A prefix (Hu et al. 2021, section 5.1: prefix-embedding and prefix-layer tuning) adds l positions to the sequence and
+trains what stands there: either the embedding's output for them, (l, d), or each block's input, L · (l, d). `Span` adds
+the positions on the way into the base model and removes them on the way out, so ids, labels, logits and heads keep
+their shapes. The positions come before the text in a causal model. In an encoder they come after the first token, from
+which the class is read. A key-value cache holds them from its first step on.
 
-All of these are forward hooks, where LoRA (core/attach.py) changes a layer's class: nothing of the layer is replaced
-and its weight is not read, so one hook serves linear layers of any make, norms, attentions and whole blocks; and
-torch's encoder layer, which reads its layers' weights in its fast path, leaves that path where it sees a hook. A hook
-is a bound method of what was inserted, so that it copies and pickles with the model.
+All of these are forward hooks, whereas LoRA (core/attach.py) changes a layer's class. A hook replaces nothing of the
+layer and does not read its weight, so one hook works for any linear layer, norm, attention or whole block. torch's
+encoder layer reads its layers' weights in its fast path, but does not take that path if there is a hook. A hook is a
+bound method of the inserted module, so that it is copied and pickled with the model.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from ...core.errors import LoraError
 
 
 class Bottleneck(nn.Module):
-    """h ↦ up(f(down(h))), (…, d) → (…, d): zero at first. like: the parameter whose dtype and device it goes by."""
+    """h ↦ up(f(down(h))), (…, d) → (…, d); zero at first. like: a parameter that gives the device and the dtype."""
 
     def __init__(self, width: int, bottleneck: int, activation: nn.Module, like: Tensor) -> None:
         super().__init__()
@@ -48,8 +49,8 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(width, bottleneck, device=like.device, dtype=dtype)
         self.activation = activation
         self.up = nn.Linear(bottleneck, width, device=like.device, dtype=dtype)
-        # A normal distribution of deviation 0.01, cut at two of them, drawn by the inverse of its integral. torch's own
-        # looks at what it has drawn, which a model without data (for counting parameters) does not have.
+        # A normal distribution with standard deviation 0.01, cut at two deviations, drawn by its inverse distribution
+        # function. torch's own reads the drawn values, which fake tensors (used to count parameters) do not have.
         with torch.no_grad():
             inside = math.erf(math.sqrt(2))
             self.down.weight.uniform_(-inside, inside).erfinv_().mul_(0.01 * math.sqrt(2))
@@ -61,7 +62,7 @@ class Bottleneck(nn.Module):
         return y.to(h.dtype)
 
     def add(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook: h + up(f(down(h))) for what `module` gives, or for the first of what it gives."""
+        """Forward hook: h + up(f(down(h))) for the output of `module`, or for the first item of a tuple."""
         if isinstance(output, tuple):
             return (output[0] + self(output[0]), *output[1:])
         return output + self(output)
@@ -73,22 +74,22 @@ class Bottleneck(nn.Module):
 
 
 class Span:
-    """l positions in the sequence of a base model, from `start` on. No module: it holds no tensor."""
+    """l positions in the sequence of a base model, from `start` on. It holds no tensor, so it is not a module."""
 
     def __init__(self, start: int, length: int, placeholder: int) -> None:
         self.start, self.length = start, length
-        self.placeholder = placeholder  # a token that is no padding; what it stands for is replaced
-        # Whether the running forward pass has the positions: not when a cache holds them. It is so whenever no pass
-        # runs, so that a block computed again for the backward pass does what it did.
+        self.placeholder = placeholder  # a token that is not padding; its embedding or states are replaced
+        # Whether the running forward pass has the positions. It has not if a cache holds them. Outside of a pass this
+        # is True, so that a block that is recomputed for the backward pass does the same as before.
         self.present = True
         self.total = 0
 
     def insert(self, tensor: Tensor, between: Tensor) -> Tensor:
-        """`between` (…, l, …) put into `tensor` at `start`, along the dimension of the sequence, 1."""
+        """`tensor` with `between` (…, l, …) inserted at `start`, along dimension 1, the sequence."""
         return torch.cat((tensor[:, : self.start], between, tensor[:, self.start :]), 1)
 
     def open(self, base: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Forward pre-hook of the base model: the positions enter ids, types, mask and positions."""
+        """Forward pre-hook of the base model: insert the positions into ids, types, mask and position ids."""
         kwargs = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if ids is None or kwargs.get("inputs_embeds") is not None:
@@ -113,9 +114,9 @@ class Span:
         return (), kwargs
 
     def close(self, base: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of the base model: the positions leave every (batch, length, d) that it gives.
+        """Forward hook of the base model: remove the positions from every output of shape (batch, length, d).
 
-        It runs after an error too, where there is no output, so that the next pass finds `present` as it should be.
+        It also runs after an error, without an output, so that `present` is right for the next pass.
         """
         present, self.present = self.present, True
         return self._cut(output) if present else output
@@ -140,7 +141,7 @@ class Span:
 
 
 class Vectors(nn.Module):
-    """The l vectors (l, d) that stand in a span, where what a module gives or is given runs through a hook."""
+    """The trained vectors (l, d) of a span. A hook puts them into the output or the input of a module."""
 
     def __init__(self, vectors: Tensor, span: Span) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class Vectors(nn.Module):
         self.span = span
 
     def forward(self, h: Tensor) -> Tensor:
-        """`h` (batch, length, d) with the vectors in the span's positions; as it is where the span is in the cache."""
+        """`h` (batch, length, d) with the vectors in the span's positions; unchanged if a cache holds the span."""
         if not self.span.present:
             return h
         start, end = self.span.start, self.span.start + self.span.length
@@ -168,7 +169,7 @@ class Vectors(nn.Module):
 
 @contextlib.contextmanager
 def given_to(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, the list that it gives gains what each of these modules is given, (batch, length, d), call by call."""
+    """Within the block, the yielded list collects the input (batch, length, d) of each call of these modules."""
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A method as a person writes it: its name, then what differs from its usual settings.
+"""A method as a person writes it: its name, then the settings that differ from the default.
 
     lora                                    lora rank=8
     lora rank=4 targets=q_proj+v_proj       adapter-h bottleneck=64 norms=false
@@ -19,7 +19,7 @@ from .baselines import METHODS, Method
 
 
 def method_of(text: str) -> Method:
-    """The method that `text` names. Raises ValueError that says which word is wrong, and what is expected there."""
+    """The method that `text` names. Raises ValueError that says which word is wrong and what is expected."""
     name, *words = text.split() or [""]
     if name not in METHODS:
         raise LoraError(f"unknown method {name!r}.{suggestion(name, METHODS)} Methods: {', '.join(METHODS)}.")
@@ -46,7 +46,7 @@ def method_of(text: str) -> Method:
 
 
 def name_of(method: Method) -> str:
-    """What `method_of` reads as this method, in as few words as possible."""
+    """The shortest text that `method_of` reads as this method."""
     found: list[list[str]] = []
     for name, usual in ((name, make()) for name, make in METHODS.items()):
         if type(usual) is type(method):
@@ -69,7 +69,7 @@ def _read(value: str, wanted: Any) -> Any:
 
 def _write(value: Any) -> str:
     if isinstance(value, tuple):
-        return "+".join(value) if len(value) > 1 else f"{value[0]}+"  # a tuple of one is no text
+        return "+".join(value) if len(value) > 1 else f"{value[0]}+"  # the + says that it is a tuple
     if isinstance(value, float):
         return short if float(short := f"{value:g}") == value else repr(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

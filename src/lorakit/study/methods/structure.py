@@ -1,14 +1,14 @@
-"""Where a transformer's blocks, their sublayers and its new head are, found by structure and not by the model's name.
+"""Find a transformer's blocks, their sublayers and its new head by structure, not by the model's name.
 
-    stack       the nn.ModuleList whose every member holds an attention (a module whose class is called …Attention…)
-    attention   the outermost such module of a block; more than one (cross-attention) is refused
-    ends        the last linear layer of the attention, and the last one of the block outside it: what each sublayer
-                writes to the residual stream. Experts, and outputs not as wide as the model, are refused
+    stack       the nn.ModuleList in which every member holds an attention (a module whose class is called …Attention…)
+    attention   the outermost such module of a block; more than one (cross-attention) is an error
+    ends        the last linear layer of the attention, and the last one of the block outside it: they write to the
+                residual stream. Experts, and outputs that are not as wide as the model, are errors
     norms       modules of the block called …Norm… whose weight is as wide as the model
-    head        what lies beside a transformers model's base and is no language head
+    head        the modules beside a transformers model's base, except a language head
 
-"Last" is in the order of definition, which in BERT, RoBERTa, DeBERTa, MPNet, GPT-2, Llama and their kin is the order
-in which the layers run.
+"Last" is in the order of definition. In BERT, RoBERTa, DeBERTa, MPNet, GPT-2, Llama and similar models this is the
+order in which the layers run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ...core.targets import closest, matching
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block of a model of this width, d_model."""
+    """One transformer block. width: the model's d_model."""
 
     name: str
     module: nn.Module
@@ -36,7 +36,7 @@ class Block:
 
 
 def blocks_of(model: nn.Module) -> list[Block]:
-    """The blocks from the first to the last. Raises ValueError that names what was not found."""
+    """The blocks from first to last. Raises ValueError that names what was not found."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in stacks)
@@ -55,9 +55,9 @@ def blocks_of(model: nn.Module) -> list[Block]:
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """For how many tokens the model has learnt positions; None where it computes them (rotary, relative), for any.
+    """The number of tokens for which the model has learnt positions; None if it computes positions (rotary, relative).
 
-    Where the embedding of positions has a padding index, counting begins after it (RoBERTa, MPNet).
+    If the embedding of positions has a padding index, positions begin after it (RoBERTa, MPNet).
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in ("position_embeddings", "wpe"):
@@ -76,7 +76,8 @@ def attention_of(block: Block) -> nn.Module:
 def ends_of(block: Block) -> tuple[nn.Module, nn.Module]:
     """The output projections of the attention and of the MLP.
 
-    An nn.MultiheadAttention stands for its own, which it never calls. Raises ValueError that says what was not found.
+    An nn.MultiheadAttention never calls its own projection, so the module itself is given. Raises ValueError that says
+    what was not found.
     """
     attention = attention_of(block)
     own = set(attention.modules())
@@ -101,7 +102,7 @@ def ends_of(block: Block) -> tuple[nn.Module, nn.Module]:
 
 
 def norms_of(block: Block) -> dict[str, nn.Module]:
-    """The block's norms over the residual stream, by name within the block: not those of an attention's heads."""
+    """The block's norms over the residual stream, by name within the block. Norms of attention heads are left out."""
     return {
         name: module
         for name, module in block.module.named_modules()
@@ -110,10 +111,10 @@ def norms_of(block: Block) -> dict[str, nn.Module]:
 
 
 def norm_after_mlp(block: Block) -> nn.Module | None:
-    """The norm that ends a post-norm block: the one beside the MLP's output projection, in a module of their own.
+    """The norm that ends a post-norm block: the one that shares a submodule with the MLP's output projection.
 
-    None where there is none (GPT-2, Llama), and where all layers lie side by side in the block, so that structure does
-    not tell which norm comes when.
+    None if there is none (GPT-2, Llama), or if all layers are direct children of the block, so that structure does not
+    show which norm comes when.
     """
     _, end = ends_of(block)
     for parent in block.module.modules():
@@ -124,7 +125,7 @@ def norm_after_mlp(block: Block) -> nn.Module | None:
 
 
 def query_and_value(block: Block) -> tuple[list[str], bool]:
-    """The names of the layers that give q and v, and whether it is one layer that gives q, k and v side by side."""
+    """The names of the layers that give q and v, and whether a single layer gives q, k and v together."""
     own = set(attention_of(block).modules())
     layers = [(name, module) for name, module in _linears(block.module) if module in own]
     inputs = dict(layers[:-1])  # the last is the output projection
@@ -143,9 +144,9 @@ def query_and_value(block: Block) -> tuple[list[str], bool]:
 
 
 def head_of(model: nn.Module, head: str | Iterable[str] | None) -> list[str]:
-    """The names of the modules that are a new head. head: their names; None finds a transformers model's.
+    """The names of the modules that are a new head. head: their names; None finds that of a transformers model.
 
-    Empty for a language model, whose head was trained with it, and for a model without a base beside which a head lies.
+    Empty for a language model, whose head is pretrained, and for a model without a separate base model.
     """
     if head is not None:
         names = [name for name, _ in model.named_modules() if name]
@@ -156,7 +157,7 @@ def head_of(model: nn.Module, head: str | Iterable[str] | None) -> list[str]:
                 raise LoraError(f"head={pattern!r} matches no module. {closest(pattern, names)}".rstrip())
             chosen += hits
         return chosen
-    base = base_of(model)
+    base = base_model_of(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
     if base is model or output is not None:
         return []
@@ -165,14 +166,14 @@ def head_of(model: nn.Module, head: str | Iterable[str] | None) -> list[str]:
     ]
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    """A transformers model's base model, without the head; any other model itself."""
+def base_model_of(model: nn.Module) -> nn.Module:
+    """The base model of a transformers model, without the head; any other model is returned itself."""
     base = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
     return base if isinstance(base, nn.Module) else model
 
 
 def _attentions(module: nn.Module) -> list[nn.Module]:
-    """The outermost modules inside this one that are an attention by their class's name."""
+    """The outermost modules inside `module` whose class name says that they are an attention."""
     found: list[nn.Module] = []
     for child in module.children():
         found += [child] if "attention" in type(child).__name__.lower() else _attentions(child)
@@ -194,7 +195,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Stacked matrices of experts, or a list of several modules that are alike."""
+    """Whether a module is the stacked matrices of experts, or a list with several modules of one class."""
     stacked = any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
     alike = isinstance(module, nn.ModuleList) and len(module) > len({type(member) for member in module})
     return stacked or alike
