@@ -46,7 +46,9 @@ class AdaptedLayer(LayerWithUpdate):
             self._buffers.pop(name, None)
         self.set_scale(update.rank, update.alpha, update.rslora)
         for name, tensor in update.tensors().items():
-            setattr(self, name, nn.Parameter(tensor.to(self.like.device, dtype, copy=True)))
+            # A file's own order of dimensions leaves strides that some kernels refuse.
+            own = tensor.to(self.like.device, dtype, copy=True, memory_format=torch.contiguous_format)
+            setattr(self, name, nn.Parameter(own))
         if was_merged:
             self.merge()
 
