@@ -95,7 +95,7 @@ def gguf_blocks(layer: nn.Linear) -> nn.Module:
     new = utils.GgufLinear(layer.in_features, layer.out_features, int(kind), bias=layer.bias is not None)
     new.weight.data = torch.from_numpy(numbers.quantize(layer.weight.detach().numpy(), kind))
     new.bias, new.numbers = layer.bias, numbers_of
-    return new  # type: ignore[no-any-return]
+    return new
 
 
 class _Grouped:

@@ -23,7 +23,7 @@ PUBLIC = {
     *("attach", "detach", "merge", "unmerge", "disabled", "extract", "insert", "save", "load", "diagnose"),
     *("Adapter", "Update", "Report", "combine"),
     *("AdaptedLayer", "Beside", "adapts", "add_init", "Format", "add_format", "LoRASettings", "LoraError"),
-    *("adapted_layers", "parameters", "parameter_groups", "bake", "dequantize"),
+    *("adapted_layers", "parameters", "parameter_groups", "bake", "dequantize", "merge_files"),
     *("Linear", "MergedLinear", "Embedding", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"),
     *("mark_only_lora_as_trainable", "lora_state_dict", "install_as_loralib"),
 }

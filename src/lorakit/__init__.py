@@ -54,6 +54,7 @@ if _TYPE_CHECKING:
     from .formats import Adapter as Adapter
     from .formats import load as load
     from .formats import save as save
+    from .training.merging_files import merge_files as merge_files
 
 _HOME = {
     "core.adapted": ("AdaptedLayer",),
@@ -77,6 +78,7 @@ _HOME = {
     "core.switching": ("bake", "disabled", "merge", "unmerge"),
     "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
     "formats": ("Adapter", "load", "save"),
+    "training.merging_files": ("merge_files",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lorakit
 from conftest import tiny_tokenizer
@@ -167,6 +168,31 @@ def test_problem_07_merge_writes_a_plain_model_that_answers_like_the_adapter(
     assert main([*words, "--tolerance", "1e-9"]) == 1
     assert "differs from base + adapter" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
+
+
+def test_merge_shard_by_shard_gives_the_same_weights_without_the_model(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["merge", "--model", str(adapter), "--output-dir"]
+    assert main([*words, str(tmp_path / "in-memory")]) == 0
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    assert main([*words, str(tmp_path / "merged"), "--shard-by-shard"]) == 0
+    out = capsys.readouterr().out
+    assert "14 of 20 tensors in 1 file changed; all 14 updates found their weights" in out
+    assert "lorakit generate" in out
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("in-memory", "merged"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    words.append(str(tmp_path / "again"))
+    assert main([*words, "--shard-by-shard", "--tolerance", "0.1"]) == 2
+    assert "--tolerance is for a model in memory" in capsys.readouterr().err
+    monkeypatch.setattr("lorakit.training.merging_files._write", stopped)
+    assert main([*words, "--shard-by-shard"]) == 130
+    assert "interrupted; the same command goes on where it was" in capsys.readouterr().err
+
+
+def stopped(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_problem_05_merging_a_tied_head_unties_it(tiny_lm: Path, tmp_path: Path) -> None:

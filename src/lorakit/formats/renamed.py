@@ -18,6 +18,7 @@ PEFT makes the same translation if all the layers that became one were adapted.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ def translated(adapter: Adapter, host: Host) -> Adapter:
     rename, converters = rules
     updates: dict[str, Update] = {}
     fused: dict[str, list[_Source]] = {}
-    for name, update in sorted(adapter.updates.items(), key=lambda item: _in_order(item[0])):
+    for name, update in sorted(adapter.updates.items(), key=lambda item: in_order(item[0])):
         new, plain, pattern = (name, name, None) if name in known else rename(name + _WEIGHT)
         if pattern is None:
             new = new.removesuffix(_WEIGHT) if name not in known else name
@@ -119,10 +120,11 @@ def renaming(model: Any) -> tuple[Rename, Mapping[str, Any]] | None:
     loading, rules = found
     converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, loading.WeightConverter)]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    stored = dict(itertools.chain(*own))
 
     def rename(key: str) -> tuple[str, str, str | None]:
-        new, pattern = loading.rename_source_key(key, renamings, converters, model.base_model_prefix, parameters)
+        new, pattern = loading.rename_source_key(key, renamings, converters, model.base_model_prefix, stored)
         return new, loading.apply_renamings(key, renamings), pattern
 
     return rename, {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -241,6 +243,6 @@ def _moved_module(module: str, moved: Mapping[str, str]) -> str:
     return module
 
 
-def _in_order(name: str) -> list[tuple[int, str]]:
+def in_order(name: str) -> list[tuple[int, str]]:
     """A key by which "2" sorts before "10"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

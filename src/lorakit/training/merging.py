@@ -72,7 +72,7 @@ def merge_to_folder(
     if folder is None:
         raise LoraError(f"{model} is a base model without an adapter; give --adapter FOLDER.")
     out = OutputFolder(output_dir, MERGING)
-    _refuse_used(out, [base, folder], overwrite)
+    refuse_used(out, [base, folder], overwrite)
     how = trained_on(folder) if quantize is None else quantize
     merged = merged_model(model, adapter, dtype=dtype, quantize=how, onto=onto, data=data)
     loaded = merged.loaded
@@ -117,15 +117,20 @@ def _write_model(loaded: Loaded, folder: Path) -> None:
     if not model.can_generate():
         model.save_pretrained(folder)
         return
-    ends, own = end_tokens(loaded), model.generation_config
+    own = model.generation_config
     model.generation_config = type(own)()
     model.save_pretrained(folder)
     model.generation_config = own
-    settings = own.to_diff_dict() | {"eos_token_id": ends or None}
+    write_generation_config(loaded, folder)
+
+
+def write_generation_config(loaded: Loaded, folder: Path) -> None:
+    """The settings that the model generates by, with where answers end in the tokenizer's words."""
+    settings = loaded.model.generation_config.to_diff_dict() | {"eos_token_id": end_tokens(loaded) or None}
     (folder / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _refuse_used(out: OutputFolder, inputs: list[str], overwrite: bool) -> None:
+def refuse_used(out: OutputFolder, inputs: list[str], overwrite: bool) -> None:
     """Raise FileExistsError if the folder holds an input of the merge, files that no merge wrote, or, without
     `overwrite`, an earlier merged model.
     """

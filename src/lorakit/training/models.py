@@ -97,10 +97,7 @@ def load_classifier(
 
     named=False: do not write the labels into the model's configuration.
     """
-    settings: dict[str, Any] = {"num_labels": len(labels) or 1}
-    settings["problem_type"] = "single_label_classification" if labels else "regression"
-    if labels and named:
-        settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    settings = _of_labels(labels, named)
     return _load(labels, name, dtype, quantize, device, tokenizer, **settings)
 
 
@@ -125,6 +122,32 @@ def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str, quantize:
     elif quantize != "none":
         stand_in(model, quantize)
     return model
+
+
+def structure(
+    name: str, *, labels: tuple[str, ...] | None, named: bool = True, speaks: bool = False
+) -> PreTrainedModel:
+    """The model on the meta device: names and shapes, no memory.
+
+    labels: makes it a classifier as `load_classifier` does. None: it is of the class that its configuration names, or
+    a causal LM where `speaks` says so and that class has no head: a base that was saved without one.
+    """
+    import transformers
+
+    folder, options = locate(name)
+    settings = {} if labels is None else _of_labels(labels, named)
+    with quietly(), reading(name, folder), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(folder, **options, **settings)
+        own = next(iter(getattr(config, "architectures", None) or ()), "")
+        cls = getattr(transformers, own, None)
+        if labels is not None:
+            model = transformers.AutoModelForSequenceClassification.from_config(config)
+        elif cls is None or (speaks and own.endswith("Model") and not own.endswith("LMHeadModel")):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        else:
+            model = cls._from_config(config)
+    built: PreTrainedModel = model
+    return built
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -182,6 +205,15 @@ def load_with_adapter(
     if adapter is not None:
         load_adapter(loaded.model, adapter)
     return loaded
+
+
+def _of_labels(labels: tuple[str, ...], named: bool) -> dict[str, Any]:
+    """What the configuration of a classifier says of its classes."""
+    settings: dict[str, Any] = {"num_labels": len(labels) or 1}
+    settings["problem_type"] = "single_label_classification" if labels else "regression"
+    if labels and named:
+        settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    return settings
 
 
 def _load(
