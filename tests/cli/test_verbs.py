@@ -374,3 +374,40 @@ def test_problem_44_accumulated_gradients_are_those_of_the_whole_batch(tiny_lm: 
         results.append((line["loss"], line["grad_norm"], load_file(out / "adapter_model.safetensors")))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_every_verb_takes_what_peft_wrote_relative_to_a_changed_base(
+    init: str, tiny_lm: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Such an update is known only with its model's weights, which are not read to see what a folder is for."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    theirs = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, init_lora_weights=init, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(torch.randn_like(parameter) / 4)
+    folder = tmp_path / "theirs"
+    theirs.save_pretrained(folder)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    own = ["--model", str(tiny_lm), "--adapter", str(folder)]
+    rows = tmp_path / "d.jsonl"
+    rows.write_text('{"prompt": "on", "completion": "off"}\n' * 3)
+    for words in (
+        ["info", str(folder)],
+        ["generate", *own, "--prompt", "on", "--max-new-tokens", "2"],
+        ["eval", *own, "--data", str(rows)],
+        ["analyze", str(folder), "--model", str(tiny_lm), "-o", str(tmp_path / "analysis")],
+        ["merge", *own, "--output-dir", str(tmp_path / "merged")],
+    ):
+        assert main(words) == 0, (words, capfd.readouterr().err)
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-4)

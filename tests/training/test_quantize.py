@@ -58,7 +58,7 @@ def test_trained_evaluated_and_asked_on_a_quantised_base(
 ) -> None:
     assert main(flags(tiny_lm, tmp_path, "--quantize", how, "--epochs", "4", "--logging-steps", "1")) == 0
     printed = capfd.readouterr().out
-    assert f"linear layers in {how}, the rest in float32 on cpu" in printed and f" {CLASSES[how]} " in printed
+    assert f"linear layers in {how}, the rest in float32; " in printed and f" {CLASSES[how]} " in printed
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     losses = [line["loss"] for line in map(json.loads, lines) if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
@@ -162,7 +162,10 @@ def test_the_plan_counts_the_packed_weights(tiny_lm: Path, tmp_path: Path) -> No
     config = TrainConfig(str(tiny_lm), rows(tmp_path / "d.jsonl"), "unused", dtype="float32", quantize="nf4")
     prepared = prepare(config)
     assert prepared.plan.peak_bytes is not None
-    assert re.search(r"q_proj +×2 +Linear4bit", start_block(prepared))
+    block = start_block(prepared)
+    assert re.search(r"q_proj +×2 +Linear4bit", block)
+    assert prepared.weights == (sizes["nf4"], sizes["none"])
+    assert re.search(r"layers in nf4, the rest in float32; \S+ .B of weights, \S+ .B with all in float32 on cpu", block)
 
 
 def test_transformers_trainer_takes_the_model(tiny_lm: Path, tmp_path: Path) -> None:

@@ -87,6 +87,18 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
     host: the model that it is read for. Without one, an attention is named instead of its parameter, experts'
     parameters come in the order of the configuration, and an update relative to W less a part of it is refused.
     """
+    return _read(path, host, as_stored=False)
+
+
+def listed(path: str | Path) -> Adapter:
+    """What a folder holds, to look at: names, shapes, settings, what was trained whole. Raises what `read` does.
+
+    An update relative to W less a part of it is given as it is stored, so it is not an update of W: do not insert it.
+    """
+    return _read(path, None, as_stored=True)
+
+
+def _read(path: str | Path, host: Host | None, *, as_stored: bool) -> Adapter:
     path = Path(path)
     if host is not None and not path.exists():
         raise FileNotFoundError(f"{path}: no such adapter folder.")
@@ -99,7 +111,7 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
     try:
         if host is not None:
             _check_saved(config, found.trained, host)
-        updates = _updates(found, config, host)
+        updates = _updates(found, config, host, as_stored)
     except ValueError as error:
         raise LoraError(f"{path}: {error}") from None
     targets = config.target_modules
@@ -228,7 +240,7 @@ def _check_saved(config: PeftConfig, trained: Mapping[str, Tensor], host: Host) 
             raise LoraError(f"it has no tensor of {named[0]}, which modules_to_save={end!r} names.")
 
 
-def _updates(found: Sorted, config: PeftConfig, host: Host | None) -> dict[str, Update]:
+def _updates(found: Sorted, config: PeftConfig, host: Host | None, as_stored: bool) -> dict[str, Update]:
     names = Names(config.target_parameters, None if host is None else host.matrices)
     updates: dict[str, Update] = {}
     for path, parts in found.factors.items():
@@ -240,7 +252,7 @@ def _updates(found: Sorted, config: PeftConfig, host: Host | None) -> dict[str, 
     for name, update in stacks.items():
         own, A, B = file.read(name, update.A, update.B)
         updates[name] = dataclasses.replace(update, layout=own, A=A, B=B, parameter=name.rpartition(".")[2])
-    if config.residual:
+    if config.residual and not as_stored:
         updates = {name: _at_the_base(name, update, config, host) for name, update in updates.items()}
     return updates
 

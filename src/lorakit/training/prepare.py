@@ -26,7 +26,7 @@ from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
 from .plan import Plan, make_plan, processes
 from .positions import check_vocabulary, longest_row
 from .preflight import check_reporters
-from .quantize import heads
+from .quantize import heads, weight_bytes
 from .rows import DataError
 from .style import Style
 from .task import in_model_order
@@ -50,6 +50,7 @@ class Prepared:
     notes: tuple[str, ...]
     attached: Report
     plan: Plan
+    weights: tuple[int, int]  # bytes of the base as it is loaded, and of the same with no layer quantised
 
     @property
     def tokens(self) -> int:
@@ -71,6 +72,7 @@ def prepare(config: TrainConfig) -> Prepared:
     dtype = weights_dtype(config, data)
     with FakeTensorMode() as fake:
         model = skeleton(config.model, labels=labels_of(data), dtype=dtype, quantize=config.quantize)
+        weights = weight_bytes(model)
     notes = list(data.notes)
     limit = longest_row(config.max_seq_length, model, tokenizer)
     rows = _causal_rows if data.task == "causal-lm" else _labelled_rows
@@ -88,7 +90,7 @@ def prepare(config: TrainConfig) -> Prepared:
         # The init does not change shapes, but may double the work here (some decompose each weight).
         attached = attach_as(dataclasses.replace(config, init="kaiming"), model, new_head=data.task != "causal-lm")
         plan = _plan(config, data, train, model, _faked(batch, fake))
-    return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan)
+    return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan, weights)
 
 
 def start_block(prepared: Prepared) -> str:
@@ -104,7 +106,7 @@ def start_block(prepared: Prepared) -> str:
         "",
         *_example_lines(prepared),
         report.heading("model"),
-        f"{config.model}: {_weights(config, data)} on {best_device()}",
+        f"{config.model}: {_weights(prepared)} on {best_device()}",
         str(prepared.attached),
         report.heading("plan"),
         f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
@@ -114,9 +116,13 @@ def start_block(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
-def _weights(config: TrainConfig, data: Data) -> str:
-    dtype = weights_dtype(config, data)
-    return dtype if config.quantize == "none" else f"linear layers in {config.quantize}, the rest in {dtype}"
+def _weights(prepared: Prepared) -> str:
+    dtype = weights_dtype(prepared.config, prepared.data)
+    packed, plain = prepared.weights
+    if packed == plain:
+        return dtype
+    how = "quantised" if prepared.config.quantize == "none" else f"in {prepared.config.quantize}"
+    return f"linear layers {how}, the rest in {dtype}; {size(packed)} of weights, {size(plain)} with all in {dtype}"
 
 
 def _rows_a_step(config: TrainConfig) -> int:

@@ -113,6 +113,14 @@ def stand_in(model: Any, quantize: Quantize, stored: int = 0) -> None:
         model.set_submodule(name, kind(layer, each))
 
 
+def weight_bytes(model: Any) -> tuple[int, int]:
+    """The bytes of a model's parameters with quantised layers as `stand_in` makes them, and with plain ones."""
+    packed = sum(parameter.nbytes for parameter in model.parameters())
+    layers = [module for module in model.modules() if isinstance(module, _StandIn)]
+    plain = sum(layer.in_features * layer.out_features * layer.compute_dtype.itemsize for layer in layers)
+    return packed, packed - sum(layer.weight.nbytes for layer in layers) + plain
+
+
 def _quantisable(model: Any) -> list[tuple[str, nn.Linear]]:
     kept = tuple(f"{name}." for name in heads(model))
     return [

@@ -39,15 +39,17 @@ def study_of(adapter: str, other: str | None = None, model: str | None = None, *
     """
     for folder in filter(None, (adapter, other)):
         check_adapter(folder)
-    first = peft.read(adapter)
-    second = None if other is None else peft.read(other)
+    first = peft.listed(adapter)
+    second = None if other is None else peft.listed(other)
     factors_of(first)  # raises before a model is loaded if it cannot be analyzed
     if second is not None:
         matched(first, second)
     base = model or local_base(first.base_model)
     notes = _notes(first, base)
     loaded = None
-    if base is not None:
+    if base is None:
+        first, second = peft.read(adapter), None if other is None else peft.read(other)
+    else:
         loaded = load_with_adapter(base, adapter, dtype=dtype).model
         first = read_for(loaded, adapter)  # some names in a file can be resolved only with the model
         second = None if other is None else read_for(loaded, other)
