@@ -77,7 +77,11 @@ SETTINGS: dict[str, Any] = dict(rank=2, alpha=4, also_train=["head"], bias="all"
 
 
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
-@pytest.mark.parametrize("targets", [TARGETS, ["body.*", "middle"], lambda module, name: name in TARGETS], ids=str)
+@pytest.mark.parametrize(
+    "targets",
+    [TARGETS, ["body.*", "middle"], lambda module, name: name in TARGETS],
+    ids=["names", "globs", "a function"],
+)
 @pytest.mark.parametrize("file", ["adapter", "adapter.pt"])
 def test_saved_names_are_the_plain_models_and_both_directions_load(wrap, targets, file: str, tmp_path: Path) -> None:
     model, x = wrap(plain()), torch.randn(3, 8)
