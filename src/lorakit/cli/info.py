@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.adapter_folder import check_adapter
 
     check_adapter(args.adapter)  # its message explains what the folder is instead
-    adapter = peft.listed(args.adapter)
+    adapter = peft.stored_adapter(args.adapter)
     updates = adapter.updates
     count = sum(tensor.numel() for update in updates.values() for tensor in update.tensors().values())
     whole = sum(tensor.numel() for tensor in adapter.trained.values())

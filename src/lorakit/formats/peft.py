@@ -90,7 +90,7 @@ def read(path: str | Path, host: Host | None = None, alpha: float | None = None)
     return _read(path, host, as_stored=False)
 
 
-def listed(path: str | Path) -> Adapter:
+def stored_adapter(path: str | Path) -> Adapter:
     """What a folder holds, to look at: names, shapes, settings, what was trained whole. Raises what `read` does.
 
     An update relative to W less a part of it is given as it is stored, so it is not an update of W: do not insert it.

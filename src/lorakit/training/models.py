@@ -180,7 +180,7 @@ def load_with_adapter(
     task = model_task(base, adapter)
     if quantize is None:
         quantize = "none" if adapter is None else trained_on(adapter)
-    trained = peft.listed(adapter).trained if adapter is not None else {}
+    trained = peft.stored_adapter(adapter).trained if adapter is not None else {}
     # The chat template that training used travels with the adapter.
     own = beside(adapter, "tokenizer_config.json")
     tokenizer = load_tokenizer(str(own.parent)) if own is not None else None

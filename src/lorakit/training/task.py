@@ -139,7 +139,7 @@ def model_task(base: str | None, adapter: str | None) -> Task:
     if path is not None:
         return _of_names(_names(path))
     own = _of_model(base) if base else Task("causal-lm")
-    rows = _head_rows(base, peft.listed(adapter)) if base else None
+    rows = _head_rows(base, peft.stored_adapter(adapter)) if base else None
     if rows is None:
         if kind == "SEQ_CLS" and own.answers:
             raise LoraError(

@@ -39,8 +39,8 @@ def study_of(adapter: str, other: str | None = None, model: str | None = None, *
     """
     for folder in filter(None, (adapter, other)):
         check_adapter(folder)
-    first = peft.listed(adapter)
-    second = None if other is None else peft.listed(other)
+    first = peft.stored_adapter(adapter)
+    second = None if other is None else peft.stored_adapter(other)
     factors_of(first)  # raises before a model is loaded if it cannot be analyzed
     if second is not None:
         matched(first, second)
