@@ -9,10 +9,12 @@ Each row is one training of SmolLM2-135M-Instruct on examples/toolcalls, in a pr
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import measure
@@ -27,24 +29,18 @@ def run(quantize: str) -> dict[str, Any]:
         command += ["--model", measure.smollm2(), "--data", str(plan.EXAMPLE), "--output-dir", f"{folder}/out"]
         command += ["--dtype", "bfloat16", "--quantize", quantize]
         done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stderr
+        lines = Path(folder, "out", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     measured, planned = plan.figures(done.stdout)
     base, adapter = (float(share) for share in re.findall(r"exact match +([\d.]+)% → ([\d.]+)%", done.stdout)[0])
     return {
         "linear layers": "bfloat16" if quantize == "none" else quantize,
         "planned GB": planned,
         "measured GB": measured,
-        "seconds": _seconds(done.stdout),
+        "seconds": max(json.loads(line).get("seconds", 0.0) for line in lines),
         "exact match before, %": base,
         "after, %": adapter,
     }
-
-
-def _seconds(printed: str) -> float:
-    """Out of "trained in 170 s" or "trained in 7 min"."""
-    found = re.search(r"trained in ([\d.]+) (s|min|h)", printed)
-    assert found, printed
-    return float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]]
 
 
 def main(wanted: list[str]) -> None:
