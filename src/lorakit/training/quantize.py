@@ -43,7 +43,9 @@ def refuse_unusable(quantize: Quantize, name: str, *, is_gguf: bool, quantised: 
     library = "kernels" if quantize == "gguf" else "bitsandbytes"
     if importlib.util.find_spec(library) is None:
         install = "pip install kernels" if quantize == "gguf" else "pip install 'lorakit[quantize]'"
-        raise LoraError(f"--quantize {quantize} needs the package {library}: {install}")
+        raise LoraError(
+            f"--quantize {quantize} needs the package {library}: {install}   (--quantize none takes plain weights)"
+        )
 
 
 def loading_options(
