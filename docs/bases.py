@@ -8,7 +8,6 @@ Each base is adapted, trained for a few steps, merged, saved, loaded again by lo
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import page_tables
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -26,7 +26,6 @@ import lorakit
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 PAGE = ROOT / "docs" / "bases.md"
-BEGIN, END = "<!-- bases: made by docs/bases.py -->\n", "<!-- /bases -->"
 _STEPS = (1e-5, 1e-3, 1e-1)  # an error is shown as the smallest of these that it is under
 
 
@@ -189,24 +188,14 @@ def cells(row: Row) -> list[str]:
 
 def table() -> str:
     head = ["base", "the update is", "learns", "merged: error", "saved and loaded", "read by PEFT"]
-    lines = [head, ["---"] * len(head), *map(cells, rows())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries
+        lines = [head, ["---"] * len(head), *map(cells, rows())]
     return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the table of bases into docs/bases.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the table is not right")
-    check = parser.parse_args(arguments).check
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries
-        wanted = before + BEGIN + table() + END + after
-    if check:
-        return int(page != wanted)
-    PAGE.write_text(wanted, encoding="utf-8")
-    return 0
+    return page_tables.main(PAGE, "bases", table, arguments)
 
 
 if __name__ == "__main__":
