@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from ..core.errors import LoraError
 from ..core.paths import expanded
+from ..training.config import Quantize
 from ..training.settings import UsageError, number_type
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto: bfl
 def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
-        choices=["none", "nf4", "int8", "gguf"],
+        choices=get_args(Quantize),
         help="how to quantise the base model's weights (default: as in training)",
     )
 

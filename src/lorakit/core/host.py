@@ -81,10 +81,11 @@ class Host:
         quantised one.
         """
         module = self.modules.get(name)
-        if isinstance(module, AdaptedLayer) and not is_quantised(module):
+        if module is None or is_quantised(module):
+            return None
+        if isinstance(module, AdaptedLayer):
             weight = module.weight if module._base_weight is None else module._base_weight
             return module.matrix(weight) if isinstance(module, Linear) else None
-        kind = layer_class(module) if module is not None else None
-        if module is None or kind is None or not issubclass(kind, Linear) or is_quantised(module):
+        if not issubclass(layer_class(module) or nn.Module, Linear):
             return None
         return plain_matrix(module)

@@ -11,6 +11,7 @@ input to 8 bits is linear to two digits only.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -46,7 +47,14 @@ _ROWS = 1024  # of the identity that go through a layer at once
 
 def is_known(module: nn.Module) -> bool:
     """Whether the module is of a class that stores a quantised weight and is linear in x, or of a subclass of one."""
-    return any(f"{cls.__module__}.{cls.__qualname__}" in _KNOWN for cls in type(module).__mro__)
+    kind: Any = type(module)
+    return _is_known(kind)
+
+
+@functools.cache
+def _is_known(kind: Any) -> bool:
+    # Asked of every module of a model, several times.
+    return any(f"{cls.__module__}.{cls.__qualname__}" in _KNOWN for cls in kind.__mro__)
 
 
 def has_weight_of_a_class(module: nn.Module) -> bool:

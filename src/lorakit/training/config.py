@@ -12,6 +12,9 @@ from .settings import check_settings, setting
 
 _DATA, _ADAPTER, _TRAINING, _OUTPUT = "model and data", "adapter", "training", "output"
 
+Quantize = Literal["none", "nf4", "int8", "gguf"]
+QUANTIZE = "quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -130,11 +133,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", help="dtype of the base weights; auto: bfloat16 if the device is fast at it", group=_TRAINING
     )
-    quantize: Literal["none", "nf4", "int8", "gguf"] = setting(
-        "none",
-        help="quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file",
-        group=_TRAINING,
-    )
+    quantize: Quantize = setting("none", help=QUANTIZE, group=_TRAINING)
     seed: int = setting(0, help="random seed", group=_TRAINING, at_least=0, at_most=2**32 - 1)
 
     eval_steps: int | None = setting(

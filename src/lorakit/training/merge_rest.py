@@ -84,10 +84,10 @@ def _config(said: dict[str, Any], plan: MergePlan) -> dict[str, Any]:
 def others(folder: Path) -> list[Path]:
     """What lies in a base's folder beside its weights and config.json. Hidden entries are those of other programs."""
     own = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(".") and not is_weight(entry)]
-    return [entry for entry in own if entry.name != "config.json" and _holdsothers(entry)]
+    return [entry for entry in own if entry.name != "config.json" and _holds_others(entry)]
 
 
-def _holdsothers(entry: Path) -> bool:
+def _holds_others(entry: Path) -> bool:
     return entry.is_file() or any(path.is_file() and not is_weight(path) for path in entry.rglob("*"))
 
 

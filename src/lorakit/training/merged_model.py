@@ -20,13 +20,12 @@ from ..core.errors import LoraError
 from ..core.quantised import is_quantised
 from ..core.switching import merge
 from .adapter_folder import base_and_adapter, beside
-from .config import TrainConfig
+from .config import Quantize, TrainConfig
 from .data import Example, read_data
 from .generation import answers
 from .models import Loaded, load_with_adapter
 from .positions import longest_row
 from .prepare import fields_of
-from .quantize import Quantize
 from .settings import recorded
 from .style import Style
 from .task import Task, model_task

@@ -12,11 +12,11 @@ import torch
 from ..core.errors import LoraError
 from ..formats.folder import OutputFolder, OutputKind
 from .adapter_folder import base_and_adapter
+from .config import Quantize
 from .generation import end_tokens
 from .locating import locate
 from .merged_model import Difference, Onto, merged_model
 from .models import Loaded, load_with_adapter
-from .quantize import Quantize
 from .style import Style, trained_on
 
 if TYPE_CHECKING:

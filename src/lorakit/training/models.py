@@ -19,8 +19,9 @@ from ..formats import load as load_adapter
 from ..formats import peft
 from .adapter_folder import base_and_adapter, beside
 from .adapter_folder import is_adapter as is_adapter
+from .config import Quantize
 from .locating import locate, reading
-from .quantize import Quantize, heads, keep_as_stored, loading_options, quantise_layers, refuse_unusable, stand_in
+from .quantize import heads, keep_as_stored, loading_options, quantise_layers, refuse_unusable, stand_in
 from .quiet import quietly
 from .style import trained_on
 from .task import LABELS as LABELS

@@ -14,17 +14,17 @@ so its layers are quantised afterwards. A model that is quantised in its files i
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import LoraError
+from .config import Quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Quantize = Literal["none", "nf4", "int8", "gguf"]
 _CLASSES = {"nf4": "Linear4bit", "int8": "Linear8bitLt", "gguf": "GgufLinear"}
 _BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}  # for each weight, scales included
 

@@ -12,14 +12,13 @@ from ..core.errors import LoraError
 from ..core.reading import json_of
 from ..formats.files import replacing
 from .adapter_folder import beside
-from .config import TrainConfig
+from .config import Quantize, TrainConfig
 from .settings import recorded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .data import Example
-    from .quantize import Quantize
 
 FILE = "style.json"  # beside an adapter, and in a merged model's folder
 

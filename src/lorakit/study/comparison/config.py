@@ -26,6 +26,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ...training.config import QUANTIZE, Quantize
 from ...training.settings import UsageError, check_settings, from_args, read_mapping, setting
 from ...training.yaml_files import Yaml, line_of, value_of
 
@@ -208,11 +209,7 @@ class CompareConfig:
         help="dtype of the products; auto: bfloat16 if the device is fast at it. Weights are float32",
         group=_DATA,  # the same for every method of a task
     )
-    quantize: Literal["none", "nf4", "int8", "gguf"] = setting(
-        "none",
-        help="quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file",
-        group=_DATA,
-    )
+    quantize: Quantize = setting("none", help=QUANTIZE, group=_DATA)
     published: dict[str, Any] = setting(
         help="published scores to show beside, by label",
         group=_DATA,
