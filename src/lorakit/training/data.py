@@ -86,6 +86,9 @@ def read_data(
     return Data(shape, kind, examples["train"], examples["valid"], examples["test"], labels, findings.notes)
 
 
+read = read_data  # its name until 0.2, by which programs import it
+
+
 def _examples(
     splits: Mapping[str, list[Row]], fields: Mapping[str, str], findings: Findings
 ) -> tuple[str, dict[str, list[Example]]]:
