@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --quick    two rows, not written to a file
 
 time: ratio to the floor, which is the frozen layer whose input needs a gradient. Times are minima by CUDA events, with
-the variants taking turns. "lorakit" is lorakit by default; "lorakit kernels" is lorakit with LORAKIT_KERNELS=1. kept:
+the variants taking turns. "without kernels" is lorakit with LORAKIT_KERNELS=0. kept:
 bytes kept for the backward pass, divided by the bytes of the input. peak: the most memory that a step takes beyond the
 floor's step, divided by the bytes of the input. TFLOP/s are the floor's.
 
@@ -34,17 +34,17 @@ SHAPES = {
 }
 ROWS = list(product(SHAPES, (4096, 16384), (16, 64), (0.0, 0.05)))
 QUICK = [("k, v", 4096, 16, 0.05), ("q, o", 4096, 16, 0.05)]
-ADAPTED = ["lorakit", "lorakit kernels", "PEFT", "loralib"]
+ADAPTED = ["lorakit", "without kernels", "PEFT", "loralib"]
 MEASURED = [f"{what} {name}" for what in ("time", "kept", "peak") for name in ADAPTED] + ["TFLOP/s"]
 NO_GPU = "not measured: no GPU at hand"
 NOT_INSTALLED = "not installed"
 
 
 class EventClock:
-    """Seconds of a step between two CUDA events, after writing two gigabytes to memory.
+    """Seconds of a step between two CUDA events, after writing sixteen gigabytes to memory.
 
-    The writing empties the L2 cache and takes about a millisecond. In that time the host runs ahead of the device, as
-    in training, so the device's work is timed and not its launch.
+    The writing empties the L2 cache and takes some milliseconds. In that time the host runs ahead of the device, as in
+    training, so the device's work is timed and not its launch.
     """
 
     def __init__(self) -> None:
@@ -52,8 +52,8 @@ class EventClock:
 
     def __call__(self, step: Callable[[], Any]) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.ballast.zero_()
-        self.ballast.zero_()
+        for _ in range(16):
+            self.ballast.zero_()
         begin.record()
         step()
         end.record()
@@ -61,8 +61,8 @@ class EventClock:
         return float(begin.elapsed_time(end)) / 1000
 
 
-def with_kernels(step: Callable[[], Tensor]) -> Tensor:
-    os.environ["LORAKIT_KERNELS"] = "1"
+def without_kernels(step: Callable[[], Tensor]) -> Tensor:
+    os.environ["LORAKIT_KERNELS"] = "0"
     try:
         return step()
     finally:
@@ -85,14 +85,14 @@ def measured(name: str, tokens: int, rank: int, dropout: float, clock: EventCloc
     layers = layer.variants(inputs, outputs, torch.bfloat16, dropout, rank, "cuda")
     x = torch.randn(1, tokens, inputs, dtype=torch.bfloat16, device="cuda").requires_grad_()
     steps = layer.training_steps(layers, x)
-    layers["lorakit kernels"] = layers["lorakit"]
-    steps["lorakit kernels"] = partial(with_kernels, steps["lorakit"])
+    layers["without kernels"] = layers["lorakit"]
+    steps["without kernels"] = partial(without_kernels, steps["lorakit"])
     # The first round, which is not timed, compiles and checks the kernels.
     times = measure.minima(steps, seconds=0.5, clock=clock)
     peaks = {key: peak_bytes(step, x) for key, step in steps.items()}
     size = x.numel() * x.element_size()
     forward = {key: partial(own, x) for key, own in layers.items()}
-    forward["lorakit kernels"] = partial(with_kernels, forward["lorakit"])
+    forward["without kernels"] = partial(without_kernels, forward["lorakit"])
     kept = {key: measure.kept_bytes(forward[key], own.parameters()) for key, own in layers.items()}
     numbers: dict[str, Any] = dict.fromkeys(MEASURED, NOT_INSTALLED)
     for key in ADAPTED:

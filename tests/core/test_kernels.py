@@ -256,14 +256,14 @@ class TestKernels:
         monkeypatch.setenv("LORAKIT_KERNELS", "0")
         assert not kernels.available(x)
 
-    def test_nothing_runs_in_a_kernel_that_was_not_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_nothing_runs_in_a_kernel_that_is_switched_off(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The mask is kept in bits, not as a seed, and dB is made in dY's dtype, where the kernel makes float32."""
-        monkeypatch.delenv("LORAKIT_KERNELS", raising=False)
+        monkeypatch.setenv("LORAKIT_KERNELS", "0")
         dY, B, S = (drawn(*shape, dtype=torch.bfloat16) for shape in [(40, 50), (50, 4), (40, 4)])
         assert not kernels.available(dY, 4)
         assert kernels.grad_S_B(dY, B, S, 0.7)[1].dtype == torch.bfloat16
         assert not isinstance(draw_mask(dY, QuickDropout(0.3), 4), Seeded)
-        monkeypatch.setenv("LORAKIT_KERNELS", "1")
+        monkeypatch.delenv("LORAKIT_KERNELS")
         assert kernels.grad_S_B(dY, B, S, 0.7)[1].dtype == torch.float32
         assert isinstance(draw_mask(dY, QuickDropout(0.3), 4), Seeded)
 
@@ -301,6 +301,17 @@ class TestKernels:
         with pytest.warns(UserWarning, match=f"kernels are not used for torch.float32: {message}"):
             assert not kernels.available(x, 5)
         assert not kernels.available(x, 5)
+
+    def test_a_compiled_graph_does_without(self) -> None:
+        x = torch.randn(3, 8, device=DEVICE)
+        used = []
+
+        def layer(x: Tensor) -> Tensor:
+            used.append(kernels.available(x, 5))
+            return x + 1
+
+        torch.compile(layer, backend="eager")(x)
+        assert used == [False] and kernels.available(x, 5)
 
     def test_nothing_is_checked_while_a_graph_is_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LORAKIT_KERNELS", "1")
@@ -367,10 +378,10 @@ def test_agreement_is_up_to_rounding_and_never_with_what_is_not_a_number() -> No
     assert kernels.agree((torch.tensor([1.0, 2.05]),), right, torch.bfloat16)
 
 
-def test_kernels_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_on_unless_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LORAKIT_KERNELS", raising=False)
-    assert not kernels.switched_on()
-    for value, on in [("1", True), (" 1 ", True), ("0", False), ("", False)]:
+    assert kernels.switched_on()
+    for value, on in [("1", True), (" 0 ", False), ("0", False), ("", True)]:
         monkeypatch.setenv("LORAKIT_KERNELS", value)
         assert kernels.switched_on() is on
     monkeypatch.setenv("LORAKIT_KERNELS", "yes")

@@ -12,7 +12,7 @@ take a CPU longer than the products of a small layer. So there are three forms, 
     Gaps      p up to 1/8, on a CPU: the distance from each dropped element to the next, in one byte each, or more for a
               small p. The gaps are geometrically distributed, so about p·n random numbers give a mask of n elements,
               and dropping writes p·n zeros.
-    Seeded    on a GPU, if its kernels are switched on: the seed alone. `kernels.py` makes the mask in registers.
+    Seeded    on a GPU with Triton: the seed alone. `kernels.py` makes the mask in registers.
 
 For x (512, 576), which are 4 sequences of 128 tokens, and p = 0.05: M has 512 · 576 = 294,912 elements, of which about
 14,746 are zero. x in float32 takes 1,179,648 bytes, Bits 36,864, Gaps 15,481 (a few to spare), Seeded 8.

@@ -1,4 +1,4 @@
-"""The thin products of a LoRA layer on a GPU, in Triton. Off, unless LORAKIT_KERNELS=1 asks for them.
+"""The thin products of a LoRA layer on a GPU, in Triton. LORAKIT_KERNELS=0 turns them off.
 
     X (T, I)   A (r, I)   B (O, r)   S (T, r)   dY (T, O)   dS (T, r)   M (T, I) dropout's zeros and ones
 
@@ -8,9 +8,9 @@ Plain torch reads X again for each operation, and its dropout writes a mask and 
     mask, shrink, grad_A, add_expand_     the products with M, which is kept as a seed of eight bytes
     grad_S_B                              dS and dB in one pass over dY
 
-They were never measured on hardware: they are checked in Triton's interpreter and compiled for two generations of GPUs
-(tests/core/test_kernels.py). So they are off by default. When they are switched on, they are compared with plain torch
-on small tensors before their first use. docs/performance.md says how to measure them.
+They are used wherever Triton is installed, because with dropout they are faster on every layer that was measured
+(docs/performance.md, "On a GPU"). Before their first use they are compared with plain torch on small tensors. A graph
+that torch.compile traces does without them: its own compiler fuses what they fuse.
 
 Call `available` first: the first four have no fallback, since only the kernel can make its mask again. `grad_S_B` can
 always be called. All take matrices of X's or dY's dtype (float32, float16 or bfloat16) and factors of any dtype; the
@@ -43,11 +43,11 @@ _sound: dict[tuple[torch.device, torch.dtype, int], bool] = {}
 
 
 def switched_on() -> bool:
-    """Whether LORAKIT_KERNELS asks for the kernels."""
-    value = os.environ.get("LORAKIT_KERNELS", "0").strip()
+    """Whether LORAKIT_KERNELS leaves the kernels on."""
+    value = os.environ.get("LORAKIT_KERNELS", "1").strip()
     if value not in ("", "0", "1"):
-        raise LoraError(f"LORAKIT_KERNELS={value!r}: expected 1 (use the kernels) or 0 (plain torch, the default).")
-    return value == "1"
+        raise LoraError(f"LORAKIT_KERNELS={value!r}: expected 1 (use the kernels, the default) or 0 (plain torch).")
+    return value != "0"
 
 
 def available(x: Tensor, rank: int = 16) -> bool:
@@ -58,7 +58,7 @@ def available(x: Tensor, rank: int = 16) -> bool:
     """
     if not (x.is_cuda or INTERPRETED) or x.dtype not in TOLERANCE or not 0 < rank <= RANKS:
         return False
-    if type(x) not in (Tensor, nn.Parameter):  # fake, sharded, …: a kernel cannot read these
+    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():  # fake, sharded, …: not readable
         return False
     if not switched_on() or not _imported():
         return False
@@ -166,7 +166,7 @@ def _check(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
             if fault:
                 warnings.warn(
                     f"lorakit's kernels are not used for {dtype}: {fault}. Plain torch takes their place. To silence "
-                    "this, unset LORAKIT_KERNELS.",
+                    "this, set LORAKIT_KERNELS=0.",
                     stacklevel=3,
                 )
                 return False
