@@ -17,11 +17,11 @@ from lorakit.core.attach import adopt
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lorakit"
-ORDER = ["core", "formats", "training", "study", "cli"]
+ORDER = ["core", "formats", "bank", "training", "study", "cli"]
 
 PUBLIC = {
     *("attach", "detach", "merge", "unmerge", "disabled", "extract", "insert", "save", "load", "diagnose"),
-    *("Adapter", "Update", "Report", "combine"),
+    *("Adapter", "Bank", "Update", "Report", "combine"),
     *("AdaptedLayer", "Beside", "adapts", "add_init", "Format", "add_format", "LoRASettings", "LoraError"),
     *("adapted_layers", "parameters", "parameter_groups", "bake", "dequantize", "merge_files"),
     *("Linear", "MergedLinear", "Embedding", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"),

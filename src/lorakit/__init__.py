@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
+    from .bank.bank import Bank as Bank
     from .core.adapted import AdaptedLayer as AdaptedLayer
     from .core.adapter import Update as Update
     from .core.attach import adapted_layers as adapted_layers
@@ -57,6 +58,7 @@ if _TYPE_CHECKING:
     from .training.merging_files import merge_files as merge_files
 
 _HOME = {
+    "bank.bank": ("Bank",),
     "core.adapted": ("AdaptedLayer",),
     "core.lora_layer": ("LoRALayer",),
     "core.adapter": ("Update",),
