@@ -55,6 +55,7 @@ if _TYPE_CHECKING:
     from .formats import load as load
     from .formats import save as save
     from .training.merging_files import merge_files as merge_files
+    from .training.trainer_mixin import TrainerMixin as TrainerMixin
 
 _HOME = {
     "core.adapted": ("AdaptedLayer",),
@@ -79,6 +80,7 @@ _HOME = {
     "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
     "formats": ("Adapter", "load", "save"),
     "training.merging_files": ("merge_files",),
+    "training.trainer_mixin": ("TrainerMixin",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
