@@ -6,8 +6,10 @@ a run that nothing stopped, bit for bit.
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from datasets import Dataset
@@ -247,6 +249,78 @@ def test_a_layer_that_does_nothing_stops_the_run_in_its_first_step(tmp_path: Pat
     with pytest.raises(lorakit.LoraError, match="2 adapted layers of BertForSequenceClassification do nothing"):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+# --- accelerate ---
+
+
+class Loop:
+    """A loop of one's own on accelerate, on a model with dropout beside a plain one and a second adapted one."""
+
+    def __init__(self) -> None:
+        self.accelerator = accelerate.Accelerator(cpu=True)
+        lorakit.hook_accelerator(self.accelerator)
+        self.model, self.plain, self.second = models.bert(), nn.Linear(3, 1), models.conv_net()
+        lorakit.attach(self.model, "query", rank=2, dropout=0.1, also_train=["classifier"])
+        lorakit.attach(self.second, "6", rank=2, init="pissa")
+        parts = (self.model, self.plain, self.second)
+        learnt = [value for part in parts for value in part.parameters() if value.requires_grad]
+        optimizer = torch.optim.AdamW(learnt, 0.01)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=6)
+        *_, self.optimizer, self.schedule = self.accelerator.prepare(*parts, optimizer, schedule)
+
+    def run(self, *steps: int) -> None:
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            ids = torch.randint(4, 60, (2, 8), generator=generator)
+            logits = self.model.train()(input_ids=ids).logits
+            pixels = torch.rand(2, 3, 9, 9, generator=generator)
+            loss = self.plain(logits).square().mean() + self.second.train()(pixels).square().mean()
+            self.accelerator.backward(loss)
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+
+    def trained(self) -> list[dict[str, Tensor]]:
+        return [trained(part) for part in (self.model, self.plain, self.second)]
+
+
+def test_a_loop_on_accelerate_goes_on_exactly_from_the_adapter_alone(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    whole = Loop()
+    torch.manual_seed(2)
+    whole.run(*range(6))
+    torch.manual_seed(1)
+    stopped = Loop()
+    torch.manual_seed(2)
+    stopped.run(*range(3))
+    stopped.accelerator.save_state(str(tmp_path))
+    assert ADAPTER | {"model.safetensors"} <= {path.name for path in tmp_path.iterdir()}
+    assert {path.name for path in (tmp_path / "adapter_2").iterdir()} == ADAPTER
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == {"weight", "bias"}  # the plain model's
+    adapters = [name for name in tensors_in(tmp_path) if name not in ("weight", "bias")]
+    assert [name for name in adapters if "lora_" not in name and "classifier" not in name] == []
+
+    torch.manual_seed(3)
+    resumed = Loop()
+    held = trained_ids(resumed.model)
+    resumed.accelerator.load_state(str(tmp_path))
+    assert trained_ids(resumed.model) == held  # the optimizer has these parameters
+    resumed.run(*range(3, 6))
+    assert all(same(*parts) for parts in zip(resumed.trained(), whole.trained(), strict=True))
+    assert resumed.schedule.get_last_lr() == whole.schedule.get_last_lr()
+    assert not any(same(*parts) for parts in zip(stopped.trained(), whole.trained(), strict=True))
+
+
+def trained_ids(model: nn.Module) -> list[int]:
+    return [id(value) for value in model.parameters() if value.requires_grad]
+
+
+def test_states_that_accelerate_writes_whole_are_refused() -> None:
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        with pytest.raises(lorakit.LoraError, match=f"under {kind}, accelerate writes states of the whole model"):
+            lorakit.hook_accelerator(SimpleNamespace(distributed_type=accelerate.DistributedType[kind]))
 
 
 # --- sentence-transformers ---
