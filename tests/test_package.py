@@ -25,6 +25,7 @@ PUBLIC = {
     *("AdaptedLayer", "Beside", "adapts", "add_init", "Format", "add_format", "LoRASettings", "LoraError"),
     *("adapted_layers", "parameters", "parameter_groups", "bake", "dequantize", "merge_files"),
     *("Linear", "MergedLinear", "Embedding", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"),
+    *("TrainerMixin", "LightningCallback", "hook_accelerator"),
     *("mark_only_lora_as_trainable", "lora_state_dict", "install_as_loralib"),
 }
 
