@@ -37,7 +37,8 @@ TRAINED = [(1, 32), (1, 64), (2, 64), (4, 128)]  # rows of each of the 8 adapter
 def bank_of(count: int) -> lorakit.Bank:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCABULARY, **SIZES)
-    bank = lorakit.Bank(LlamaForCausalLM(config).to(DEVICE, DTYPE).eval())
+    with torch.device(DEVICE):
+        bank = lorakit.Bank(LlamaForCausalLM(config).to(DTYPE).eval())
     for index in range(count):
         bank[f"a{index}"] = lorakit.LoRASettings("all-linear", rank=RANK)
         for parameter in bank.parameters(f"a{index}"):
@@ -66,6 +67,7 @@ def answering(bank: lorakit.Bank, tokens: int) -> dict[str, Any]:
 
     def timed_one() -> float:
         bank.use(names[0])
+        forward()
         return wall(forward)
 
     def timed_many() -> float:
@@ -84,7 +86,7 @@ def answering(bank: lorakit.Bank, tokens: int) -> dict[str, Any]:
         return wall(whole)
 
     ways = {"one": timed_one, "many": timed_many, "entering": timed_with_entering}
-    times = measure.minima(ways, seconds=3.0, clock=lambda way: way())
+    times = measure.minima(ways, seconds=2.0, clock=lambda way: way())
     return {
         "batch": f"64 × {tokens}",
         "answer, 64 ÷ 1": times["many"] / times["one"],
@@ -131,7 +133,7 @@ def training(bank: lorakit.Bank, each: int, tokens: int) -> dict[str, Any]:
         return total
 
     ways = {"together": timed_together, "alone": timed_alone}
-    times = measure.minima(ways, seconds=3.0, clock=lambda way: way())
+    times = measure.minima(ways, seconds=2.0, clock=lambda way: way())
     constants = [own for name in names for own in bank.parameters(name)] + list(bank.model.parameters())
     bank.use(names[0])
     one = measure.kept_bytes(partial(loss_of, bank, ids, each), constants)
