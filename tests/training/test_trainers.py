@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, TrainingArguments, get_scheduler
+from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, get_scheduler
 from trl import SFTConfig
 
 import lorakit
@@ -23,6 +23,7 @@ from lorakit.training.divergence import Diverged, relative_change
 from lorakit.training.gradient_checkpointing import checkpointing
 from lorakit.training.start import TRAINING
 from lorakit.training.trainers import CausalTrainer, ClassifierTrainer, warmed_up
+from storages import Outputs
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 LENGTHS = (5, 9, 3, 12, 7, 4, 11)  # different lengths, so that a mean of means is a different number
@@ -41,7 +42,7 @@ def class_rows() -> list[dict[str, Any]]:
     return [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(causal_rows())]
 
 
-def trainer_of(kind: str, folder: Path, valid: bool = False, **settings: Any) -> Any:
+def trainer_of(kind: str, folder: Path, valid: bool = False, targets: str = "q_proj", **settings: Any) -> Any:
     usual: dict[str, Any] = dict(
         output_dir=str(folder),
         use_cpu=True,
@@ -60,7 +61,7 @@ def trainer_of(kind: str, folder: Path, valid: bool = False, **settings: Any) ->
     rows = causal_rows() if kind == "causal" else class_rows()
     model = models.llama() if kind == "causal" else models.bert()
     lorakit.attach(
-        model, "q_proj" if kind == "causal" else "query", rank=2, also_train=[] if kind == "causal" else ["classifier"]
+        model, targets if kind == "causal" else "query", rank=2, also_train=[] if kind == "causal" else ["classifier"]
     )
     common: dict[str, Any] = dict(
         model=model,
@@ -120,7 +121,45 @@ def test_one_step_trains(kind: str, tmp_path: Path) -> None:
     assert changed and all(p.abs().max() > 1e-3 for p in changed)
 
 
+# --- the training loss ---
+
+
+@pytest.mark.parametrize(("batch", "accumulated"), [(1, 7), (7, 1)])
+@pytest.mark.parametrize("targets", ["q_proj", "lm_head"])
+def test_problem_43_no_row_sees_another_one(targets: str, batch: int, accumulated: int, tmp_path: Path) -> None:
+    """Rows are not packed: the gradient of a step is that of the rows, each read alone, as a mean over all labels."""
+    trainer = trainer_of(
+        "causal", tmp_path, targets=targets, per_device_train_batch_size=batch, max_steps=1,
+        gradient_accumulation_steps=accumulated, max_grad_norm=0.0,
+    )  # fmt: skip
+    models.train_a_little(trainer.model)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    losses = []
+    for row in causal_rows():
+        logits = trainer.model(torch.tensor([row["input_ids"]])).logits[0]
+        losses.append(F.cross_entropy(logits[:-1], torch.tensor(row["labels"][1:]), reduction="none")[1:])
+    expected = torch.autograd.grad(torch.cat(losses).mean(), trained)
+    found: list[Tensor] = []
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            found.extend(parameter.grad.clone() for parameter in trained if parameter.grad is not None)
+
+    trainer.add_callback(Gradients())
+    trainer.train()
+    torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-7)
+
+
 # --- the held-out loss ---
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "lm_head"])
+def test_problem_49_one_batch_of_logits_at_a_time(targets: str, tmp_path: Path) -> None:
+    """Nothing that the model returns for a batch is in memory when it reads the next one."""
+    trainer = trainer_of("causal", tmp_path, valid=True, targets=targets, per_device_eval_batch_size=1)
+    with Outputs(trainer.model) as outputs:
+        trainer.evaluate()
+    assert outputs.alive == [0] * len(LENGTHS)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
