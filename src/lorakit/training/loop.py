@@ -41,6 +41,8 @@ from .tokens import encode, encode_text
 if TYPE_CHECKING:
     from .progress import Progress
 
+_SETTINGS = "config.yaml"
+
 
 @quiet_libraries()
 @few_kernels()
@@ -92,7 +94,7 @@ def train(config: TrainConfig) -> Path:
         try:
             result = _run(prepared, loaded, folder, start, record)
         except KeyboardInterrupt as error:
-            raise _interrupted(out, folder, error) from None
+            raise _interrupted(config, out, folder, error) from None
         except BaseException as error:
             _leave_nothing_unless_trained(out, folder)
             if isinstance(error, Diverged) and checkpoints(folder.path):
@@ -148,13 +150,17 @@ def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers:
     folder.add("metrics.jsonl", *(["runs"] if {"tensorboard", "all"} & set(trackers) else []))
 
 
-def _interrupted(out: OutputFolder, folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
-    """The error that says how to continue."""
+def _interrupted(config: TrainConfig, out: OutputFolder, folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
+    """The error that says how to continue: with the command that does, if the folder holds the settings of this run."""
     code = error.code if isinstance(error, Interrupted) else 130
     checkpoint, _ = newest_whole(folder.path)
     if checkpoint is None:
         _leave_nothing_unless_trained(out, folder)
         return Interrupted("interrupted before the first checkpoint: the same command starts over.", code)
+    written = folder.path / _SETTINGS
+    if processes() == 1 and written.is_file() and written.read_text(encoding="utf-8") == _settings(config):
+        command = f"{report._program()} train {report._flag('--config', str(written))} --resume auto"
+        return Interrupted(f"interrupted; {checkpoint} is saved. Go on with:\n  {command}", code)
     return Interrupted(
         f"interrupted; {checkpoint} is saved. The same command goes on from it with --resume auto "
         "(in place of --overwrite, where that was given).",
@@ -283,10 +289,14 @@ def _where(prepared: Prepared, row: dict[str, Any]) -> str:
     return "one that begins " + repr(prepared.tokenizer.decode(ids[:12]))
 
 
+def _settings(config: TrainConfig) -> str:
+    """The settings as YAML, without --resume and --overwrite: a repeated run overwrites nothing."""
+    return to_yaml(dataclasses.replace(config, resume=None, overwrite=False))
+
+
 def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:
-    """Write what is needed to run this again, without --resume and --overwrite: a repeated run overwrites nothing."""
-    config = dataclasses.replace(prepared.config, resume=None, overwrite=False)
-    (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    """Write what is needed to run this again."""
+    (out / _SETTINGS).write_text(_settings(prepared.config), encoding="utf-8")
     labels = labels_of(prepared.data)
     if labels is not None:
         (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
