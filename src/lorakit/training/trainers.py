@@ -31,7 +31,7 @@ from ..formats.files import naming, remove, replacing
 from ..formats.folder import OutputFolder
 from .base_trainer import BaseTrainer
 from .checkpoints import RUN, STATE, checkpoints, step_of
-from .divergence import refuse_broken_factors, refuse_diverged, too_high, why_no_number
+from .divergence import When, refuse_broken_factors, refuse_diverged, too_high, why_no_number
 from .loss import causal_loss, frozen_head, plain_head
 from .pace import Pace
 from .watch import FirstStep
@@ -73,7 +73,11 @@ class _AdapterTrainer(BaseTrainer):
         return str(self._saving or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint under another name, wait until it is on the disk, and rename it: it is whole or absent."""
+        """Write a checkpoint under another name, wait until it is on the disk, and rename it: it is whole or absent.
+
+        Raises Diverged in place of a checkpoint that would take the place of a good one.
+        """
+        self.refuse_diverged("on the way")
         name = f"checkpoint-{self.state.global_step}"
         writes = bool(self.args.should_save)
         with contextlib.ExitStack() as stack:
@@ -180,11 +184,18 @@ class _AdapterTrainer(BaseTrainer):
             )
         return norm
 
-    def refuse_diverged(self) -> None:
+    def refuse_diverged(self, when: When = "at the end") -> None:
         """Raise Diverged if the adapter makes the loss on the rows of the last steps worse than the base model's."""
         model = self.accelerator.unwrap_model(self.model)
-        loss_of = partial(self.loss_of, model)
-        refuse_diverged(model, list(self._recent), loss_of, self.args.learning_rate, self.state.global_step)
+        refuse_diverged(
+            model,
+            list(self._recent),
+            partial(self.loss_of, model),
+            self.name_of,
+            self.args.learning_rate,
+            self.state.global_step,
+            when=when,
+        )
 
     # --- the held-out loss -----------------------------------------------------------------------------------------
 
