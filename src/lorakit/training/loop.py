@@ -19,7 +19,7 @@ from ..core.numbers import duration, size
 from ..formats import peft, save
 from ..formats.folder import OutputFolder
 from . import page, report
-from .checkpoints import checkpoints, newest_whole, step_of
+from .checkpoints import checkpoints, history_in, newest_whole, step_of
 from .config import TrainConfig
 from .divergence import Diverged
 from .evaluate import evaluate, question
@@ -196,7 +196,9 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
     from trl import SFTConfig
 
     from .base_trainer import arguments
+    from .best import Best, score_of
     from .progress import Progress
+    from .scores import logged_as
     from .trainers import CausalTrainer, ClassifierTrainer
 
     config, causal = prepared.config, prepared.data.task == "causal-lm"
@@ -241,19 +243,29 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
         made = arguments(TrainingArguments, config, **settings)
         trainer = ClassifierTrainer(args=made, data_collator=collator, **common)
     trainer.name_of = functools.partial(_where, prepared)
+    best = Best(config.metric, config.patience, trainer.hold_best if config.keep == "best" else None)
+    trainer.add_callback(best)
+    if config.metric != "loss":
+        trainer.score = logged_as(config.metric), score_of(prepared, loaded)
     step = step_of(start.checkpoint) if start.checkpoint else 0
     if start.checkpoint and start.record is not None:
         for line in longer_or_shorter(start.record, record, step):
             _say(line)
-    if step >= record["steps"]:
+    history = history_in(start.checkpoint) if start.checkpoint else []
+    trains = step < record["steps"] and not best.is_over(history)
+    if trains:
+        with stop.heeding():
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        history = trainer.state.log_history
+    else:
         assert start.checkpoint is not None
         trainer.take(start.checkpoint)
         progress.take(step)
-    else:
-        with stop.heeding():
-            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        if is_main():
-            _refuse_diverged(trainer, folder)
+    if config.keep == "best":
+        trainer.take_best()
+        _say(best.told(history))
+    if trains and is_main():
+        _refuse_diverged(trainer, folder)
     loaded.model.eval()
     return progress
 

@@ -25,7 +25,7 @@ from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
 from .plan import Plan, make_plan, processes
 from .positions import check_vocabulary, longest_row
-from .preflight import check_reporters
+from .preflight import check_metric, check_reporters
 from .quantize import heads, weight_bytes
 from .rows import DataError
 from .style import Style
@@ -83,6 +83,7 @@ def prepare(config: TrainConfig) -> Prepared:
             remedy = f"raise --max-seq-length {limit}"
         raise LoraError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
     check_vocabulary((*train, *valid), model, tokenizer)
+    check_metric(config, data, len(valid))
     from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
 
     batch = _largest_batch(config, data, train)

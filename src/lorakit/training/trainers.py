@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -30,10 +31,11 @@ from ..formats import save
 from ..formats.files import naming, remove, replacing
 from ..formats.folder import OutputFolder
 from .base_trainer import BaseTrainer
-from .checkpoints import RUN, STATE, checkpoints, step_of
+from .checkpoints import BEST, RUN, STATE, checkpoints, step_of
 from .divergence import When, refuse_broken_factors, refuse_diverged, too_high, why_no_number
 from .loss import causal_loss, frozen_head, plain_head
 from .pace import Pace
+from .processes import is_main, of_main
 from .watch import FirstStep
 
 _KEPT = 2  # checkpoints
@@ -63,6 +65,9 @@ class _AdapterTrainer(BaseTrainer):
         self._folder, self._record, self._pace = folder, record, pace
         self._saving: Path | None = None  # while a checkpoint is made
         self._held_out = [0.0, 0]  # the sum of the losses, and of how many labels or rows
+        self._best: dict[str, Tensor] | None = None  # the state after the best evaluation
+        # A score of held-out rows and what it is logged as.
+        self.score: tuple[str, Callable[[], float]] | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         # Where the one row of a batch comes from, for messages.
         self.name_of: Callable[[dict[str, Any]], str] = lambda row: str(row["labels"].tolist())
@@ -117,6 +122,9 @@ class _AdapterTrainer(BaseTrainer):
         save(model, folder)
         with replacing(folder / STATE) as path:
             safetensors.torch.save_file(trained_state(model), path)
+        if self._best is not None:
+            with replacing(folder / BEST) as path:
+                safetensors.torch.save_file(self._best, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / STATE
@@ -129,6 +137,18 @@ class _AdapterTrainer(BaseTrainer):
         if differing:
             raise LoraError(f"{path} belongs to an adapter of other settings; {differing[0]} differs.")
         model.load_state_dict(state, strict=False)
+        best = Path(resume_from_checkpoint) / BEST
+        self._best = safetensors.torch.load_file(best) if best.is_file() else None
+
+    def hold_best(self) -> None:
+        """Remember the adapter as it is now."""
+        state = trained_state(self.accelerator.unwrap_model(self.model))
+        self._best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+
+    def take_best(self) -> None:
+        """Put the adapter that was remembered last, if any, in the place of the present one."""
+        if self._best is not None:
+            self.accelerator.unwrap_model(self.model).load_state_dict(self._best, strict=False)
 
     def take(self, checkpoint: Path) -> None:
         """Load the adapter of a checkpoint when nothing remains to be trained."""
@@ -209,6 +229,10 @@ class _AdapterTrainer(BaseTrainer):
         total = self.accelerator.reduce(total.to(self.args.device), "sum")
         assert found.metrics is not None
         found.metrics[f"{metric_key_prefix}_loss"] = float(total[0] / total[1].clamp(min=1))
+        if self.score is not None:
+            name, score = self.score
+            # One answer for all processes, which must agree on when to stop.
+            found.metrics[name] = of_main(score() if is_main() else math.nan)
         return found
 
     def prediction_step(
