@@ -13,9 +13,8 @@ from .settings import check_settings, setting
 _DATA, _ADAPTER, _TRAINING, _OUTPUT = "model and data", "adapter", "training", "output"
 
 Quantize = Literal["none", "nf4", "int8", "gguf"]
-Judged = Literal[  # by what held-out rows are judged; `scores.py` has all but the loss
-    "loss", "exact-match", "bleu", "rouge-l", "chrf", "ter", "accuracy", "f1", "matthews", "pearson", "spearman"
-]
+# By what held-out rows are judged. `scores.py` has all but the loss, and some more.
+Judged = Literal["loss", "exact-match", "bleu", "rouge-l", "accuracy", "f1", "pearson"]
 QUANTIZE = "quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file"
 
 
