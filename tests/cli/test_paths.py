@@ -59,7 +59,8 @@ def test_a_flag_expands_the_home_folder(verb: str, action: argparse.Action, home
         args = parser.parse_args([*required, action.option_strings[0], "~/a"])
         assert getattr(from_args(config, args), action.dest) == f"{home}/a"
         return
-    given = [word for own in parser._actions if own.required and own.dest != action.dest for word in _given(own, "x")]
+    others = [own for own in parser._actions if own.required and own.dest != action.dest]
+    given = [word for own in others for word in _given(own, next(iter(own.choices or ["x"])))]
     parsed = parser.parse_args([*given, *_given(action, "~/a")])
     assert getattr(parsed, action.dest) == f"{home}/a"
 

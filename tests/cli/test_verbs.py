@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,37 @@ def stopped(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("where", ["adapter", "merged"])
+def test_problem_45_the_template_of_training_travels_with_what_it_trained(
+    where: str, adapter: Path, tiny_lm: Path, tmp_path: Path
+) -> None:
+    """Whatever template the base model has by then, a prompt is what the rows began with in training."""
+    from transformers import AutoTokenizer
+
+    from lorakit.training.models import load_with_adapter
+    from lorakit.training.style import Style
+    from lorakit.training.tokens import prompt_ids
+
+    base, folder = shutil.copytree(tiny_lm, tmp_path / "base"), tmp_path / where
+    if where == "merged":
+        assert main(["merge", "--model", str(adapter), "--output-dir", str(folder)]) == 0
+    else:
+        shutil.copytree(adapter, folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    (base / "chat_template.jinja").write_text("{% for message in messages %}[{{ message['content'] }}]{% endfor %}")
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nturn 1<|im_end|>\n<|im_start|>assistant\n"
+    # transformers, as servers use it
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "turn 1"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == expected
+    # lorakit's own verbs
+    loaded = load_with_adapter(str(folder), None, dtype="float32")
+    style = Style.recorded(folder, loaded.tokenizer)
+    ids = prompt_ids("turn 1", loaded.tokenizer, system=style.system, chat=style.chat)
+    assert ids == tiny_tokenizer()(expected, add_special_tokens=False)["input_ids"]
+
+
 def test_problem_05_merging_a_tied_head_unties_it(tiny_lm: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -334,8 +366,6 @@ def test_problem_30_a_resumed_run_equals_the_uninterrupted_one(tiny_lm: Path, tm
     assert main(train_args(tiny_lm, data, tmp_path / "resumed", *options)) == 0
     # as an interruption after step 9 of 12 leaves it
     (tmp_path / "resumed" / "adapter_model.safetensors").unlink()
-    import shutil
-
     shutil.rmtree(tmp_path / "resumed" / "checkpoint-12")
     assert main(train_args(tiny_lm, data, tmp_path / "resumed", *options, "--resume", "auto")) == 0
     straight, resumed = (

@@ -13,6 +13,7 @@ from lorakit.training.data import Data, Example
 from lorakit.training.evaluate import evaluate, outputs, predict
 from lorakit.training.models import Loaded, load_with_adapter
 from lorakit.training.style import Style
+from storages import Outputs
 
 
 def data(examples: list[Example], task: str = "causal-lm", labels: tuple[str, ...] = ()) -> Data:
@@ -67,6 +68,13 @@ def test_answers_are_compared_with_what_is_expected_row_by_row(language: Loaded)
     assert result.right == (True, False, True)
     assert result.metrics["exact match"][1] == 2 / 3
     assert [sample.adapter for sample in result.samples] == own
+
+
+def test_problem_49_texts_are_read_with_one_row_of_logits_in_memory(language: Loaded) -> None:
+    examples = [Example(f"d:{i}", text="turn the light on " * (i + 1)) for i in range(5)]
+    with Outputs(language.model) as outputs_of:
+        evaluate(language, data(examples), "test", examples, Style(False), max_length=64)
+    assert len(outputs_of.alive) == 10 and max(outputs_of.alive) == 1  # with the base model and with the adapter
 
 
 def test_no_rows_and_rows_beyond_the_positions(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from .settings import check_settings, setting
 _DATA, _ADAPTER, _TRAINING, _OUTPUT = "model and data", "adapter", "training", "output"
 
 Quantize = Literal["none", "nf4", "int8", "gguf"]
+# By what held-out rows are judged. `scores.py` has all but the loss, and some more.
+Judged = Literal["loss", "exact-match", "bleu", "rouge-l", "accuracy", "f1", "pearson"]
 QUANTIZE = "quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file"
 
 
@@ -143,6 +145,17 @@ class TrainConfig:
 
     eval_steps: int | None = setting(
         None, help="steps between held-out losses (default: an epoch)", group=_OUTPUT, at_least=1
+    )
+    metric: Judged = setting(
+        "loss",
+        help="what held-out rows are judged by; all but loss answer or predict eval-samples of them at each evaluation",
+        group=_OUTPUT,
+    )
+    patience: int | None = setting(
+        None, help="stop after this many evaluations in a row without a better metric", group=_OUTPUT, at_least=1
+    )
+    keep: Literal["last", "best"] = setting(
+        "last", help="which adapter the run ends with: the last one, or that of the best evaluation", group=_OUTPUT
     )
     save_steps: int | None = setting(
         None, help="steps between checkpoints (default: an epoch)", group=_OUTPUT, at_least=1

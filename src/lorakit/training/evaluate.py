@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,9 +44,43 @@ def evaluate(
         return Evaluation(0, split, {}, ())
     if data.task != "causal-lm":
         return _compare_labels(loaded, data, split, examples, max_length)
-    asked = [example for example in examples if example.text is None]
-    if not asked:
+    if all(example.text is not None for example in examples):
         return _compare_texts(loaded, split, examples, style, max_length)
+    asked = to_answer(loaded, examples, style, max_new_tokens)
+    if not asked.rows:
+        return Evaluation(0, split, {}, (), notes=asked.notes)
+    expected = asked.expected
+
+    def generate(label: str) -> list[str]:
+        found = answers(loaded, asked.prompts, max_new_tokens=asked.max_new_tokens)
+        return list(_progress(found, len(asked.prompts), f"answering with the {label}"))
+
+    with disabled(loaded.model):
+        base = generate("base model")
+    adapted = generate("adapter") if adapted_layers(loaded.model) else base
+    before, after = (tuple(map(exact_match, found, expected)) for found in (base, adapted))
+    samples = tuple(map(Sample, map(question, asked.rows), base, adapted, expected))
+    rates = (sum(before) / len(before), sum(after) / len(after))
+    return Evaluation(len(asked.rows), split, {"exact match": rates}, samples, after, asked.notes)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The rows that a language model is to answer, the token ids of their prompts, and the expected answers."""
+
+    rows: list[Example]
+    prompts: list[list[int]]
+    expected: list[str]
+    max_new_tokens: int
+    notes: tuple[str, ...] = ()
+
+
+def to_answer(loaded: Loaded, examples: Sequence[Example], style: Style, max_new_tokens: int | None) -> Asked:
+    """The examples with a prompt that leaves room for an answer. Notes say how many are too long.
+
+    max_new_tokens=None: 16 more than the longest expected answer.
+    """
+    asked = [example for example in examples if example.text is None]
     prompts = [prompt_ids(example, loaded.tokenizer, system=style.system, chat=style.chat) for example in asked]
     notes: tuple[str, ...] = ()
     limit = positions(loaded.model, loaded.tokenizer)
@@ -54,23 +89,9 @@ def evaluate(
         notes = (f"{len(long)} rows left out, {long[0]} first: the model has positions for {limit} tokens",)
         kept = [(e, p) for e, p in zip(asked, prompts, strict=True) if len(p) < limit]
         asked, prompts = [example for example, _ in kept], [prompt for _, prompt in kept]
-        if not asked:
-            return Evaluation(0, split, {}, (), notes=notes)
     expected = [reference(example, loaded.tokenizer) for example in asked]
-    longest = max(len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected)
-    wanted = max_new_tokens or longest + 16
-
-    def generate(label: str) -> list[str]:
-        found = answers(loaded, prompts, max_new_tokens=wanted)
-        return list(_progress(found, len(prompts), f"answering with the {label}"))
-
-    with disabled(loaded.model):
-        base = generate("base model")
-    adapted = generate("adapter") if adapted_layers(loaded.model) else base
-    before, after = (tuple(map(exact_match, found, expected)) for found in (base, adapted))
-    samples = tuple(map(Sample, map(question, asked), base, adapted, expected))
-    rates = (sum(before) / len(before), sum(after) / len(after))
-    return Evaluation(len(asked), split, {"exact match": rates}, samples, after, notes)
+    lengths = [len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected]
+    return Asked(asked, prompts, expected, max_new_tokens or max(lengths, default=0) + 16, notes)
 
 
 def _compare_texts(

@@ -19,7 +19,7 @@ from ..core.numbers import duration, size
 from ..formats import peft, save
 from ..formats.folder import OutputFolder
 from . import page, report
-from .checkpoints import checkpoints, newest_whole, step_of
+from .checkpoints import checkpoints, history_in, newest_whole, step_of
 from .config import TrainConfig
 from .divergence import Diverged
 from .evaluate import evaluate, question
@@ -41,6 +41,8 @@ from .tokens import encode, encode_text
 
 if TYPE_CHECKING:
     from .progress import Progress
+
+_SETTINGS = "config.yaml"
 
 
 @quiet_libraries()
@@ -94,7 +96,7 @@ def train(config: TrainConfig) -> Path:
         try:
             result = _run(prepared, loaded, folder, start, record)
         except KeyboardInterrupt as error:
-            raise _interrupted(out, folder, error) from None
+            raise _interrupted(config, out, folder, error) from None
         except BaseException as error:
             _leave_nothing_unless_trained(out, folder)
             if isinstance(error, Diverged) and checkpoints(folder.path):
@@ -154,13 +156,17 @@ def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers:
     folder.add("metrics.jsonl", *(["runs"] if {"tensorboard", "all"} & set(trackers) else []))
 
 
-def _interrupted(out: OutputFolder, folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
-    """The error that says how to continue."""
+def _interrupted(config: TrainConfig, out: OutputFolder, folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
+    """The error that says how to continue: with the command that does, if the folder holds the settings of this run."""
     code = error.code if isinstance(error, Interrupted) else 130
     checkpoint, _ = newest_whole(folder.path)
     if checkpoint is None:
         _leave_nothing_unless_trained(out, folder)
         return Interrupted("interrupted before the first checkpoint: the same command starts over.", code)
+    written = folder.path / _SETTINGS
+    if processes() == 1 and written.is_file() and written.read_text(encoding="utf-8") == _settings(config):
+        command = f"{report._program()} train {report._flag('--config', str(written))} --resume auto"
+        return Interrupted(f"interrupted; {checkpoint} is saved. Go on with:\n  {command}", code)
     return Interrupted(
         f"interrupted; {checkpoint} is saved. The same command goes on from it with --resume auto "
         "(in place of --overwrite, where that was given).",
@@ -191,20 +197,34 @@ def _load(prepared: Prepared) -> Loaded:
 
 def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:
     """Train, and return what was logged on the way."""
+    from .best import Best, score_of
+    from .scores import logged_as
+
+    config = prepared.config
     trainer, progress, stop = _trainer_of(prepared, loaded, folder, record)
+    best = Best(config.metric, config.patience, trainer.hold_best if config.keep == "best" else None)
+    trainer.add_callback(best)
+    if config.metric != "loss":
+        trainer.score = logged_as(config.metric), score_of(prepared, loaded)
     step = step_of(start.checkpoint) if start.checkpoint else 0
     if start.checkpoint and start.record is not None:
         for line in longer_or_shorter(start.record, record, step):
             _say(line)
-    if step >= record["steps"]:
+    history = history_in(start.checkpoint) if start.checkpoint else []
+    trains = step < record["steps"] and not best.is_over(history)
+    if trains:
+        with stop.heeding():
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        history = trainer.state.log_history
+    else:
         assert start.checkpoint is not None
         trainer.take(start.checkpoint)
         progress.take(step)
-    else:
-        with stop.heeding():
-            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        if is_main():
-            _refuse_diverged(trainer, folder)
+    if config.keep == "best":
+        trainer.take_best()
+        _say(best.told(history))
+    if trains and is_main():
+        _refuse_diverged(trainer, folder)
     loaded.model.eval()
     return progress
 
@@ -217,6 +237,7 @@ def _fit_sweep(
 
     choices = candidates(prepared.config)
     bank = sweep.bank_of(loaded.model, choices)
+    bank.use(next(iter(choices)))  # a trainer looks at what is adapted, which is the same for all of them
     trainer, progress, stop = _trainer_of(prepared, loaded, folder, record, bank=bank, choices=choices)
     with bank.rows(list(choices)), stop.heeding():
         trainer.train()
@@ -320,10 +341,14 @@ def _where(prepared: Prepared, row: dict[str, Any]) -> str:
     return "one that begins " + repr(prepared.tokenizer.decode(ids[:12]))
 
 
+def _settings(config: TrainConfig) -> str:
+    """The settings as YAML, without --resume and --overwrite: a repeated run overwrites nothing."""
+    return to_yaml(dataclasses.replace(config, resume=None, overwrite=False))
+
+
 def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:
-    """Write what is needed to run this again, without --resume and --overwrite: a repeated run overwrites nothing."""
-    config = dataclasses.replace(prepared.config, resume=None, overwrite=False)
-    (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    """Write what is needed to run this again."""
+    (out / _SETTINGS).write_text(_settings(prepared.config), encoding="utf-8")
     labels = labels_of(prepared.data)
     if labels is not None:
         (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")

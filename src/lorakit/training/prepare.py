@@ -25,7 +25,7 @@ from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
 from .plan import Plan, make_plan, processes
 from .positions import check_vocabulary, longest_row
-from .preflight import check_reporters
+from .preflight import check_metric, check_reporters
 from .quantize import heads, weight_bytes
 from .rows import DataError
 from .settings import UsageError
@@ -68,6 +68,7 @@ def prepare(config: TrainConfig) -> Prepared:
     choices = candidates(config)
     data = read_data(config.data, fields=fields_of(config), task=config.task, holdout=config.holdout, seed=config.seed)
     check_task(config, data)
+    _refuse_float16(config, data)
     if data.labels:
         data = dataclasses.replace(data, labels=in_model_order(data.labels, config.model))
     tokenizer = load_tokenizer(config.model)
@@ -86,6 +87,7 @@ def prepare(config: TrainConfig) -> Prepared:
             remedy = f"raise --max-seq-length {limit}"
         raise LoraError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
     check_vocabulary((*train, *valid), model, tokenizer)
+    check_metric(config, data, len(valid))
     from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
 
     if choices and (data.task != "causal-lm" or processes() > 1):
@@ -154,8 +156,22 @@ def weights_dtype(config: TrainConfig, data: Data) -> str:
     """The dtype of the base weights. For "auto": bfloat16 if it is fast and all of them stay frozen, else float32."""
     if config.dtype != "auto":
         return config.dtype
-    trains_weights = data.task != "causal-lm" or bool(config.also_train) or config.bias != "none"
-    return "bfloat16" if has_fast_bfloat16(best_device()) and not trains_weights else "float32"
+    return "bfloat16" if has_fast_bfloat16(best_device()) and not _trains_weights(config, data) else "float32"
+
+
+def _trains_weights(config: TrainConfig, data: Data) -> bool:
+    """Whether weights of the base model's dtype are trained: a new head, modules in full, biases."""
+    return data.task != "causal-lm" or bool(config.also_train) or config.bias != "none"
+
+
+def _refuse_float16(config: TrainConfig, data: Data) -> None:
+    """Raise ValueError for trained weights in float16. Small steps vanish there, and a loss scaler refuses them."""
+    if config.dtype == "float16" and _trains_weights(config, data):
+        what = "a new head" if data.task != "causal-lm" else "--also-train" if config.also_train else "--bias"
+        raise LoraError(
+            f"--dtype float16 with {what}: weights that are trained in full would be float16, which cannot hold an "
+            "optimizer's small steps. Take --dtype bfloat16 or float32."
+        )
 
 
 def uses_autocast(config: TrainConfig, data: Data) -> bool:

@@ -30,6 +30,8 @@ _FREE = {
     "gradient_checkpointing",  # the same numbers in less memory
     *("model", "data"),  # compared by content, so that they may be moved
 }
+# These decide when a run ends, and with which adapter, once held-out rows are judged.
+_JUDGING = {"eval_steps", "eval_samples", "max_new_tokens"}
 _PROBED = 64  # numbers of each weight that go into its fingerprint
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "pad_token_id")
 
@@ -83,9 +85,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = then["settings"], now["settings"]
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     by_content = "data" in then
+    judges = (new["metric"], new["patience"], new["keep"]) != ("loss", None, "last")
+    free = _FREE - _JUDGING if judges else _FREE
     lines = []
     for name, value in new.items():
-        if name in _FREE and (by_content or name not in ("model", "data")):
+        if name in free and (by_content or name not in ("model", "data")):
             continue
         before = old.get(name, defaults.get(name))
         if name == "dtype" and before == "auto":  # 0.1.0 did not note which one was meant

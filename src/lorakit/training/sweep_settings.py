@@ -39,6 +39,8 @@ def candidates(config: TrainConfig) -> dict[str, TrainConfig]:
         raise UsageError("--sweep trains factors alone: leave --bias and --also-train out.")
     if config.resume is not None:
         raise UsageError("--sweep has no checkpoints, so there is nothing to --resume.")
+    if config.metric != "loss" or config.patience is not None or config.keep != "last":
+        raise UsageError("--sweep keeps the adapter with the lowest last loss: leave --metric, --patience, --keep out.")
     if config.quantize == "gguf":
         raise UsageError("--sweep needs one batch for all adapters, which --quantize gguf was not tried with.")
     found = {}

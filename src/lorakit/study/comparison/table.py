@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ...core.numbers import NONE, duration, learning_rate, rounded, size
 from ...core.table import Table, escaped, folded
 from ...training.report import heading
-from .metrics import METRICS
+from ...training.scores import METRICS
 from .results import Comparison, Interval, MethodRow, TaskFacts
 
 UNFINISHED = "Unfinished: some runs are still to be made."

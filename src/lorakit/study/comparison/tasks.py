@@ -48,10 +48,10 @@ from ...training.models import (
 )
 from ...training.positions import longest_row
 from ...training.prepare import check_task, fields_of, labels_of
+from ...training.scores import METRICS, default_metrics, metrics_for
 from ...training.tokens import encode_all, encode_text, prompt_ids, reference
 from ..methods.baselines import Applied, Head
 from .config import CompareConfig, TaskConfig
-from .metrics import METRICS, default_metrics, metrics_for
 
 _HELD_OUT = 0.1  # share of the training rows, for each split that the data lacks
 _BATCH = 16  # rows of a batch outside of training

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.study.comparison.metrics import METRICS, default_metrics, metrics_for
+from lorakit.training.scores import METRICS, default_metrics, metrics_for
 
 ANSWERS = [
     "the cat sat on the mat near the old door",
@@ -333,7 +333,7 @@ def test_metrics_that_do_not_fit(name: str, task: str, answers: bool, message: s
 
 def test_the_libraries_are_imported_when_they_are_used() -> None:
     script = (
-        "import sys, lorakit.study.comparison.metrics;"
+        "import sys, lorakit.training.scores;"
         "sys.exit(any(name in sys.modules for name in ('sacrebleu', 'rouge_score', 'nltk', 'sklearn', 'scipy')))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -20,9 +20,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...core.errors import LoraError
-from ...core.words import suggestion
-from ...training import metrics
+from ..core.errors import LoraError
+from ..core.words import suggestion
+from . import metrics
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ def metrics_for(names: Sequence[str], task: str, answers: bool) -> list[Metric]:
             here = f"{task} without prompts" if task == "causal-lm" and not answers else task
             raise LoraError(f"{name} is for {METRICS[name].of}; this task is {here}. It has: {fitting}.")
     return [METRICS[name] for name in names]
+
+
+def logged_as(metric: str) -> str:
+    """What a metric of held-out rows is called in the history of a run and in metrics.jsonl."""
+    return f"eval_{metric.replace('-', '_')}"
 
 
 def _scored(task: str, answers: bool) -> tuple[str, ...]:
