@@ -116,6 +116,11 @@ def _turn(turn: Any) -> tuple[dict[str, Any], bool]:
     if rest.pop("function_call", None):
         raise BadRow("function_call is the old way to call a tool; write tool_calls")
     content = turn.get(content_key)
+    if isinstance(content, list) and (thoughts := [part for part in content if _is_thought(part)]):
+        content = [part for part in content if not _is_thought(part)]
+        if "reasoning_content" in rest:
+            raise BadRow("reasoning_content stands beside thoughts in content; leave one out")
+        rest["reasoning_content"] = "\n".join(str(part.get("thinking", part.get("text", ""))) for part in thoughts)
     if str(turn[role_key]).lower() == "function_call" and isinstance(called := parsed_json(content), dict | list):
         rest["tool_calls"], content = (called if isinstance(called, list) else [called]), None
     calls = _calls(rest.pop("tool_calls", None))
@@ -154,6 +159,11 @@ def _content(value: Any) -> str:
     if not isinstance(value, str):
         raise BadRow(f"content is {kind(value)}, expected text")
     return value
+
+
+def _is_thought(part: Any) -> bool:
+    """Whether a part of content holds thoughts, as {"type": "thinking", "thinking": "…"} does."""
+    return isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")
 
 
 def _part(part: Any, number: int) -> str:

@@ -1,6 +1,6 @@
 """Convert examples to token ids and labels: which tokens the model learns to write, and which it only reads.
 
-In a conversation, only the tokens of the assistant's turns bear loss, including the end token; `chat.py` finds them in
+In a conversation, only the tokens of the assistant's turns bear loss, including the end token; `turns.py` finds them in
 the text. What a template prints after the end token bears no loss.
 
 Without a chat template (or with chat=False) prompt and completion are joined unchanged, followed by the end token.
@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import LoraError
-from .chat import Messages, opening, prints_date, rendered, unprinted
+from .chat import Messages, Tools, opening, prints_date, refuse_unprinted_tools, unprinted
 from .conversations import BadRow
 from .data import Example
 from .rows import DataError
+from .turns import rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str 
     unlearnt = frozenset(index + moved for index in example.unlearnt)
     conversation = rendered(messages, tokenizer, tools=example.tools, unlearnt=unlearnt)
     ids, parts = _tokenised(tokenizer, conversation.text, list(conversation.spans), special=False)
-    return _ended(ids, _labels(ids, parts), tokenizer, conversation.changed)
+    return _ended(ids, _labels(ids, parts), tokenizer, len(conversation.changed))
 
 
 def encode_all(
@@ -119,9 +120,17 @@ def encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, max_length
 
 
 def prompt_ids(
-    asked: str | Messages | Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool
+    asked: str | Messages | Example,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system: str | None,
+    chat: bool,
+    tools: Tools = (),
 ) -> list[int]:
-    """The tokens from which an answer is generated. For an example: those before its last assistant turn."""
+    """The tokens from which an answer is generated. For an example: those before its last assistant turn.
+
+    tools: what the assistant may call. An example has its own.
+    """
     if isinstance(asked, Example):
         if asked.messages is not None:
             row = encode(asked, tokenizer, system=system, chat=chat)
@@ -132,7 +141,9 @@ def prompt_ids(
             ids, _ = _tokenised(tokenizer, asked, [], special=True)
             return ids
         asked = [{"role": "user", "content": asked}]
-    text = opening(_with_system(asked, system), tokenizer)
+    messages = _with_system(asked, system)
+    text = opening(messages, tokenizer, tools)
+    refuse_unprinted_tools(messages, tokenizer, tools, text)
     ids, _ = _tokenised(tokenizer, text, [], special=False)
     return ids
 
