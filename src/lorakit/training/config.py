@@ -51,6 +51,11 @@ class TrainConfig:
     text_field: str | None = setting(None, help="the data's key for the text (two, with a comma: a pair)", group=_DATA)
     label_field: str | None = setting(None, help="the data's key for the label", group=_DATA)
     messages_field: str | None = setting(None, help="the data's key for the messages", group=_DATA)
+    train_on: Literal["all", "last", "field"] = setting(
+        "all",
+        help='assistant turns of a conversation that are learnt: all, the last, or those with "weight": 1',
+        group=_DATA,
+    )
     max_seq_length: int = setting(1024, help="longest row in tokens", group=_DATA, at_least=2)
     too_long: Literal["drop", "truncate"] = setting(
         "drop", help="what happens to rows longer than max-seq-length", group=_DATA

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..core.paths import expanded
 from .at_hub import HubKind, id_at_hub
-from .conversations import BadRow
+from .conversations import BadRow, TrainOn
 from .folders import no_split, passed_over, split_files
 from .holdout import hold_out, note_repeats
 from .hub import Hub, is_cached, read_hub
@@ -54,6 +54,7 @@ def read_data(
     seed: int = 0,
     hub: Hub | None = None,
     model: Task | None = None,
+    train_on: TrainOn = "all",
 ) -> Data:
     """Read and check all rows of `data`: a file, a folder with train|valid|test files, or a hub id.
 
@@ -62,13 +63,14 @@ def read_data(
     task: what labels are for, classification or regression; auto: decided by the labels.
     hub: which part of a hub data set is meant, if `data` is one.
     model: the task of the model that is scored on the rows. Its labels are then used, and a row cannot name a new one.
+    train_on: which of the assistant's turns are learnt.
     holdout: the share of train that is held out, at random by `seed`, when there is no other split; at most 100 rows.
 
     Raises DataError listing every bad row, and FileNotFoundError if nothing is found at `data`.
     """
     findings = Findings()
     splits = _read_splits(data, hub or Hub(), findings)
-    shape, examples = _examples(splits, dict(fields or {}), findings)
+    shape, examples = _examples(splits, dict(fields or {}), train_on, findings)
     if findings.problems:
         raise DataError(findings.problems)
     if not examples["train"]:
@@ -90,7 +92,7 @@ read = read_data  # its name until 0.2, by which programs import it
 
 
 def _examples(
-    splits: Mapping[str, list[Row]], fields: Mapping[str, str], findings: Findings
+    splits: Mapping[str, list[Row]], fields: Mapping[str, str], train_on: TrainOn, findings: Findings
 ) -> tuple[str, dict[str, list[Example]]]:
     """The shape that all rows share, and the examples of each split."""
     examples: dict[str, list[Example]] = {split: [] for split in splits}
@@ -99,7 +101,7 @@ def _examples(
     for split, rows in splits.items():
         for row in rows:
             try:
-                shape, example, beside = parse(row, fields)
+                shape, example, beside = parse(row, fields, train_on)
             except BadRow as bad:
                 findings.problems.append(f"{row.where}: {bad}")
                 continue

@@ -63,7 +63,14 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises DataError listing every bad row, and ValueError for settings that do not fit the model or the data.
     """
     check_reporters(config.report_to or ())
-    data = read_data(config.data, fields=fields_of(config), task=config.task, holdout=config.holdout, seed=config.seed)
+    data = read_data(
+        config.data,
+        fields=fields_of(config),
+        task=config.task,
+        holdout=config.holdout,
+        seed=config.seed,
+        train_on=config.train_on,
+    )
     check_task(config, data)
     if data.labels:
         data = dataclasses.replace(data, labels=in_model_order(data.labels, config.model))
@@ -75,6 +82,10 @@ def prepare(config: TrainConfig) -> Prepared:
         weights = weight_bytes(model)
     notes = list(data.notes)
     limit = longest_row(config.max_seq_length, model, tokenizer)
+    if config.train_on != "all" and not {"messages", "conversations"} & set(data.shape.split(" | ")):
+        raise LoraError(
+            f"--train-on {config.train_on} chooses turns of conversations, and {config.data} holds {data.shape} rows."
+        )
     rows = _causal_rows if data.task == "causal-lm" else _labelled_rows
     train, valid = rows(config, data, tokenizer, style, limit, notes)
     if not train:
@@ -192,6 +203,7 @@ def _causal_rows(
                 too_long=config.too_long,
                 system=style.system,
                 chat=style.chat,
+                chosen=config.train_on != "all",
             )
         except DataError as error:
             problems += error.problems

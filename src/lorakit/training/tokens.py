@@ -45,9 +45,12 @@ class Encoded:
     notes: tuple[str, ...] = ()
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool) -> Tokens:
+def encode(
+    example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool, chosen: bool = False
+) -> Tokens:
     """The tokens of one example. chat: use the chat template; system: message for conversations that have none.
 
+    chosen: the user chose the turns to learn, so one that the template changes is an error, not a note.
     Raises BadRow, a ValueError, if the chat template refuses the example or would lose a part of its meaning.
     """
     if example.text is not None:
@@ -62,6 +65,11 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str 
     moved = len(messages) - len(example.messages or messages)
     unlearnt = frozenset(index + moved for index in example.unlearnt)
     conversation = rendered(messages, tokenizer, tools=example.tools, unlearnt=unlearnt)
+    if chosen and conversation.changed:
+        raise BadRow(
+            f"message {conversation.changed[0] - moved + 1} is to be learnt, and the chat template changes its words "
+            "once others follow; leave the later turns out of the row, or do not mark it"
+        )
     ids, parts = _tokenised(tokenizer, conversation.text, list(conversation.spans), special=False)
     return _ended(ids, _labels(ids, parts), tokenizer, len(conversation.changed))
 
@@ -74,11 +82,12 @@ def encode_all(
     too_long: str,
     system: str | None,
     chat: bool,
+    chosen: bool = False,
 ) -> Encoded:
     """Encode every example. Rows over `max_length` are left out ("drop") or cut at the end ("truncate"), and counted.
 
-    A row that a cut leaves without a label is left out too. Raises DataError listing rows without a label, and those
-    that the chat template refuses.
+    A row that a cut leaves without a label is left out too. chosen: as for `encode`. Raises DataError listing rows
+    without a label, and those that the chat template refuses.
     """
     rows: list[Tokens] = []
     ends = _end_tokens(tokenizer)
@@ -86,14 +95,15 @@ def encode_all(
     problems: list[str] = []
     for example in examples:
         try:
-            row = encode(example, tokenizer, system=system, chat=chat)
+            row = encode(example, tokenizer, system=system, chat=chat, chosen=chosen)
         except BadRow as bad:
             problems.append(f"{example.where}: {bad}")
             continue
         if set(row.labels) <= {IGNORED, *ends}:
-            problems.append(
-                f"{example.where}: no token of this row bears loss; does the chat template print the answer?"
-            )
+            why = "no token of this row bears loss; does the chat template print the answer?"
+            if row.changed:
+                why = "the chat template changes every turn that is to be learnt once others follow"
+            problems.append(f"{example.where}: {why}")
             continue
         changed += row.changed
         if len(row.input_ids) > max_length:
