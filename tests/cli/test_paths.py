@@ -55,7 +55,8 @@ def test_a_flag_expands_the_home_folder(verb: str, action: argparse.Action, home
     parser = _parser(verb)
     config: type[Any] | None = {"train": TrainConfig, "check": TrainConfig, "compare": CompareConfig}.get(verb)
     if config and action.dest in (own.name for own in dataclasses.fields(config)):
-        required = [word for name in ("model", "data", "output-dir") for word in (f"--{name}", "x")]
+        others = {"model", "data", "output_dir"} - {action.dest}
+        required = [word for name in sorted(others) for word in (f"--{name}", "x")]
         args = parser.parse_args([*required, action.option_strings[0], "~/a"])
         assert getattr(from_args(config, args), action.dest) == f"{home}/a"
         return

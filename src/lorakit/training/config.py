@@ -28,11 +28,13 @@ class TrainConfig:
         path=True,
     )
     data: str = setting(
-        help="jsonl, json, csv, parquet or txt file; a folder with train|valid|test files; or a hub id",
+        help="jsonl, json, csv, parquet or txt file; a folder with train|valid|test files; or a hub id. Several are "
+        "separated by commas, or --data is given again; name=0.3 reads three tenths of the rows, name=2 all twice",
         group=_DATA,
         example="data.jsonl",
         aliases=("dataset-name",),
         path=True,
+        many=True,
     )
     output_dir: str = setting(
         help="folder for the adapter, its settings and its report",

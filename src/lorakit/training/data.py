@@ -2,7 +2,8 @@
 
 `folders.py` finds the files of each split, `rows.py` reads them, `hub.py` reads data sets of the hub; `shapes.py` makes
 an example of each row, `labels.py` finds what labels are for, and `holdout.py` holds rows out if there is no other
-split. `tokens.py` turns examples into token ids; none of the files before it needs a tokenizer.
+split. `mixing.py` reads several data sets, each with a weight. `tokens.py` turns examples into token ids; none of the
+files before it needs a tokenizer.
 
 An existing local path always wins over a hub id, and only a name that could be a hub id is looked up there.
 """
@@ -10,8 +11,8 @@ An existing local path always wins over a hub id, and only a name that could be 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.paths import expanded
@@ -21,10 +22,14 @@ from .folders import no_split, passed_over, split_files
 from .holdout import hold_out, note_repeats
 from .hub import Hub, is_cached, read_hub
 from .labels import with_labels
+from .mixing import Source, sources, weighted
 from .rows import DataError, Findings, Row, read_file, suffixes
 from .shapes import Example as Example
 from .shapes import parse
 from .task import Task
+
+# Shapes that may stand side by side in several data sets: each has a question and an answer.
+_TALKS = {"messages", "conversations", "prompt+completion", "instruction+output"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ def read_data(
 ) -> Data:
     """Read and check all rows of `data`: a file, a folder with train|valid|test files, or a hub id.
 
+    Several are separated by commas, each perhaps with a weight ("a.jsonl,b.jsonl=0.3"): how many times its training
+    rows are in the result, drawn by `seed`.
     fields: the file's keys for the roles messages, prompt, completion, text, label ("text": "a,b" is a pair), and
     references, a list of right answers beside or in place of the completion.
     task: what labels are for, classification or regression; auto: decided by the labels.
@@ -69,8 +76,8 @@ def read_data(
     Raises DataError listing every bad row, and FileNotFoundError if nothing is found at `data`.
     """
     findings = Findings()
-    splits = _read_splits(data, hub or Hub(), findings)
-    shape, examples = _examples(splits, dict(fields or {}), train_on, findings)
+    parts = sources(data)
+    shape, examples, counts = _mixed(parts, hub or Hub(), dict(fields or {}), train_on, findings)
     if findings.problems:
         raise DataError(findings.problems)
     if not examples["train"]:
@@ -81,14 +88,56 @@ def read_data(
         kind, labels, examples = (
             with_labels(examples, task, findings.notes) if model is None else model.take(examples, findings.notes)
         )
+    if len(parts) > 1 or parts[0].weight != 1:
+        # By identity, because a row that is held out belongs to no data set's share any more.
+        source_of = {id(row): number for row, number in zip(examples["train"], counts, strict=True)}
     if examples["valid"] or examples["test"]:
         note_repeats(examples, findings.notes)
     else:
         examples["train"], examples["valid"] = hold_out(examples["train"], holdout, seed, findings.notes)
+    if len(parts) > 1 or parts[0].weight != 1:
+        examples["train"] = _shares(parts, examples["train"], source_of, seed, findings.notes)
     return Data(shape, kind, examples["train"], examples["valid"], examples["test"], labels, findings.notes)
 
 
 read = read_data  # its name until 0.2, by which programs import it
+
+
+def _mixed(
+    parts: Sequence[Source], hub: Hub, fields: Mapping[str, str], train_on: TrainOn, findings: Findings
+) -> tuple[str, dict[str, list[Example]], list[int]]:
+    """The shape or shapes of all data sets, their examples by split, and the number of each training row's data set."""
+    shapes: dict[str, str] = {}
+    together: dict[str, list[Example]] = {"train": [], "valid": [], "test": []}
+    numbers: list[int] = []
+    for number, part in enumerate(parts):
+        own = Findings()
+        shape, examples = _examples(_read_splits(part.name, hub, own), fields, train_on, own)
+        first = next(iter(shapes), shape)
+        if shape and not (shape == first or {shape, first} <= _TALKS):
+            own.problems.append(f"{part.name}: rows of the shape {shape}, but {shapes[first]} has {first}.")
+        shapes.setdefault(shape, part.name)
+        place = "" if len(parts) == 1 else f"{part.name} · "
+        findings.problems += [place + problem for problem in own.problems]
+        findings.notes += [place + note for note in own.notes]
+        for split, rows in examples.items():
+            together[split] += [replace(row, where=place + row.where) for row in rows] if place else rows
+        numbers += [number] * len(examples["train"])
+    return " | ".join(filter(None, shapes)), together, numbers
+
+
+def _shares(
+    parts: Sequence[Source], train: Sequence[Example], source_of: Mapping[int, int], seed: int, notes: list[str]
+) -> list[Example]:
+    """The training rows of each data set, as often as its weight says."""
+    mixed: list[Example] = []
+    said = []
+    for number, part in enumerate(parts):
+        own = [row for row in train if source_of[id(row)] == number]
+        mixed += (share := weighted(own, part.weight, seed))
+        said.append(f"{part.name} {len(share)}" + (f" (={part.weight:g} of {len(own)})" if part.weight != 1 else ""))
+    notes.append(f"rows of each data set in an epoch: {', '.join(said)}")
+    return mixed
 
 
 def _examples(
