@@ -62,6 +62,12 @@ class TrainConfig:
     too_long: Literal["drop", "truncate"] = setting(
         "drop", help="what happens to rows longer than max-seq-length", group=_DATA
     )
+    packing: bool = setting(
+        False,
+        help="put short rows behind one another, up to max-seq-length, without letting one see another; batch-size "
+        "then counts these packs",
+        group=_DATA,
+    )
     holdout: float = setting(
         0.05,
         help="share of the training rows held out when the data has no other split",

@@ -28,6 +28,7 @@ from .loss import check_causal
 from .memory import few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .pace import Pace, padded_tokens
+from .packing import PackCollator, check_packing, rows_of
 from .plan import processes
 from .preflight import refuse_large_run
 from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
@@ -81,6 +82,8 @@ def train(config: TrainConfig) -> Path:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
     if prepared.data.task == "causal-lm":
         check_causal(loaded.model)
+    if config.packing:
+        check_packing(loaded.model)
     attach_as(config, loaded.model, new_head=prepared.data.task != "causal-lm")
     out = OutputFolder(config.output_dir, TRAINING)
     folder = start.folder(out)
@@ -227,6 +230,8 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
         record=record,
         pace=pace,
     )
+    if config.packing:
+        common["data_collator"] = PackCollator(loaded.tokenizer.pad_token_id)
     if causal:
         settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
         trainer: Any = CausalTrainer(args=arguments(SFTConfig, config, **settings), **common)
@@ -269,8 +274,14 @@ def _refuse_diverged(trainer: Any, folder: OutputFolder) -> None:
 
 
 def _where(prepared: Prepared, row: dict[str, Any]) -> str:
-    """Where a row of a batch comes from: file and line, and how it begins."""
-    ids = row["input_ids"][0].tolist()
+    """Where a row of a batch comes from, or each row of a pack: file and line, and how it begins."""
+    if not prepared.config.packing:
+        return _place(prepared, row["input_ids"][0].tolist())
+    pad = prepared.tokenizer.pad_token_id
+    return ", ".join(_place(prepared, ids) for ids in rows_of(row) if ids != [pad])
+
+
+def _place(prepared: Prepared, ids: list[int]) -> str:
     for example in prepared.data.train:
         if prepared.data.task == "causal-lm":
             tokens = encode(example, prepared.tokenizer, system=prepared.style.system, chat=prepared.style.chat)

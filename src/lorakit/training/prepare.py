@@ -23,6 +23,7 @@ from .data import Data, Example, read_data
 from .gradient_checkpointing import begin_checkpointing
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
+from .packing import packed
 from .plan import Plan, make_plan, processes
 from .positions import check_vocabulary, longest_row
 from .preflight import check_reporters
@@ -94,6 +95,13 @@ def prepare(config: TrainConfig) -> Prepared:
             remedy = f"raise --max-seq-length {limit}"
         raise LoraError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
     check_vocabulary((*train, *valid), model, tokenizer)
+    if config.packing:
+        if data.task != "causal-lm":
+            raise LoraError("--packing is for language models: a classifier gives one answer for each text.")
+        packs = packed(train, limit)
+        full = sum(len(pack["input_ids"]) for pack in packs) / (len(packs) * limit)
+        notes.append(f"{len(train)} rows in {len(packs)} packs of at most {limit} tokens, {full:.0%} full")
+        train = packs
     from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
 
     batch = _largest_batch(config, data, train)
@@ -274,6 +282,8 @@ def _largest_batch(config: TrainConfig, data: Data, rows: list[dict[str, Any]]) 
     # Without padding, models skip the attention mask. With fake tensors they always make one, so the plan is a little
     # too large.
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
+    if config.packing:
+        batch = {"input_ids": ids, "position_ids": torch.arange(lengths[-1]).expand(len(longest), -1).contiguous()}
     if data.task != "causal-lm":
         return batch | {"labels": torch.tensor([row["labels"] for row in longest])}
     labels = [row["labels"] + [-100] * (lengths[-1] - len(row["labels"])) for row in longest]
