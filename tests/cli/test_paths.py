@@ -47,7 +47,18 @@ def flags() -> list[tuple[str, argparse.Action]]:
 
 def test_the_flags_that_take_a_path_are_found_by_their_help() -> None:
     found = {action.dest for _, action in flags()}
-    assert found == {"adapter", "model", "data", "config", "json", "output_dir", "resume", "file", "other"}
+    assert found == {
+        "adapter",
+        "model",
+        "data",
+        "config",
+        "json",
+        "output_dir",
+        "resume",
+        "file",
+        "other",
+        "from_adapter",
+    }
 
 
 @pytest.mark.parametrize(("verb", "action"), flags(), ids=lambda own: own if isinstance(own, str) else own.dest)

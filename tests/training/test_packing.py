@@ -16,7 +16,7 @@ from lorakit.core.errors import LoraError
 from lorakit.training.config import TrainConfig
 from lorakit.training.loop import train
 from lorakit.training.loss import causal_loss, frozen_head
-from lorakit.training.packing import PackCollator, check_packing, packed, rows_of
+from lorakit.training.packing import PackCollator, check_packing, packed, unpacked
 from lorakit.training.prepare import prepare
 
 LENGTHS = (9, 3, 14, 5, 2, 7, 11, 4)
@@ -110,7 +110,7 @@ def test_packs_hold_every_token_of_every_row_once() -> None:
     for pack in packs:
         assert len(pack["input_ids"]) == len(pack["labels"]) == sum(pack["seq_lengths"]) <= 14
         batch = PackCollator(0)([pack])
-        found += [tuple(ids) for ids in rows_of(batch)]
+        found += [tuple(ids) for ids in unpacked(batch)]
         expected = [position for length in pack["seq_lengths"] for position in range(length)]
         assert batch["position_ids"].tolist() == [expected]
         assert all(label == -100 for label, position in zip(pack["labels"], expected, strict=True) if position == 0)

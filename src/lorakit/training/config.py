@@ -6,7 +6,7 @@ Nothing heavy is imported here: `lorakit --help` reads this file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from .settings import check_settings, setting
 
@@ -19,6 +19,8 @@ QUANTIZE = "quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; g
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that `lorakit train` takes."""
+
+    given: ClassVar[frozenset[str]] = frozenset()  # of one that flags and a file made: the settings that they hold
 
     model: str = setting(
         help="base model: a folder, a .gguf file or a hub id",
@@ -76,6 +78,13 @@ class TrainConfig:
         below=1,
     )
 
+    from_adapter: str | None = setting(
+        None,
+        help="folder of an adapter to go on with: its factors, rank and targets",
+        group=_ADAPTER,
+        aliases=("from",),
+        path=True,
+    )
     rank: int = setting(16, help="r, the rank of the update", group=_ADAPTER, aliases=("lora-r",), at_least=1)
     alpha: float | None = setting(
         None,

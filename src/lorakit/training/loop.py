@@ -28,10 +28,10 @@ from .loss import check_causal
 from .memory import few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .pace import Pace, padded_tokens
-from .packing import PackCollator, check_packing, rows_of
+from .packing import PackCollator, check_packing, unpacked
 from .plan import processes
 from .preflight import refuse_large_run
-from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
+from .prepare import Prepared, adapt, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
 from .quiet import quiet_libraries
 from .record import base_fingerprint, longer_or_shorter, refuse_differences, run_record
@@ -55,6 +55,7 @@ def train(config: TrainConfig) -> Path:
     """
     start = start_of(config) if is_main() and not config.dry_run else Start()
     prepared = prepare(config)
+    config = prepared.config  # with what an adapter that it goes on with decides
     record = run_record(prepared)
     if is_main() and start.record is not None:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
@@ -84,7 +85,7 @@ def train(config: TrainConfig) -> Path:
         check_causal(loaded.model)
     if config.packing:
         check_packing(loaded.model)
-    attach_as(config, loaded.model, new_head=prepared.data.task != "causal-lm")
+    adapt(config, loaded.model, new_head=prepared.data.task != "causal-lm")
     out = OutputFolder(config.output_dir, TRAINING)
     folder = start.folder(out)
     with out.held() if is_main() else contextlib.nullcontext():
@@ -278,7 +279,7 @@ def _where(prepared: Prepared, row: dict[str, Any]) -> str:
     if not prepared.config.packing:
         return _place(prepared, row["input_ids"][0].tolist())
     pad = prepared.tokenizer.pad_token_id
-    return ", ".join(_place(prepared, ids) for ids in rows_of(row) if ids != [pad])
+    return ", ".join(_place(prepared, ids) for ids in unpacked(row) if ids != [pad])
 
 
 def _place(prepared: Prepared, ids: list[int]) -> str:

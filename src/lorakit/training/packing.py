@@ -41,7 +41,7 @@ def packed(rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
     return packs
 
 
-def rows_of(pack: dict[str, Any]) -> list[list[int]]:
+def unpacked(pack: dict[str, Any]) -> list[list[int]]:
     """The token ids of each row in a pack that `PackCollator` made, of which there is one: (1, tokens)."""
     ids, positions = pack["input_ids"][0].tolist(), pack["position_ids"][0].tolist()
     starts = [index for index, position in enumerate(positions) if position == 0]

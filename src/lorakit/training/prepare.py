@@ -19,6 +19,7 @@ from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
 from .config import TrainConfig, warnings_for
+from .continuing import begin_with, in_names_of, planned, taken_over
 from .data import Data, Example, read_data
 from .gradient_checkpointing import begin_checkpointing
 from .loss import Labelled, frozen_head, labelled, loss_at
@@ -30,7 +31,7 @@ from .preflight import check_reporters
 from .quantize import heads, weight_bytes
 from .rows import DataError
 from .style import Style
-from .task import in_model_order
+from .task import in_model_order, model_task
 from .tokens import encode_all, encode_text, preview
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises DataError listing every bad row, and ValueError for settings that do not fit the model or the data.
     """
     check_reporters(config.report_to or ())
+    given, (config, adapter) = config, taken_over(config)
     data = read_data(
         config.data,
         fields=fields_of(config),
@@ -71,9 +73,10 @@ def prepare(config: TrainConfig) -> Prepared:
         holdout=config.holdout,
         seed=config.seed,
         train_on=config.train_on,
+        model=None if config.from_adapter is None else model_task(config.model, config.from_adapter),
     )
     check_task(config, data)
-    if data.labels:
+    if data.labels and config.from_adapter is None:
         data = dataclasses.replace(data, labels=in_model_order(data.labels, config.model))
     tokenizer = load_tokenizer(config.model)
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
@@ -105,9 +108,14 @@ def prepare(config: TrainConfig) -> Prepared:
     from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
 
     batch = _largest_batch(config, data, train)
+    if adapter is not None:
+        adapter = in_names_of(model, adapter)
     with fake:
         # The init does not change shapes, but may double the work here (some decompose each weight).
-        attached = attach_as(dataclasses.replace(config, init="kaiming"), model, new_head=data.task != "causal-lm")
+        if adapter is not None:
+            config, attached = planned(config, model, adapter, given)
+        else:
+            attached = attach_as(dataclasses.replace(config, init="kaiming"), model, new_head=data.task != "causal-lm")
         plan = _plan(config, data, train, model, _faked(batch, fake))
     return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan, weights)
 
@@ -126,6 +134,7 @@ def start_block(prepared: Prepared) -> str:
         *_example_lines(prepared),
         report.heading("model"),
         f"{config.model}: {_weights(prepared)} on {best_device()}",
+        *([f"goes on with the adapter {config.from_adapter}"] if config.from_adapter else []),
         str(prepared.attached),
         report.heading("plan"),
         f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
@@ -153,6 +162,17 @@ def _memory(plan: Plan) -> str:
         return f"memory not planned ({plan.unplanned})"
     each = " in each process" if processes() > 1 else ""
     return f"about {size(plan.peak_bytes)} of memory{each} at the peak of training"
+
+
+def adapt(config: TrainConfig, model: nn.Module, *, new_head: bool) -> None:
+    """Adapt the model as the run begins: with new factors, or with those of an adapter.
+
+    new_head: as for `attach_as`.
+    """
+    if config.from_adapter is not None:
+        begin_with(config, model)
+    else:
+        attach_as(config, model, new_head=new_head)
 
 
 def attach_as(config: TrainConfig, model: nn.Module, *, new_head: bool) -> Report:

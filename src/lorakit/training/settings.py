@@ -146,7 +146,10 @@ def from_args(config: type[Config], args: argparse.Namespace) -> Config:
         problems.append(f"missing: {example}   (or give them in a YAML file: --config FILE)")
     if problems:
         raise UsageError("\n".join(problems))
-    return config(**values)
+    made = config(**values)
+    if hasattr(config, "given"):
+        object.__setattr__(made, "given", frozenset(values))
+    return made
 
 
 def to_yaml(config: Any) -> str:
