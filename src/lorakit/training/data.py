@@ -10,8 +10,11 @@ An existing local path always wins over a hub id, and only a name that could be 
 
 from __future__ import annotations
 
+import array
+import bisect
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from .mixing import Source, sources, weighted
 from .rows import DataError, Findings, Row, read_file, suffixes
 from .shapes import Example as Example
 from .shapes import parse
+from .spool import Spool, picked, progress
 from .task import Task
 
 # Shapes that may stand side by side in several data sets: each has a question and an answer.
@@ -38,14 +42,14 @@ class Data:
 
     shape: str
     task: str  # causal-lm | classification | regression
-    train: list[Example]
-    valid: list[Example]
-    test: list[Example]
+    train: Sequence[Example]
+    valid: Sequence[Example]
+    test: Sequence[Example]
     labels: tuple[str, ...] = ()  # of a classification
     notes: list[str] = field(default_factory=list)
 
     @property
-    def heldout(self) -> tuple[str, list[Example]]:
+    def heldout(self) -> tuple[str, Sequence[Example]]:
         """The split to compare on, and its rows: test, or else valid."""
         return ("test", self.test) if self.test else ("valid", self.valid)
 
@@ -85,19 +89,22 @@ def read_data(
     labels: tuple[str, ...] = ()
     kind = "causal-lm"
     if "label" in shape:
-        kind, labels, examples = (
+        kind, labels, found = (
             with_labels(examples, task, findings.notes) if model is None else model.take(examples, findings.notes)
         )
-    if len(parts) > 1 or parts[0].weight != 1:
-        # By identity, because a row that is held out belongs to no data set's share any more.
-        source_of = {id(row): number for row, number in zip(examples["train"], counts, strict=True)}
+        examples = dict(found)
+    train = examples["train"]
+    left: Sequence[int] = range(len(train))
     if examples["valid"] or examples["test"]:
         note_repeats(examples, findings.notes)
     else:
-        examples["train"], examples["valid"] = hold_out(examples["train"], holdout, seed, findings.notes)
+        left, held = hold_out(train, holdout, seed, findings.notes)
+        examples["valid"] = [train[index] for index in held]
     if len(parts) > 1 or parts[0].weight != 1:
-        examples["train"] = _shares(parts, examples["train"], source_of, seed, findings.notes)
-    return Data(shape, kind, examples["train"], examples["valid"], examples["test"], labels, findings.notes)
+        left = _shares(parts, left, counts, seed, findings.notes)
+    if len(left) != len(train) or not isinstance(left, range):
+        train = picked(train, left)
+    return Data(shape, kind, train, examples["valid"], examples["test"], labels, findings.notes)
 
 
 read = read_data  # its name until 0.2, by which programs import it
@@ -105,50 +112,61 @@ read = read_data  # its name until 0.2, by which programs import it
 
 def _mixed(
     parts: Sequence[Source], hub: Hub, fields: Mapping[str, str], train_on: TrainOn, findings: Findings
-) -> tuple[str, dict[str, list[Example]], list[int]]:
-    """The shape or shapes of all data sets, their examples by split, and the number of each training row's data set."""
+) -> tuple[str, dict[str, Sequence[Example]], list[int]]:
+    """The shape or shapes of all data sets, their examples by split, and how many training rows each data set has."""
     shapes: dict[str, str] = {}
-    together: dict[str, list[Example]] = {"train": [], "valid": [], "test": []}
-    numbers: list[int] = []
-    for number, part in enumerate(parts):
+    together: dict[str, Spool[Example]] = {"train": Spool(), "valid": Spool(), "test": Spool()}
+    counts: list[int] = []
+    for part in parts:
         own = Findings()
-        shape, examples = _examples(_read_splits(part.name, hub, own), fields, train_on, own)
+        place = "" if len(parts) == 1 else f"{part.name} · "
+        before = len(together["train"])
+        shape = _read_examples(_read_splits(part.name, hub, own), fields, train_on, own, together, place)
         first = next(iter(shapes), shape)
         if shape and not (shape == first or {shape, first} <= _TALKS):
             own.problems.append(f"{part.name}: rows of the shape {shape}, but {shapes[first]} has {first}.")
         shapes.setdefault(shape, part.name)
-        place = "" if len(parts) == 1 else f"{part.name} · "
         findings.problems += [place + problem for problem in own.problems]
         findings.notes += [place + note for note in own.notes]
-        for split, rows in examples.items():
-            together[split] += [replace(row, where=place + row.where) for row in rows] if place else rows
-        numbers += [number] * len(examples["train"])
-    return " | ".join(filter(None, shapes)), together, numbers
+        counts.append(len(together["train"]) - before)
+    return " | ".join(filter(None, shapes)), {split: rows.settled() for split, rows in together.items()}, counts
 
 
 def _shares(
-    parts: Sequence[Source], train: Sequence[Example], source_of: Mapping[int, int], seed: int, notes: list[str]
-) -> list[Example]:
-    """The training rows of each data set, as often as its weight says."""
-    mixed: list[Example] = []
+    parts: Sequence[Source], left: Sequence[int], counts: Sequence[int], seed: int, notes: list[str]
+) -> Sequence[int]:
+    """The indices of the training rows of each data set, as often as its weight says. counts: rows of each data set.
+
+    left: the indices of the rows that are not held out, in order.
+    """
+    mixed = array.array("q")
     said = []
-    for number, part in enumerate(parts):
-        own = [row for row in train if source_of[id(row)] == number]
-        mixed += (share := weighted(own, part.weight, seed))
+    stop = 0
+    for part, count in zip(parts, counts, strict=True):
+        start, stop = stop, stop + count
+        own = left[bisect.bisect_left(left, start) : bisect.bisect_left(left, stop)]
+        mixed.extend(share := weighted(own, part.weight, seed))
         said.append(f"{part.name} {len(share)}" + (f" (={part.weight:g} of {len(own)})" if part.weight != 1 else ""))
     notes.append(f"rows of each data set in an epoch: {', '.join(said)}")
     return mixed
 
 
-def _examples(
-    splits: Mapping[str, list[Row]], fields: Mapping[str, str], train_on: TrainOn, findings: Findings
-) -> tuple[str, dict[str, list[Example]]]:
-    """The shape that all rows share, and the examples of each split."""
-    examples: dict[str, list[Example]] = {split: [] for split in splits}
+def _read_examples(
+    splits: Mapping[str, Iterable[Row]],
+    fields: Mapping[str, str],
+    train_on: TrainOn,
+    findings: Findings,
+    into: Mapping[str, Spool[Example]],
+    place: str,
+) -> str:
+    """Append the examples of each split to those in `into`; returns the shape that all rows share.
+
+    place: of the data set, put before that of each row.
+    """
     shapes: dict[str, str] = {}
     unread: Counter[str] = Counter()
     for split, rows in splits.items():
-        for row in rows:
+        for row in progress(rows, f"reading {split}"):
             try:
                 shape, example, beside = parse(row, fields, train_on)
             except BadRow as bad:
@@ -161,14 +179,14 @@ def _examples(
                 findings.problems.append(f"{row.where}: {problem}")
                 continue
             unread.update(beside)
-            examples[split].append(example)
+            into[split].append(replace(example, where=place + example.where) if place else example)
     if unread:
         findings.notes.append(f"keys that are not read: {', '.join(sorted(unread))}")
-    return next(iter(shapes), ""), examples
+    return next(iter(shapes), "")
 
 
-def _read_splits(data: str, hub: Hub, findings: Findings) -> dict[str, list[Row]]:
-    """Raw rows by split."""
+def _read_splits(data: str, hub: Hub, findings: Findings) -> Mapping[str, Iterable[Row]]:
+    """Raw rows by split, read while they are taken."""
     path = Path(expanded(data))
     if path.is_file():
         return {"train": read_file(path, findings), "valid": [], "test": []}
@@ -178,10 +196,12 @@ def _read_splits(data: str, hub: Hub, findings: Findings) -> dict[str, list[Row]
             raise no_split(path, "train, valid or test")
         if others := passed_over(found):
             findings.notes.append(f"files of {data} that are no split and are not read: {', '.join(others)}")
-        splits = {split: [row for file in files for row in read_file(file, findings)] for split, files in found.items()}
         if not found["train"]:  # a folder to evaluate on
-            splits["train"], splits["test"] = splits["test"] or splits["valid"], []
-        return splits
+            found = {**found, "train": found["test"] or found["valid"], "test": []}
+        return {
+            split: itertools.chain.from_iterable(read_file(file, findings) for file in files)
+            for split, files in found.items()
+        }
     return read_hub(id_at_hub(expanded(data), _DATA_SET), hub)
 
 

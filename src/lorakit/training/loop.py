@@ -36,6 +36,7 @@ from .processes import is_main, of_main
 from .quiet import quiet_libraries
 from .record import base_fingerprint, longer_or_shorter, refuse_differences, run_record
 from .settings import to_yaml
+from .spool import as_dataset
 from .start import TRAINING, Start, decided, start_of
 from .tokens import encode, encode_text
 
@@ -189,7 +190,19 @@ def _load(prepared: Prepared) -> Loaded:
 
 def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:
     """Train, and return what was logged on the way."""
-    from datasets import Dataset
+    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
+        return _fit_to(train_rows, valid_rows, prepared, loaded, folder, start, record)
+
+
+def _fit_to(
+    train_rows: Any,
+    valid_rows: Any,
+    prepared: Prepared,
+    loaded: Loaded,
+    folder: OutputFolder,
+    start: Start,
+    record: dict[str, Any],
+) -> Progress:
     from transformers import DataCollatorWithPadding, TrainingArguments
     from trl import SFTConfig
 
@@ -223,8 +236,8 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
     progress, stop = Progress(folder.path, pace), SaveAndStop()
     common: dict[str, Any] = dict(
         model=loaded.model,
-        train_dataset=Dataset.from_list(prepared.train),
-        eval_dataset=Dataset.from_list(prepared.valid) if evaluated else None,
+        train_dataset=train_rows,
+        eval_dataset=valid_rows if evaluated else None,
         processing_class=loaded.tokenizer,
         callbacks=[progress, stop],
         folder=folder,

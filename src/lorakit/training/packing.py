@@ -20,25 +20,26 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..core.errors import LoraError
+from .spool import Spool, as_dataset, viewed
 
 _IGNORED = -100
 
 
-def packed(rows: Sequence[dict[str, Any]], length: int) -> list[dict[str, Any]]:
+def packed(rows: Sequence[dict[str, Any]], length: int) -> Sequence[dict[str, Any]]:
     """The rows in packs of at most `length` tokens, with the length of each row as seq_lengths. No row is longer."""
-    from datasets import Dataset
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
     from trl import pack_dataset
 
-    whole = [{"input_ids": row["input_ids"], "labels": [_IGNORED, *row["labels"][1:]]} for row in rows]
+    whole = viewed(rows, lambda row: {"input_ids": row["input_ids"], "labels": [_IGNORED, *row["labels"][1:]]})
     shown = is_progress_bar_enabled()
     disable_progress_bar()
     try:
-        packs: list[dict[str, Any]] = pack_dataset(Dataset.from_list(whole), length, strategy="bfd").to_list()
+        with as_dataset(whole) as dataset:
+            packs = pack_dataset(dataset, length, strategy="bfd")
+            return Spool(packs).settled()
     finally:
         if shown:
             enable_progress_bar()
-    return packs
 
 
 def unpacked(pack: dict[str, Any]) -> list[list[int]]:

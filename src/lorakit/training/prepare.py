@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import itertools
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +33,16 @@ from .positions import check_vocabulary, longest_row
 from .preflight import check_reporters
 from .quantize import heads, weight_bytes
 from .rows import DataError
+from .spool import viewed
 from .style import Style
 from .task import in_model_order, model_task
 from .tokens import encode_all, encode_text, preview
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,8 @@ class Prepared:
     data: Data
     tokenizer: PreTrainedTokenizerBase
     style: Style
-    train: list[dict[str, Any]]  # input_ids and labels (or label) of each row
-    valid: list[dict[str, Any]]
+    train: Rows  # input_ids and labels (or label) of each row
+    valid: Rows
     limit: int  # longest row in tokens: that of the settings, or the model's positions if fewer
     notes: tuple[str, ...]
     attached: Report
@@ -97,12 +104,12 @@ def prepare(config: TrainConfig) -> Prepared:
         if limit == config.max_seq_length:
             remedy = f"raise --max-seq-length {limit}"
         raise LoraError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
-    check_vocabulary((*train, *valid), model, tokenizer)
+    check_vocabulary(itertools.chain(train, valid), model, tokenizer)
     if config.packing:
         if data.task != "causal-lm":
             raise LoraError("--packing is for language models: a classifier gives one answer for each text.")
         packs = packed(train, limit)
-        full = sum(len(pack["input_ids"]) for pack in packs) / (len(packs) * limit)
+        full = _tokens(packs) / (len(packs) * limit)
         notes.append(f"{len(train)} rows in {len(packs)} packs of at most {limit} tokens, {full:.0%} full")
         train = packs
     from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
@@ -216,10 +223,10 @@ def check_task(config: Any, data: Data) -> None:
 
 def _causal_rows(
     config: TrainConfig, data: Data, tokenizer: PreTrainedTokenizerBase, style: Style, limit: int, notes: list[str]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[Rows, Rows]:
     """The rows of train and valid. Raises DataError listing the bad rows of both."""
     problems: list[str] = []
-    parts: list[list[dict[str, Any]]] = []
+    parts: list[Rows] = []
     dropped = truncated = 0
     said: list[str] = []
     for examples in (data.train, data.valid):
@@ -239,7 +246,7 @@ def _causal_rows(
         dropped += encoded.dropped
         truncated += encoded.truncated
         said += encoded.notes
-        parts.append([{"input_ids": row.input_ids, "labels": row.labels} for row in encoded.rows])
+        parts.append(viewed(encoded.rows, lambda row: {"input_ids": row.input_ids, "labels": row.labels}))
     if problems:
         raise DataError(problems)
     over = f"{_limit(config, limit)}, --too-long {config.too_long}"
@@ -254,7 +261,7 @@ def _causal_rows(
 
 def _labelled_rows(
     config: TrainConfig, data: Data, tokenizer: PreTrainedTokenizerBase, style: Style, limit: int, notes: list[str]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[Rows, Rows]:
     """The rows of train and valid, each with the index of its class, or with the number to predict."""
     full = 0
 
@@ -294,9 +301,11 @@ def _example_lines(prepared: Prepared) -> list[str]:
     return lines + [report.marked(preview(row, prepared.tokenizer), colour) for row in rows]
 
 
-def _largest_batch(config: TrainConfig, data: Data, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _largest_batch(config: TrainConfig, data: Data, rows: Rows) -> dict[str, Any]:
     """The largest batch that training can meet: the longest rows together, with their real labels."""
-    longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-config.batch_size :]
+    places = enumerate(len(row["input_ids"]) for row in rows)
+    largest = heapq.nlargest(config.batch_size, places, key=lambda place: (place[1], place[0]))
+    longest = [rows[index] for index, _ in reversed(largest)]
     lengths = [len(row["input_ids"]) for row in longest]
     ids = torch.ones(len(longest), lengths[-1], dtype=torch.long)
     # Without padding, models skip the attention mask. With fake tensors they always make one, so the plan is a little
@@ -322,7 +331,7 @@ def _faked(batch: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
     }
 
 
-def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: Any, batch: dict[str, Any]) -> Plan:
+def _plan(config: TrainConfig, data: Data, rows: Rows, model: Any, batch: dict[str, Any]) -> Plan:
     if config.gradient_checkpointing:
         begin_checkpointing(model)
     model.train()
@@ -347,5 +356,5 @@ def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: An
     )
 
 
-def _tokens(rows: list[dict[str, Any]]) -> int:
+def _tokens(rows: Rows) -> int:
     return sum(len(row["input_ids"]) for row in rows)

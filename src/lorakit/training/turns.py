@@ -83,7 +83,7 @@ class _Text:
     def span(self, index: int) -> Span | None:
         """Where the turn stands in the text; None if the template changes its words."""
         start = opening(self.messages[:index], self.tokenizer, self.tools)
-        end = self.of(self.messages[: index + 1])
+        end = self.full if index == len(self.messages) - 1 else self.of(self.messages[: index + 1])
         begin = _begin(start, end, self.messages[index]["content"])
         return (begin, len(end)) if self.full.startswith(end) else self._moved(index, end, begin)
 
