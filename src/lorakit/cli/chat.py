@@ -6,9 +6,10 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ..core.errors import LoraError
-from .generate import add_model_arguments, add_quantize_argument, add_sampling_arguments
+from .generate import add_model_arguments, add_quantize_argument, add_sampling_arguments, tools_in
 
 if TYPE_CHECKING:
+    from ..training.chat import Tools
     from ..training.models import Loaded
     from ..training.style import Style
 
@@ -16,6 +17,7 @@ HELP = "talk with a model or an adapter in the terminal"
 
 _COMMANDS = "/clear starts over, {}/quit or Ctrl-D ends"
 _OF_AN_ADAPTER = "/base switches the adapter off and on, "
+_OF_TOOLS = "/tool TEXT answers the assistant's call, "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
         print(
             f"(the model {why} without a chat template: each line is continued on its own; earlier lines are not seen)"
         )
-    commands = f"({_COMMANDS.format(_OF_AN_ADAPTER if adapter else '')})"
+    tools = tools_in(args.tools, style)
+    commands = f"({_COMMANDS.format((_OF_AN_ADAPTER if adapter else '') + (_OF_TOOLS if tools else ''))})"
     print(commands)
     if args.seed is not None:
         torch.manual_seed(args.seed)
@@ -76,15 +79,18 @@ def run(args: argparse.Namespace) -> None:
             base_only = not base_only
             print("(the base model answers)" if base_only else "(the adapter answers)")
             continue
-        if said.startswith("/"):
+        role = "user"
+        if tools and said.startswith("/tool "):
+            role, said = "tool", said.removeprefix("/tool ").strip()
+        elif said.startswith("/"):
             print(commands)
             continue
         if not said:
             continue
-        asked = [*(messages if style.chat else ()), {"role": "user", "content": said}]
+        asked = [*(messages if style.chat else ()), {"role": role, "content": said}]
         whole = len(asked)
         try:
-            asked, ids = _fitting(asked, loaded, style, args.max_new_tokens)
+            asked, ids = _fitting(asked, loaded, style, tools, args.max_new_tokens)
             limit = room(loaded, ids, args.max_new_tokens)
         except ValueError as problem:
             print(f"({problem})")
@@ -104,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _fitting(
-    messages: list[dict[str, str]], loaded: Loaded, style: Style, wanted: int
+    messages: list[dict[str, str]], loaded: Loaded, style: Style, tools: Tools, wanted: int
 ) -> tuple[list[dict[str, str]], list[int]]:
     """The newest messages that leave room for an answer, and their token ids. The last message is always kept.
 
@@ -116,7 +122,7 @@ def _fitting(
     limit = positions(loaded.model, loaded.tokenizer)
     while True:
         asked = messages if style.chat else messages[-1]["content"]
-        ids = prompt_ids(asked, loaded.tokenizer, system=style.system, chat=style.chat)
+        ids = prompt_ids(asked, loaded.tokenizer, system=style.system, chat=style.chat, tools=tools)
         if limit is None or len(messages) == 1 or len(ids) + min(wanted, limit // 2) <= limit:
             return messages, ids
         messages = messages[2:]  # a question with its answer

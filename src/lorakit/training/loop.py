@@ -28,13 +28,15 @@ from .loss import check_causal
 from .memory import few_kernels
 from .models import LABELS, Loaded, load_causal_lm, load_classifier
 from .pace import Pace, padded_tokens
+from .packing import PackCollator, check_packing, unpacked
 from .plan import processes
 from .preflight import refuse_large_run
-from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
+from .prepare import Prepared, adapt, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
 from .quiet import quiet_libraries
 from .record import base_fingerprint, longer_or_shorter, refuse_differences, run_record
 from .settings import to_yaml
+from .spool import as_dataset
 from .start import TRAINING, Start, decided, start_of
 from .sweep_settings import candidates
 from .tokens import encode, encode_text
@@ -57,6 +59,7 @@ def train(config: TrainConfig) -> Path:
     """
     start = start_of(config) if is_main() and not config.dry_run else Start()
     prepared = prepare(config)
+    config = prepared.config  # with what an adapter that it goes on with decides
     record = run_record(prepared)
     if is_main() and start.record is not None:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
@@ -84,8 +87,10 @@ def train(config: TrainConfig) -> Path:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
     if prepared.data.task == "causal-lm":
         check_causal(loaded.model)
+    if config.packing:
+        check_packing(loaded.model)
     if config.sweep is None:
-        attach_as(config, loaded.model, new_head=prepared.data.task != "causal-lm")
+        adapt(config, loaded.model, new_head=prepared.data.task != "causal-lm")
     out = OutputFolder(config.output_dir, TRAINING)
     folder = start.folder(out)
     with out.held() if is_main() else contextlib.nullcontext():
@@ -197,11 +202,26 @@ def _load(prepared: Prepared) -> Loaded:
 
 def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:
     """Train, and return what was logged on the way."""
+    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
+        trainer, progress, stop = _trainer_of(train_rows, valid_rows, prepared, loaded, folder, record)
+        return _fitted(trainer, progress, stop, prepared, loaded, folder, start, record)
+
+
+def _fitted(
+    trainer: Any,
+    progress: Progress,
+    stop: SaveAndStop,
+    prepared: Prepared,
+    loaded: Loaded,
+    folder: OutputFolder,
+    start: Start,
+    record: dict[str, Any],
+) -> Progress:
+    """Train from where the run begins, and put the adapter on the model that it ends with."""
     from .best import Best, score_of
     from .scores import logged_as
 
     config = prepared.config
-    trainer, progress, stop = _trainer_of(prepared, loaded, folder, record)
     best = Best(config.metric, config.patience, trainer.hold_best if config.keep == "best" else None)
     trainer.add_callback(best)
     if config.metric != "loss":
@@ -238,9 +258,11 @@ def _fit_sweep(
     choices = candidates(prepared.config)
     bank = sweep.bank_of(loaded.model, choices)
     bank.use(next(iter(choices)))  # a trainer looks at what is adapted, which is the same for all of them
-    trainer, progress, stop = _trainer_of(prepared, loaded, folder, record, bank=bank, choices=choices)
-    with bank.rows(list(choices)), stop.heeding():
-        trainer.train()
+    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
+        rows = train_rows, valid_rows
+        trainer, progress, stop = _trainer_of(*rows, prepared, loaded, folder, record, bank=bank, choices=choices)
+        with bank.rows(list(choices)), stop.heeding():
+            trainer.train()
     best = sweep.best_of(trainer)
     with folder.writing() as part:
         _say(sweep.write(trainer, bank, best, part))
@@ -251,10 +273,15 @@ def _fit_sweep(
 
 
 def _trainer_of(
-    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any], **swept: Any
+    train_rows: Any,
+    valid_rows: Any,
+    prepared: Prepared,
+    loaded: Loaded,
+    folder: OutputFolder,
+    record: dict[str, Any],
+    **swept: Any,
 ) -> tuple[Any, Progress, SaveAndStop]:
     """The trainer of a run, what shows its progress, and what ends it early. swept: what only a sweep gives it."""
-    from datasets import Dataset
     from transformers import DataCollatorWithPadding, TrainingArguments
     from trl import SFTConfig
 
@@ -289,14 +316,16 @@ def _trainer_of(
     progress, stop = Progress(folder.path, pace), SaveAndStop()
     common: dict[str, Any] = dict(
         model=loaded.model,
-        train_dataset=Dataset.from_list(prepared.train),
-        eval_dataset=Dataset.from_list(prepared.valid) if evaluated else None,
+        train_dataset=train_rows,
+        eval_dataset=valid_rows if evaluated else None,
         processing_class=loaded.tokenizer,
         callbacks=[progress, stop],
         folder=folder,
         record=record,
         pace=pace,
     )
+    if config.packing:
+        common["data_collator"] = PackCollator(loaded.tokenizer.pad_token_id)
     trainer: Any
     if causal:
         settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
@@ -327,8 +356,14 @@ def _refuse_diverged(trainer: Any, folder: OutputFolder) -> None:
 
 
 def _where(prepared: Prepared, row: dict[str, Any]) -> str:
-    """Where a row of a batch comes from: file and line, and how it begins."""
-    ids = row["input_ids"][0].tolist()
+    """Where a row of a batch comes from, or each row of a pack: file and line, and how it begins."""
+    if not prepared.config.packing:
+        return _place(prepared, row["input_ids"][0].tolist())
+    pad = prepared.tokenizer.pad_token_id
+    return ", ".join(_place(prepared, ids) for ids in unpacked(row) if ids != [pad])
+
+
+def _place(prepared: Prepared, ids: list[int]) -> str:
     for example in prepared.data.train:
         if prepared.data.task == "causal-lm":
             tokens = encode(example, prepared.tokenizer, system=prepared.style.system, chat=prepared.style.chat)

@@ -11,7 +11,7 @@ import array
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def run_record(prepared: Prepared) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     settings["alpha"] = 2.0 * config.rank if config.alpha is None else config.alpha
     settings["dtype"] = str(resolve_dtype(weights_dtype(config, data), best_device())).removeprefix("torch.")
-    rows = [{**dataclasses.asdict(example), "where": None} for example in data.train]
+    rows = ({**dataclasses.asdict(example), "where": None} for example in data.train)
     return {
         # As JSON returns it: tuples become lists.
         "settings": json.loads(json.dumps(settings)),
@@ -50,8 +50,8 @@ def run_record(prepared: Prepared) -> dict[str, Any]:
         "processes": processes(),
         "steps": prepared.plan.steps,
         "rows": len(prepared.train),
-        "data": _digest(*(json.dumps(row, sort_keys=True, default=str).encode() for row in rows)),
-        "tokens": _digest(*map(_encoded, prepared.train)),
+        "data": _digest(json.dumps(row, sort_keys=True, default=str).encode() for row in rows),
+        "tokens": _digest(map(_encoded, prepared.train)),
     }
 
 
@@ -67,7 +67,7 @@ def base_fingerprint(loaded: Loaded) -> str:
         some = flat[:: max(1, flat.numel() // _PROBED)][:_PROBED].to("cpu", torch.float32)
         values = b"" if name in loaded.new_parameters else some.numpy().tobytes()
         parts.append(f"{name} {tuple(parameter.shape)}".encode() + values)
-    return _digest(*parts)
+    return _digest(parts)
 
 
 def record_of_released(settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -131,7 +131,7 @@ def longer_or_shorter(then: Mapping[str, Any], now: Mapping[str, Any], step: int
     return [f"{said}{follows}."]
 
 
-def _digest(*parts: bytes) -> str:
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)

@@ -47,13 +47,15 @@ def setting(
     parse: Parse | None = None,
     file_only: bool = False,
     path: bool = False,
+    many: bool = False,
     **limits: Any,
 ) -> Any:
     """A field. Limits of a number: above, at_least, below, at_most. aliases: other names that people type from habit.
 
     The limits apply to flags, files and Python, and no number may be infinite or nan. factory: makes the default.
     parse: reads a value with several parts from a flag or a file. file_only: the setting has no flag.
-    path: ~ in it is the home folder.
+    path: ~ in it is the home folder. many: the flag may be given several times, and a file may hold a list or a mapping
+    to numbers; all become one text, "a,b=0.3".
     """
     metadata = {
         "help": help,
@@ -64,6 +66,7 @@ def setting(
         "parse": parse,
         "file_only": file_only,
         "path": path,
+        "many": many,
     }
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
@@ -85,6 +88,7 @@ def add_setting_flags(config: type, parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = own.metavar()
+            options["action"] = "append" if own.meta["many"] else "store"
         title = own.meta["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -114,7 +118,7 @@ def check_settings(config: Any) -> None:
         if own.meta["parse"] is None:
             value = converted(getattr(config, name), own.type, own.meta["limits"], name, problems)
             if own.meta["path"] and value is not None:
-                value = expanded(value)
+                value = ",".join(map(expanded, value.split(","))) if own.meta["many"] else expanded(value)
             object.__setattr__(config, name, value)
     if problems:
         raise UsageError("\n".join(problems))
@@ -142,7 +146,10 @@ def from_args(config: type[Config], args: argparse.Namespace) -> Config:
         problems.append(f"missing: {example}   (or give them in a YAML file: --config FILE)")
     if problems:
         raise UsageError("\n".join(problems))
-    return config(**values)
+    made = config(**values)
+    if hasattr(config, "given"):
+        object.__setattr__(made, "given", frozenset(values))
+    return made
 
 
 def to_yaml(config: Any) -> str:
@@ -218,6 +225,8 @@ class _Setting:
         """`value` as the type of the field; what is wrong with it is added to `problems`, with `where` it stands."""
         if self.meta["parse"] is not None:
             return self.meta["parse"](value, where, problems)
+        if self.meta["many"] and isinstance(value, list | dict):
+            value = _joined(value)
         return converted(value, self.type, self.limits, where, problems)
 
     def metavar(self) -> str:
@@ -235,6 +244,13 @@ class _Setting:
         default = self.default
         shown = ",".join(default) if isinstance(default, tuple) else default
         return f"{text} (default: {f'{shown:g}' if isinstance(shown, float) else shown})"
+
+
+def _joined(value: Any) -> str:
+    """A list, or a mapping to numbers, as one text: "a,b=0.3"."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={number}" for name, number in value.items())
+    return ",".join(map(_joined, value)) if isinstance(value, list) else str(value)
 
 
 def _settings(config: type[Any]) -> dict[str, _Setting]:

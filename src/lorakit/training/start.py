@@ -81,7 +81,7 @@ def start_of(config: TrainConfig) -> Start:
     """
     out = OutputFolder(config.output_dir, TRAINING)
     check_output(out.path)
-    out.refuse_unusable([config.model])
+    out.refuse_unusable([config.model, *([config.from_adapter] if config.from_adapter else [])])
     out.recover()
     return decided(config, out)
 
