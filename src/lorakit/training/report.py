@@ -8,12 +8,13 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.numbers import duration
 from ..core.table import Table
+from .intervals import Ends
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Base and adapted model on the held-out rows. Metrics by name: (base, adapter); rates in [0, 1]."""
+    """Base and adapted model on the held-out rows. Metrics by name: (base, adapter); rates in [0, 1].
+
+    right: whether the adapted model's answer to each sample is the expected one; empty for numbers, which are never
+    equal. intervals: the 95 % intervals of the metrics over the rows, by name: (base, adapter).
+    """
 
     rows: int
     split: str
     metrics: dict[str, tuple[float, float]]
     samples: tuple[Sample, ...]
-    right: tuple[bool, ...] = ()  # whether the adapted model's answer to each sample is the expected one
+    right: tuple[bool, ...] = ()
     notes: tuple[str, ...] = ()  # what a reader of the metrics must know
+    intervals: Mapping[str, tuple[Ends, Ends]] = field(default_factory=dict)
 
 
 def heading(title: str) -> str:
@@ -63,7 +69,9 @@ def comparison(result: Evaluation, shown: int = 3, *, rows: str = "", adapted: b
     lines = [heading(f"{scored}: base → adapter" if adapted else scored)]
     for name, (before, after) in result.metrics.items():
         gained = f" → {metric_value(name, after)}" if adapted else ""
-        lines.append(f"{name:<16} {metric_value(name, before):>9}{gained}")
+        ends = interval(result, name)
+        within = f"   95 % interval {ends[adapted]}" if ends else ""
+        lines.append(f"{name:<16} {metric_value(name, before):>9}{gained}{within}")
     lines += [f"note: {note}" for note in result.notes]
     for sample in _telling(result.samples)[:shown]:
         lines += ["", f"  {_line(sample.prompt)}"]
@@ -160,12 +168,22 @@ def model_card(
 
 
 def metrics_table(result: Evaluation) -> Table:
-    """Each metric of the base model and of the adapted one."""
-    rows = (
-        (name, metric_value(name, before), metric_value(name, after))
-        for name, (before, after) in result.metrics.items()
-    )
-    return Table(("metric", "base", "adapter"), tuple(rows))
+    """Each metric of the base model and of the adapted one, with their 95 % intervals where they are known."""
+    rows = []
+    for name, values in result.metrics.items():
+        ends = interval(result, name)
+        cells = [metric_value(name, value) for value in values]
+        if ends:
+            cells = [f"{cell} ({own})" for cell, own in zip(cells, ends, strict=True)]
+        rows.append((name, *cells))
+    note = " (95 % interval)" if result.intervals else ""
+    return Table(("metric", f"base{note}", f"adapter{note}"), tuple(rows))
+
+
+def interval(result: Evaluation, name: str) -> tuple[str, ...]:
+    """The 95 % intervals of a metric as text, of the base and of the adapted model; empty if they are not known."""
+    found = result.intervals.get(name, ())
+    return tuple(f"{metric_value(name, low)} to {metric_value(name, high)}" for low, high in found)
 
 
 def public(text: str) -> str:
@@ -180,8 +198,13 @@ def _telling(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def metric_value(name: str, value: float) -> str:
-    """A rate as a percentage, anything else as a number."""
-    return f"{value:.1%}" if name in ("exact match", "accuracy") else f"{value:.3f}"
+    """A share as a percentage, anything else as a number."""
+    return f"{value:.1%}" if is_share(name) else f"{value:.3f}"
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is the share of the rows that are right."""
+    return metric in ("exact match", "accuracy")
 
 
 def _line(text: str, width: int = 110) -> str:
