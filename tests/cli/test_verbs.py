@@ -48,7 +48,7 @@ def adapter(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_writes_the_folder_and_learns(adapter: Path, tiny_lm: Path) -> None:
     assert {path.name for path in adapter.iterdir() if path.is_file()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "config.yaml"),
-        *("metrics.jsonl", "report.html", "style.json", "tokenizer.json", "tokenizer_config.json"),
+        *("metrics.jsonl", "report.html", "results.json", "style.json", "tokenizer.json", "tokenizer_config.json"),
     }
     lines = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -61,6 +61,10 @@ def test_train_writes_the_folder_and_learns(adapter: Path, tiny_lm: Path) -> Non
     assert card.startswith("---\nbase_model: ") and "exact match" in card
     page = (adapter / "report.html").read_text()
     assert page.startswith("<!doctype html>") and "http" not in page
+    assert all(
+        one in page
+        for one in (str(tiny_lm), lorakit.__version__, "peak memory", "<span>--learning-rate</span> <span>0.02</span>")
+    )
     assert page.count('<g class="training">') == page.count('<g class="held-out">') == 1
 
 

@@ -1,6 +1,5 @@
 """What is printed at the end of a run."""
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -82,10 +81,31 @@ def test_the_page_shows_what_went_wrong_before_what_went_right() -> None:
     samples = tuple(report.Sample(f"asked-{i}", "base", "adapter", "expected") for i in range(12))
     right = tuple(i not in (3, 5, 6, 8, 11) for i in range(12))
     result = report.Evaluation(12, "test", {"exact match": (0.0, 7 / 12)}, samples, right)
-    html = page.render(title="t", summary="", history=[], result=result, changes=[])
-    order = re.findall(r"asked-(\d+)", html)
-    assert order == ["3", "5", "6", "8", "0", "1", "2", "4", "7", "9", "10", "11"]
-    assert html.index("asked-4") < html.index("<details>") < html.index("asked-7")
+    answers = page.answers_of(result)
+    assert [int(answer.asked.removeprefix("asked-")) for answer in answers] == [3, 5, 6, 8, 11, 0, 1, 2, 4, 7, 9, 10]
+    assert [answer.right for answer in answers] == [False] * 5 + [True] * 7
+    # What is right is not marked, whatever its text.
+    assert [answer.adapter for answer in answers] == [[("adapter", True)]] * 5 + [[("adapter", False)]] * 7
+
+
+def test_numbers_are_shown_by_how_far_they_are_off() -> None:
+    samples = tuple(report.Sample(f"{i}", "0.000", f"{number:.3f}", "1.000") for i, number in enumerate((1.5, 4, -3)))
+    result = report.Evaluation(3, "test", {"pearson": (0.0, 0.5)}, samples)
+    answers = page.answers_of(result)
+    assert [answer.asked for answer in answers] == ["2", "1", "0"] and {answer.right for answer in answers} == {None}
+
+
+def test_a_score_is_printed_with_its_interval() -> None:
+    result = report.Evaluation(
+        96, "test", {"exact match": (0.0, 0.8125), "pearson": (0.1, 0.25)}, (), (), (),
+        {"exact match": ((0.0, 0.0385), (0.7228, 0.8782))},
+    )  # fmt: skip
+    printed = report.comparison(result).splitlines()
+    assert "exact match           0.0% → 81.2%   95 % interval 72.3% to 87.8%" in printed
+    assert "pearson              0.100 → 0.250" in printed
+    alone = report.comparison(result, adapted=False).splitlines()
+    assert "exact match           0.0%   95 % interval 0.0% to 3.9%" in alone
+    assert report.metrics_table(result).rows[0] == ("exact match", "0.0% (0.0% to 3.9%)", "81.2% (72.3% to 87.8%)")
 
 
 @pytest.mark.parametrize(
