@@ -41,7 +41,7 @@ def test_only_settings_that_differ_from_their_defaults_are_in_the_command_and_ma
     assert to_command(config, "train") == "lorakit train --model m --data d --output-dir o --rank 8 --epochs 2"
     table = settings_table(config)
     assert {table.rows[row][0] for row, _ in table.marked} == {"model", "data", "output_dir", "rank", "epochs"}
-    assert ("targets", "all-linear") in table.rows and ("system", "–") in table.rows
+    assert ("targets", "all-linear") in table.rows and ("system", "none") in table.rows
     assert len(table.rows) == len(dataclasses.fields(config))
 
 

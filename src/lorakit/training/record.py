@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .models import Loaded, best_device, resolve_dtype
 from .plan import processes
 from .prepare import Prepared, uses_autocast, weights_dtype
+from .values import value_text
 
 _FREE = {
     *("output_dir", "resume", "overwrite", "dry_run", "ignore_memory"),
@@ -91,7 +92,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if name == "dtype" and before == "auto":  # 0.1.0 did not note which one was meant
             continue
         if _plain(before) != _plain(value):
-            lines.append(f"--{name.replace('_', '-')}: {_shown(before)} then, {_shown(value)} now")
+            lines.append(f"--{name.replace('_', '-')}: {value_text(before)} then, {value_text(value)} now")
     for name, said in (("processes", "processes"), ("autocast", "products in bfloat16")):
         if name in then and then[name] != now[name]:
             lines.append(f"{said}: {then[name]} then, {now[name]} now")
@@ -143,9 +144,3 @@ def _encoded(row: Mapping[str, Any]) -> bytes:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value)) or "none"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..core.errors import LoraError
-from ..core.numbers import NONE
 from ..core.paths import expanded
 from ..core.table import Table
 from ..core.words import suggestion
-from .values import converted, describe
+from .values import converted, describe, value_text
 from .yaml_files import Yaml, line_of, root_of, value_of
 
 if TYPE_CHECKING:
@@ -183,8 +182,7 @@ def settings_table(config: Any) -> Table:
     rows, marked = [], set()
     for row, (name, own) in enumerate(_settings(type(config)).items()):
         value = getattr(config, name)
-        shown = ", ".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
-        rows.append((name, shown or NONE))
+        rows.append((name, value_text(value)))
         if own.is_required or value != own.default:
             marked.add((row, 1))
     return Table(("setting", "value"), tuple(rows), left=frozenset({0, 1}), marked=frozenset(marked))
