@@ -68,6 +68,19 @@ def test_train_writes_the_folder_and_learns(adapter: Path, tiny_lm: Path) -> Non
     assert page.count('<g class="training">') == page.count('<g class="held-out">') == 1
 
 
+def test_runs_lists_what_train_wrote(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(adapter.parent), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["folder"], found["state"]) == (str(adapter), "finished")
+    lines = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    assert found["losses"]["training"] == [line["loss"] for line in lines if "loss" in line][-1]
+    results = found["results"]
+    assert results["losses"] == found["losses"] and results["lorakit"] == lorakit.__version__
+    assert results["seconds"] >= lines[-1]["seconds"] and results["peak_bytes"] > 1e7
+    low, high = results["scores"]["exact match"]["adapter_interval"]
+    assert 0 <= low <= results["scores"]["exact match"]["adapter"] <= high <= 1
+
+
 def test_peft_and_lorakit_agree_on_what_was_trained(adapter: Path, tiny_lm: Path) -> None:
     from transformers import AutoModelForCausalLM
 

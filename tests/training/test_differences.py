@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.training.differences import differences
+from lorakit.training.differences import word_differences
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,14 @@ from lorakit.training.differences import differences
 def test_words_that_the_other_text_lacks_are_marked(
     answer: str, expected: str, ours: list[str], theirs: list[str]
 ) -> None:
-    left, right = differences(answer, expected)
+    left, right = word_differences(answer, expected)
     assert [text for text, differs in left if differs] == ours
     assert [text for text, differs in right if differs] == theirs
 
 
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_the_pieces_are_the_texts(answer: str, expected: str) -> None:
-    left, right = differences(answer, expected)
+    left, right = word_differences(answer, expected)
     assert "".join(text for text, _ in left) == answer and "".join(text for text, _ in right) == expected
     same = ["".join(text for text, differs in side if not differs) for side in (left, right)]
     assert same[0] == same[1]

@@ -60,23 +60,6 @@ def test_the_merged_folder_is_one_in_which_nothing_is_yet(
     assert found.resolve() == (here.parent if folder == "." else here) / merged
 
 
-@pytest.mark.parametrize(
-    ("given", "shown"),
-    [
-        ("/srv/models/base", "base"),
-        ("~/data/rows.jsonl", "rows.jsonl"),
-        ("organisation/model", "organisation/model"),
-        ("runs/a", "runs/a"),
-    ],
-)
-def test_the_card_names_no_place_of_this_machine_alone(given: str, shown: str) -> None:
-    card = report.model_card(
-        base_model=given, data=given, settings={"model": given, "rank": 2}, parameters="", result=None, seconds=1
-    )
-    assert f"base_model: {shown}\n" in card and f"| model | {shown} |" in card and f"Data: `{shown}`" in card
-    assert given == shown or given not in card
-
-
 def test_the_page_shows_what_went_wrong_before_what_went_right() -> None:
     samples = tuple(report.Sample(f"asked-{i}", "base", "adapter", "expected") for i in range(12))
     right = tuple(i not in (3, 5, 6, 8, 11) for i in range(12))

@@ -16,7 +16,7 @@ _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 _ALIKE = 0.4  # difflib's ratio, from 0 to 1. Between less similar texts, common words are chance
 
 
-def differences(answer: str, expected: str) -> tuple[list[Piece], list[Piece]]:
+def word_differences(answer: str, expected: str) -> tuple[list[Piece], list[Piece]]:
     """The pieces of both texts; joined they are the texts. Words, runs of white space and signs are compared whole.
 
     Texts with little in common differ as a whole.

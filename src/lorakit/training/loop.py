@@ -21,6 +21,7 @@ from ..core.numbers import duration, size
 from ..formats import peft, save
 from ..formats.folder import OutputFolder
 from . import page, report
+from .card import model_card
 from .changes import weight_changes
 from .checkpoints import checkpoints, newest_whole, step_of
 from .config import TrainConfig
@@ -308,7 +309,7 @@ def _write_reports(
     config = prepared.config
     again = dataclasses.replace(config, resume=None, overwrite=False)
     outcome = _outcome(prepared, progress, result, to_command(again, "train"))
-    card = report.model_card(
+    card = model_card(
         base_model=config.model,
         data=config.data,
         settings=dataclasses.asdict(config),

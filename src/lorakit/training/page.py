@@ -18,7 +18,7 @@ from ..core.table import Table
 from . import html
 from .changes import Change, by_kind, by_layer, together
 from .colours import LIGHT
-from .differences import Piece, differences
+from .differences import Piece, word_differences
 from .report import Evaluation, Sample, interval, is_share, metric_value
 from .svg import new_figure, styled, svg
 
@@ -177,7 +177,7 @@ def _answer(sample: Sample, right: bool | None) -> Answer:
     texts = [_cut(text.strip()) for text in (sample.prompt, sample.base, sample.adapter, sample.expected)]
     asked, base, adapter, expected = texts
     # A right answer may be other text: JSON is compared as data. There is nothing to mark then.
-    pieces = differences(adapter, expected) if right is False else ([(adapter, False)], [(expected, False)])
+    pieces = word_differences(adapter, expected) if right is False else ([(adapter, False)], [(expected, False)])
     return Answer(asked, base, *pieces, right)
 
 

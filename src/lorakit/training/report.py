@@ -1,4 +1,4 @@
-"""The texts of a run: headings, the comparison it ends with, the commands to use next, and the model card.
+"""The texts of a run: headings, the comparison it ends with, and the commands to use next.
 
 The functions only return text; the caller prints it.
 """
@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.numbers import duration
 from ..core.table import Table
 from .intervals import Ends
 
@@ -73,11 +72,11 @@ def comparison(result: Evaluation, shown: int = 3, *, rows: str = "", adapted: b
         within = f"   95 % interval {ends[adapted]}" if ends else ""
         lines.append(f"{name:<16} {metric_value(name, before):>9}{gained}{within}")
     lines += [f"note: {note}" for note in result.notes]
-    for sample in _telling(result.samples)[:shown]:
-        lines += ["", f"  {_line(sample.prompt)}"]
-        lines += [f"    base      {_line(sample.base)}"] if adapted else []
-        lines += [f"    {'adapter' if adapted else 'answer':<9} {_line(sample.adapter)}"]
-        lines += [f"    expected  {_line(sample.expected)}"]
+    for sample in telling(result.samples)[:shown]:
+        lines += ["", f"  {one_line(sample.prompt)}"]
+        lines += [f"    base      {one_line(sample.base)}"] if adapted else []
+        lines += [f"    {'adapter' if adapted else 'answer':<9} {one_line(sample.adapter)}"]
+        lines += [f"    expected  {one_line(sample.expected)}"]
     return "\n".join(lines)
 
 
@@ -118,55 +117,6 @@ def _program() -> str:
     return shlex.quote(str(called)) if called.name == "lorakit" and not shutil.which("lorakit") else "lorakit"
 
 
-def model_card(
-    *,
-    base_model: str,
-    data: str,
-    settings: dict[str, object],
-    parameters: str,
-    result: Evaluation | None,
-    seconds: float,
-    labels: tuple[str, ...] | None = None,
-) -> str:
-    """README.md of an output folder: what it is, how it was made, what it does, how to use it.
-
-    labels: the classes of a classifier (none for a regression); None for a language model.
-    """
-    base_model, data = public(base_model), public(data)
-    front = ["---", f"base_model: {base_model}", "library_name: peft", "tags: [lora, lorakit]", "---", ""]
-    auto, head = "AutoModelForCausalLM", ""
-    if labels is not None:
-        auto, head = "AutoModelForSequenceClassification", f", num_labels={len(labels) or 1}"
-    body = [
-        f"# LoRA adapter for {Path(base_model).name}",
-        "",
-        f"Base model: `{base_model}`  ",
-        f"Data: `{data}`  ",
-        f"Training took {duration(seconds)}; {parameters}.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "import lorakit",
-        f"from transformers import {auto}",
-        "",
-        f'model = {auto}.from_pretrained("{base_model}"{head})',
-        'lorakit.load(model, "THIS_FOLDER")',
-        "```",
-        "",
-        'The folder is PEFT\'s format: `PeftModel.from_pretrained(model, "THIS_FOLDER")` reads it too.',
-        "",
-    ]
-    if result is not None:
-        body += ["## Results", "", f"On {result.rows} held-out rows ({result.split}):", ""]
-        body += [metrics_table(result).markdown(), ""]
-        if result.samples:
-            body += [_samples_table(_telling(result.samples)[:5]).markdown(), ""]
-    values = ((name, str(public(value) if isinstance(value, str) else value)) for name, value in settings.items())
-    body += ["## Settings", "", Table(("setting", "value"), tuple(values), left=frozenset({0, 1})).markdown()]
-    return "\n".join([*front, *body]) + "\n"
-
-
 def metrics_table(result: Evaluation) -> Table:
     """Each metric of the base model and of the adapted one, with their 95 % intervals where they are known."""
     rows = []
@@ -183,16 +133,15 @@ def metrics_table(result: Evaluation) -> Table:
 def interval(result: Evaluation, name: str) -> tuple[str, ...]:
     """The 95 % intervals of a metric as text, of the base and of the adapted model; empty if they are not known."""
     found = result.intervals.get(name, ())
-    return tuple(f"{metric_value(name, low)} to {metric_value(name, high)}" for low, high in found)
+    return tuple(ends_text(name, ends) for ends in found)
 
 
-def public(text: str) -> str:
-    """A setting as others may read it: of an absolute path or one with ~, only the last name."""
-    path = Path(text)
-    return path.name if path.is_absolute() or text.startswith("~") else text
+def ends_text(metric: str, ends: Ends) -> str:
+    """The interval of a metric as text."""
+    return f"{metric_value(metric, ends[0])} to {metric_value(metric, ends[1])}"
 
 
-def _telling(samples: Sequence[Sample]) -> list[Sample]:
+def telling(samples: Sequence[Sample]) -> list[Sample]:
     """Samples in which base and adapter differ come first: they show what was learnt."""
     return sorted(samples, key=lambda sample: sample.base.strip() == sample.adapter.strip())
 
@@ -207,12 +156,7 @@ def is_share(metric: str) -> bool:
     return metric in ("exact match", "accuracy")
 
 
-def _line(text: str, width: int = 110) -> str:
+def one_line(text: str, width: int = 110) -> str:
+    """The text on one line, cut to `width` characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"
-
-
-def _samples_table(samples: Sequence[Sample]) -> Table:
-    rows = ((one.prompt, one.base, one.adapter, one.expected) for one in samples)
-    cells = tuple(tuple(map(_line, row)) for row in rows)
-    return Table(("asked", "base", "adapter", "expected"), cells, left=frozenset(range(4)))
