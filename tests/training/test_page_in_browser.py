@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+import comparisons
 from browser import in_browser
 from lorakit.core.table import Table
+from lorakit.study.comparison import page as comparison_page
 from lorakit.training import page as run_page
 from lorakit.training.changes import Change
 from lorakit.training.report import Evaluation, Sample
@@ -132,7 +134,29 @@ def test_a_message_on_the_console_fails(tmp_path: Path) -> None:
         in_browser("<!doctype html><title>t</title><script>nothere()</script>", "return 1;", tmp_path)
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_no_page_is_wider_than_a_phone(name: str, tmp_path: Path) -> None:
-    script = "return page.documentElement.scrollWidth;"
-    assert in_browser(PAGES[name]("a word and another"), script, tmp_path, width=420) <= 420
+COMPARED = comparison_page.render(comparisons.COMPARISON)
+
+
+@pytest.mark.parametrize("width", [420, 1280])
+@pytest.mark.parametrize("page", [COMPARED, PAGES["analysis"]("model.layers.self_attn")], ids=["compare", "analysis"])
+def test_the_tables_and_plots_of_the_other_pages_are_seen_whole(page: str, width: int, tmp_path: Path) -> None:
+    found: dict[str, Any] = in_browser(
+        page,
+        """
+        const all = (which) => [...page.querySelectorAll(which)];
+        for (const one of all("details")) one.open = true;
+        return {
+          wide: page.documentElement.scrollWidth,
+          cut: all(".scroll").filter((one) => one.scrollWidth > one.clientWidth).length,
+          tables: all("table").length,
+          cells: all("td").filter((one) => one.textContent && !one.offsetHeight).length,
+          text: Math.min(...all("svg text").filter((one) => one.getBoundingClientRect().height)
+            .map((one) => 12 * one.getScreenCTM().a)),
+        };
+        """,
+        tmp_path,
+        width=width,
+    )
+    assert found["wide"] <= width and found["tables"] >= 3
+    assert (found["cut"], found["cells"]) == (0, 0)
+    assert found["text"] >= 10  # pixels

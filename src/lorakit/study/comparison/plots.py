@@ -39,8 +39,8 @@ _LOOKS = (
     ("slate", "<", 9.0),
     ("ink", ">", 9.0),
 )
-_WIDTH, _HEIGHT = 760, 440
-_AREA = Box(62, 48, 682, 358)  # the drawing area of the plot
+_HEIGHT = 440
+WIDE, NARROW = 760, 400  # pixels: of a page on a screen, and on a phone, where text would be too small in the wide one
 _ZERO = 0.35  # distance from "0" to the start of the logarithmic axis, as a share of a decade's width
 _LONGEST = 40  # characters of a label
 
@@ -92,11 +92,13 @@ def families(comparison: Comparison) -> list[str]:
 
 
 @styled()
-def scatter(points: Sequence[Point], metric: str, families: Sequence[str]) -> Markup:
-    """The plot of one or more points. families: all families, in the order of their colours."""
-    figure = new_figure(_WIDTH, _HEIGHT)
+def scatter(points: Sequence[Point], metric: str, families: Sequence[str], width: int = WIDE) -> Markup:
+    """The plot of one or more points. families: all families, in the order of their colours. width: in pixels."""
+    figure = new_figure(width, _HEIGHT)
+    left = 62 if width == WIDE else 44
+    area = Box(left, 48, width - left - 16, 358)  # where points are drawn
     axes = figure.add_axes(
-        (_AREA.x / _WIDTH, _AREA.y / _HEIGHT, _AREA.width / _WIDTH, _AREA.height / _HEIGHT),
+        (area.x / width, area.y / _HEIGHT, area.width / width, area.height / _HEIGHT),
         xlabel="trainable parameters",
     )
     _across([point.parameters for point in points], axes)
@@ -125,7 +127,7 @@ def scatter(points: Sequence[Point], metric: str, families: Sequence[str]) -> Ma
             high = axes.transData.transform((point.parameters, point.value + point.half))[1]
             bars.append(Box(x - 4, 2 * y - high, 8, 2 * (high - y)))
     # A label may stand a little above the area, but not on the axis.
-    free = Box(_AREA.x + 2, _AREA.y + 2, _AREA.width - 2, _AREA.height + 10)
+    free = Box(area.x + 2, area.y + 2, area.width - 2, area.height + 10)
     boxes = placed(places, [point.label for point in points], free, bars, lines)
     for point, place, box in zip(points, places, boxes, strict=True):
         _label(point.label, place, box, LIGHT[looks[point.family][0]], figure)
