@@ -133,7 +133,7 @@ def test_chat_answers_each_line_until_the_end(adapter: Path, capsys: pytest.Capt
     monkeypatch.setattr(sys, "stdin", io.StringIO("turn 1\n\n/help\n/base\nturn 1\n/base\n/clear\nturn 1\n/quit\n"))
     assert main(["chat", "--model", str(adapter), "--dtype", "float32", "--max-new-tokens", "3"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("(/clear starts over") == 2
+    assert printed.count("(/help lists the commands, /base switches") == 1 and "/clear        starts over" in printed
     assert "(the base model answers)" in printed and "(the adapter answers)" in printed
     answers = [part.partition("\n")[0] for part in printed.split("\n> ")[1:]]
     assert answers[0] == answers[7]  # after /clear the conversation begins again
@@ -146,11 +146,11 @@ def test_a_model_without_an_adapter_is_shown_alone(tiny_lm: Path, tmp_path: Path
     printed = capsys.readouterr().out
     assert f"── 4 rows of {tmp_path} (test) ──" in printed
     assert "→" not in printed and "adapter" not in printed and printed.count("    answer    ") == 3
-    assert len(re.findall(r"(?m)^exact match +\S+%$", printed)) == 1
-    monkeypatch.setattr(sys, "stdin", io.StringIO("/base\n/quit\n"))
+    assert len(re.findall(r"(?m)^exact match +\S+%   95 % interval \S+% to \S+%$", printed)) == 1
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/base\n/quit\n"))  # there is no adapter: the commands are listed
     assert main(["chat", "--model", str(tiny_lm), "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("(/clear starts over, /quit or Ctrl-D ends)") == 2 and "/base" not in printed
+    assert "(/help lists the commands, /quit ends)" in printed and "/retry" in printed and "/base" not in printed
 
 
 def test_eval_compares_base_and_adapter(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

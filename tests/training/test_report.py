@@ -1,5 +1,6 @@
 """What is printed at the end of a run."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -76,6 +77,22 @@ def test_numbers_are_shown_by_how_far_they_are_off() -> None:
     result = report.Evaluation(3, "test", {"pearson": (0.0, 0.5)}, samples)
     answers = page.answers_of(result)
     assert [answer.asked for answer in answers] == ["2", "1", "0"] and {answer.right for answer in answers} == {None}
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_answers_are_broken_between_words_at_the_width_of_the_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    answer = '{"name": "set_light", "arguments": {"room": "the second bathroom", "on": false, "brightness": 80}}'
+    result = report.Evaluation(1, "test", {}, (report.Sample("asked", "", answer, answer.replace("80", "90")),))
+    lines = report.comparison(result).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("    adapter   "))
+    assert lines[start - 2 : start] == ["  asked", "    base"]
+    assert max(map(len, lines[start:])) <= columns and (len(lines) == start + 2) == (columns == 200)
+    adapter, expected = " ".join(line.strip() for line in lines[start:]).split("expected  ")
+    assert adapter.split() == ["adapter", *answer.split()] and expected == answer.replace("80", "90")
+    assert all(line.startswith(" " * 14) for line in lines[start:] if not re.match("    (adapter|expected)  ", line))
 
 
 def test_a_score_is_printed_with_its_interval() -> None:

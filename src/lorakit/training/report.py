@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,11 +74,24 @@ def comparison(result: Evaluation, shown: int = 3, *, rows: str = "", adapted: b
         lines.append(f"{name:<16} {metric_value(name, before):>9}{gained}{within}")
     lines += [f"note: {note}" for note in result.notes]
     for sample in telling(result.samples)[:shown]:
-        lines += ["", f"  {one_line(sample.prompt)}"]
-        lines += [f"    base      {one_line(sample.base)}"] if adapted else []
-        lines += [f"    {'adapter' if adapted else 'answer':<9} {one_line(sample.adapter)}"]
-        lines += [f"    expected  {one_line(sample.expected)}"]
+        lines += ["", *_beside("  ", sample.prompt)]
+        lines += _beside("    base      ", sample.base) if adapted else []
+        lines += _beside(f"    {'adapter' if adapted else 'answer':<9} ", sample.adapter)
+        lines += _beside("    expected  ", sample.expected)
     return "\n".join(lines)
+
+
+def _beside(label: str, text: str) -> list[str]:
+    """The text beside its label, broken between words at the width of the terminal, so that lines stay under it."""
+    width = max(40, shutil.get_terminal_size().columns)
+    found = textwrap.wrap(
+        one_line(text, 220),
+        width,
+        initial_indent=label,
+        subsequent_indent=" " * len(label),
+        break_on_hyphens=False,
+    )
+    return found or [label.rstrip()]
 
 
 def next_commands(
