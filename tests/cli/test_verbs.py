@@ -110,7 +110,7 @@ def test_train_prints_what_a_person_needs(tiny_lm: Path, tmp_path: Path, capsys:
         "; peak memory ",
         " (planned ",
         "exact match",
-        "    base      ",
+        "\n    base",
         f"{out}/: README.md, adapter_config.json",
         f"lorakit generate --model {out} --prompt",
         f"lorakit merge --model {out}",
@@ -145,7 +145,7 @@ def test_a_model_without_an_adapter_is_shown_alone(tiny_lm: Path, tmp_path: Path
     assert main(["eval", "--model", str(tiny_lm), "--data", str(tmp_path), "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
     assert f"── 4 rows of {tmp_path} (test) ──" in printed
-    assert "→" not in printed and "adapter" not in printed and printed.count("    answer    ") == 3
+    assert "→" not in printed and "adapter" not in printed and printed.count("\n    answer") == 3
     assert len(re.findall(r"(?m)^exact match +\S+%   95 % interval \S+% to \S+%$", printed)) == 1
     monkeypatch.setattr(sys, "stdin", io.StringIO("/base\n/quit\n"))  # there is no adapter: the commands are listed
     assert main(["chat", "--model", str(tiny_lm), "--dtype", "float32"]) == 0

@@ -4,10 +4,12 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorakit.core.numbers import size
+from lorakit.core.table import Table
 from lorakit.training import page, report
 
 
@@ -93,6 +95,18 @@ def test_answers_are_broken_between_words_at_the_width_of_the_terminal(
     adapter, expected = " ".join(line.strip() for line in lines[start:]).split("expected  ")
     assert adapter.split() == ["adapter", *answer.split()] and expected == answer.replace("80", "90")
     assert all(line.startswith(" " * 14) for line in lines[start:] if not re.match("    (adapter|expected)  ", line))
+
+
+def test_the_page_of_numbers_has_a_search_and_no_filter_and_that_of_plain_text_has_neither() -> None:
+    without: dict[str, Any] = dict(title="", facts={}, command="", settings=Table((), ()), summary="", history=[])
+    samples = tuple(report.Sample("a", "0.000", f"{number}.000", "1.000") for number in range(3))
+    numbers = report.Evaluation(3, "test", {"pearson": (0.1, 0.5)}, samples)
+    shown = page.render(**without, changes=[], result=numbers)
+    assert shown.count("<article") == 3 and 'type="search"' in shown and 'name="which"' not in shown.split("<script")[0]
+    texts = report.Evaluation(3, "test", {"perplexity": (10.0, 5.0)}, (), intervals={"perplexity": ((9, 11), (4, 6))})
+    shown = page.render(**without, changes=[], result=texts)
+    assert "95 % interval 4.000 to 6.000; base 9.000 to 11.000" in shown
+    assert "<script" not in shown and 'type="search"' not in shown and 'class="scale"' not in shown
 
 
 def test_a_score_is_printed_with_its_interval() -> None:
