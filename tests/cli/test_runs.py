@@ -38,7 +38,7 @@ def test_the_table_shows_what_differs_and_what_came_of_it(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     run(Path("runs/a"))
-    run(Path("runs/more/b"), score=0.8125, rank=8, targets=("q_proj", "v_proj"), overwrite=True)
+    run(Path("runs/more/b"), score=0.8125, rank=8, targets=("q_proj", "v_proj"), save_steps=7)
     run(Path("runs/c"), "unfinished", rank=8)
     (tmp_path / "runs" / "notes").mkdir()
     assert main(["runs"]) == 0
@@ -51,13 +51,14 @@ def test_the_table_shows_what_differs_and_what_came_of_it(
             "run",
             "state",
             "rank",
+            "alpha",
             "targets",
             "exact match",
             *("training loss", "held-out loss", "time", "peak", "finished"),
         ],
-        ["runs/a", "16", "all-linear", "75.0% (37.5% to 90.0%)", *losses, *rest],
-        ["runs/c", "unfinished", "8", "all-linear", *losses],
-        ["runs/more/b", "8", "q_proj,v_proj", "81.2% (40.6% to 90.0%)", *losses, *rest],
+        ["runs/a", "16", "32", "all-linear", "75.0% (37.5% to 90.0%)", *losses, *rest],
+        ["runs/c", "unfinished", "8", "16", "all-linear", *losses],
+        ["runs/more/b", "8", "16", "q_proj,v_proj", "81.2% (40.6% to 90.0%)", *losses, *rest],
     ]
 
 
@@ -70,6 +71,17 @@ def test_another_model_or_data_set_is_a_column(tmp_path: Path, capsys: pytest.Ca
     lines = [line.split() for line in printed.splitlines()[2:4]]
     assert [line[0] for line in lines] == ["run", str(tmp_path / "b")]  # each run once, in the order that was asked for
     assert lines[0][1] == "model" and lines[1][1] == "models/b"
+
+
+def test_a_long_setting_is_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(Path("a"), system="Reply with one tool call and nothing else.")
+    run(Path("b"), alpha=32.0)  # alpha is 2 r where it is not given
+    assert main(["runs"]) == 0
+    printed = capsys.readouterr().out
+    assert "  Reply with one tool cal…  " in printed and "alpha" not in printed
 
 
 def test_a_table_fits_the_terminal(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

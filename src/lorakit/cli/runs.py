@@ -29,7 +29,6 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(runs_json(found), end="")
         return
-    for line in common_lines(found):
-        print(line)
-    print()
+    if common := common_lines(found):
+        print("\n".join(common), end="\n\n")
     print("\n".join(runs_table(found).lines(shutil.get_terminal_size().columns)))

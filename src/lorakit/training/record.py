@@ -24,7 +24,7 @@ from .plan import processes
 from .prepare import Prepared, uses_autocast, weights_dtype
 from .values import value_text
 
-_FREE = {
+FREE = {  # settings that do not change what is computed, or of which a message tells
     *("output_dir", "resume", "overwrite", "dry_run", "ignore_memory"),
     *("eval_steps", "save_steps", "logging_steps", "eval_samples", "max_new_tokens", "report_to"),
     *("epochs", "max_steps"),  # `longer_or_shorter` tells the user what this changes
@@ -86,7 +86,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     by_content = "data" in then
     lines = []
     for name, value in new.items():
-        if name in _FREE and (by_content or name not in ("model", "data")):
+        if name in FREE and (by_content or name not in ("model", "data")):
             continue
         before = old.get(name, defaults.get(name))
         if name == "dtype" and before == "auto":  # 0.1.0 did not note which one was meant

@@ -19,13 +19,15 @@ from ..formats.folder import HIDDEN, OutputFolder
 from ..formats.lock import refuse_locked
 from .config import TrainConfig
 from .outcome import RESULTS, last_losses
-from .report import ends_text, metric_value
+from .record import FREE
+from .report import ends_text, metric_value, one_line
 from .start import TRAINING, settings_in
 from .values import value_text
 
 _DEPTH = 3  # levels below a folder in which runs are looked for
 _USUAL = dataclasses.asdict(TrainConfig("none", "none", "none"))
-_NOT_COMPARED = {"output_dir", "resume", "overwrite", "dry_run", "ignore_memory"}
+_COMPARED = [name for name in _USUAL if name not in FREE or name in ("model", "data", "epochs", "max_steps")]
+_WIDEST = 24  # characters of a setting
 
 
 @dataclass(frozen=True)
@@ -142,13 +144,21 @@ def _lines(folder: Path) -> list[dict[str, float]]:
 
 def _differing(runs: Sequence[RunFacts]) -> list[str]:
     """The settings in which the runs differ."""
-    names = [name for name in _USUAL if name not in _NOT_COMPARED]
-    return [name for name in names if len({_setting_of(name)(run) for run in runs}) > 1]
+    return [name for name in _COMPARED if len({_value(run, name) for run in runs}) > 1]
 
 
 def _setting_of(name: str) -> Callable[[RunFacts], str]:
+    if name in ("model", "data"):
+        return lambda run: _value(run, name)  # a path differs at its end
+    return lambda run: one_line(_value(run, name), _WIDEST)
+
+
+def _value(run: RunFacts, name: str) -> str:
     """The text of a setting of a run. One that the run's lorakit did not have yet has its default."""
-    return lambda run: value_text(run.settings.get(name, _USUAL[name]))
+    value = run.settings.get(name, _USUAL[name])
+    if name == "alpha" and value is None:
+        value = 2.0 * run.settings.get("rank", _USUAL["rank"])
+    return value_text(value)
 
 
 def _score_of(metric: str) -> Callable[[RunFacts], str]:
