@@ -177,6 +177,9 @@ def test_the_markdown_has_the_same_cells_escaped_and_the_best_in_bold() -> None:
 def test_an_interval_that_the_scores_bounds_cut_has_two_ends() -> None:
     cut = Interval(97.0, 4.5, (95.0, 97.0, 99.0), (0.0, 100.0))
     assert score(cut, 1) == "97.0 (92.5 to 100.0)"
+    told = "In brackets are its ends where it would pass the score's own."
+    shown = replace(COMPARISON, tasks=(SST,), rows=(replace(ROWS[0], scores={"accuracy": cut}),))
+    assert told in " ".join(tables_text(shown).split()) and told not in " ".join(tables_text(COMPARISON).split())
     assert score(replace(cut, half=1.0), 1) == "97.0 ± 1.0" and score(replace(cut, half=None), 1) == "97.0"
 
 

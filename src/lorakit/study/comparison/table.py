@@ -201,7 +201,9 @@ def _interval(comparison: Comparison) -> str:
     count = len(comparison.seeds)
     if count < 3:
         return f"From {'a single seed' if count == 1 else 'two seeds'} there is no interval."
-    return f"± is the 95 % interval of the mean over {count} seeds (Student's t)."
+    cut = any(interval.is_cut for row in comparison.rows for interval in row.scores.values())
+    ends = " In brackets are its ends where it would pass the score's own." if cut else ""
+    return f"± is the 95 % interval of the mean over {count} seeds (Student's t).{ends}"
 
 
 def _choice(comparison: Comparison, task: TaskFacts) -> str:
