@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ from ..core.numbers import duration, size
 from ..formats import peft, save
 from ..formats.folder import OutputFolder
 from . import page, report
+from .card import model_card
+from .changes import weight_changes
 from .checkpoints import checkpoints, history_in, newest_whole, step_of
 from .config import TrainConfig
 from .divergence import Diverged
@@ -26,7 +30,8 @@ from .evaluate import evaluate, question
 from .interrupt import Interrupted, SaveAndStop
 from .loss import check_causal
 from .memory import few_kernels
-from .models import LABELS, Loaded, load_causal_lm, load_classifier
+from .models import LABELS, Loaded, best_device, load_causal_lm, load_classifier
+from .outcome import RESULTS, Outcome, device_name, last_losses, scores_of, trained_seconds
 from .pace import Pace, padded_tokens
 from .packing import PackCollator, check_packing, unpacked
 from .plan import processes
@@ -35,7 +40,7 @@ from .prepare import Prepared, adapt, labels_of, prepare, start_block, uses_auto
 from .processes import is_main, of_main
 from .quiet import quiet_libraries
 from .record import base_fingerprint, longer_or_shorter, refuse_differences, run_record
-from .settings import to_yaml
+from .settings import settings_table, to_command, to_yaml
 from .spool import as_dataset
 from .start import TRAINING, Start, decided, start_of
 from .sweep_settings import candidates
@@ -399,30 +404,76 @@ def _write_reports(
     result: report.Evaluation | None,
 ) -> None:
     config = prepared.config
-    card = report.model_card(
+    again = dataclasses.replace(config, resume=None, overwrite=False)
+    outcome = _outcome(prepared, progress, result, to_command(again, "train"))
+    card = model_card(
         base_model=config.model,
         data=config.data,
         settings=dataclasses.asdict(config),
         parameters=str(prepared.attached).splitlines()[-1],
         result=result,
-        seconds=progress.seconds,
+        seconds=outcome.seconds,
         labels=labels_of(prepared.data),
     )
     html = page.render(
         title=Path(config.output_dir).name,
+        facts=_facts(prepared, outcome),
+        command=outcome.command,
+        settings=settings_table(again),
         summary=start_block(prepared),
         history=progress.history,
         result=result,
-        changes=page.weight_changes(loaded.model),
+        changes=weight_changes(loaded.model),
     )
-    for name, text in (("README.md", card), ("report.html", html)):
+    for name, text in (("README.md", card), ("report.html", html), (RESULTS, outcome.as_json())):
         (out / name).write_text(text, encoding="utf-8")
 
 
+def _outcome(prepared: Prepared, progress: Progress, result: report.Evaluation | None, command: str) -> Outcome:
+    config = prepared.config
+    return Outcome(
+        lorakit=version("lorakit"),
+        finished=datetime.now().astimezone().isoformat(timespec="minutes"),
+        model=config.model,
+        data=config.data,
+        command=command,
+        device=device_name(best_device()),
+        seconds=trained_seconds(progress.history, progress.seconds),
+        peak_bytes=progress.peak_bytes,
+        planned_bytes=prepared.plan.peak_bytes,
+        steps=prepared.plan.steps,
+        trained_parameters=prepared.attached.trainable,
+        losses=last_losses(progress.history),
+        rows=result.rows if result is not None else 0,
+        split=result.split if result is not None else "",
+        scores=scores_of(result),
+    )
+
+
+def _facts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
+    """What the page says of a run, by name."""
+    config, attached, data = prepared.config, prepared.attached, prepared.data
+    splits = {"train": data.train, "valid": data.valid, "test": data.test}
+    rows = ", ".join(f"{len(part):,} {name}" for name, part in splits.items() if part)
+    share = attached.trainable / max(attached.total, 1)
+    return {
+        "model": outcome.model,
+        "data": f"{outcome.data}: {rows} rows",
+        "adapter": f"rank {config.rank}, {outcome.trained_parameters:,} parameters trained ({share:.2%})",
+        "training": f"{outcome.steps:,} steps, learning rate {config.learning_rate:g}, seed {config.seed}",
+        "time of training": f"{duration(outcome.seconds)} on {outcome.device}",
+        "peak memory": _peak(outcome.peak_bytes, outcome.planned_bytes),
+        "finished": outcome.finished.replace("T", " ", 1),
+        "lorakit": outcome.lorakit,
+    }
+
+
+def _peak(measured: int, planned: int | None) -> str:
+    return f"{size(measured)} ({'not planned' if planned is None else f'planned {size(planned)}'})"
+
+
 def _end_block(prepared: Prepared, out: OutputFolder, progress: Progress, result: report.Evaluation | None) -> str:
-    planned = prepared.plan.peak_bytes
-    peak = f"peak memory {size(progress.peak_bytes)}"
-    peak += " (not planned)" if planned is None else f" (planned {size(planned)})"
+    peak = f"peak memory {_peak(progress.peak_bytes, prepared.plan.peak_bytes)}"
     if progress.loading_bytes > progress.peak_bytes:
         peak += f"; {size(progress.loading_bytes)} while the model was loaded"
     lines = [report.heading("done"), f"trained in {duration(progress.seconds)}; {peak}"]

@@ -22,8 +22,9 @@ from .config import TrainConfig
 from .models import Loaded, best_device, resolve_dtype
 from .plan import processes
 from .prepare import Prepared, uses_autocast, weights_dtype
+from .values import value_text
 
-_FREE = {
+FREE = {  # settings that do not change what is computed, or of which a message tells
     *("output_dir", "resume", "overwrite", "dry_run", "ignore_memory"),
     *("eval_steps", "save_steps", "logging_steps", "eval_samples", "max_new_tokens", "report_to"),
     *("epochs", "max_steps"),  # `longer_or_shorter` tells the user what this changes
@@ -86,7 +87,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     by_content = "data" in then
     judges = (new["metric"], new["patience"], new["keep"]) != ("loss", None, "last")
-    free = _FREE - _JUDGING if judges else _FREE
+    free = FREE - _JUDGING if judges else FREE
     lines = []
     for name, value in new.items():
         if name in free and (by_content or name not in ("model", "data")):
@@ -95,7 +96,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if name == "dtype" and before == "auto":  # 0.1.0 did not note which one was meant
             continue
         if _plain(before) != _plain(value):
-            lines.append(f"--{name.replace('_', '-')}: {_shown(before)} then, {_shown(value)} now")
+            lines.append(f"--{name.replace('_', '-')}: {value_text(before)} then, {value_text(value)} now")
     for name, said in (("processes", "processes"), ("autocast", "products in bfloat16")):
         if name in then and then[name] != now[name]:
             lines.append(f"{said}: {then[name]} then, {now[name]} now")
@@ -147,9 +148,3 @@ def _encoded(row: Mapping[str, Any]) -> bytes:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value)) or "none"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

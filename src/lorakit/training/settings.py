@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..core.errors import LoraError
 from ..core.paths import expanded
+from ..core.table import Table
 from ..core.words import suggestion
-from .values import converted, describe
+from .values import converted, describe, value_text
 from .yaml_files import Yaml, line_of, root_of, value_of
 
 if TYPE_CHECKING:
@@ -162,6 +164,35 @@ def to_yaml(config: Any) -> str:
         return [lists(own) for own in value] if isinstance(value, list | tuple) else value
 
     return str(yaml.safe_dump(lists(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True))
+
+
+def to_command(config: Any, verb: str) -> str:
+    """The command line that gives these settings, quoted for a shell. Settings at their defaults are left out."""
+    words = ["lorakit", verb]
+    for name, own in _settings(type(config)).items():
+        value = getattr(config, name)
+        if not own.is_required and value == own.default:
+            continue
+        flag = f"--{_kebab(name)}"
+        if own.type is bool:
+            words.append(flag if value else f"--no-{_kebab(name)}")
+            continue
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        if isinstance(value, float):
+            text = text.removesuffix(".0")
+        words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return shlex.join(words)
+
+
+def settings_table(config: Any) -> Table:
+    """Every setting and its value, those that differ from their defaults marked."""
+    rows, marked = [], set()
+    for row, (name, own) in enumerate(_settings(type(config)).items()):
+        value = getattr(config, name)
+        rows.append((name, value_text(value)))
+        if own.is_required or value != own.default:
+            marked.add((row, 1))
+    return Table(("setting", "value"), tuple(rows), left=frozenset({0, 1}), marked=frozenset(marked))
 
 
 def commented_yaml(config: type, verb: str) -> str:
