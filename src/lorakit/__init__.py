@@ -56,6 +56,8 @@ if _TYPE_CHECKING:
     from .formats import load as load
     from .formats import save as save
     from .training.merging_files import merge_files as merge_files
+    from .view.peft_view import get_peft_model as get_peft_model
+    from .view.peft_view import peft_view as peft_view
 
 _HOME = {
     "bank.bank": ("Bank",),
@@ -81,6 +83,7 @@ _HOME = {
     "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
     "formats": ("Adapter", "load", "save"),
     "training.merging_files": ("merge_files",),
+    "view.peft_view": ("get_peft_model", "peft_view"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -133,7 +133,7 @@ class Adaptation:
 
     def values(self) -> dict[str, Tensor]:
         """The same tensors with the adapter's own values, also while it is off or the model is inside `disabled`."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, module, undo, _ in self.noted():
             values = undo.values(module) if self.is_on else undo.trained
             found |= {f"{name}.{local}".removeprefix("."): value for local, value in values.items()}
