@@ -378,20 +378,29 @@ def test_a_view_of_a_bank_has_all_its_adapters() -> None:
     assert bank.used == "fr" and len(bank.parameters("fr")) == 4
 
 
-def test_a_weighted_sum_is_exact() -> None:
+def test_weighted_sums_are_exact_or_the_nearest_of_their_rank() -> None:
     _, view = with_two()
-    view.base_model.add_weighted_adapter(["default", "de"], [0.5, -2.0], "sum", combination_type="cat")
-    base = llama()
-    factors = {name: dict(view.bank[name].updates) for name in view.bank}
+    view.add_weighted_adapter(["default", "de"], [0.5, -2.0], "sum", combination_type="cat")
+    view.add_weighted_adapter(["default", "de"], [0.5, -2.0], "near", svd_rank=3)
+    base, near = llama(), llama()
+    adapters = {name: view.bank[name] for name in ("default", "de")}
     for name, layer in base.named_modules():
-        for own, weight in (("default", 0.5), ("de", -2.0)):
-            if name in factors[own]:
-                update = factors[own][name]
-                layer.weight.data += weight * update.scale * update.B @ update.A
-    view.set_adapter("sum")
-    close(logits(view), logits(base))
-    with pytest.raises(lorakit.LoraError, match="'cat'"):
-        view.add_weighted_adapter(["default", "de"], [1.0, 1.0], "other")
+        parts = [
+            weight * own.updates[name].scale * own.updates[name].B.double() @ own.updates[name].A.double()
+            for own, weight in zip(adapters.values(), (0.5, -2.0), strict=True)
+            if name in own.updates
+        ]
+        if parts:
+            U, S, Vh = torch.linalg.svd(sum(parts), full_matrices=False)
+            layer.weight.data += sum(parts).float()
+            near.get_submodule(name).weight.data += (U[:, :3] * S[:3] @ Vh[:3]).float()
+    for name, expected in (("sum", base), ("near", near)):
+        view.set_adapter(name)
+        close(logits(view), logits(expected))
+    assert (logits(near) - logits(base)).abs().max() > 1e-3
+    assert view.peft_config["near"].r == 3 and max(own.rank for own in view.bank["sum"].updates.values()) == 6
+    with pytest.raises(lorakit.LoraError, match="mix the factors"):
+        view.add_weighted_adapter(["default", "de"], [1.0, 1.0], "other", combination_type="linear")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

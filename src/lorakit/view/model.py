@@ -31,7 +31,6 @@ from ..bank.bank import Bank
 from ..core.adapted import AdaptedLayer
 from ..core.adapter import Adapter
 from ..core.attach import adapted_layers
-from ..core.combine import combine
 from ..core.errors import LoraError
 from ..core.layouts import Lookup
 from ..core.switching import bake, disabled, merge, unmerge
@@ -39,6 +38,7 @@ from ..formats import read_for
 from ..formats.peft import config_fields
 from .settings import begins_at_random, lora_config, settings_of
 from .tensors import LayerView, PeftTensors, copy_into, tree
+from .weighted import weighted_sum
 
 BASE = "__base__"  # PEFT's word for a row without an adapter
 
@@ -167,16 +167,13 @@ class Adapters(BaseTuner):
         weights: Sequence[float],
         adapter_name: str,
         combination_type: str = "svd",
-        **more: Any,
+        svd_rank: int | None = None,
+        **unused: Any,
     ) -> None:
-        """A new adapter whose update is the weighted sum of others', exactly: PEFT's combination_type="cat"."""
-        if combination_type != "cat":
-            raise LoraError(
-                f"combination_type={combination_type!r}: lorakit adds updates exactly, which PEFT calls 'cat'. Use "
-                "that; the rank is the sum of the ranks."
-            )
+        """A new adapter, frozen and not active, whose update is the weighted sum of others': see `weighted.py`."""
         with self._steady():
-            adapter = combine([self.bank[name] for name in adapters], list(weights))
+            own = [self.bank[name] for name in adapters]
+            adapter = weighted_sum(own, weights, combination_type, svd_rank)
             self.bank[adapter_name] = adapter
             self._train(adapter_name, False)
         self.peft_config[adapter_name] = lora_config(config_fields(adapter))
