@@ -26,6 +26,7 @@ PUBLIC = {
     *("adapted_layers", "parameters", "parameter_groups", "bake", "dequantize", "merge_files"),
     *("peft_view", "get_peft_model"),
     *("Linear", "MergedLinear", "Embedding", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"),
+    *("TrainerMixin", "LightningCallback", "hook_accelerator"),
     *("mark_only_lora_as_trainable", "lora_state_dict", "install_as_loralib"),
 }
 

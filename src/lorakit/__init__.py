@@ -55,7 +55,10 @@ if _TYPE_CHECKING:
     from .formats import Adapter as Adapter
     from .formats import load as load
     from .formats import save as save
+    from .training.accelerator import hook_accelerator as hook_accelerator
+    from .training.lightning_callback import LightningCallback as LightningCallback
     from .training.merging_files import merge_files as merge_files
+    from .training.trainer_mixin import TrainerMixin as TrainerMixin
     from .view.peft_view import get_peft_model as get_peft_model
     from .view.peft_view import peft_view as peft_view
 
@@ -82,7 +85,10 @@ _HOME = {
     "core.switching": ("bake", "disabled", "merge", "unmerge"),
     "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
     "formats": ("Adapter", "load", "save"),
+    "training.accelerator": ("hook_accelerator",),
+    "training.lightning_callback": ("LightningCallback",),
     "training.merging_files": ("merge_files",),
+    "training.trainer_mixin": ("TrainerMixin",),
     "view.peft_view": ("get_peft_model", "peft_view"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

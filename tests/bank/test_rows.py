@@ -268,6 +268,28 @@ def test_dropout_is_each_adapters_own() -> None:
         assert torch.equal(layer(torch.ones(3, 4000, dtype=F64)).flatten(), torch.full((3,), 4000.0, dtype=F64))
 
 
+@pytest.mark.parametrize("how", [{"fused": True}, {"foreach": True}, {}], ids=str)
+def test_a_step_inside_one_context_is_seen_by_the_next_pass_without_gradients(how: Any) -> None:
+    model = llama().double()
+    bank = filled(model, three())
+    with bank.rows(NAMES):
+        for _ in range(2):
+            with torch.no_grad():
+                model(IDS)
+            model(IDS).logits.sin().sum().backward()
+            for name in bank:
+                torch.optim.AdamW(bank.parameters(name), lr=0.1, **how).step()
+        with torch.no_grad():
+            before = model(IDS).logits
+            bank.parameters("a")[0].data.zero_()
+            bank.written()
+            together = model(IDS).logits
+    assert not torch.equal(before, together)
+    for index, used in enumerate(NAMES):
+        bank.use(used)
+        torch.testing.assert_close(together[index], model(IDS).logits[index], rtol=0, atol=1e-11)
+
+
 def test_an_adapter_without_rows_in_a_batch_gets_no_gradient() -> None:
     model = llama().double()
     bank = filled(model, three())
@@ -410,6 +432,19 @@ class TestCompiled:
                     if turn % 10 == 0:
                         bank["guest"] = lorakit.LoRASettings(["q_proj", "lm_head"], rank=1 + turn % 7)
                         del bank["guest"]
+
+    def test_a_step_is_seen_by_the_compiled_model(self) -> None:
+        model = llama()
+        bank = filled(model, three(), rank=8, room=3)
+        compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+        bank.use("a")
+        with torch.no_grad():
+            before = compiled(input_ids=IDS).logits
+        model(IDS).logits.sin().sum().backward()
+        torch.optim.AdamW(bank.parameters("a"), lr=0.1, fused=True).step()
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(input_ids=IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+        assert (before - model(IDS).logits).abs().max() > 0.1
 
     def test_training_in_rows_compiles_whole(self) -> None:
         model = llama().double()

@@ -336,6 +336,26 @@ def test_modules_of_an_adapter_that_is_not_active_are_found_too() -> None:
         assert torch.equal(logits(view), logits(view))
 
 
+def test_an_adapter_copied_by_names_is_the_same_adapter() -> None:
+    """TRL copies "default" into "ref" so, also what is trained whole, while "ref" is off the model."""
+    settings = dict(target_modules=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], use_dora=True)
+    view = ours(llama, **settings).eval()
+    with torch.no_grad():
+        for parameter in view.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2)
+    adapted = logits(view)
+    view.add_adapter("ref", LoraConfig(**settings))
+    for name, parameter in view.named_parameters():
+        if ".default." in name or name.endswith(".default"):
+            view.get_parameter(name.replace(".default", ".ref")).data.copy_(parameter.data)
+    for name in ("ref", "default", "ref"):
+        view.set_adapter(name)
+        assert torch.equal(logits(view), adapted)
+    with view.disable_adapter():
+        assert torch.equal(logits(view), logits(llama()))
+
+
 def test_a_copy_is_a_view_of_its_own() -> None:
     _, view = with_two()
     twin = copy.deepcopy(view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..core.adapted import AdaptedLayer
 from ..core.adapter import Adapter
@@ -26,7 +28,7 @@ from ..core.unused import refuse_silent
 from ..core.words import suggestion
 from ..formats import read_for
 from .adaptation import Adaptation
-from .rows import Groups, Part, RowsLayer, rows_class, rows_refusal, thin_pair, to_rank
+from .rows import Groups, Part, RowsLayer, Writes, rows_class, rows_refusal, thin_pair, to_rank
 
 Used = str | Mapping[str, float] | None
 FIRST = "default"  # the name of an adapter that the model has already, PEFT's
@@ -73,10 +75,13 @@ class Bank(MutableMapping[str, Adapter]):
         self._adaptations: dict[str, Adaptation] = {}
         self._on: Adaptation | None = None
         self._used: Used = None
+        self._entered: Sequence[str | None] = ()  # what the rows of that model are
         self._rows: Adaptation | None = None  # the model with `RowsLayer`s, for the adapters that there are
         self._row_layers: dict[str, type[RowsLayer]] = {}  # by name, also of adapters that are gone
         self._slots: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # by the same names, if `rank` and `room` are given
         self._in_rows = False
+        self._writes = Writes()
+        _count_writes(self)
         if adapted_layers(self.model):
             self._keep(FIRST, Adaptation(self.model))
             self.use(FIRST)
@@ -178,6 +183,15 @@ class Bank(MutableMapping[str, Adapter]):
             else:
                 self._enter([before])
 
+    def written(self) -> None:
+        """Say that factors were written to in a way that leaves no note: `parameter.data`, a kernel of one's own.
+
+        A step of an optimizer needs no such call.
+        """
+        self._writes.count += 1
+        if self.rank is not None and self._on is not None and self._on is self._rows:
+            self._enter(self._entered)
+
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters of one adapter, for its own optimizer: its factors, and what it trains beside them."""
         return list(self._named(name).parameters())
@@ -250,9 +264,10 @@ class Bank(MutableMapping[str, Adapter]):
                 index = [having.index(name) if name in having else -1 for name in groups.names]
                 layers = [by_name[name][layer_name] for name in having]
                 seeds = [self.seeds[name] for name in having]
-                module.lora_part = Part(layer_name, layers, index, groups.rows, seeds)
+                module.lora_part = Part(layer_name, layers, index, groups.rows, seeds, self._writes)
             if layer_name in self._slots:
                 self._fill(layer_name, module, groups, {name: by_name[name][layer_name] for name in having})
+        self._entered = names
 
     def _layers_for_rows(self) -> dict[str, RowsLayer]:
         found: dict[str, Any] = {name: self.model.get_submodule(name) for name in self._row_layers}
@@ -313,3 +328,15 @@ class Bank(MutableMapping[str, Adapter]):
         shapes = (self.room + 1, self.rank, *A.shape[1:]), (self.room + 1, len(B), self.rank, *B.shape[2:])
         down, up = (torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in shapes)
         self._slots[layer_name] = down, up, torch.zeros(1, dtype=torch.int64, device=like.device)
+
+
+def _count_writes(bank: Bank) -> None:
+    """Tell the bank of every step of an optimizer, as long as it lives."""
+    alive = weakref.ref(bank)
+
+    def stepped(*_: object) -> None:
+        own = alive()
+        if own is not None:
+            own.written()
+
+    weakref.finalize(bank, register_optimizer_step_post_hook(stepped).remove)

@@ -15,7 +15,7 @@ A row of the batch may become several rows (beams, num_return_sequences) or seve
 are next to each other, and so belong to the same group.
 
 With gradients the stacks are made from the adapters' own parameters, so each row's gradient goes to its adapter alone.
-Without, they are made once for each `Bank.rows`.
+Without, they are made once, and again after a step of an optimizer.
 
 Not here: adapters with DoRA (whose gain would differ by row), parameters that are read instead of called, experts'
 layers, and tensors trained whole. `rows_refusal` names them.
@@ -38,6 +38,12 @@ from ..core.errors import LoraError
 from ..core.layers import ConvLoRA, Embedding
 from ..core.layouts import Kernel
 from ..core.parameters import AdaptedParameter
+
+
+class Writes:
+    """How often an optimizer wrote. A fused one leaves no note on the tensors (torch 2.13)."""
+
+    count = 0
 
 
 @dataclass(frozen=True)
@@ -92,19 +98,28 @@ class Part:
     """
 
     def __init__(
-        self, name: str, layers: Sequence[AdaptedLayer], index: Sequence[int], rows: int, seeds: Sequence[int]
+        self,
+        name: str,
+        layers: Sequence[AdaptedLayer],
+        index: Sequence[int],
+        rows: int,
+        seeds: Sequence[int],
+        writes: Writes,
     ) -> None:
         self.name, self.layers, self.index, self.rows, self.seeds = name, list(layers), list(index), rows, list(seeds)
-        self._made: dict[tuple[torch.device, torch.dtype], Stacks] = {}
+        self.writes = writes
+        self._made: tuple[Any, Stacks] | None = None
 
     def stacks(self, like: Tensor) -> Stacks:
-        """The factors in the dtype and on the device of `like`: with gradients, or else made once."""
+        """The factors in the dtype and on the device of `like`: with gradients, or else made again only if written."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._stacked(like)
-        key = like.device, like.dtype
-        if key not in self._made:
-            self._made[key] = self._stacked(like)
-        return self._made[key]
+        factors = [factor for layer in self.layers for factor in (layer.lora_A, layer.lora_B)]
+        versions = [0 if own.is_inference() else own._version for own in factors]
+        now = like.device, like.dtype, self.writes.count, versions
+        if self._made is None or self._made[0] != now:
+            self._made = now, self._stacked(like)
+        return self._made[1]
 
     def _stacked(self, like: Tensor) -> Stacks:
         pairs = [thin_pair(layer) for layer in self.layers]

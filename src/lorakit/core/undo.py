@@ -110,6 +110,11 @@ def remember(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
     unwrapped(model).__dict__[ADAPTED] = dict(layers)
 
 
+def is_adapted_root(module: nn.Module) -> bool:
+    """Whether `module` itself, and not only a part of it, was given to `attach` or `insert`."""
+    return _ADAPTED in module.__dict__
+
+
 def replaced(model: nn.Module) -> dict[str, nn.Module]:
     """What now stands in the place of each adapted module that is no longer part of `model`, by name.
 

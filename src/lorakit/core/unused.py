@@ -73,6 +73,20 @@ def idle_note(model: nn.Module, layers: dict[str, AdaptedLayer]) -> str:
     )
 
 
+def first_step_notes(model: nn.Module, layers: dict[str, AdaptedLayer]) -> list[str]:
+    """What to say once the gradients of the first step are there: which parts are idle, and where dropout never acts.
+
+    Raises LoraError if a layer does nothing, before hours pass.
+    """
+    refuse_silent(model, layers, "Name other targets: nothing was trained yet.")
+    notes = []
+    if note := idle_note(model, layers):
+        notes.append(f"note: in the first step {note}")
+    if names := without_dropout(layers):
+        notes.append("\n".join(("note: the model reads these weights, so dropout never acts there:", *listed(names))))
+    return notes
+
+
 def without_dropout(layers: dict[str, AdaptedLayer]) -> tuple[str, ...]:
     """Layers with dropout that are never called and whose weight is read: there is no input to drop."""
     return tuple(

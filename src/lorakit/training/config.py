@@ -123,6 +123,11 @@ class TrainConfig:
         at_least=0,
         below=1,
     )
+    sweep: str | None = setting(
+        None,
+        help="settings to train all at once, and keep the best of: 'learning_rate=1e-4,3e-4 rank=4,16'",
+        group=_TRAINING,
+    )
     weight_decay: float = setting(0.0, help="weight decay of AdamW", group=_TRAINING, at_least=0, at_most=1000)
     gradient_checkpointing: bool = setting(
         False, help="recompute activations in the backward pass: less memory, more time", group=_TRAINING

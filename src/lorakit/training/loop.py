@@ -36,6 +36,7 @@ from .quiet import quiet_libraries
 from .record import base_fingerprint, longer_or_shorter, refuse_differences, run_record
 from .settings import to_yaml
 from .start import TRAINING, Start, decided, start_of
+from .sweep_settings import candidates
 from .tokens import encode, encode_text
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def train(config: TrainConfig) -> Path:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
     if prepared.data.task == "causal-lm":
         check_causal(loaded.model)
-    attach_as(config, loaded.model, new_head=prepared.data.task != "causal-lm")
+    if config.sweep is None:
+        attach_as(config, loaded.model, new_head=prepared.data.task != "causal-lm")
     out = OutputFolder(config.output_dir, TRAINING)
     folder = start.folder(out)
     with out.held() if is_main() else contextlib.nullcontext():
@@ -114,7 +116,11 @@ def _run(
     if is_main() and not (folder.path / peft.TENSORS).is_file():  # an adapter that is there keeps its settings
         with folder.writing() as part:
             _write_settings(prepared, loaded, part)
-    progress = _fit(prepared, loaded, folder, start, record)
+    if prepared.config.sweep is None:
+        progress = _fit(prepared, loaded, folder, start, record)
+    else:
+        progress, best = _fit_sweep(prepared, loaded, folder, record)
+        prepared = dataclasses.replace(prepared, config=best)
     if not is_main():
         return progress, None
     config = prepared.config
@@ -185,12 +191,55 @@ def _load(prepared: Prepared) -> Loaded:
 
 def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:
     """Train, and return what was logged on the way."""
+    trainer, progress, stop = _trainer_of(prepared, loaded, folder, record)
+    step = step_of(start.checkpoint) if start.checkpoint else 0
+    if start.checkpoint and start.record is not None:
+        for line in longer_or_shorter(start.record, record, step):
+            _say(line)
+    if step >= record["steps"]:
+        assert start.checkpoint is not None
+        trainer.take(start.checkpoint)
+        progress.take(step)
+    else:
+        with stop.heeding():
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        if is_main():
+            _refuse_diverged(trainer, folder)
+    loaded.model.eval()
+    return progress
+
+
+def _fit_sweep(
+    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]
+) -> tuple[Progress, TrainConfig]:
+    """Train all adapters of a sweep, put the best one on the model, and return its settings."""
+    from . import sweep
+
+    choices = candidates(prepared.config)
+    bank = sweep.bank_of(loaded.model, choices)
+    trainer, progress, stop = _trainer_of(prepared, loaded, folder, record, bank=bank, choices=choices)
+    with bank.rows(list(choices)), stop.heeding():
+        trainer.train()
+    best = sweep.best_of(trainer)
+    with folder.writing() as part:
+        _say(sweep.write(trainer, bank, best, part))
+    folder.add(sweep.FILE, sweep.FOLDER)
+    bank.use(best)
+    loaded.model.eval()
+    return progress, choices[best]
+
+
+def _trainer_of(
+    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any], **swept: Any
+) -> tuple[Any, Progress, SaveAndStop]:
+    """The trainer of a run, what shows its progress, and what ends it early. swept: what only a sweep gives it."""
     from datasets import Dataset
     from transformers import DataCollatorWithPadding, TrainingArguments
     from trl import SFTConfig
 
     from .base_trainer import arguments
     from .progress import Progress
+    from .sweep import SweepTrainer
     from .trainers import CausalTrainer, ClassifierTrainer
 
     config, causal = prepared.config, prepared.data.task == "causal-lm"
@@ -227,29 +276,17 @@ def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
         record=record,
         pace=pace,
     )
+    trainer: Any
     if causal:
         settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-        trainer: Any = CausalTrainer(args=arguments(SFTConfig, config, **settings), **common)
+        kind = SweepTrainer if swept else CausalTrainer
+        trainer = kind(args=arguments(SFTConfig, config, **settings), **common, **swept)
     else:
         collator = DataCollatorWithPadding(loaded.tokenizer)
         made = arguments(TrainingArguments, config, **settings)
         trainer = ClassifierTrainer(args=made, data_collator=collator, **common)
     trainer.name_of = functools.partial(_where, prepared)
-    step = step_of(start.checkpoint) if start.checkpoint else 0
-    if start.checkpoint and start.record is not None:
-        for line in longer_or_shorter(start.record, record, step):
-            _say(line)
-    if step >= record["steps"]:
-        assert start.checkpoint is not None
-        trainer.take(start.checkpoint)
-        progress.take(step)
-    else:
-        with stop.heeding():
-            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        if is_main():
-            _refuse_diverged(trainer, folder)
-    loaded.model.eval()
-    return progress
+    return trainer, progress, stop
 
 
 def _pace(prepared: Prepared) -> Pace:

@@ -28,7 +28,9 @@ from .positions import check_vocabulary, longest_row
 from .preflight import check_reporters
 from .quantize import heads, weight_bytes
 from .rows import DataError
+from .settings import UsageError
 from .style import Style
+from .sweep_settings import candidates
 from .task import in_model_order
 from .tokens import encode_all, encode_text, preview
 
@@ -63,6 +65,7 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises DataError listing every bad row, and ValueError for settings that do not fit the model or the data.
     """
     check_reporters(config.report_to or ())
+    choices = candidates(config)
     data = read_data(config.data, fields=fields_of(config), task=config.task, holdout=config.holdout, seed=config.seed)
     check_task(config, data)
     if data.labels:
@@ -85,11 +88,15 @@ def prepare(config: TrainConfig) -> Prepared:
     check_vocabulary((*train, *valid), model, tokenizer)
     from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
 
-    batch = _largest_batch(config, data, train)
+    if choices and (data.task != "causal-lm" or processes() > 1):
+        raise UsageError("--sweep is for language models, in one process: a classifier's head is shared by all rows.")
+    batch = _largest_batch(config, data, train, copies=max(len(choices), 1))
+    largest = max(choices.values(), key=lambda own: own.rank, default=config)
     with fake:
         # The init does not change shapes, but may double the work here (some decompose each weight).
-        attached = attach_as(dataclasses.replace(config, init="kaiming"), model, new_head=data.task != "causal-lm")
+        attached = attach_as(dataclasses.replace(largest, init="kaiming"), model, new_head=data.task != "causal-lm")
         plan = _plan(config, data, train, model, _faked(batch, fake))
+        plan = plan.with_adapters(model, len(choices) - 1) if choices else plan
     return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan, weights)
 
 
@@ -254,9 +261,12 @@ def _example_lines(prepared: Prepared) -> list[str]:
     return lines + [report.marked(preview(row, prepared.tokenizer), colour) for row in rows]
 
 
-def _largest_batch(config: TrainConfig, data: Data, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The largest batch that training can meet: the longest rows together, with their real labels."""
-    longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-config.batch_size :]
+def _largest_batch(config: TrainConfig, data: Data, rows: list[dict[str, Any]], copies: int) -> dict[str, Any]:
+    """The largest batch that training can meet: the longest rows together, with their real labels.
+
+    copies: how often each row is in the batch, once for each adapter.
+    """
+    longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-config.batch_size :] * copies
     lengths = [len(row["input_ids"]) for row in longest]
     ids = torch.ones(len(longest), lengths[-1], dtype=torch.long)
     # Without padding, models skip the attention mask. With fake tensors they always make one, so the plan is a little
