@@ -36,10 +36,10 @@ def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float], kind: st
     if kind == "cat":
         return total
     most = rank or max(update.rank for adapter in adapters for update in adapter.updates.values())
-    return dataclasses.replace(total, updates={name: nearest(name, own, most) for name, own in total.updates.items()})
+    return dataclasses.replace(total, updates={name: truncated(name, own, most) for name, own in total.updates.items()})
 
 
-def nearest(name: str, update: Update, rank: int) -> Update:
+def truncated(name: str, update: Update, rank: int) -> Update:
     """The update of at most this rank that is nearest to this one."""
     A, B = update.A.flatten(1).double(), update.B.flatten(1).double()
     if isinstance(update.layout, Stack) or B.shape[1] != len(A):
