@@ -463,9 +463,30 @@ def test_other_methods_than_lora_and_mixed_models_are_refused() -> None:
         layer.set_adapter("default")
 
 
+def test_lorakit_s_own_functions_take_a_view_for_its_model(tmp_path: Path) -> None:
+    _, view = with_two()
+    model = view.get_base_model()
+    assert list(lorakit.adapted_layers(view)) == list(lorakit.adapted_layers(model))
+    lorakit.save(view, tmp_path / "view")
+    lorakit.save(model, tmp_path / "model")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "view" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    with lorakit.disabled(view):
+        assert torch.equal(logits(view), logits(llama()))
+    assert lorakit.Bank(view).model is model
+    lorakit.merge(view)
+    assert view.base_model.merged_adapters == ["default"]
+    with pytest.raises(lorakit.LoraError, match="is a view already"):
+        lorakit.peft_view(view)
+
+
 def test_a_model_without_adapter_has_no_view() -> None:
     with pytest.raises(lorakit.LoraError, match="LlamaForCausalLM has no adapter to view"):
         lorakit.peft_view(llama())
+    bank = lorakit.Bank(llama(), rank=4, room=2)
+    bank["fr"] = lorakit.LoRASettings("q_proj", rank=2)
+    with pytest.raises(lorakit.LoraError, match="a bank with rank and room"):
+        lorakit.peft_view(bank)
 
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from ..core.adapter import Adapter
 from ..core.attach import adapted_layers
 from ..core.errors import LoraError
 from ..core.layouts import Lookup
+from ..core.names import VIEWED
 from ..core.switching import bake, disabled, merge, unmerge
 from ..formats import read_for
 from ..formats.peft import config_fields
@@ -376,6 +377,7 @@ class PeftView(PeftModel):
         self._is_prompt_learning = False
         self._adapters_disabled = False
         self.base_model = Adapters(bank)
+        self.__dict__[VIEWED] = bank.model  # lorakit's own functions take a view for its model
         for name in bank:
             self.peft_config[name] = lora_config(config_fields(bank[name]))
         if peft_config is not None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..bank.bank import Bank
 from ..core.errors import LoraError
+from ..core.names import VIEWED
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -28,11 +29,18 @@ def peft_view(model: nn.Module | Bank) -> PeftView:
     An adapter that the model has is called "default". Adapters that are not in use are frozen, as in PEFT; choose with
     `set_adapter` from now on. Raises LoraError where there is no adapter, and where PEFT is not installed.
     """
+    if VIEWED in model.__dict__:
+        raise LoraError(f"{type(model).__name__} is a view already: use it as it is.")
     bank = model if isinstance(model, Bank) else Bank(model)
     if not bank:
         raise LoraError(
             f"{type(bank.model).__name__} has no adapter to view: call lorakit.attach first, or "
             "lorakit.get_peft_model(model, LoraConfig(…))."
+        )
+    if bank.room is not None:
+        raise LoraError(
+            "a bank with rank and room keeps its adapters beside the layers, where they cannot be merged or switched "
+            "off. Make the view of lorakit.Bank(model)."
         )
     return _view_class()(bank)
 
@@ -49,8 +57,8 @@ def get_peft_model(
     if settings.pop("mixed", False):
         raise LoraError("mixed=True: lorakit has LoRA adapters alone, which need no mixed model. Leave it out.")
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
-    if settings.pop("revision", None):
-        raise LoraError("revision: set it on the LoraConfig.")
+    if revision := settings.pop("revision", None):
+        peft_config.revision = revision
     return view_class(model, peft_config, adapter_name, **settings)
 
 
