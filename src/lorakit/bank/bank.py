@@ -196,6 +196,10 @@ class Bank(MutableMapping[str, Adapter]):
         """The parameters of one adapter, for its own optimizer: its factors, and what it trains beside them."""
         return list(self._named(name).parameters())
 
+    def adaptation(self, name: str) -> Adaptation:
+        """What one adapter is on the model: its layers and tensors, whether it is in use or not."""
+        return self._named(name)
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _named(self, name: str) -> Adaptation:
