@@ -255,6 +255,41 @@ def test_deleting_and_replacing_the_one_in_use() -> None:
     assert list(bank) == ["wide", "dora"] and torch.equal(logits(model), logits(llama().double()))
 
 
+@pytest.mark.parametrize("options", [{}, {"rank": 8, "room": 4}], ids=str)
+def test_disabled_is_the_base_in_rows_too(options: dict[str, int]) -> None:
+    model = llama().double()
+    bank = lorakit.Bank(model, **options)
+    bank["wide"] = SETTINGS["wide"]
+    randomise(bank.parameters("wide"), 1)
+    base = logits(llama().double())
+    bank.use("wide")
+    used = logits(model)
+    with lorakit.disabled(model):
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), used) and not torch.equal(used, base)
+    with bank.rows(["wide", None, "wide", "wide"]):
+        with lorakit.disabled(model):
+            assert torch.equal(logits(model), base)
+        assert not torch.equal(logits(model), base)
+
+
+def test_an_adapter_that_was_baked_or_detached_is_no_longer_in_use() -> None:
+    model, bank = made()
+    bank.use("wide")
+    lorakit.bake(model)
+    baked = logits(model)
+    assert bank.used is None
+    assert len(bank["wide"].updates) == 14
+    assert torch.equal(logits(model), baked)
+    bank.use("dora")
+    lorakit.detach(model)
+    assert bank.used is None and torch.equal(logits(model), baked)
+    bank.use("dora")
+    assert not torch.equal(logits(model), baked)
+    bank.clear()
+    assert len(bank) == 0 and torch.equal(logits(model), baked)
+
+
 def test_room_and_rank_are_kept() -> None:
     bank = lorakit.Bank(llama(), rank=4, room=2)
     bank["a"] = lorakit.LoRASettings("q_proj", rank=4)

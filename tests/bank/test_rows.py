@@ -356,9 +356,16 @@ def test_what_cannot_be_one_of_several_is_refused() -> None:
     bank = filled(beside, {"a": lorakit.LoRASettings("up")})
     with pytest.raises(lorakit.LoraError, match="up is beside an attention with batch_first=False"), bank.rows(["a"]):
         pass
-    bank = filled(nn.Sequential(lorakit.Conv2d(3, 4, 3, r=2)), {})
-    with pytest.raises(lorakit.LoraError, match="a convolution's factors in loralib's layout"), bank.rows(["default"]):
+    conv = lorakit.extract(nn.Sequential(lorakit.Conv2d(3, 4, 3, r=2)))
+    bank = lorakit.Bank(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    bank["a"] = conv
+    with pytest.raises(lorakit.LoraError, match="a convolution's factors in loralib's layout"), bank.rows(["a"]):
         pass
+
+
+def test_a_layer_made_with_its_update_is_refused() -> None:
+    with pytest.raises(lorakit.LoraError, match="'0' was made by a constructor of lorakit's"):
+        lorakit.Bank(nn.Sequential(lorakit.Linear(3, 4, r=2)))
 
 
 def test_a_layer_whose_weight_is_read_instead_is_noticed() -> None:

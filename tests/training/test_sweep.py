@@ -16,7 +16,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.interrupt import Interrupted
 from lorakit.training.loop import train
 from lorakit.training.settings import UsageError
-from lorakit.training.sweep_settings import candidates
+from lorakit.training.sweep_settings import swept
 from lorakit.training.trainers import CausalTrainer
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -147,6 +147,6 @@ def test_a_classifier_is_refused(config: TrainConfig, tmp_path: Path) -> None:
 
 def test_names_follow_the_values() -> None:
     config = TrainConfig("m", "d", "o", sweep="--lr=1e-4,0.0003 rank=4")
-    assert list(candidates(config)) == ["learning_rate=0.0001 rank=4", "learning_rate=0.0003 rank=4"]
-    assert [own.alpha for own in candidates(dataclasses.replace(config, sweep="rank=4,8")).values()] == [None, None]
-    assert candidates(dataclasses.replace(config, sweep=None)) == {}
+    assert list(swept(config)) == ["learning_rate=0.0001 rank=4", "learning_rate=0.0003 rank=4"]
+    assert [own.alpha for own in swept(dataclasses.replace(config, sweep="rank=4,8")).values()] == [None, None]
+    assert swept(dataclasses.replace(config, sweep=None)) == {}

@@ -70,6 +70,10 @@ class Adaptation:
         for changed in self._changed:
             restore(changed.module, keep_trained=False)
 
+    def is_there(self) -> bool:
+        """Whether the model has it: it is on, and was not detached meanwhile."""
+        return self.is_on and any(NOTE in changed.module.__dict__ for changed in self._changed)
+
     def put_on(self) -> None:
         """Put it back on the base model. The factors follow the model to another device."""
         for changed in self._changed:

@@ -21,9 +21,10 @@ from ..core.errors import LoraError
 from ..core.exchange import extract, insert
 from ..core.joined import joined
 from ..core.names import unwrapped
+from ..core.parameters import AdaptedParameter
 from ..core.quantised import working_like
 from ..core.settings import LoRASettings
-from ..core.undo import change_class
+from ..core.undo import change_class, note
 from ..core.unused import refuse_silent
 from ..core.words import suggestion
 from ..formats import read_for
@@ -82,7 +83,8 @@ class Bank(MutableMapping[str, Adapter]):
         self._in_rows = False
         self._writes = Writes()
         _count_writes(self)
-        if adapted_layers(self.model):
+        if layers := adapted_layers(self.model):
+            _refuse_constructed(layers)
             self._keep(FIRST, Adaptation(self.model))
             self.use(FIRST)
 
@@ -138,7 +140,8 @@ class Bank(MutableMapping[str, Adapter]):
 
     @property
     def used(self) -> Used:
-        """What `use` was told last."""
+        """What `use` was told last; None once that was detached or baked."""
+        self._notice()
         return self._used
 
     def use(self, name: Used) -> None:
@@ -169,6 +172,7 @@ class Bank(MutableMapping[str, Adapter]):
         self._refuse_in_rows()
         if not names:
             raise LoraError("bank.rows([]): expected a name, or None, for each row of the batch.")
+        self._notice()
         before, on = self._used, self._on
         self._enter(names)
         self._in_rows = True
@@ -220,7 +224,14 @@ class Bank(MutableMapping[str, Adapter]):
         if self._in_rows:
             raise LoraError("the model is inside bank.rows. Leave that first.")
 
+    def _notice(self) -> None:
+        """The adapter in use may be detached, or baked into the base, by those who know nothing of the bank."""
+        if self._on is not None and not self._on.is_there():
+            self._on.take_off()
+            self._on = self._used = None
+
     def _switch(self, to: Adaptation | None) -> None:
+        self._notice()
         if self._on is to:
             return
         if self._on is not None:
@@ -233,6 +244,7 @@ class Bank(MutableMapping[str, Adapter]):
     @contextlib.contextmanager
     def _only(self, adaptation: Adaptation | None) -> Iterator[None]:
         """Inside, the model has this adapter, or none. Afterwards it is as before."""
+        self._notice()
         before = self._on
         self._switch(adaptation)
         try:
@@ -329,6 +341,18 @@ class Bank(MutableMapping[str, Adapter]):
         shapes = (self.room + 1, self.rank, *A.shape[1:]), (self.room + 1, len(B), self.rank, *B.shape[2:])
         down, up = (torch.zeros(shape, dtype=like.dtype, device=like.device) for shape in shapes)
         self._slots[layer_name] = down, up, torch.zeros(1, dtype=torch.int64, device=like.device)
+
+
+def _refuse_constructed(layers: Mapping[str, AdaptedLayer]) -> None:
+    """Raise LoraError for layers that were made with their update, so that nothing says what they are without it."""
+    for name, layer in layers.items():
+        owner = layer.owner if isinstance(layer, AdaptedParameter) else layer
+        undo = note(owner)
+        if undo is None or undo.original_class is None:
+            raise LoraError(
+                f"{name!r} was made by a constructor of lorakit's, so its update cannot be taken off the model. Build "
+                "the model of plain layers, and adapt it by lorakit.attach or the bank."
+            )
 
 
 def _count_writes(bank: Bank) -> None:

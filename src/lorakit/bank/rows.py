@@ -38,6 +38,7 @@ from ..core.errors import LoraError
 from ..core.layers import ConvLoRA, Embedding
 from ..core.layouts import Kernel
 from ..core.parameters import AdaptedParameter
+from ..core.switchable import Switchable
 
 
 class Writes:
@@ -167,7 +168,7 @@ class Part:
         return x * keep
 
 
-class RowsLayer(nn.Module):
+class RowsLayer(Switchable):
     """The base class put before a layer's own: it computes what its class does, and adds to each row its update.
 
     lora_part: what is added; None if no row of the batch has an adapter here. lora_slots: for a compiled model, the
@@ -186,6 +187,8 @@ class RowsLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = self.plain_class.forward(self, x, *args, **kwargs)
+        if self.disabled_by:
+            return y
         if self.lora_slots is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
             A, B, index = self.lora_slots
             return self.added(Stacks(A.to(y.dtype), B.to(y.dtype), index), None, x, y)
@@ -196,6 +199,10 @@ class RowsLayer(nn.Module):
         if not torch.compiler.is_compiling():
             object.__setattr__(self, "was_called", True)  # past nn.Module's slow one
         return self.added(part.stacks(y), part, x, y)
+
+    @property
+    def has_update(self) -> bool:
+        return self.lora_part is not None or self.lora_slots is not None
 
     def added(self, stacks: Stacks, part: Part | None, x: Tensor, y: Tensor) -> Tensor:
         """y and the update of each row. part: whose dropout acts; None for none."""

@@ -34,6 +34,7 @@ from .layouts import Layout, Matrix
 from .matrix import add_product, dense_update, dora_gain, precise, row_norm
 from .running import model_is_running
 from .sharded import gathered, is_sharded
+from .switchable import Switchable
 
 
 def no_dropout(x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class LoRALayer:
         self.merge_weights = merge_weights
 
 
-class LayerWithUpdate(LoRALayer, nn.Module):
+class LayerWithUpdate(LoRALayer, Switchable):
     """The update of one layer as parameters, and its sums and products with the weight.
 
     Parameters named `lora_*` are the adapter: `lora_A`, `lora_B`, with DoRA `lora_magnitude` (out,), and with the
@@ -85,7 +86,6 @@ class LayerWithUpdate(LoRALayer, nn.Module):
     was_read: bool = False  # the weight, by a model that computes with it,
     was_recorded: bool = False  # and either of them where gradients are recorded
     _forgotten: tuple[Any, ...] = ()  # the state of the factors at that time
-    disabled_by: int = 0  # how many `disabled(model)` are open
 
     # --- the weight -----------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import nn
 from .adapted import AdaptedLayer
 from .attach import adapted_layers, detach
 from .errors import LoraError
+from .switchable import Switchable
 from .undo import note, refuse_replaced
 from .unused import refuse_silent
 
@@ -55,7 +56,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     or unmerged when the last one leaves.
     """
     with _switching:
-        layers = list(adapted_layers(model).values())
+        layers = [own for own in model.modules() if isinstance(own, Switchable) and own.has_update]
         notes = [(module, undo) for module in model.modules() if (undo := note(module))]
         for layer in layers:
             layer.disable()
@@ -72,7 +73,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
                 if undo.swapped == 0 and note(module) is undo:  # not detached meanwhile
                     undo.swap(module)
             for layer in layers:
-                if isinstance(layer, AdaptedLayer) and layer.has_update:
+                if isinstance(layer, Switchable) and layer.has_update:
                     layer.enable()
 
 

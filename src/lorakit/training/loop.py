@@ -43,7 +43,7 @@ from .record import base_fingerprint, longer_or_shorter, refuse_differences, run
 from .settings import settings_table, to_command, to_yaml
 from .spool import as_dataset
 from .start import TRAINING, Start, decided, start_of
-from .sweep_settings import candidates
+from .sweep_settings import swept
 from .tokens import encode, encode_text
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def _fit_sweep(
     """Train all adapters of a sweep, put the best one on the model, and return its settings."""
     from . import sweep
 
-    choices = candidates(prepared.config)
+    choices = swept(prepared.config)
     bank = sweep.bank_of(loaded.model, choices)
     bank.use(next(iter(choices)))  # a trainer looks at what is adapted, which is the same for all of them
     with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
@@ -270,7 +270,7 @@ def _fit_sweep(
             trainer.train()
     best = sweep.best_of(trainer)
     with folder.writing() as part:
-        _say(sweep.write(trainer, bank, best, part))
+        _say(sweep.write_sweep(trainer, bank, best, part))
     folder.add(sweep.FILE, sweep.FOLDER)
     bank.use(best)
     loaded.model.eval()
@@ -284,9 +284,9 @@ def _trainer_of(
     loaded: Loaded,
     folder: OutputFolder,
     record: dict[str, Any],
-    **swept: Any,
+    **of_sweep: Any,
 ) -> tuple[Any, Progress, SaveAndStop]:
-    """The trainer of a run, what shows its progress, and what ends it early. swept: what only a sweep gives it."""
+    """The trainer of a run, what shows its progress, and what ends it early. of_sweep: what only a sweep gives it."""
     from transformers import DataCollatorWithPadding, TrainingArguments
     from trl import SFTConfig
 
@@ -334,8 +334,8 @@ def _trainer_of(
     trainer: Any
     if causal:
         settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-        kind = SweepTrainer if swept else CausalTrainer
-        trainer = kind(args=arguments(SFTConfig, config, **settings), **common, **swept)
+        kind = SweepTrainer if of_sweep else CausalTrainer
+        trainer = kind(args=arguments(SFTConfig, config, **settings), **common, **of_sweep)
     else:
         collator = DataCollatorWithPadding(loaded.tokenizer)
         made = arguments(TrainingArguments, config, **settings)

@@ -36,7 +36,7 @@ from .rows import DataError
 from .settings import UsageError
 from .spool import viewed
 from .style import Style
-from .sweep_settings import candidates
+from .sweep_settings import swept
 from .task import in_model_order, model_task
 from .tokens import encode_all, encode_text, preview
 
@@ -74,7 +74,7 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises DataError listing every bad row, and ValueError for settings that do not fit the model or the data.
     """
     check_reporters(config.report_to or ())
-    choices = candidates(config)
+    choices = swept(config)
     given, (config, adapter) = config, taken_over(config)
     data = read_data(
         config.data,

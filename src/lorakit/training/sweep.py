@@ -154,7 +154,7 @@ def best_of(trainer: SweepTrainer) -> str:
     return best
 
 
-def write(trainer: SweepTrainer, bank: Bank, best: str, folder: Path) -> str:
+def write_sweep(trainer: SweepTrainer, bank: Bank, best: str, folder: Path) -> str:
     """Write every adapter into the folder, and what each reached. Returns the table, best first."""
     scores = trainer.heldout or trainer.last
     ranked = sorted(scores, key=lambda name: scores[name])

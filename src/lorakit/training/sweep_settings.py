@@ -16,7 +16,7 @@ SWEPT = ("learning_rate", "weight_decay", "rank", "alpha", "dropout", "rslora", 
 _FLAGS = {"true": True, "false": False}
 
 
-def candidates(config: TrainConfig) -> dict[str, TrainConfig]:
+def swept(config: TrainConfig) -> dict[str, TrainConfig]:
     """The settings of each adapter of a sweep, by name: "learning_rate=0.0001 rank=4". Empty without a sweep.
 
     Raises UsageError for what cannot be swept.
