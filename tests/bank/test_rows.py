@@ -356,11 +356,6 @@ def test_what_cannot_be_one_of_several_is_refused() -> None:
     bank = filled(beside, {"a": lorakit.LoRASettings("up")})
     with pytest.raises(lorakit.LoraError, match="up is beside an attention with batch_first=False"), bank.rows(["a"]):
         pass
-    conv = lorakit.extract(nn.Sequential(lorakit.Conv2d(3, 4, 3, r=2)))
-    bank = lorakit.Bank(nn.Sequential(nn.Conv2d(3, 4, 3)))
-    bank["a"] = conv
-    with pytest.raises(lorakit.LoraError, match="a convolution's factors in loralib's layout"), bank.rows(["a"]):
-        pass
 
 
 def test_a_layer_made_with_its_update_is_refused() -> None:

@@ -271,8 +271,6 @@ def rows_refusal(name: str, layer: AdaptedLayer, model: nn.Module) -> str | None
         return "is a parameter that the model reads, which gives all rows the same update"
     if "lora_magnitude" in layer._parameters:
         return "has DoRA's magnitude, which scales the whole output"
-    if isinstance(layer, ConvLoRA) and not layer.is_factored:
-        return "has a convolution's factors in loralib's layout"
     if layer.read_whole:
         return "is a table that the model also computes with as a whole, which gives all rows the same update"
     if isinstance(layer, Embedding) and layer.scale_grad_by_freq:
