@@ -25,7 +25,7 @@ from .prepare import Prepared, uses_autocast, weights_dtype
 
 _FREE = {
     *("output_dir", "resume", "overwrite", "dry_run", "ignore_memory"),
-    *("eval_steps", "save_steps", "logging_steps", "eval_samples", "max_new_tokens", "report_to"),
+    *("eval_steps", "save_steps", "logging_steps", "eval_samples", "max_new_tokens", "report_to", "general_data"),
     *("epochs", "max_steps"),  # `longer_or_shorter` tells the user what this changes
     "gradient_checkpointing",  # the same numbers in less memory
     *("model", "data"),  # compared by content, so that they may be moved
