@@ -141,7 +141,7 @@ def _classified(model: nn.Module) -> Tensor:
 
 def _sentences() -> nn.Module:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel
 
     from conftest import tiny_tokenizer

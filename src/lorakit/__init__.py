@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
+    from .bank.bank import Bank as Bank
     from .core.adapted import AdaptedLayer as AdaptedLayer
     from .core.adapter import Update as Update
     from .core.attach import adapted_layers as adapted_layers
@@ -54,9 +55,15 @@ if _TYPE_CHECKING:
     from .formats import Adapter as Adapter
     from .formats import load as load
     from .formats import save as save
+    from .training.accelerator import hook_accelerator as hook_accelerator
+    from .training.lightning_callback import LightningCallback as LightningCallback
     from .training.merging_files import merge_files as merge_files
+    from .training.trainer_mixin import TrainerMixin as TrainerMixin
+    from .view.peft_view import get_peft_model as get_peft_model
+    from .view.peft_view import peft_view as peft_view
 
 _HOME = {
+    "bank.bank": ("Bank",),
     "core.adapted": ("AdaptedLayer",),
     "core.lora_layer": ("LoRALayer",),
     "core.adapter": ("Update",),
@@ -78,7 +85,11 @@ _HOME = {
     "core.switching": ("bake", "disabled", "merge", "unmerge"),
     "core.trainable": ("lora_state_dict", "mark_only_lora_as_trainable"),
     "formats": ("Adapter", "load", "save"),
+    "training.accelerator": ("hook_accelerator",),
+    "training.lightning_callback": ("LightningCallback",),
     "training.merging_files": ("merge_files",),
+    "training.trainer_mixin": ("TrainerMixin",),
+    "view.peft_view": ("get_peft_model", "peft_view"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -302,17 +302,6 @@ class TestKernels:
             assert not kernels.available(x, 5)
         assert not kernels.available(x, 5)
 
-    def test_a_compiled_graph_does_without(self) -> None:
-        x = torch.randn(3, 8, device=DEVICE)
-        used = []
-
-        def layer(x: Tensor) -> Tensor:
-            used.append(kernels.available(x, 5))
-            return x + 1
-
-        torch.compile(layer, backend="eager")(x)
-        assert used == [False] and kernels.available(x, 5)
-
     def test_nothing_is_checked_while_a_graph_is_captured(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LORAKIT_KERNELS", "1")
         monkeypatch.setattr(kernels, "_sound", {})

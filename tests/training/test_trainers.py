@@ -19,7 +19,7 @@ import lorakit
 import models
 from conftest import tiny_tokenizer
 from lorakit.formats.folder import OutputFolder
-from lorakit.training import trainers
+from lorakit.training import state_files
 from lorakit.training.checkpoints import checkpoints
 from lorakit.training.divergence import Diverged, When, refuse_diverged, relative_change
 from lorakit.training.gradient_checkpointing import checkpointing
@@ -342,7 +342,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(fails: str, tmp_path
         monkeypatch.setattr(torch, "save", full(torch.save))
     elif fails == "save":
         calls.extend(["", "", ""])
-        monkeypatch.setattr(trainers, "save", full(lorakit.save))
+        monkeypatch.setattr(state_files, "save", full(lorakit.save))
     else:
         calls.extend(["", "", ""])
         monkeypatch.setattr("lorakit.formats.folder.sync", full(lambda path: None))

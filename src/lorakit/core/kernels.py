@@ -9,8 +9,7 @@ Plain torch reads X again for each operation, and its dropout writes a mask and 
     grad_S_B                              dS and dB in one pass over dY
 
 They are used wherever Triton is installed, because with dropout they are faster on every layer that was measured
-(docs/performance.md, "On a GPU"). Before their first use they are compared with plain torch on small tensors. A graph
-that torch.compile traces does without them: its own compiler fuses what they fuse.
+(docs/performance.md, "On a GPU"). Before their first use they are compared with plain torch on small tensors.
 
 Call `available` first: the first four have no fallback, since only the kernel can make its mask again. `grad_S_B` can
 always be called. All take matrices of X's or dY's dtype (float32, float16 or bfloat16) and factors of any dtype; the
@@ -58,7 +57,7 @@ def available(x: Tensor, rank: int = 16) -> bool:
     """
     if not (x.is_cuda or INTERPRETED) or x.dtype not in TOLERANCE or not 0 < rank <= RANKS:
         return False
-    if type(x) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling():  # fake, sharded, …: not readable
+    if type(x) not in (Tensor, nn.Parameter):  # fake, sharded, …: a kernel cannot read these
         return False
     if not switched_on() or not _imported():
         return False

@@ -20,7 +20,7 @@ from .errors import LoraError
 from .hooked import follow_class
 from .names import unwrapped
 
-_NOTE, _ADAPTED = "_lorakit_undo", "_lorakit_adapted"
+NOTE, ADAPTED = "_lorakit_undo", "_lorakit_adapted"
 
 
 @dataclass
@@ -52,12 +52,12 @@ def undo_of(module: nn.Module) -> Undo:
     """The module's note. A new one is made if there is none."""
     undo = note(module)
     if undo is None:
-        undo = module.__dict__[_NOTE] = Undo()
+        undo = module.__dict__[NOTE] = Undo()
     return undo
 
 
 def note(module: nn.Module) -> Undo | None:
-    undo: Undo | None = module.__dict__.get(_NOTE)
+    undo: Undo | None = module.__dict__.get(NOTE)
     return undo
 
 
@@ -66,14 +66,14 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     undo = undo_of(module)
     if undo.original_class is None:
         undo.original_class = type(module)
-        undo.attributes = frozenset(module.__dict__) - {_NOTE}
+        undo.attributes = frozenset(module.__dict__) - {NOTE}
     module.__class__ = cls
     follow_class(module)
 
 
 def restore(module: nn.Module, keep_trained: bool) -> None:
     """Take back what the module's note says. keep_trained: tensors trained whole keep their trained values."""
-    module.__dict__.pop(_ADAPTED, None)
+    module.__dict__.pop(ADAPTED, None)
     undo = note(module)
     if undo is None:
         return
@@ -81,7 +81,7 @@ def restore(module: nn.Module, keep_trained: bool) -> None:
         undo.swap(module)
     if not keep_trained:
         module._parameters.update(undo.tied)
-    del module.__dict__[_NOTE]
+    del module.__dict__[NOTE]
     for parameter in module._parameters.values():
         if parameter is not None:
             parameter.__dict__.pop(MERGED, None)
@@ -94,7 +94,7 @@ def restore(module: nn.Module, keep_trained: bool) -> None:
         for name in [name for name in module.__dict__ if name not in undo.attributes]:
             del module.__dict__[name]
     for local, flag in undo.requires_grad.items():
-        module.get_parameter(local).requires_grad = flag
+        own_tensor(module, local).requires_grad = flag
 
 
 def own_tensor(module: nn.Module, name: str) -> Tensor:
@@ -107,7 +107,12 @@ def own_tensor(module: nn.Module, name: str) -> Tensor:
 
 def remember(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
     """Note on `model` which modules are adapted, by name."""
-    unwrapped(model).__dict__[_ADAPTED] = dict(layers)
+    unwrapped(model).__dict__[ADAPTED] = dict(layers)
+
+
+def is_adapted_root(module: nn.Module) -> bool:
+    """Whether `module` itself, and not only a part of it, was given to `attach` or `insert`."""
+    return ADAPTED in module.__dict__
 
 
 def replaced(model: nn.Module) -> dict[str, nn.Module]:
@@ -118,7 +123,7 @@ def replaced(model: nn.Module) -> dict[str, nn.Module]:
     present = {id(module) for module in model.modules()}
     found: dict[str, nn.Module] = {}
     for prefix, module in model.named_modules():
-        for name, layer in module.__dict__.get(_ADAPTED, {}).items():
+        for name, layer in module.__dict__.get(ADAPTED, {}).items():
             if id(layer) in present or not (isinstance(layer, AdaptedLayer) and layer.has_update):
                 continue
             with contextlib.suppress(AttributeError):

@@ -14,7 +14,8 @@ idle     nothing around it was used (a vision tower in a batch of text), or anot
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from torch import nn
 
@@ -24,7 +25,22 @@ from .errors import LoraError
 _SHOWN = 20  # names of one kind
 
 
-def refuse_silent(model: nn.Module, layers: dict[str, AdaptedLayer], way_on: str) -> None:
+class Noted(Protocol):
+    """A layer that notes whether it was used."""
+
+    @property
+    def was_called(self) -> bool: ...
+    @property
+    def was_read(self) -> bool: ...
+    @property
+    def was_reached(self) -> bool: ...
+    @property
+    def was_recorded(self) -> bool: ...
+    @property
+    def has_gradient(self) -> bool: ...
+
+
+def refuse_silent(model: nn.Module, layers: Mapping[str, Noted], way_on: str) -> None:
     """Raise LoraError where an adapted layer does nothing. way_on: what to do, as a sentence."""
     silent, _ = unused(model, layers)
     problems = [f"{name}: no forward pass called it or computed with its weight" for name in silent]
@@ -57,6 +73,20 @@ def idle_note(model: nn.Module, layers: dict[str, AdaptedLayer]) -> str:
     )
 
 
+def first_step_notes(model: nn.Module, layers: dict[str, AdaptedLayer]) -> list[str]:
+    """What to say once the gradients of the first step are there: which parts are idle, and where dropout never acts.
+
+    Raises LoraError if a layer does nothing, before hours pass.
+    """
+    refuse_silent(model, layers, "Name other targets: nothing was trained yet.")
+    notes = []
+    if note := idle_note(model, layers):
+        notes.append(f"note: in the first step {note}")
+    if names := without_dropout(layers):
+        notes.append("\n".join(("note: the model reads these weights, so dropout never acts there:", *listed(names))))
+    return notes
+
+
 def without_dropout(layers: dict[str, AdaptedLayer]) -> tuple[str, ...]:
     """Layers with dropout that are never called and whose weight is read: there is no input to drop."""
     return tuple(
@@ -73,12 +103,12 @@ def listed(names: Iterable[str]) -> list[str]:
     return [*(f"  {name}" for name in names[:_SHOWN]), *more]
 
 
-def is_used(layer: AdaptedLayer) -> bool:
+def is_used(layer: Noted) -> bool:
     """Whether the update took part: the layer noted it, or (a compiled graph leaves no note) training reached it."""
     return layer.was_called or layer.was_read or layer.was_reached
 
 
-def unused(model: nn.Module, layers: dict[str, AdaptedLayer]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def unused(model: nn.Module, layers: Mapping[str, Noted]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The silent and the idle layers. None before a gradient is recorded: a model may be used and saved again."""
     if not any(layer.was_recorded or layer.has_gradient for layer in layers.values()):
         return (), ()

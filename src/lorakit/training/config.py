@@ -6,7 +6,7 @@ Nothing heavy is imported here: `lorakit --help` reads this file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from .settings import check_settings, setting
 
@@ -22,6 +22,8 @@ QUANTIZE = "quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; g
 class TrainConfig:
     """Everything that `lorakit train` takes."""
 
+    given: ClassVar[frozenset[str]] = frozenset()  # of one that flags and a file made: the settings that they hold
+
     model: str = setting(
         help="base model: a folder, a .gguf file or a hub id",
         group=_DATA,
@@ -30,11 +32,13 @@ class TrainConfig:
         path=True,
     )
     data: str = setting(
-        help="jsonl, json, csv, parquet or txt file; a folder with train|valid|test files; or a hub id",
+        help="jsonl, json, csv, parquet or txt file; a folder with train|valid|test files; or a hub id. Several are "
+        "separated by commas, or --data is given again; name=0.3 reads three tenths of the rows, name=2 all twice",
         group=_DATA,
         example="data.jsonl",
         aliases=("dataset-name",),
         path=True,
+        many=True,
     )
     output_dir: str = setting(
         help="folder for the adapter, its settings and its report",
@@ -53,9 +57,20 @@ class TrainConfig:
     text_field: str | None = setting(None, help="the data's key for the text (two, with a comma: a pair)", group=_DATA)
     label_field: str | None = setting(None, help="the data's key for the label", group=_DATA)
     messages_field: str | None = setting(None, help="the data's key for the messages", group=_DATA)
+    train_on: Literal["all", "last", "field"] = setting(
+        "all",
+        help='assistant turns of a conversation that are learnt: all, the last, or those with "weight": 1',
+        group=_DATA,
+    )
     max_seq_length: int = setting(1024, help="longest row in tokens", group=_DATA, at_least=2)
     too_long: Literal["drop", "truncate"] = setting(
         "drop", help="what happens to rows longer than max-seq-length", group=_DATA
+    )
+    packing: bool = setting(
+        False,
+        help="put short rows behind one another, up to max-seq-length, without letting one see another; batch-size "
+        "then counts these packs",
+        group=_DATA,
     )
     holdout: float = setting(
         0.05,
@@ -65,6 +80,13 @@ class TrainConfig:
         below=1,
     )
 
+    from_adapter: str | None = setting(
+        None,
+        help="folder of an adapter to go on with: its factors, rank and targets",
+        group=_ADAPTER,
+        aliases=("from",),
+        path=True,
+    )
     rank: int = setting(16, help="r, the rank of the update", group=_ADAPTER, aliases=("lora-r",), at_least=1)
     alpha: float | None = setting(
         None,
@@ -124,6 +146,11 @@ class TrainConfig:
         group=_TRAINING,
         at_least=0,
         below=1,
+    )
+    sweep: str | None = setting(
+        None,
+        help="settings to train all at once, and keep the best of: 'learning_rate=1e-4,3e-4 rank=4,16'",
+        group=_TRAINING,
     )
     weight_decay: float = setting(0.0, help="weight decay of AdamW", group=_TRAINING, at_least=0, at_most=1000)
     gradient_checkpointing: bool = setting(

@@ -9,16 +9,15 @@ A loss that is NaN or infinite has one of three causes, which a check of the mod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import adapted_layers
 from ..core.evaluating import evaluating
 from ..core.switching import disabled
+from .changes import together, weight_changes
 
 Batch = dict[str, Any]
 LossOf = Callable[[Batch], Tensor]  # the mean loss of a batch
@@ -120,13 +119,7 @@ def refuse_broken_factors(model: nn.Module, rate: float, step: int) -> None:
 
 def relative_change(model: nn.Module) -> float:
     """‖ΔW‖ / ‖W‖ over all adapted weights together."""
-    moved = weights = 0.0
-    with torch.no_grad():
-        for layer in adapted_layers(model).values():
-            weight = layer.base_matrix()
-            moved += float((layer.adapted_matrix() - weight).double().square().sum())
-            weights += float(weight.double().square().sum())
-    return math.sqrt(moved) / max(math.sqrt(weights), 1e-30)
+    return together("", weight_changes(model)).ratio
 
 
 def _not_finite(model: nn.Module, trained: bool) -> list[str]:

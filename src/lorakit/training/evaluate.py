@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.attach import adapted_layers
 from ..core.switching import disabled
 from .data import Data, Example
 from .generation import answers
+from .intervals import Ends, bootstrap, wilson
 from .metrics import accuracy, exact_match, pearson
 from .models import Loaded
 from .positions import longest_row, positions
@@ -61,7 +63,8 @@ def evaluate(
     before, after = (tuple(map(exact_match, found, expected)) for found in (base, adapted))
     samples = tuple(map(Sample, map(question, asked.rows), base, adapted, expected))
     rates = (sum(before) / len(before), sum(after) / len(after))
-    return Evaluation(len(asked.rows), split, {"exact match": rates}, samples, after, asked.notes)
+    intervals = _of_rates(rates, len(asked.rows))
+    return Evaluation(len(asked.rows), split, {"exact match": rates}, samples, after, asked.notes, intervals)
 
 
 @dataclass(frozen=True)
@@ -106,21 +109,29 @@ def _compare_texts(
         return Evaluation(0, split, {}, ())
     notes = (f"{encoded.truncated} texts cut at {limit} tokens",) if encoded.truncated else ()
     rows = [row.input_ids for row in encoded.rows]
+    counts = torch.tensor([len(ids) - 1 for ids in rows], dtype=torch.float64)
 
-    def perplexity(label: str) -> float:
-        total, count = 0.0, 0
+    def losses(label: str) -> Tensor:
+        """Σ −log p of each text, in nats."""
+        found = []
         for ids in _progress(rows, len(rows), f"reading with the {label}"):
             tokens = torch.tensor([ids], device=loaded.device)
             with torch.inference_mode():
                 logits = loaded.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, :-1].float()
-                total += float(F.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
-            count += len(ids) - 1
-        return math.exp(min(total / max(count, 1), 700.0))  # exp(710) overflows
+                found.append(float(F.cross_entropy(logits, tokens[0, 1:], reduction="sum")))
+        return torch.tensor(found, dtype=torch.float64)
 
     with disabled(loaded.model):
-        base = perplexity("base model")
-    adapted = perplexity("adapter") if adapted_layers(loaded.model) else base
-    return Evaluation(len(rows), split, {"perplexity": (base, adapted)}, (), notes=notes)
+        base = losses("base model")
+    adapted = losses("adapter") if adapted_layers(loaded.model) else base
+    scores = (perplexity(base, counts), perplexity(adapted, counts))
+    ends = bootstrap(perplexity, base, counts), bootstrap(perplexity, adapted, counts)
+    return Evaluation(len(rows), split, {"perplexity": scores}, (), notes=notes, intervals=_known("perplexity", *ends))
+
+
+def perplexity(losses: Tensor, counts: Tensor) -> float:
+    """exp(Σ −log p / Σ tokens) over all texts.   losses (texts,): Σ −log p of each   counts (texts,): its tokens"""
+    return math.exp(min(float(losses.sum() / counts.sum().clamp_min(1)), 700.0))  # exp(710) overflows
 
 
 def compare_general(loaded: Loaded, examples: Sequence[Example], max_length: int) -> Evaluation:
@@ -135,14 +146,32 @@ def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[E
     asked = list(map(question, examples))
     if data.labels:
         expected = [str(example.label) for example in examples]
-        metrics = {"accuracy": (accuracy(base, expected), accuracy(adapted, expected))}
+        rates = accuracy(base, expected), accuracy(adapted, expected)
+        metrics, intervals = {"accuracy": rates}, _of_rates(rates, len(examples), "accuracy")
+        right = tuple(a == e for a, e in zip(adapted, expected, strict=True))
     else:
         numbers = [float(example.label or 0.0) for example in examples]
         metrics = {"pearson": (pearson(base, numbers), pearson(adapted, numbers))}
+        truth = torch.tensor(numbers, dtype=torch.float64)
+        ends = (bootstrap(_correlation, torch.tensor(one, dtype=torch.float64), truth) for one in (base, adapted))
+        intervals, right = _known("pearson", *ends), ()
         base, adapted, expected = ([f"{number:.3f}" for number in column] for column in (base, adapted, numbers))
-    right = tuple(a == e for a, e in zip(adapted, expected, strict=True))
     notes = ("the base model's head is new and random: its score is chance",) if loaded.new_parameters else ()
-    return Evaluation(len(examples), split, metrics, tuple(map(Sample, asked, base, adapted, expected)), right, notes)
+    samples = tuple(map(Sample, asked, base, adapted, expected))
+    return Evaluation(len(examples), split, metrics, samples, right, notes, intervals)
+
+
+def _of_rates(rates: tuple[float, float], rows: int, name: str = "exact match") -> dict[str, tuple[Ends, Ends]]:
+    return {name: (wilson(rates[0], rows), wilson(rates[1], rows))}
+
+
+def _known(name: str, base: Ends | None, adapter: Ends | None) -> dict[str, tuple[Ends, Ends]]:
+    """The intervals of a metric; empty if a single row gives none."""
+    return {} if base is None or adapter is None else {name: (base, adapter)}
+
+
+def _correlation(predicted: Tensor, expected: Tensor) -> float:
+    return pearson(predicted.tolist(), expected.tolist())
 
 
 def predict(loaded: Loaded, data: Data, examples: Sequence[Example], max_length: int, label: str) -> list[Any]:
@@ -157,7 +186,7 @@ def predict(loaded: Loaded, data: Data, examples: Sequence[Example], max_length:
 
 
 @torch.inference_mode()
-def outputs(loaded: Loaded, examples: Sequence[Example], max_length: int, doing: str) -> torch.Tensor:
+def outputs(loaded: Loaded, examples: Sequence[Example], max_length: int, doing: str) -> Tensor:
     """The logits of a classifier or the numbers of a regression, of shape (examples, classes or 1), in order.
 
     Texts are cut at `max_length` tokens and at the model's positions. doing: what the progress bar says.
@@ -165,7 +194,7 @@ def outputs(loaded: Loaded, examples: Sequence[Example], max_length: int, doing:
     max_length = longest_row(max_length, loaded.model, loaded.tokenizer)
     encoded = [encode_text(example, loaded.tokenizer, max_length) for example in examples]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, Tensor] = {}
     size = 32
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     for batch in _progress(batches, len(batches), doing):

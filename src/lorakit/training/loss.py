@@ -78,6 +78,17 @@ def loss_at(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """`causal_loss` for labels found by `labelled`. No shape depends on a tensor's values, so fake tensors work too."""
+    return label_losses(where, model, inputs, head, label_smoothing).sum()
+
+
+def label_losses(
+    where: Labelled,
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    head: nn.Linear | None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """−log p of each label (labels,), float32 at least; the arguments are those of `causal_loss`."""
     # Logits are computed only at the columns that hold a label in some row.
     wanted = _known(model, {"use_cache": False, "logits_to_keep": where.columns})
     tokens = inputs["input_ids"].shape[1]
@@ -85,12 +96,12 @@ def loss_at(
         if head is None:
             logits = model(**inputs, **wanted).logits
             at_labels = _at(where, logits, tokens).float()
-            return F.cross_entropy(at_labels, where.labels, reduction="sum", label_smoothing=label_smoothing)
+            return F.cross_entropy(at_labels, where.labels, reduction="none", label_smoothing=label_smoothing)
         # The loss is computed in the head's place, inside the model's forward pass, so that a wrapper which looks at
         # what the forward pass returns (DistributedDataParallel) finds the graph that leads to the parameters.
         with _replaced(head, lambda hidden: _FrozenHead.apply(_at(where, hidden, tokens), head.weight, where.labels)):
             losses: Tensor = model(**inputs, **wanted).logits
-    return losses.sum()
+    return losses
 
 
 def _known(model: nn.Module, wanted: dict[str, Any]) -> dict[str, Any]:

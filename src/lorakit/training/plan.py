@@ -14,7 +14,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 from torch import Tensor, nn
@@ -33,6 +33,13 @@ class Plan:
     tokens: int
     peak_bytes: int | None
     unplanned: str = ""
+
+    def with_adapters(self, model: nn.Module, count: int) -> Plan:
+        """The plan with so many adapters more, each as large as the one on `model`: values, gradients, moments."""
+        if self.peak_bytes is None:
+            return self
+        size = sum(4 * p.nbytes for p in model.parameters() if p.requires_grad)
+        return replace(self, peak_bytes=self.peak_bytes + count * size)
 
 
 def make_plan(

@@ -24,28 +24,20 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from ..core.attach import trained_whole
-from ..core.errors import LoraError
-from ..core.trainable import lora_names
-from ..formats import save
-from ..formats.files import naming, remove, replacing
+from ..core.state import take_trained_state, trained_state
+from ..formats.files import naming, read_safetensors, remove, replacing
 from ..formats.folder import OutputFolder
 from .base_trainer import BaseTrainer
-from .checkpoints import BEST, RUN, STATE, checkpoints, step_of
+from .checkpoints import BEST, RUN, checkpoints, step_of
 from .divergence import When, refuse_broken_factors, refuse_diverged, too_high, why_no_number
 from .loss import causal_loss, frozen_head, plain_head
 from .pace import Pace
 from .processes import is_main, of_main
-from .watch import FirstStep
+from .state_files import write_state
+from .trainer_mixin import TrainerMixin
 
 _KEPT = 2  # checkpoints
 _RECENT = 4  # last batches, on which divergence is checked
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Every tensor that training changes, or needs in order to resume, by its name in the model."""
-    wanted = lora_names(model) | set(trained_whole(model)[0])
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in wanted}
 
 
 def warmed_up(schedule: Callable[[int], float], warmup: int, step: int) -> float:
@@ -53,15 +45,14 @@ def warmed_up(schedule: Callable[[int], float], warmup: int, step: int) -> float
     return (step + 1) / warmup if step < warmup else schedule(step)
 
 
-class _AdapterTrainer(BaseTrainer):
-    """Checkpoints of the adapter: PEFT's two files, and the exact state to resume from."""
+class _AdapterTrainer(TrainerMixin, BaseTrainer):
+    """Checkpoints as any trainer has them with the mixin, and each of them is whole or absent."""
 
     def __init__(
         self, *args: Any, folder: OutputFolder, record: dict[str, Any], pace: Pace | None = None, **kwargs: Any
     ) -> None:
         """folder: where checkpoints go. record: the run's record, kept in each. pace: times the forward passes."""
         super().__init__(*args, **kwargs)
-        self.add_callback(FirstStep())
         self._folder, self._record, self._pace = folder, record, pace
         self._saving: Path | None = None  # while a checkpoint is made
         self._held_out = [0.0, 0]  # the sum of the losses, and of how many labels or rows
@@ -116,39 +107,27 @@ class _AdapterTrainer(BaseTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
         model = self.accelerator.unwrap_model(self.model)
         refuse_broken_factors(model, self.args.learning_rate, self.state.global_step)
-        save(model, folder)
-        with replacing(folder / STATE) as path:
-            safetensors.torch.save_file(trained_state(model), path)
+        write_state(model, Path(output_dir or self.args.output_dir))  # tokenizer and settings lie in the run's folder
         if self._best is not None:
-            with replacing(folder / BEST) as path:
+            with replacing(Path(output_dir or self.args.output_dir) / BEST) as path:
                 safetensors.torch.save_file(self._best, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint) / STATE
-        model = self.accelerator.unwrap_model(self.model if model is None else model)
-        state = safetensors.torch.load_file(path)
-        expected = trained_state(model)
-        differing = sorted(state.keys() ^ expected.keys()) or [
-            name for name in state if state[name].shape != expected[name].shape
-        ]
-        if differing:
-            raise LoraError(f"{path} belongs to an adapter of other settings; {differing[0]} differs.")
-        model.load_state_dict(state, strict=False)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         best = Path(resume_from_checkpoint) / BEST
-        self._best = safetensors.torch.load_file(best) if best.is_file() else None
+        self._best = read_safetensors(best) if best.is_file() else None
 
     def hold_best(self) -> None:
         """Remember the adapter as it is now."""
         state = trained_state(self.accelerator.unwrap_model(self.model))
-        self._best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+        self._best = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
     def take_best(self) -> None:
         """Put the adapter that was remembered last, if any, in the place of the present one."""
         if self._best is not None:
-            self.accelerator.unwrap_model(self.model).load_state_dict(self._best, strict=False)
+            take_trained_state(self.accelerator.unwrap_model(self.model), self._best, "the best adapter so far")
 
     def take(self, checkpoint: Path) -> None:
         """Load the adapter of a checkpoint when nothing remains to be trained."""

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..core.attach import adapted_layers
-from ..core.unused import idle_note, listed, refuse_silent, without_dropout
+from ..core.unused import first_step_notes
 
 
 class FirstStep(TrainerCallback):
-    """Raises ValueError at the first optimizer step if an adapted layer was not used; prints what is idle."""
+    """Raises LoraError at the first optimizer step if an adapted layer was not used; prints what is idle."""
 
     def __init__(self) -> None:
         self._looked = False
@@ -21,12 +21,6 @@ class FirstStep(TrainerCallback):
         if self._looked:
             return
         self._looked = True
-        layers = adapted_layers(model)
-        refuse_silent(model, layers, "Name other targets: nothing was trained yet.")
-        if state.is_world_process_zero and (note := idle_note(model, layers)):
-            print(f"note: in the first step {note}", flush=True)
-        if state.is_world_process_zero and (names := without_dropout(layers)):
-            print(
-                "\n".join(("note: the model reads these weights, so dropout never acts there:", *listed(names))),
-                flush=True,
-            )
+        for note in first_step_notes(model, adapted_layers(model)):
+            if state.is_world_process_zero:
+                print(note, flush=True)

@@ -1,0 +1,57 @@
+"""Which settings `lorakit train --sweep "learning_rate=1e-4,3e-4 rank=4,16"` asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+from ..core.words import suggestion
+from .config import TrainConfig
+from .settings import UsageError
+
+SWEPT = ("learning_rate", "weight_decay", "rank", "alpha", "dropout", "rslora", "init")
+
+
+_FLAGS = {"true": True, "false": False}
+
+
+def candidates(config: TrainConfig) -> dict[str, TrainConfig]:
+    """The settings of each adapter of a sweep, by name: "learning_rate=0.0001 rank=4". Empty without a sweep.
+
+    Raises UsageError for what cannot be swept.
+    """
+    if config.sweep is None:
+        return {}
+    values: dict[str, list[Any]] = {}
+    for part in config.sweep.split():
+        name, equals, listed = part.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        name = {"lr": "learning_rate"}.get(name, name)
+        if not equals or not all(listed.split(",")):
+            raise UsageError(f"--sweep {part!r}: expected NAME=VALUE,VALUE, such as learning_rate=1e-4,3e-4.")
+        if name not in SWEPT:
+            raise UsageError(f"--sweep cannot vary {name!r}, only {', '.join(SWEPT)}.{suggestion(name, SWEPT)}")
+        values[name] = [_FLAGS.get(value, value) for value in listed.split(",")]
+    if config.dora:
+        raise UsageError("--sweep trains all adapters in one batch, which DoRA cannot share: leave --dora out.")
+    if config.bias != "none" or config.also_train:
+        raise UsageError("--sweep trains factors alone: leave --bias and --also-train out.")
+    if config.resume is not None:
+        raise UsageError("--sweep has no checkpoints, so there is nothing to --resume.")
+    if config.metric != "loss" or config.patience is not None or config.keep != "last":
+        raise UsageError("--sweep keeps the adapter with the lowest last loss: leave --metric, --patience, --keep out.")
+    if config.packing or config.from_adapter is not None:
+        raise UsageError("--sweep begins with new adapters and rows that are not packed: leave --packing, --from out.")
+    found = {}
+    for combination in itertools.product(*values.values()):
+        given = dict(zip(values, combination, strict=True))
+        own = dataclasses.replace(config, sweep=None, **given)
+        found[" ".join(f"{name}={_text(getattr(own, name))}" for name in values)] = own
+    if len(found) < 2:
+        raise UsageError(f"--sweep {config.sweep!r} is one setting: give at least two values.")
+    return found
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
