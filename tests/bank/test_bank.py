@@ -214,7 +214,7 @@ def test_frozen_statistics_move_with_the_adapter() -> None:
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_wrong_names_say_what_there_is() -> None:
+def test_problem_36_wrong_names_say_what_there_is() -> None:
     _, bank = made()
     for wrong in (
         lambda: bank["wdie"],

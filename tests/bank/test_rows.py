@@ -97,7 +97,7 @@ def forget(bank: lorakit.Bank) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_row_is_what_its_adapter_gives_alone(kind: str) -> None:
+def test_problem_36_each_row_is_what_its_adapter_gives_alone(kind: str) -> None:
     """The output, the gradient of the input and that of each adapter, in float64."""
     torch.manual_seed(0)
     make, shape, settings = KINDS[kind]
@@ -168,7 +168,7 @@ def test_a_model_by_hand() -> None:
 
 @pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_training_in_one_pass_is_training_each_alone(make: Callable[[], Any], checkpointing: bool) -> None:
+def test_problem_36_training_in_one_pass_is_training_each_alone(make: Callable[[], Any], checkpointing: bool) -> None:
     """Four steps of AdamW and SGD, each adapter with its own rate, rank and decay, against models of their own."""
     targets = ("c_attn", "c_fc") if make is gpt2 else ("q_proj", "down_proj", "embed_tokens")
     settings = {"a": lorakit.LoRASettings(targets, rank=2), "b": lorakit.LoRASettings(targets[:1], rank=5, alpha=1)}
@@ -403,7 +403,7 @@ class TestCompiled:
     def _fresh(self) -> None:
         torch.compiler.reset()
 
-    def test_a_hundred_swaps_compile_once(self) -> None:
+    def test_problem_28_a_hundred_swaps_compile_once(self) -> None:
         """Other adapters in use and in rows, of other ranks and targets, in one graph."""
         model = llama()
         bank = filled(model, three(), rank=8, room=5)

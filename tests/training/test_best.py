@@ -272,3 +272,58 @@ def test_a_score_whose_library_is_missing_is_told_before_anything_is_made(config
     with pytest.raises(ImportError, match="sacrebleu"):
         train(dataclasses.replace(config, metric="bleu"))
     assert not Path(config.output_dir).exists()
+
+
+# --- what was forgotten ---
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
+    total, count = 0.0, 0
+    for text in texts:
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        p = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        total -= sum(float(p[i, ids[i + 1]]) for i in range(len(ids) - 1))
+        count += len(ids) - 1
+    return math.exp(total / count)
+
+
+def test_general_text_is_read_before_and_after(config: TrainConfig, tmp_path: Path, capsys) -> None:
+    from lorakit.core.switching import disabled
+    from lorakit.training.models import load_with_adapter
+
+    texts = ["the light and the system", "a user and an assistant turn on and off", "never read"]
+    general = write_rows(tmp_path / "general.jsonl", [{"text": text} for text in texts])
+    config = dataclasses.replace(config, learning_rate=0.03)
+    plain = dataclasses.replace(config, output_dir=config.output_dir + "-plain")
+    train(plain)
+    changed = dataclasses.replace(config, general_data=str(general), eval_samples=2)
+    train(changed)
+    assert adapter(changed) == adapter(plain)
+    loaded = load_with_adapter(changed.output_dir, None, dtype="float32")
+    with disabled(loaded.model):
+        before = perplexity(loaded.model, loaded.tokenizer, texts[:2])
+    after = perplexity(loaded.model, loaded.tokenizer, texts[:2])
+    assert abs(after - before) > 1
+    for key, expected in (("general_perplexity_base", before), ("general_perplexity", after)):
+        ((step, value),) = logged(changed, key)
+        assert step == 8 and value == pytest.approx(expected, rel=1e-4)
+    printed = capsys.readouterr().out
+    assert f"2 rows of {general}" in printed and f"perplexity         {before:.1f}" in printed
+
+
+def test_general_text_that_cannot_be_compared_is_told_before_anything_is_made(
+    config: TrainConfig, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    labelled = write_rows(tmp_path / "labels.jsonl", [{"text": f"on {i}", "label": "ab"[i % 2]} for i in range(9)])
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"general_data": str(rows)}, ValueError, "holds prompt.completion rows; expected plain text"),
+        ({"general_data": str(labelled)}, ValueError, "rows; expected plain text"),
+        ({"general_data": str(tmp_path / "none.txt")}, FileNotFoundError, "none.txt"),
+        ({"general_data": str(rows), "data": str(labelled), "model": str(tiny_encoder)}, ValueError, "no perplexity"),
+    ]
+    for changed, error, said in cases:
+        with pytest.raises(error, match=said):
+            train(dataclasses.replace(config, **changed))
+        assert not Path(config.output_dir).exists()

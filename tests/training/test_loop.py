@@ -473,7 +473,8 @@ def test_a_folder_that_changed_meanwhile(config: TrainConfig, monkeypatch) -> No
 
 def as_released(out: Path) -> None:
     """What 0.1.0 left: the same files, without notes and records."""
-    (out / "style.json").unlink()
+    for name in ("style.json", "results.json"):
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / ".lorakit")
     for path in out.glob("checkpoint-*/run.json"):
         path.unlink()

@@ -184,6 +184,12 @@ class TrainConfig:
     )
     logging_steps: int = setting(10, help="steps between lines of metrics.jsonl", group=_OUTPUT, at_least=1)
     eval_samples: int = setting(100, help="number of held-out rows to compare at the end", group=_OUTPUT, at_least=0)
+    general_data: str | None = setting(
+        None,
+        help="file of plain text that is not trained on; its perplexity before and after shows what was forgotten",
+        group=_OUTPUT,
+        path=True,
+    )
     max_new_tokens: int | None = setting(
         None,
         help="longest answer in tokens (default: 16 more than the longest expected one)",

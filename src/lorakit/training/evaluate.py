@@ -134,6 +134,11 @@ def perplexity(losses: Tensor, counts: Tensor) -> float:
     return math.exp(min(float(losses.sum() / counts.sum().clamp_min(1)), 700.0))  # exp(710) overflows
 
 
+def compare_general(loaded: Loaded, examples: Sequence[Example], max_length: int) -> Evaluation:
+    """The perplexity of text that has nothing to do with the training, without and with the adapter."""
+    return _compare_texts(loaded, "general", examples, Style(False), max_length)
+
+
 def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int) -> Evaluation:
     with disabled(loaded.model):
         base = predict(loaded, data, examples, max_length, "base model")

@@ -26,7 +26,7 @@ from .changes import weight_changes
 from .checkpoints import checkpoints, history_in, newest_whole, step_of
 from .config import TrainConfig
 from .divergence import Diverged
-from .evaluate import evaluate, question
+from .evaluate import compare_general, evaluate, question
 from .interrupt import Interrupted, SaveAndStop
 from .loss import check_causal
 from .memory import few_kernels
@@ -123,8 +123,8 @@ def train(config: TrainConfig) -> Path:
 
 def _run(
     prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]
-) -> tuple[Progress, report.Evaluation | None]:
-    """Train and write everything into `folder`."""
+) -> tuple[Progress, report.Evaluation | None, report.Evaluation | None]:
+    """Train and write everything into `folder`. Returns also the scores on held-out rows and on general text."""
     if is_main() and not (folder.path / peft.TENSORS).is_file():  # an adapter that is there keeps its settings
         with folder.writing() as part:
             _write_settings(prepared, loaded, part)
@@ -134,7 +134,7 @@ def _run(
         progress, best = _fit_sweep(prepared, loaded, folder, record)
         prepared = dataclasses.replace(prepared, config=best)
     if not is_main():
-        return progress, None
+        return progress, None, None
     config = prepared.config
     with folder.writing() as part:
         save(loaded.model, part)
@@ -151,10 +151,15 @@ def _run(
             max_length=config.max_seq_length,
             max_new_tokens=config.max_new_tokens,
         )
+    general = None
+    if prepared.general:
+        general = compare_general(loaded, prepared.general, config.max_seq_length)
+        before, after = general.metrics["perplexity"]
+        progress.note({"step": record["steps"], "general_perplexity_base": before, "general_perplexity": after})
     with folder.writing() as part:
         _write_reports(prepared, loaded, part, progress, result)
     folder.end("finished")
-    return progress, result
+    return progress, result, general
 
 
 def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers: tuple[str, ...]) -> None:
@@ -472,13 +477,21 @@ def _peak(measured: int, planned: int | None) -> str:
     return f"{size(measured)} ({'not planned' if planned is None else f'planned {size(planned)}'})"
 
 
-def _end_block(prepared: Prepared, out: OutputFolder, progress: Progress, result: report.Evaluation | None) -> str:
+def _end_block(
+    prepared: Prepared,
+    out: OutputFolder,
+    progress: Progress,
+    result: report.Evaluation | None,
+    general: report.Evaluation | None,
+) -> str:
     peak = f"peak memory {_peak(progress.peak_bytes, prepared.plan.peak_bytes)}"
     if progress.loading_bytes > progress.peak_bytes:
         peak += f"; {size(progress.loading_bytes)} while the model was loaded"
     lines = [report.heading("done"), f"trained in {duration(progress.seconds)}; {peak}"]
     if result is not None and result.rows:
         lines.append(report.comparison(result))
+    if general is not None:
+        lines.append(report.comparison(general, rows=f"rows of {prepared.config.general_data}"))
     files = ", ".join(name for name in out.own if (out.path / name).is_file())
     lines += [report.heading("written"), f"{out}/: {files}"]
     example = (prepared.data.heldout[1] or prepared.data.train)[0]

@@ -61,6 +61,7 @@ class Prepared:
     notes: tuple[str, ...]
     attached: Report
     plan: Plan
+    general: tuple[Example, ...]  # the rows of --general-data
     weights: tuple[int, int]  # bytes of the base as it is loaded, and of the same with no layer quantised
 
     @property
@@ -89,6 +90,7 @@ def prepare(config: TrainConfig) -> Prepared:
     _refuse_float16(config, data)
     if data.labels and config.from_adapter is None:
         data = dataclasses.replace(data, labels=in_model_order(data.labels, config.model))
+    general = _general(config, data)
     tokenizer = load_tokenizer(config.model)
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
     dtype = weights_dtype(config, data)
@@ -133,7 +135,7 @@ def prepare(config: TrainConfig) -> Prepared:
             attached = attach_as(dataclasses.replace(largest, init="kaiming"), model, new_head=data.task != "causal-lm")
         plan = _plan(config, data, train, model, _faked(batch, fake))
         plan = plan.with_adapters(model, len(choices) - 1) if choices else plan
-    return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan, weights)
+    return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan, general, weights)
 
 
 def start_block(prepared: Prepared) -> str:
@@ -242,6 +244,20 @@ def check_task(config: Any, data: Data) -> None:
         raise LoraError(
             f"--task {config.task} does not fit {config.data}, which holds {data.shape} rows ({data.task})."
         )
+
+
+def _general(config: TrainConfig, data: Data) -> tuple[Example, ...]:
+    """The rows of --general-data, at most --eval-samples. Raises ValueError for rows that are no plain text."""
+    if config.general_data is None:
+        return ()
+    if data.task != "causal-lm":
+        raise LoraError(f"--general-data: a model for {data.task} has no perplexity; leave it out.")
+    found = read_data(config.general_data, holdout=0.0)
+    if any(example.text is None or example.label is not None for example in found.train):
+        raise LoraError(f"--general-data {config.general_data} holds {found.shape} rows; expected plain text.")
+    if not config.eval_samples:
+        raise LoraError("--general-data with --eval-samples 0 leaves no row to read.")
+    return tuple(found.train[: config.eval_samples])
 
 
 def _causal_rows(

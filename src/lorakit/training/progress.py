@@ -42,6 +42,12 @@ class Progress(TrainerCallback):
         """Read the lines of a run that has nothing left to train."""
         self.history = _read_lines(self.path, up_to=step)
 
+    def note(self, line: dict[str, float]) -> None:
+        """Add a line that is no step of the training."""
+        self.history.append(line)
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.loading_bytes = peak_memory(args.device)
         forget_peak(args.device)
@@ -86,9 +92,7 @@ class Progress(TrainerCallback):
             return
         line = {"step": state.global_step, **{key: _rounded(value) for key, value in logs.items() if _is_number(value)}}
         line["seconds"] = round(time.perf_counter() - self._began, 2)
-        self.history.append(line)
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.note(line)
         self._show(line, state.max_steps)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -26,7 +26,7 @@ from .values import value_text
 
 FREE = {  # settings that do not change what is computed, or of which a message tells
     *("output_dir", "resume", "overwrite", "dry_run", "ignore_memory"),
-    *("eval_steps", "save_steps", "logging_steps", "eval_samples", "max_new_tokens", "report_to"),
+    *("eval_steps", "save_steps", "logging_steps", "eval_samples", "max_new_tokens", "report_to", "general_data"),
     *("epochs", "max_steps"),  # `longer_or_shorter` tells the user what this changes
     "gradient_checkpointing",  # the same numbers in less memory
     *("model", "data"),  # compared by content, so that they may be moved
