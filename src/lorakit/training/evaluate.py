@@ -3,24 +3,65 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from ..bank.bank import Bank
 from ..core.attach import adapted_layers
 from ..core.switching import disabled
 from .data import Data, Example
-from .generation import answers
+from .generation import Within, answers, as_it_is
 from .metrics import accuracy, exact_match, pearson
 from .models import Loaded
 from .positions import longest_row, positions
 from .report import Evaluation, Sample
 from .style import Style
 from .tokens import encode_all, encode_text, prompt_ids, reference
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row: what the base model and the adapted one give for it, and what is expected.
+
+    Of plain text: Σ −log p by either, in nats, and the number of tokens that it is a sum over.
+    """
+
+    example: Example
+    base: Any
+    adapted: Any
+    expected: Any
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Rows that were scored by one metric: exact match, perplexity, accuracy or pearson."""
+
+    metric: str
+    outcomes: tuple[Outcome, ...]
+    notes: tuple[str, ...] = ()
+
+    def evaluation(self, split: str) -> Evaluation:
+        """The score of the base model and of the adapted one on these rows."""
+        if not self.outcomes:
+            return Evaluation(0, split, {}, (), notes=self.notes)
+        base, adapted = ([getattr(own, side) for own in self.outcomes] for side in ("base", "adapted"))
+        expected = [own.expected for own in self.outcomes]
+        scores = {self.metric: (_score(self.metric, base, expected), _score(self.metric, adapted, expected))}
+        if self.metric == "perplexity":
+            return Evaluation(len(expected), split, scores, (), notes=self.notes)
+        if self.metric == "pearson":
+            base, adapted, expected = ([f"{number:.3f}" for number in own] for own in (base, adapted, expected))
+        same = exact_match if self.metric == "exact match" else operator.eq
+        asked = (question(own.example) for own in self.outcomes)
+        samples = tuple(map(Sample, asked, base, adapted, expected))
+        return Evaluation(len(expected), split, scores, samples, tuple(map(same, adapted, expected)), self.notes)
 
 
 def evaluate(
@@ -39,13 +80,31 @@ def evaluate(
     perplexity. Classifiers are scored by accuracy, regressions by Pearson's correlation.
     max_new_tokens=None: 16 more than the longest expected answer.
     """
-    if not examples:
-        return Evaluation(0, split, {}, ())
+    compared = compare_rows(loaded, data, examples, style, max_length=max_length, max_new_tokens=max_new_tokens)
+    return compared.evaluation(split)
+
+
+def compare_rows(
+    loaded: Loaded,
+    data: Data,
+    examples: Sequence[Example],
+    style: Style,
+    *,
+    max_length: int,
+    max_new_tokens: int | None = None,
+    bank: Bank | None = None,
+    known: Compared | None = None,
+) -> Compared:
+    """What `evaluate` scores, row by row.
+
+    bank: the model's; each row is then computed with the adapter that it names. known: what was found for the same rows
+    asked in the same way with another adapter, of which the base model's part is taken over.
+    """
     if data.task != "causal-lm":
-        return _compare_labels(loaded, data, split, examples, max_length)
+        return _compare_labels(loaded, data, examples, max_length, bank, known)
     asked = [example for example in examples if example.text is None]
-    if not asked:
-        return _compare_texts(loaded, split, examples, style, max_length)
+    if examples and not asked:
+        return _compare_texts(loaded, examples, style, max_length, bank, known)
     prompts = [prompt_ids(example, loaded.tokenizer, system=style.system, chat=style.chat) for example in asked]
     notes: tuple[str, ...] = ()
     limit = positions(loaded.model, loaded.tokenizer)
@@ -54,87 +113,124 @@ def evaluate(
         notes = (f"{len(long)} rows left out, {long[0]} first: the model has positions for {limit} tokens",)
         kept = [(e, p) for e, p in zip(asked, prompts, strict=True) if len(p) < limit]
         asked, prompts = [example for example, _ in kept], [prompt for _, prompt in kept]
-        if not asked:
-            return Evaluation(0, split, {}, (), notes=notes)
     expected = [reference(example, loaded.tokenizer) for example in asked]
-    longest = max(len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected)
+    longest = max((len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected), default=0)
     wanted = max_new_tokens or longest + 16
 
-    def generate(label: str) -> list[str]:
-        found = answers(loaded, prompts, max_new_tokens=wanted)
+    def generate(label: str, within: Within) -> list[str]:
+        found = answers(loaded, prompts, max_new_tokens=wanted, within=within)
         return list(_progress(found, len(prompts), f"answering with the {label}"))
 
-    with disabled(loaded.model):
-        base = generate("base model")
-    adapted = generate("adapter") if adapted_layers(loaded.model) else base
-    before, after = (tuple(map(exact_match, found, expected)) for found in (base, adapted))
-    samples = tuple(map(Sample, map(question, asked), base, adapted, expected))
-    rates = (sum(before) / len(before), sum(after) / len(after))
-    return Evaluation(len(asked), split, {"exact match": rates}, samples, after, notes)
+    return _both("exact match", loaded, asked, expected, notes, generate, bank, known)
+
+
+def _both(
+    metric: str,
+    loaded: Loaded,
+    examples: Sequence[Example],
+    expected: Sequence[Any],
+    notes: tuple[str, ...],
+    run: Callable[[str, Within], list[Any]],
+    bank: Bank | None,
+    known: Compared | None,
+) -> Compared:
+    """The outcome of each row. run(label, within): what the model gives for each of them."""
+    if known is not None:
+        base = [own.base for own in known.outcomes]
+    else:
+        with disabled(loaded.model):
+            base = run("base model", as_it_is)
+    adapted = base
+    if bank is not None:
+        names = [example.adapter for example in examples]
+        adapted = run("adapters", lambda batch: bank.rows([names[index] for index in batch]))
+    elif adapted_layers(loaded.model):
+        adapted = run("adapter", as_it_is)
+    return Compared(metric, tuple(map(Outcome, examples, base, adapted, expected)), notes)
+
+
+def _score(metric: str, found: Sequence[Any], expected: Sequence[Any]) -> float:
+    if metric == "perplexity":  # exp of the mean over all tokens of −log p
+        return math.exp(min(sum(found) / max(sum(expected), 1), 700.0))  # exp(710) overflows
+    if metric == "exact match":
+        return sum(map(exact_match, found, expected)) / len(expected)
+    return accuracy(found, expected) if metric == "accuracy" else pearson(found, expected)
 
 
 def _compare_texts(
-    loaded: Loaded, split: str, examples: Sequence[Example], style: Style, max_length: int
-) -> Evaluation:
-    """Compare by perplexity: exp of the mean over all tokens of −log p."""
+    loaded: Loaded,
+    examples: Sequence[Example],
+    style: Style,
+    max_length: int,
+    bank: Bank | None,
+    known: Compared | None,
+) -> Compared:
     limit = longest_row(max_length, loaded.model, loaded.tokenizer)
     encoded = encode_all(
         examples, loaded.tokenizer, max_length=limit, too_long="truncate", system=style.system, chat=style.chat
     )
-    if not encoded.rows:
-        return Evaluation(0, split, {}, ())
     notes = (f"{encoded.truncated} texts cut at {limit} tokens",) if encoded.truncated else ()
     rows = [row.input_ids for row in encoded.rows]
 
-    def perplexity(label: str) -> float:
-        total, count = 0.0, 0
-        for ids in _progress(rows, len(rows), f"reading with the {label}"):
+    def losses(label: str, within: Within) -> list[float]:
+        found = []
+        for index, ids in enumerate(_progress(rows, len(rows), f"reading with the {label}")):
             tokens = torch.tensor([ids], device=loaded.device)
-            with torch.inference_mode():
+            with within([index]), torch.inference_mode():
                 logits = loaded.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, :-1].float()
-                total += float(F.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
-            count += len(ids) - 1
-        return math.exp(min(total / max(count, 1), 700.0))  # exp(710) overflows
+                found.append(float(F.cross_entropy(logits, tokens[0, 1:], reduction="sum")))
+        return found
 
-    with disabled(loaded.model):
-        base = perplexity("base model")
-    adapted = perplexity("adapter") if adapted_layers(loaded.model) else base
-    return Evaluation(len(rows), split, {"perplexity": (base, adapted)}, (), notes=notes)
-
-
-def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int) -> Evaluation:
-    with disabled(loaded.model):
-        base = predict(loaded, data, examples, max_length, "base model")
-    adapted = predict(loaded, data, examples, max_length, "adapter") if adapted_layers(loaded.model) else base
-    asked = list(map(question, examples))
-    if data.labels:
-        expected = [str(example.label) for example in examples]
-        metrics = {"accuracy": (accuracy(base, expected), accuracy(adapted, expected))}
-    else:
-        numbers = [float(example.label or 0.0) for example in examples]
-        metrics = {"pearson": (pearson(base, numbers), pearson(adapted, numbers))}
-        base, adapted, expected = ([f"{number:.3f}" for number in column] for column in (base, adapted, numbers))
-    right = tuple(a == e for a, e in zip(adapted, expected, strict=True))
-    notes = ("the base model's head is new and random: its score is chance",) if loaded.new_parameters else ()
-    return Evaluation(len(examples), split, metrics, tuple(map(Sample, asked, base, adapted, expected)), right, notes)
+    counts = [
+        len(ids) - 1 for ids in rows
+    ]  # one for each example: every token of a text bears loss, so none is dropped
+    return _both("perplexity", loaded, examples, counts, notes, losses, bank, known)
 
 
-def predict(loaded: Loaded, data: Data, examples: Sequence[Example], max_length: int, label: str) -> list[Any]:
+def _compare_labels(
+    loaded: Loaded,
+    data: Data,
+    examples: Sequence[Example],
+    max_length: int,
+    bank: Bank | None,
+    known: Compared | None,
+) -> Compared:
+    def run(label: str, within: Within) -> list[Any]:
+        return predict(loaded, data, examples, max_length, label, within) if examples else []
+
+    metric = "accuracy" if data.labels else "pearson"
+    expected = [str(e.label) if data.labels else float(e.label or 0.0) for e in examples]
+    random = loaded.new_parameters and examples
+    notes = ("the base model's head is new and random: its score is chance",) if random else ()
+    return _both(metric, loaded, examples, expected, notes, run, bank, known)
+
+
+def predict(
+    loaded: Loaded,
+    data: Data,
+    examples: Sequence[Example],
+    max_length: int,
+    label: str,
+    within: Within = as_it_is,
+) -> list[Any]:
     """The class name, or for a regression the number, that the model predicts for each example, in order.
 
-    Rows of similar length share a batch. label: what the progress bar calls the model.
+    Rows of similar length share a batch. label: what the progress bar calls the model. within: as for `answers`.
     """
-    logits = outputs(loaded, examples, max_length, f"predicting with the {label}")
+    logits = outputs(loaded, examples, max_length, f"predicting with the {label}", within)
     if not data.labels:
         return logits[:, 0].tolist()
     return [data.labels[index] for index in logits.argmax(-1).tolist()]
 
 
 @torch.inference_mode()
-def outputs(loaded: Loaded, examples: Sequence[Example], max_length: int, doing: str) -> torch.Tensor:
+def outputs(
+    loaded: Loaded, examples: Sequence[Example], max_length: int, doing: str, within: Within = as_it_is
+) -> torch.Tensor:
     """The logits of a classifier or the numbers of a regression, of shape (examples, classes or 1), in order.
 
-    Texts are cut at `max_length` tokens and at the model's positions. doing: what the progress bar says.
+    Texts are cut at `max_length` tokens and at the model's positions. doing: what the progress bar says. within: as for
+    `answers`.
     """
     max_length = longest_row(max_length, loaded.model, loaded.tokenizer)
     encoded = [encode_text(example, loaded.tokenizer, max_length) for example in examples]
@@ -145,7 +241,8 @@ def outputs(loaded: Loaded, examples: Sequence[Example], max_length: int, doing:
     for batch in _progress(batches, len(batches), doing):
         rows = [encoded[index] for index in batch]
         inputs = loaded.tokenizer.pad(rows, return_tensors="pt").to(loaded.device)
-        found.update(zip(batch, loaded.model(**inputs).logits.float().cpu(), strict=True))
+        with within(batch):
+            found.update(zip(batch, loaded.model(**inputs).logits.float().cpu(), strict=True))
     return torch.stack([found[index] for index in range(len(encoded))])
 
 
