@@ -10,11 +10,12 @@ An existing local path always wins over a hub id, and only a name that could be 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.paths import expanded
+from .adapter_names import NONE, unknown
 from .at_hub import HubKind, id_at_hub
 from .conversations import BadRow
 from .folders import no_split, passed_over, split_files
@@ -54,6 +55,7 @@ def read_data(
     seed: int = 0,
     hub: Hub | None = None,
     model: Task | None = None,
+    adapters: Sequence[str] = (),
 ) -> Data:
     """Read and check all rows of `data`: a file, a folder with train|valid|test files, or a hub id.
 
@@ -62,13 +64,14 @@ def read_data(
     task: what labels are for, classification or regression; auto: decided by the labels.
     hub: which part of a hub data set is meant, if `data` is one.
     model: the task of the model that is scored on the rows. Its labels are then used, and a row cannot name a new one.
+    adapters: the names that a row may give under the key "adapter", to be answered by that one ("none": by the base).
     holdout: the share of train that is held out, at random by `seed`, when there is no other split; at most 100 rows.
 
     Raises DataError listing every bad row, and FileNotFoundError if nothing is found at `data`.
     """
     findings = Findings()
     splits = _read_splits(data, hub or Hub(), findings)
-    shape, examples = _examples(splits, dict(fields or {}), findings)
+    shape, examples = _examples(splits, dict(fields or {}), adapters, findings)
     if findings.problems:
         raise DataError(findings.problems)
     if not examples["train"]:
@@ -90,7 +93,7 @@ read = read_data  # its name until 0.2, by which programs import it
 
 
 def _examples(
-    splits: Mapping[str, list[Row]], fields: Mapping[str, str], findings: Findings
+    splits: Mapping[str, list[Row]], fields: Mapping[str, str], adapters: Sequence[str], findings: Findings
 ) -> tuple[str, dict[str, list[Example]]]:
     """The shape that all rows share, and the examples of each split."""
     examples: dict[str, list[Example]] = {split: [] for split in splits}
@@ -100,6 +103,9 @@ def _examples(
         for row in rows:
             try:
                 shape, example, beside = parse(row, fields)
+                if adapters and "adapter" in beside:
+                    example = replace(example, adapter=_named_adapter(row, adapters))
+                    beside.discard("adapter")
             except BadRow as bad:
                 findings.problems.append(f"{row.where}: {bad}")
                 continue
@@ -114,6 +120,14 @@ def _examples(
     if unread:
         findings.notes.append(f"keys that are not read: {', '.join(sorted(unread))}")
     return next(iter(shapes), ""), examples
+
+
+def _named_adapter(row: Row, adapters: Sequence[str]) -> str | None:
+    """The adapter that a row names; None for the base model. Raises BadRow."""
+    name = row.values["adapter"]
+    if name != NONE and name not in adapters:
+        raise BadRow(unknown(name, adapters))
+    return None if name == NONE else str(name)
 
 
 def _read_splits(data: str, hub: Hub, findings: Findings) -> dict[str, list[Row]]:
