@@ -121,7 +121,8 @@ def test_only_what_is_used_is_put_on_the_model(folders, capsys, monkeypatch) -> 
     put_in = lorakit.Bank.__setitem__
 
     def noted(bank: lorakit.Bank, name: str, value: Any) -> None:
-        put.append(name)
+        if next(bank.model.parameters()).device.type != "meta":  # there it is only seen whether it fits
+            put.append(name)
         put_in(bank, name, value)
 
     monkeypatch.setattr(lorakit.Bank, "__setitem__", noted)

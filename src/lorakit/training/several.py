@@ -17,7 +17,6 @@ import torch
 from ..bank.bank import Bank, Used
 from ..core.combine import combine
 from ..core.errors import LoraError
-from ..core.exchange import insert
 from ..core.paths import expanded
 from ..formats import peft, read_for
 from .adapter_folder import base_and_adapter, base_named_by, beside
@@ -209,10 +208,10 @@ def _refuse_unlike_tasks(tasks: Mapping[str, Task]) -> None:
 def _refuse_misfits(named: NamedAdapters) -> None:
     """Raise LoraError for an adapter that does not fit the base, by names and shapes alone."""
     labels = None if named.task.answers else named.task.labels
+    bank = Bank(structure(named.base, labels=labels, named=named.task.named, speaks=named.task.answers))
     for name, folder in named.folders.items():
-        model = structure(named.base, labels=labels, named=named.task.named, speaks=named.task.answers)
         try:
-            insert(model, read_for(model, folder))
+            bank[name] = read_for(bank.model, folder)
         except NotImplementedError:
             continue  # an update relative to a part of W, which torch cannot give without numbers (PEFT's PiSSA)
         except ValueError as error:
