@@ -210,7 +210,7 @@ def test_chat_changes_the_adapter_in_a_conversation(tiny_lm, folders, answers, c
     assert found[13] == "(no adapter is named 'frr', there are fr, de, dora. Did you mean 'fr'?)"
     assert found[14] == "(expected a number as a weight in 'fr=a', found 'a'.)"
     assert "magnitudes do not add up" in found[15]
-    assert "/use NAME chooses who answers: fr, de, dora, none (the base), or a sum such as fr=0.5,de=0.5;" in found[16]
+    assert "chooses who answers: fr, de, dora, none (the base), or a sum such as fr=0.5,de=0.5" in found[16]
 
 
 # --- eval ----------------------------------------------------------------------------------------------------------
