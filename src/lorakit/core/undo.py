@@ -112,7 +112,7 @@ def remember(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
 
 def is_adapted_root(module: nn.Module) -> bool:
     """Whether `module` itself, and not only a part of it, was given to `attach` or `insert`."""
-    return _ADAPTED in module.__dict__
+    return ADAPTED in module.__dict__
 
 
 def replaced(model: nn.Module) -> dict[str, nn.Module]:
