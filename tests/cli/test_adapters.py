@@ -27,12 +27,26 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }} <|im_start|>{%
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def lively(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose answers follow from every word that it reads."""
+    folder = shutil.copytree(tiny_lm, tmp_path_factory.mktemp("bases") / "lively")
+    torch.manual_seed(1)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(lively: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     return {
-        "fr": language_adapter(tiny_lm, root / "french", 0.5, seed=1, system="Be brief.", chat=True),
-        "de": language_adapter(tiny_lm, root / "de", 0.6, seed=2, rank=3),
-        "dora": language_adapter(tiny_lm, root / "dora", 0.4, seed=3, dora=True),
+        "fr": language_adapter(lively, root / "french", 0.5, seed=1, system="Be brief.", chat=True),
+        "de": language_adapter(lively, root / "de", 0.6, seed=2, rank=3),
+        "dora": language_adapter(lively, root / "dora", 0.4, seed=3, dora=True),
     }
 
 
@@ -80,10 +94,10 @@ SYSTEM = {"fr": "Be brief.", "de": None, "dora": None}
 
 
 @pytest.fixture(scope="module")
-def answers(tiny_lm: Path, folders: dict[str, Path]) -> dict[str, str]:
+def answers(lively: Path, folders: dict[str, Path]) -> dict[str, str]:
     """The answer to "turn 1" by PEFT, of each adapter and of the base asked as the first one is."""
-    found = {name: by_peft(tiny_lm, {folder: 1.0}, ["turn 1"], SYSTEM[name])[0] for name, folder in folders.items()}
-    found["none"] = by_peft(tiny_lm, {}, ["turn 1"], "Be brief.")[0]
+    found = {name: by_peft(lively, {folder: 1.0}, ["turn 1"], SYSTEM[name])[0] for name, folder in folders.items()}
+    found["none"] = by_peft(lively, {}, ["turn 1"], "Be brief.")[0]
     assert len(set(found.values())) == 4
     return found
 
@@ -96,17 +110,17 @@ def test_generate_answers_with_each_of_them(folders, answers, capsys) -> None:
     assert out == "".join(f"── {name}\n{answers[name]}\n" for name in folders)
 
 
-def test_generate_answers_with_the_one_that_is_chosen(tiny_lm, folders, answers, capsys) -> None:
+def test_generate_answers_with_the_one_that_is_chosen(lively, folders, answers, capsys) -> None:
     for name in ("de", "fr", "none"):
-        words = ["generate", "--model", tiny_lm, *given(folders), "-p", "turn 1", "--use", name, *SHORT]
+        words = ["generate", "--model", lively, *given(folders), "-p", "turn 1", "--use", name, *SHORT]
         assert run(capsys, *words) == answers[name] + "\n"
     assert run(capsys, "generate", *given(folders), "-p", "turn 1", "--base", *SHORT) == answers["none"] + "\n"
     assert run(capsys, "generate", "--adapter", folders["de"], "-p", "turn 1", *SHORT) == answers["de"] + "\n"
 
 
-def test_generate_answers_with_a_weighted_sum(tiny_lm, folders, answers, capsys) -> None:
+def test_generate_answers_with_a_weighted_sum(lively, folders, answers, capsys) -> None:
     weights = {folders["de"]: 0.75, folders["fr"]: -0.5}
-    (expected,) = by_peft(tiny_lm, weights, ["turn 1"], None)
+    (expected,) = by_peft(lively, weights, ["turn 1"], None)
     words = ["generate", *given(folders, "fr", "de"), "-p", "turn 1", *SHORT]
     assert run(capsys, *words, "--use", "de=0.75,fr=-0.5") == expected + "\n"
     assert expected not in answers.values()
@@ -164,9 +178,9 @@ def test_two_adapters_of_classifiers(tiny_encoder: Path, tmp_path: Path, capsys)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_what_is_known_only_with_the_weights_is_one_of_several(tiny_lm, folders, answers, tmp_path, capsys) -> None:
+def test_what_is_known_only_with_the_weights_is_one_of_several(lively, folders, answers, tmp_path, capsys) -> None:
     """PEFT's PiSSA: an update relative to a part of W."""
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    model: Any = AutoModelForCausalLM.from_pretrained(lively)
     config = peft.LoraConfig(
         r=2, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
     )
@@ -176,7 +190,7 @@ def test_what_is_known_only_with_the_weights_is_one_of_several(tiny_lm, folders,
             if "lora_B" in name:
                 parameter.add_(torch.randn_like(parameter) / 2)
     theirs.save_pretrained(tmp_path / "pissa")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    tokenizer = AutoTokenizer.from_pretrained(lively)
     asked = [{"role": "user", "content": "turn 1"}]
     text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
@@ -190,13 +204,13 @@ def test_what_is_known_only_with_the_weights_is_one_of_several(tiny_lm, folders,
 # --- chat ----------------------------------------------------------------------------------------------------------
 
 
-def test_chat_changes_the_adapter_in_a_conversation(tiny_lm, folders, answers, capsys, monkeypatch) -> None:
+def test_chat_changes_the_adapter_in_a_conversation(lively, folders, answers, capsys, monkeypatch) -> None:
     said = ["turn 1", "/clear", "/use de", "turn 1", "/clear", "/use none", "/base", "/use fr", "turn 1", "/base"]
     said += ["/use de=0.75,fr=-0.5", "/clear", "turn 1", "/use frr", "/use fr=a", "/use fr=1,dora=1", "/help", "/quit"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(said) + "\n"))
     out = run(capsys, "chat", *given(folders), *SHORT)
     parts = [part.removesuffix("\n").partition("\n> ")[0] for part in out.split("\n> ")[1:]]
-    (total,) = by_peft(tiny_lm, {folders["de"]: 0.75, folders["fr"]: -0.5}, ["turn 1"], None)
+    (total,) = by_peft(lively, {folders["de"]: 0.75, folders["fr"]: -0.5}, ["turn 1"], None)
     found = dict(enumerate(part.rstrip("\n") for part in parts))
     assert found[0] == answers["fr"] and found[3] == answers["de"] and found[8] == answers["fr"] and found[12] == total
     assert [found[place] for place in (2, 5, 6, 7, 9)] == [
@@ -222,12 +236,12 @@ def prompts() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def table(tiny_lm: Path, folders: dict[str, Path], prompts: list[str]) -> dict[str, list[str]]:
+def table(lively: Path, folders: dict[str, Path], prompts: list[str]) -> dict[str, list[str]]:
     """The answers to all prompts by PEFT, of each adapter alone."""
-    return {name: by_peft(tiny_lm, {folder: 1.0}, prompts, SYSTEM[name]) for name, folder in folders.items()}
+    return {name: by_peft(lively, {folder: 1.0}, prompts, SYSTEM[name]) for name, folder in folders.items()}
 
 
-def test_eval_scores_each_in_one_table(tiny_lm, folders, prompts, table, tmp_path, capsys) -> None:
+def test_eval_scores_each_in_one_table(lively, folders, prompts, table, tmp_path, capsys) -> None:
     expected = [table["fr"][0], table["fr"][1], table["dora"][2]]
     rows = [{"prompt": p, "completion": e} for p, e in zip(prompts, expected, strict=True)]
     data, file = write_rows(tmp_path / "d.jsonl", rows), tmp_path / "s.json"
@@ -244,17 +258,20 @@ def test_eval_scores_each_in_one_table(tiny_lm, folders, prompts, table, tmp_pat
     assert [line[0] for line in lines[7 : 7 + 6]] == ["turn", *asked]
     found = json.loads(file.read_text())
     assert found["all"] is None
+    bases = set()
     for name, own in found["by_adapter"].items():
         assert [sample["adapter"] for sample in own["samples"]] == table[name]
-        base = by_peft(tiny_lm, {}, prompts, SYSTEM[name])
+        base = by_peft(lively, {}, prompts, SYSTEM[name])
+        bases.add(tuple(base))
         assert [sample["base"] for sample in own["samples"]] == base
         one = tmp_path / "one.json"
         run(capsys, "eval", "--model", folders[name], "--data", data, "--json", one, *SHORT)
         assert json.loads(one.read_text()) == own
+    assert len(bases) == 2  # with fr's system message, and without any
 
 
 def test_rows_name_the_adapter_that_answers_them(
-    tiny_lm, folders, prompts, table, tmp_path, capsys, monkeypatch
+    lively, folders, prompts, table, tmp_path, capsys, monkeypatch
 ) -> None:
     batches: list[list[str | None]] = []
     rows_of = lorakit.Bank.rows
@@ -266,13 +283,13 @@ def test_rows_name_the_adapter_that_answers_them(
     monkeypatch.setattr(lorakit.Bank, "rows", noted)
     named = ["fr", "de", "dora", "fr", "de", None, "none"]
     # one system message for all, so that fr and de can share a batch
-    alone = {name: by_peft(tiny_lm, {folder: 1.0}, prompts, "Be kind.") for name, folder in folders.items()}
-    base = by_peft(tiny_lm, {}, prompts, "Be kind.")
+    alone = {name: by_peft(lively, {folder: 1.0}, prompts, "Be kind.") for name, folder in folders.items()}
+    base = by_peft(lively, {}, prompts, "Be kind.")
     wanted = [base[i % 3] if name in (None, "none") else alone[str(name)][i % 3] for i, name in enumerate(named)]
     rows: list[dict[str, Any]] = [
         {
             "prompt": prompts[i % 3],
-            "completion": "never" if i == 4 or not wanted[i].strip() else wanted[i],
+            "completion": "never" if i == 4 else wanted[i],
             "adapter": name,
         }
         for i, name in enumerate(named)
@@ -284,8 +301,8 @@ def test_rows_name_the_adapter_that_answers_them(
     assert [sample["adapter"] for sample in found["all"]["samples"]] == wanted
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()[3:8]}
     assert lines["fr"] == ["2", "0.0%", "100.0%"] and lines["de"] == ["2", "0.0%", "50.0%"]
-    assert lines["dora"] == ["1", "0.0%", "100.0%"] and lines["none"] == ["2", "0.0%", "0.0%"]
-    assert lines["all"] == ["rows", "7", "0.0%", "57.1%"]
+    assert lines["dora"] == ["1", "0.0%", "100.0%"] and lines["none"] == ["2", "100.0%", "100.0%"]
+    assert lines["all"] == ["rows", "7", "28.6%", "85.7%"]
     assert "note" not in out
     together = next(batch for batch in batches if len(batch) > 1)
     assert sorted(map(str, together)) == ["de", "de", "fr", "fr"]  # and DoRA's row is not among them
@@ -300,13 +317,13 @@ def test_rows_are_asked_in_the_style_of_their_adapter(folders, prompts, table, t
     assert [own["adapter"] for own in samples] == [table[name][place] for place, name in enumerate(named)]
 
 
-def test_perplexity_of_rows_that_name_their_adapter(tiny_lm, folders, tmp_path, capsys) -> None:
+def test_perplexity_of_rows_that_name_their_adapter(lively, folders, tmp_path, capsys) -> None:
     texts = ["turn the light on", "and off", "system user", "assistant"]
     rows = [{"text": text, "adapter": name} for text, name in zip(texts, ["fr", "de", "dora", "de"], strict=True)]
     data, file, one = write_rows(tmp_path / "d.jsonl", rows), tmp_path / "s.json", tmp_path / "one.json"
     run(capsys, "eval", *given(folders), "--data", data, "--json", file, "--dtype", "float32")
     found = json.loads(file.read_text())
-    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    tokenizer = AutoTokenizer.from_pretrained(lively)
     total, count = 0.0, 0
     for name in folders:
         own = [row for row in rows if row["adapter"] == name]
@@ -325,7 +342,7 @@ def test_perplexity_of_rows_that_name_their_adapter(tiny_lm, folders, tmp_path, 
         assert found["by_adapter"][name]["metrics"]["perplexity"] == pytest.approx(
             json.loads(one.read_text())["metrics"]["perplexity"], rel=1e-5
         )
-        model: Any = AutoModelForCausalLM.from_pretrained(tiny_lm).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(lively).eval()
         lorakit.load(model, folders[name])
         for row in own:
             ids = torch.tensor([[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id]])
@@ -360,24 +377,22 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def other_base(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def other_base(lively: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with the same tokenizer and fewer layers."""
     folder = tmp_path_factory.mktemp("bases") / "other"
-    shutil.copytree(tiny_lm, folder)
-    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    shutil.copytree(lively, folder)
+    model = AutoModelForCausalLM.from_pretrained(lively)
     config = model.config
     config.num_hidden_layers = 1
     type(model)(config).save_pretrained(folder)
     return folder
 
 
-def test_adapters_of_different_bases_are_refused(
-    tiny_lm, other_base, folders, tmp_path, capsys, unloaded: None
-) -> None:
+def test_adapters_of_different_bases_are_refused(lively, other_base, folders, tmp_path, capsys, unloaded: None) -> None:
     other = language_adapter(other_base, tmp_path / "other")
     for verb in (["generate", "-p", "a"], ["chat"], ["eval", "--data", "d.jsonl"]):
         message = run(capsys, *verb, *given(folders | {"x": other}, "fr", "x"), code=1)
-        assert f"the adapters are for different bases: fr for {tiny_lm}, x for {other_base}." in message
+        assert f"the adapters are for different bases: fr for {lively}, x for {other_base}." in message
         assert message.count("\n") == 1
     # --model decides which base it is; then the adapters must fit it
     words = ["generate", "--model", other_base, "-p", "a", *given(folders | {"x": other}, "x", "fr")]
@@ -386,8 +401,8 @@ def test_adapters_of_different_bases_are_refused(
     assert message.count("\n") == 1
 
 
-def test_the_same_base_by_another_path_is_the_same(tiny_lm, folders, answers, tmp_path, capsys) -> None:
-    (tmp_path / "link").symlink_to(tiny_lm)
+def test_the_same_base_by_another_path_is_the_same(lively, folders, answers, tmp_path, capsys) -> None:
+    (tmp_path / "link").symlink_to(lively)
     moved = shutil.copytree(folders["de"], tmp_path / "moved")
     config = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "link")}))
@@ -395,11 +410,11 @@ def test_the_same_base_by_another_path_is_the_same(tiny_lm, folders, answers, tm
     assert out == f"── fr\n{answers['fr']}\n── de\n{answers['de']}\n"
 
 
-def test_each_is_asked_in_its_own_chat_template(tiny_lm, folders, answers, tmp_path, capsys, monkeypatch) -> None:
+def test_each_is_asked_in_its_own_chat_template(lively, folders, answers, tmp_path, capsys, monkeypatch) -> None:
     own = shutil.copytree(folders["de"], tmp_path / "own")
     tokenizer = tiny_tokenizer(TEMPLATE)
     tokenizer.save_pretrained(own)
-    (expected,) = by_peft(tiny_lm, {own: 1.0}, ["turn 1"], None, tokenizer)
+    (expected,) = by_peft(lively, {own: 1.0}, ["turn 1"], None, tokenizer)
     assert expected != answers["de"]
     words = [*given(folders | {"own": own}, "fr", "own"), *SHORT]
     assert main(["generate", *words, "-p", "turn 1"]) == 0

@@ -62,6 +62,7 @@ def evaluate_several(
         name: several.asking(name, system=system, plain=plain, max_length=max_length) for name in (*several.bank, None)
     }
     several.bank.use(None)
+    examples = list(examples)  # each is known by its identity below
     names: list[str | None] = [*several.bank] or [None]
     if not any(example.adapter is not None for example in examples):
         found: dict[str | None, Compared] = {}
