@@ -465,6 +465,7 @@ def test_bases_that_were_quantised_differently_are_refused(folders, tmp_path, ca
         (["--adapter", "fr=FOLDER"], "two adapters are named 'fr': ", 1),
         (["--adapter", "none=FOLDER"], "'none' means the base model. Name it: --adapter NAME=FOLDER", 1),
         (["--adapter", "=FOLDER"], "--adapter: expected NAME=PATH or PATH, found '=FOLDER'.", 2),
+        (["--adapter", " "], "--adapter: expected NAME=PATH or PATH, found ' '.", 2),
         (["--adapter", "x="], "--adapter: expected NAME=PATH or PATH, found 'x='.", 2),
         (["--adapter", "x=nowhere"], "nowhere: no such file or folder", 1),
         (["--adaptr", "x"], "unknown argument '--adaptr'. Did you mean '--adapter'?", 2),

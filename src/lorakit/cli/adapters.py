@@ -21,7 +21,7 @@ def add_adapters_argument(parser: argparse.ArgumentParser) -> None:
         "--adapter",
         action=_Adapters,
         default=[],
-        type=_named_path,
+        type=named_path_type,
         metavar="NAME=PATH",
         help="folder of an adapter to load into the base --model, and a name for it (default: the folder's). It may be "
         "given several times for adapters of one base; --model may then be left out",
@@ -36,7 +36,8 @@ def use_from(text: str, names: Collection[str]) -> Used:
         raise UsageError(f"--use: {error}") from None
 
 
-def _named_path(text: str) -> tuple[str, str]:
+def named_path_type(text: str) -> tuple[str, str]:
+    """argparse's `type` of a path that may have a name: both."""
     try:
         return named_path(text)
     except LoraError as error:

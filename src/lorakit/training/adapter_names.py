@@ -31,7 +31,7 @@ def named_path(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
     if not equals or "/" in name or Path(expanded(text)).exists():
         path = expanded(text)
-        return folder_name(path), path
+        name = folder_name(path) if text.strip() else ""
     if not (name and path):
         raise LoraError(f"expected NAME=PATH or PATH, found {text!r}.")
     return name, expanded(path)
