@@ -54,6 +54,8 @@ def wall(step: Callable[[], Any]) -> float:
         if GPU:
             torch.cuda.synchronize()
 
+    if GPU:
+        torch.cuda.synchronize()
     return measure.wall_seconds(waited)
 
 

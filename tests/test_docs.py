@@ -203,17 +203,21 @@ def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
     assert shown["results.md"] == {path.parent.name for path in tables.EXPERIMENTS.glob("*/compare.md")}
 
 
-def test_the_list_of_problems_names_the_tests_that_show_them() -> None:
-    shown: dict[int, set[str]] = {}
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        for number in re.findall(r"def test_problem_(\d+)_", path.read_text(encoding="utf-8")):
-            shown.setdefault(int(number), set()).add(path.relative_to(ROOT).as_posix())
+def test_each_problem_has_tests_and_the_page_names_their_files() -> None:
+    """`pytest -k problem_22` runs the tests of number 22. No number is missing, and no file is named without a test."""
+    shown: dict[int, set[str]] = {number: set() for number in range(1, 51)}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix()
+        for numbers in re.findall(r"def test_problem_(\w+)", text):
+            found = re.match(r"\d\d(_and_\d\d)*(?=_)", numbers)
+            assert found, f"{name}: test_problem_{numbers} has no number of two digits"
+            for number in found[0].split("_and_"):
+                shown[int(number)].add(name)  # KeyError: no such problem
     rows = re.findall(r"(?m)^\| (\d+) \| .* \| ([^|]*) \|$", (ROOT / "docs/problems.md").read_text(encoding="utf-8"))
     assert [int(number) for number, _ in rows] == list(range(1, 51))
     for number, cell in rows:
-        named = {name for name in re.findall(r"`(tests/[\w/.]+)`", cell)}
-        assert named >= shown.get(int(number), set()), number
-        assert cell.strip() and all((ROOT / name).is_file() for name in named), number
+        assert set(re.findall(r"`(tests/[\w/.]+)`", cell)) == shown[int(number)], number
+        assert cell.startswith("not solved: ") != bool(shown[int(number)]), number
     for path in (*sorted((ROOT / "src").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))):
         for number in re.findall(r"\bproblem (\d+)", path.read_text(encoding="utf-8")):
             assert 1 <= int(number) <= 50, path

@@ -17,13 +17,14 @@ from lorakit.core.attach import adopt
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "lorakit"
-ORDER = ["core", "formats", "bank", "training", "study", "cli"]
+ORDER = ["core", "formats", "bank", "view", "training", "study", "cli"]
 
 PUBLIC = {
     *("attach", "detach", "merge", "unmerge", "disabled", "extract", "insert", "save", "load", "diagnose"),
     *("Adapter", "Bank", "Update", "Report", "combine"),
     *("AdaptedLayer", "Beside", "adapts", "add_init", "Format", "add_format", "LoRASettings", "LoraError"),
     *("adapted_layers", "parameters", "parameter_groups", "bake", "dequantize", "merge_files"),
+    *("peft_view", "get_peft_model"),
     *("Linear", "MergedLinear", "Embedding", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "LoRALayer"),
     *("TrainerMixin", "LightningCallback", "hook_accelerator"),
     *("mark_only_lora_as_trainable", "lora_state_dict", "install_as_loralib"),

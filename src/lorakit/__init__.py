@@ -59,6 +59,8 @@ if _TYPE_CHECKING:
     from .training.lightning_callback import LightningCallback as LightningCallback
     from .training.merging_files import merge_files as merge_files
     from .training.trainer_mixin import TrainerMixin as TrainerMixin
+    from .view.peft_view import get_peft_model as get_peft_model
+    from .view.peft_view import peft_view as peft_view
 
 _HOME = {
     "bank.bank": ("Bank",),
@@ -87,6 +89,7 @@ _HOME = {
     "training.lightning_callback": ("LightningCallback",),
     "training.merging_files": ("merge_files",),
     "training.trainer_mixin": ("TrainerMixin",),
+    "view.peft_view": ("get_peft_model", "peft_view"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

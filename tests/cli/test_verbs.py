@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def adapter(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_writes_the_folder_and_learns(adapter: Path, tiny_lm: Path) -> None:
     assert {path.name for path in adapter.iterdir() if path.is_file()} == {
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "config.yaml"),
-        *("metrics.jsonl", "report.html", "style.json", "tokenizer.json", "tokenizer_config.json"),
+        *("metrics.jsonl", "report.html", "results.json", "style.json", "tokenizer.json", "tokenizer_config.json"),
     }
     lines = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -61,7 +62,24 @@ def test_train_writes_the_folder_and_learns(adapter: Path, tiny_lm: Path) -> Non
     assert card.startswith("---\nbase_model: ") and "exact match" in card
     page = (adapter / "report.html").read_text()
     assert page.startswith("<!doctype html>") and "http" not in page
+    assert all(
+        one in page
+        for one in (str(tiny_lm), lorakit.__version__, "peak memory", "<span>--learning-rate</span> <span>0.02</span>")
+    )
     assert page.count('<g class="training">') == page.count('<g class="held-out">') == 1
+
+
+def test_runs_lists_what_train_wrote(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", str(adapter.parent), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["folder"], found["state"]) == (str(adapter), "finished")
+    lines = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    assert found["losses"]["training"] == [line["loss"] for line in lines if "loss" in line][-1]
+    results = found["results"]
+    assert results["losses"] == found["losses"] and results["lorakit"] == lorakit.__version__
+    assert results["seconds"] >= lines[-1]["seconds"] and results["peak_bytes"] > 1e7
+    low, high = results["scores"]["exact match"]["adapter_interval"]
+    assert 0 <= low <= results["scores"]["exact match"]["adapter"] <= high <= 1
 
 
 def test_peft_and_lorakit_agree_on_what_was_trained(adapter: Path, tiny_lm: Path) -> None:
@@ -93,7 +111,7 @@ def test_train_prints_what_a_person_needs(tiny_lm: Path, tmp_path: Path, capsys:
         "; peak memory ",
         " (planned ",
         "exact match",
-        "    base      ",
+        "\n    base",
         f"{out}/: README.md, adapter_config.json",
         f"lorakit generate --model {out} --prompt",
         f"lorakit merge --model {out}",
@@ -116,7 +134,7 @@ def test_chat_answers_each_line_until_the_end(adapter: Path, capsys: pytest.Capt
     monkeypatch.setattr(sys, "stdin", io.StringIO("turn 1\n\n/help\n/base\nturn 1\n/base\n/clear\nturn 1\n/quit\n"))
     assert main(["chat", "--model", str(adapter), "--dtype", "float32", "--max-new-tokens", "3"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("(/clear starts over") == 2
+    assert printed.count("(/help lists the commands, /base switches") == 1 and "/clear        starts over" in printed
     assert "(the base model answers)" in printed and "(the adapter answers)" in printed
     answers = [part.partition("\n")[0] for part in printed.split("\n> ")[1:]]
     assert answers[0] == answers[7]  # after /clear the conversation begins again
@@ -128,12 +146,12 @@ def test_a_model_without_an_adapter_is_shown_alone(tiny_lm: Path, tmp_path: Path
     assert main(["eval", "--model", str(tiny_lm), "--data", str(tmp_path), "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
     assert f"── 4 rows of {tmp_path} (test) ──" in printed
-    assert "→" not in printed and "adapter" not in printed and printed.count("    answer    ") == 3
-    assert len(re.findall(r"(?m)^exact match +\S+%$", printed)) == 1
-    monkeypatch.setattr(sys, "stdin", io.StringIO("/base\n/quit\n"))
+    assert "→" not in printed and "adapter" not in printed and printed.count("\n    answer") == 3
+    assert len(re.findall(r"(?m)^exact match +\S+%   95 % interval \S+% to \S+%$", printed)) == 1
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/base\n/quit\n"))  # there is no adapter: the commands are listed
     assert main(["chat", "--model", str(tiny_lm), "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("(/clear starts over, /quit or Ctrl-D ends)") == 2 and "/base" not in printed
+    assert "(/help lists the commands, /quit ends)" in printed and "/retry" in printed and "/base" not in printed
 
 
 def test_eval_compares_base_and_adapter(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +211,37 @@ def test_merge_shard_by_shard_gives_the_same_weights_without_the_model(
 
 def stopped(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["adapter", "merged"])
+def test_problem_45_the_template_of_training_travels_with_what_it_trained(
+    where: str, adapter: Path, tiny_lm: Path, tmp_path: Path
+) -> None:
+    """Whatever template the base model has by then, a prompt is what the rows began with in training."""
+    from transformers import AutoTokenizer
+
+    from lorakit.training.models import load_with_adapter
+    from lorakit.training.style import Style
+    from lorakit.training.tokens import prompt_ids
+
+    base, folder = shutil.copytree(tiny_lm, tmp_path / "base"), tmp_path / where
+    if where == "merged":
+        assert main(["merge", "--model", str(adapter), "--output-dir", str(folder)]) == 0
+    else:
+        shutil.copytree(adapter, folder)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    (base / "chat_template.jinja").write_text("{% for message in messages %}[{{ message['content'] }}]{% endfor %}")
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nturn 1<|im_end|>\n<|im_start|>assistant\n"
+    # transformers, as servers use it
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "turn 1"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) == expected
+    # lorakit's own verbs
+    loaded = load_with_adapter(str(folder), None, dtype="float32")
+    style = Style.recorded(folder, loaded.tokenizer)
+    ids = prompt_ids("turn 1", loaded.tokenizer, system=style.system, chat=style.chat)
+    assert ids == tiny_tokenizer()(expected, add_special_tokens=False)["input_ids"]
 
 
 def test_problem_05_merging_a_tied_head_unties_it(tiny_lm: Path, tmp_path: Path) -> None:
@@ -334,8 +383,6 @@ def test_problem_30_a_resumed_run_equals_the_uninterrupted_one(tiny_lm: Path, tm
     assert main(train_args(tiny_lm, data, tmp_path / "resumed", *options)) == 0
     # as an interruption after step 9 of 12 leaves it
     (tmp_path / "resumed" / "adapter_model.safetensors").unlink()
-    import shutil
-
     shutil.rmtree(tmp_path / "resumed" / "checkpoint-12")
     assert main(train_args(tiny_lm, data, tmp_path / "resumed", *options, "--resume", "auto")) == 0
     straight, resumed = (

@@ -4,6 +4,7 @@ import copy
 import pickle
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -233,6 +234,36 @@ def test_problem_16_modes_and_dtypes_stay(training: bool) -> None:
         assert model.get_submodule(name).training is flag
     assert model.model.layers[0].mlp.up_proj.lora_dropout.training is False
     assert model.model.layers[1].mlp.up_proj.lora_dropout.training is training
+
+
+def test_problem_23_a_loss_scaler_takes_the_gradients_beside_float16_weights() -> None:
+    """The factors are float32: the scaler unscales them, and gradients that float16 would round to 0 arrive."""
+    model = nn.Sequential(nn.Linear(6, 5)).half()
+    lorakit.attach(model, "0", rank=2)
+    train_a_little(model)
+    factors = A, B = [model[0].lora_A, model[0].lora_B]
+    x, upstream = torch.randn(3, 6).half(), 1e-9 * torch.randn(3, 5)
+    thin = 2 * x.double() @ A.detach().double().T  # s = alpha/r = 2
+    expected = [2 * (upstream.double() @ B.detach().double()).T @ x.double(), upstream.double().T @ thin]
+    assert all(gradient.half().count_nonzero() == 0 for gradient in expected)
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=2.0**20), torch.optim.SGD(factors, lr=1.0)
+    scaler.scale((model(x).float() * upstream).sum()).backward()
+    scaler.unscale_(optimizer)
+    for factor, gradient in zip(factors, expected, strict=True):
+        torch.testing.assert_close(factor.grad.double(), gradient, rtol=0.01, atol=1e-12)
+    before = B.detach().clone()
+    scaler.step(optimizer)
+    assert not torch.equal(B, before)
+
+
+def test_problem_23_peft_without_its_cast_fails_the_same_test() -> None:
+    settings = peft.LoraConfig(r=2, target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(6, 5)).half(), settings, autocast_adapter_dtype=False)
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    scaler.scale(model(torch.randn(3, 6).half()).float().sum()).backward()
+    with pytest.raises(ValueError, match="Attempting to unscale FP16 gradients"):
+        scaler.unscale_(optimizer)
 
 
 def test_disabled_is_the_base_model_also_while_merged_and_with_a_trained_head() -> None:

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import lorakit
 import models
@@ -18,6 +16,7 @@ from architectures import ARCHITECTURES, Architecture, _causal
 from lorakit.core.attach import adapted_layers
 from lorakit.training.gradient_checkpointing import begin_checkpointing
 from models import train_a_little, trainable_names
+from storages import Made
 
 TOKENS = torch.arange(2, 16).view(2, 7)
 _DEEPSEEK = dict(
@@ -179,22 +178,6 @@ def test_experts_that_are_excluded_or_not_there() -> None:
         assert not adapted_layers(dense)
     with pytest.raises(lorakit.LoraError, match="'all-linear[+]expert'.* match no module"):
         lorakit.attach(plain("qwen3-moe"), "all-linear+expert")
-
-
-class Made(TorchDispatchMode):
-    """The bytes of every storage that an operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.sizes.append(tensor.untyped_storage().nbytes())
-        return result
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -17,6 +17,7 @@ import lorakit
 from kinds import drawn_mask
 from lorakit.core.dropout import QuickDropout
 from lorakit.core.linear import lora_linear, plain_linear
+from storages import Made
 
 
 def inputs(*shape: int, transposed: bool = False, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -314,6 +315,25 @@ def test_second_derivative_of_the_gain_alone() -> None:
     weight, bias, A, B = (tensor.detach() for tensor in tensors[1:])
     call = lambda x, gain: lora_linear(x, weight, bias, A, B, 0.7, None, gain)  # noqa: E731
     assert torch.autograd.gradgradcheck(call, [tensors[0], gain])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_problem_38_no_tensor_of_a_step_with_dora_is_as_large_as_the_weight(dropout: float) -> None:
+    """‖W + s B A‖² = ‖W‖² + 2 s ⟨W, B A⟩ + s² ‖B A‖² needs W Aᵀ (out, r) and A Aᵀ (r, r), and no B A (out, in)."""
+    rows, ins, outs = 3, 640, 480
+    model = nn.Sequential(nn.Linear(ins, outs, bias=False)).train()
+    lorakit.attach(model, "0", rank=2, dora=True, dropout=dropout)
+    layer = model[0]
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(rows, ins, requires_grad=True)
+    kept = kept_bytes(lambda: model(x), [*model.parameters(), *model.buffers()])
+    assert kept <= 4 * (2 * rows * ins + rows * 2 + rows * outs + 2 * outs)
+    with Made() as made:
+        model(x).sum().backward()
+    assert 0 < max(made.sizes) < layer.weight.nbytes / 10
+    with Made() as dense:
+        layer.adapted_matrix()
+    assert max(dense.sizes) >= layer.weight.nbytes  # what the test looks for
 
 
 def test_gain_keeps_the_input_and_one_output() -> None:

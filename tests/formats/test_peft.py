@@ -328,3 +328,35 @@ def test_problem_37_memory_is_flat_over_a_thousand_rounds_of_load_and_detach(tmp
 
     before = resident(100)
     assert resident(1000) - before < 1_000_000
+
+
+def test_problem_28_loading_another_adapter_compiles_nothing_again(tmp_path: Path) -> None:
+    """Adapters of the same shapes take the places of one another; the first other scale costs one compilation."""
+    from torch._dynamo.testing import CompileCounter
+
+    def adapter(number: int, alpha: float) -> tuple[nn.Module, Path]:
+        model = models.llama()
+        lorakit.attach(model, ["q_proj", "up_proj"], rank=2, alpha=alpha)
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for parameter in lorakit.parameters(model):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        lorakit.save(model, tmp_path / str(number), force=True)
+        return model.eval(), tmp_path / str(number)
+
+    torch.compiler.reset()
+    model, _ = adapter(0, 4)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    counts, last = [], None
+    with torch.no_grad():
+        compiled(TOKENS)
+        for number, alpha in enumerate((4, 4, 8, 6, 1.5), start=1):
+            other, folder = adapter(number, alpha)
+            lorakit.load(model, folder)
+            logits = compiled(TOKENS).logits
+            torch.testing.assert_close(logits, other(TOKENS).logits)
+            assert last is None or (logits - last).abs().max() > 1e-3
+            last = logits
+            counts.append(counter.frame_count)
+    assert counts == [1, 1, 2, 2, 2]

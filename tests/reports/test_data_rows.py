@@ -269,3 +269,42 @@ def test_numbers_to_predict_are_no_classes_to_the_holdout(holdout: float, tmp_pa
     data = read_data(write(tmp_path, *rows), holdout=holdout)
     assert (data.task, len(data.valid)) == ("regression", 20 * holdout)
     assert len(data.notes) == 1
+
+
+TALK = [USER, {**GOOD, "content": "one"}, USER, {**GOOD, "content": "two"}, USER, {**GOOD, "content": "three"}]
+
+
+@pytest.mark.parametrize(
+    ("train_on", "marks", "unlearnt"),
+    [
+        ("all", {}, set()),
+        ("all", {1: 0}, {1}),
+        ("all", {1: 1}, set()),
+        ("last", {}, {1, 3}),
+        ("last", {1: 1}, {1, 3}),
+        ("field", {3: 1}, {1, 5}),
+        ("field", {1: 1, 5: 0}, {3, 5}),
+        ("field", {1: 1, 3: 1, 5: 1}, set()),
+    ],
+)
+@pytest.mark.parametrize("key", ["weight", "train", "mask"])
+def test_the_turns_that_are_learnt(train_on: str, marks: dict, unlearnt: set, key: str, tmp_path: Path) -> None:
+    turns = [{**turn, key: (marks[i] != (key == "mask"))} if i in marks else turn for i, turn in enumerate(TALK)]
+    assert one(tmp_path, {"messages": turns}, train_on=train_on).train[0].unlearnt == unlearnt
+    with_system = one(tmp_path, {"messages": turns, "system": "Be kind."}, train_on=train_on).train[0]
+    assert with_system.unlearnt == {index + 1 for index in unlearnt}
+    pair = one(tmp_path, {"prompt": [USER], "completion": [GOOD]}, train_on=train_on).train[0]
+    assert pair.unlearnt == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("train_on", "turns", "message"),
+    [
+        ("field", TALK, 'no assistant turn is marked, as by "weight": 1'),
+        ("field", [*TALK[:1], {**GOOD, "weight": 0}, *TALK[2:]], "no assistant turn is marked"),
+        ("last", [*TALK[:5], {**GOOD, "weight": 0}], "the last turn is marked as not to be learnt"),
+    ],
+)
+def test_conversations_without_a_turn_to_learn(train_on: str, turns: list, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"d.jsonl:1: {message}"):
+        one(tmp_path, {"messages": turns}, train_on=train_on)

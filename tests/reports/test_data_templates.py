@@ -230,3 +230,57 @@ def test_bad_rows_of_both_splits_are_listed_before_a_folder_is_made(
         "    also valid.jsonl:2",
     ]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "marked", "learnt_text"),
+    [
+        ([], None, ["one", "two"]),
+        (["--train-on", "last"], None, ["two"]),
+        (["--train-on", "field"], 1, ["one"]),
+        ([], 0, ["two"]),
+    ],
+)
+def test_the_chosen_turns_bear_loss(
+    words: list[str], marked: int | None, learnt_text: list[str], tiny_lm: Path, tmp_path: Path, capsys
+) -> None:
+    import json
+
+    from lorakit.cli.main import main
+
+    first = {"role": "assistant", "content": "one"} | ({} if marked is None else {"weight": marked})
+    talk = [{"role": "user", "content": "a"}, first, *turns("b", "two")]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    assert main(["check", "--model", str(tiny_lm), "--data", str(tmp_path / "d.jsonl"), *words]) == 0
+    shown = capsys.readouterr().out
+    marked_text = shown.split("masked out of the loss:\n")[1].split("\n── ")[0]
+    assert [part.partition("⟧")[0] for part in marked_text.split("⟦")[1:]] == [
+        f"{own}<|im_end|>" for own in learnt_text
+    ]
+
+
+def test_a_chosen_turn_that_the_template_changes_is_refused() -> None:
+    strips = CHATML.replace("content'] }}", "content'] if loop.last or message['role'] != 'assistant' else '-' }}")
+    rows = [Example(f"d:{n}", messages=turns("a", "b", "c", "d"), unlearnt=frozenset({3})) for n in (1, 2)]
+    options: dict = {"max_length": 500, "too_long": "drop", "chat": True, "chosen": True}
+    for system in (None, "Be kind."):
+        with pytest.raises(DataError, match="message 2 is to be learnt, and the chat template changes its words"):
+            encode_all(rows, tiny_tokenizer(strips), system=system, **options)
+
+
+def test_a_row_whose_learnt_turns_are_all_changed_is_an_error() -> None:
+    strips = tiny_tokenizer(
+        CHATML.replace("content'] }}", "content'] if loop.last or message['role'] == 'user' else '-' }}")
+    )
+    row = Example("d:1", messages=turns("a", "b", "c", "d"), unlearnt=frozenset({3}))
+    with pytest.raises(DataError, match="d:1: the chat template changes every turn that is to be learnt"):
+        all_of([row], strips)
+
+
+def test_turns_of_rows_without_turns_cannot_be_chosen(tiny_lm: Path, tmp_path: Path, capsys) -> None:
+    from lorakit.cli.main import main
+
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    words = ["check", "--model", str(tiny_lm), "--data", str(tmp_path / "d.jsonl"), "--train-on", "last"]
+    assert main(words) == 1
+    assert "--train-on last chooses turns of conversations" in capsys.readouterr().err

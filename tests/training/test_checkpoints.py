@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lorakit.training.checkpoints import checkpoints, fault_of, newest_whole, record_in, step_of
+from lorakit.training.checkpoints import BEST, checkpoints, fault_of, newest_whole, record_in, step_of
 
 
 def whole(folder: Path, step: int) -> Path:
@@ -88,6 +88,14 @@ def test_the_states_of_several_processes(tmp_path: Path) -> None:
     assert fault_of(path) is None
     cut(path / "rng_state_1.pth")
     assert fault_of(path) == "rng_state_1.pth is cut off"
+
+
+def test_the_state_of_the_best_evaluation(tmp_path: Path) -> None:
+    path = whole(tmp_path, 4)
+    (path / BEST).write_bytes((path / "adapter_state.safetensors").read_bytes())
+    assert fault_of(path) is None
+    cut(path / BEST)
+    assert fault_of(path) == f"{BEST} is cut off"
 
 
 def test_the_record_of_the_run(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         (["--no-dora"], "dora", False),
         (["--init", "pissa"], "init", "pissa"),
         (["--model-name-or-path", "other"], "model", "other"),
-        (["--dataset_name", "other"], "data", "other"),
+        (["--dataset_name", "other"], "data", "d,other"),  # --data may be given several times
     ],
 )
 def test_flags_and_the_aliases_people_type(words: list[str], name: str, value: object) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 from adapters import classifier_adapter, language_adapter
 from conftest import tiny_tokenizer
@@ -13,6 +14,7 @@ from lorakit.training.data import Data, Example
 from lorakit.training.evaluate import evaluate, outputs, predict
 from lorakit.training.models import Loaded, load_with_adapter
 from lorakit.training.style import Style
+from storages import Outputs
 
 
 def data(examples: list[Example], task: str = "causal-lm", labels: tuple[str, ...] = ()) -> Data:
@@ -51,6 +53,10 @@ def test_plain_text_is_scored_by_its_perplexity(most: int, language: Loaded) -> 
     assert base != pytest.approx(adapted, rel=1e-2)
     assert (result.rows, result.samples) == (3, ())
     assert bool(result.notes) == (most == 6)
+    # The interval lies between the perplexities of the easiest and of the hardest text.
+    alone = [perplexity(language.model, language.tokenizer, [text], most) for text in texts]
+    low, high = result.intervals["perplexity"][1]
+    assert min(alone) <= low * (1 + 1e-4) < adapted < high <= max(alone) * (1 + 1e-4)
 
 
 def test_answers_are_compared_with_what_is_expected_row_by_row(language: Loaded) -> None:
@@ -67,6 +73,15 @@ def test_answers_are_compared_with_what_is_expected_row_by_row(language: Loaded)
     assert result.right == (True, False, True)
     assert result.metrics["exact match"][1] == 2 / 3
     assert [sample.adapter for sample in result.samples] == own
+    within = stats.binomtest(2, 3).proportion_ci(0.95, method="wilson")
+    assert result.intervals["exact match"][1] == pytest.approx((within.low, within.high))
+
+
+def test_problem_49_texts_are_read_with_one_row_of_logits_in_memory(language: Loaded) -> None:
+    examples = [Example(f"d:{i}", text="turn the light on " * (i + 1)) for i in range(5)]
+    with Outputs(language.model) as outputs_of:
+        evaluate(language, data(examples), "test", examples, Style(False), max_length=64)
+    assert len(outputs_of.alive) == 10 and max(outputs_of.alive) == 1  # with the base model and with the adapter
 
 
 def test_no_rows_and_rows_beyond_the_positions(tmp_path: Path) -> None:
@@ -106,3 +121,17 @@ def test_texts_of_a_classifier_are_cut_at_its_positions_and_batches_change_nothi
         [Example("d:0", text="on", label="no")], Style(False), max_length=64,
     )  # fmt: skip
     assert "random" in result.notes[0]
+
+
+def test_a_regression_has_an_interval_of_its_correlation_and_no_right_rows(tiny_encoder: Path, tmp_path: Path) -> None:
+    adapter = classifier_adapter(tiny_encoder, tmp_path / "adapter", ())
+    loaded = load_with_adapter(str(adapter), None, dtype="float32")
+    examples = [Example(f"d:{i}", text="on " * (i + 1), label=float(i % 7)) for i in range(30)]
+    result = evaluate(loaded, data(examples, "regression"), "test", examples, Style(False), max_length=64)
+    numbers = outputs(loaded, examples, 64, "reading")[:, 0].numpy()
+    truth = [float(i % 7) for i in range(30)]
+    score = stats.pearsonr(numbers, truth)
+    expected = score.confidence_interval(method=stats.BootstrapMethod(method="percentile", random_state=0))
+    assert result.metrics["pearson"][1] == pytest.approx(score.statistic, abs=1e-5)
+    assert result.intervals["pearson"][1] == pytest.approx((expected.low, expected.high), abs=0.06)
+    assert result.right == ()

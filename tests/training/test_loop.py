@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from lorakit.cli.main import main
 from lorakit.formats.folder import OutputFolder
 from lorakit.training import loop
 from lorakit.training.checkpoints import checkpoints
@@ -272,13 +274,25 @@ def test_a_signal_saves_the_step_and_names_the_way_on(
     train(dataclasses.replace(config, output_dir=str(tmp_path / "straight")))
     with monkeypatch.context() as patch:
         interrupt_at(patch, step, number)
-        with pytest.raises(Interrupted, match=rf"interrupted; .*checkpoint-{step} is saved. .*--resume auto") as caught:
+        with pytest.raises(Interrupted, match=rf"interrupted; .*checkpoint-{step} is saved\.") as caught:
             train(config)
     assert caught.value.code == code
+    command = str(caught.value).splitlines()[-1]
+    assert command == f"  lorakit train --config {config.output_dir}/config.yaml --resume auto"
     assert signal.getsignal(number) == handler
     assert steps(config.output_dir) == [f"checkpoint-{step}"]
-    train(dataclasses.replace(config, resume="auto"))
+    assert main(shlex.split(command)[1:]) == 0
     assert adapter(config) == (tmp_path / "straight" / "adapter_model.safetensors").read_bytes()
+
+
+def test_the_way_on_is_told_in_words_where_the_folder_holds_other_settings(config: TrainConfig, monkeypatch) -> None:
+    """A finished run that is made longer keeps its settings until the longer one is complete."""
+    train(config)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6, signal.SIGINT)
+        said = r"checkpoint-6 is saved\. The same command goes on from it with --resume auto"
+        with pytest.raises(Interrupted, match=said):
+            train(dataclasses.replace(config, resume="auto", epochs=4.0))
 
 
 def test_a_second_interrupt_ends_at_once_and_leaves_nothing_half(config: TrainConfig, monkeypatch) -> None:
@@ -318,7 +332,8 @@ def test_a_run_that_diverged_behind_a_checkpoint_says_what_is_kept(config: Train
 
     def spoilt(self: Any, *args: Any, **rest: Any) -> Any:
         calls.append(self.state.global_step)
-        return loss_of(self, *args, **rest) * (torch.nan if self.state.global_step >= 2 else 1.0)
+        spoils = self.state.global_step >= 2 and self.model.training
+        return loss_of(self, *args, **rest) * (torch.nan if spoils else 1.0)
 
     monkeypatch.setattr(CausalTrainer, "loss_of", spoilt)
     with pytest.raises(Diverged, match=r"is nan at step 3.*out keeps its checkpoints; --overwrite replaces it by"):

@@ -70,6 +70,43 @@ def test_the_dtype_is_the_bases_own_unless_another_is_asked_for(
         torch.testing.assert_close(logits(tmp_path / "merged"), logits(base, adapter), atol=2e-4, rtol=1e-4)
 
 
+def test_problem_47_a_merge_that_leaves_the_adapter_out_is_refused(tiny_lm: Path, tmp_path: Path, monkeypatch) -> None:
+    """Because the writer wrote the base, because nothing was trained, or because the dtype rounds every change away."""
+    from lorakit.training import merging
+    from lorakit.training.models import load_causal_lm
+
+    base, out = cast(tiny_lm, tmp_path / "base", torch.bfloat16), tmp_path / "merged"
+    adapter = language_adapter(tiny_lm, tmp_path / "adapter", scale=0.3)
+
+    def forgetful(loaded: Any, folder: Path) -> None:
+        load_causal_lm(str(base), dtype="bfloat16").model.save_pretrained(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "_write_model", forgetful)
+        with pytest.raises(ValueError, match=r"the merged model differs from base \+ adapter: .*Nothing was written"):
+            merge_to_folder(str(base), str(adapter), str(out))
+    untrained = lorakit.Adapter.load(adapter)
+    for update in untrained.updates.values():
+        update.B.zero_()
+    untrained.save(tmp_path / "untrained")
+    small = language_adapter(tiny_lm, tmp_path / "small", scale=1e-10)
+    for folder in (tmp_path / "untrained", small):
+        with pytest.raises(
+            ValueError, match=r"changes no weight of .* in bfloat16: the merged model would be the base"
+        ):
+            merge_to_folder(str(base), str(folder), str(out))
+    assert not out.exists()
+
+
+def test_updates_that_change_nothing_are_counted(tiny_lm: Path, tmp_path: Path) -> None:
+    adapter = lorakit.Adapter.load(language_adapter(tiny_lm, tmp_path / "adapter"))
+    for update in list(adapter.updates.values())[:3]:
+        update.B.zero_()
+    adapter.save(tmp_path / "less")
+    merged = merge_to_folder(str(tiny_lm), str(tmp_path / "less"), str(tmp_path / "merged"))
+    assert len(merged.notes) == 1 and merged.notes[0].startswith("3 of 14 updates changed no number of their weight")
+
+
 def test_a_base_in_several_files_merges_like_one(tiny_lm: Path, tmp_path: Path) -> None:
     base = cast(tiny_lm, tmp_path / "base", torch.float32, max_shard_size="20KB")
     assert len(list(base.glob("model-*.safetensors"))) > 1

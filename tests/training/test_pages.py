@@ -1,82 +1,26 @@
 """All three pages: inserted values stay text, the pages need no other file, and they are reproducible."""
 
+import math
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
 import pytest
-import torch
 
 import comparisons
-import lorakit
-import models
-from lorakit.study.analysis import page as analysis_page
-from lorakit.study.analysis.measures import analyze, similarities
-from lorakit.study.analysis.report import Study
+from lorakit.core.table import Table
 from lorakit.study.comparison import page as comparison_page
 from lorakit.study.comparison.plots import Point, scatter
 from lorakit.training import page as run_page
-from lorakit.training.report import Evaluation, Sample
 from lorakit.training.svg import standalone
+from pages import PAGES, run
 
 EVIL = "<script>x</script>{{ 7*7 }}{% if %}&lt;'"  # short enough for a label
-
-
-def run(word: str) -> str:
-    samples = (Sample(word, word, word, word),)
-    return run_page.render(
-        title=word,
-        summary=word,
-        history=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.0}],
-        result=Evaluation(1, word, {word: (0.0, 1.0)}, samples, (True,)),
-        changes=[run_page.Change(word, 0.5)],
-    )
-
-
-def comparison(word: str) -> str:
-    task = replace(
-        comparisons.SST,
-        name=word,
-        source=word,
-        kind=word,
-        metrics=(word,),
-        chosen_by=word,
-        published={word: {word: 1.0}},
-    )
-    row = replace(comparisons.row(word, word, 10, {word: (1.0, 0.5)}), tried={1e-4: 1.0})
-    return comparison_page.render(
-        replace(
-            comparisons.COMPARISON,
-            model=word,
-            tasks=(task, replace(task, name="other")),
-            rows=(row,),
-            left_out=((word, word, word),),
-            machine={word: word},
-        )
-    )
-
-
-def analysis(word: str) -> str:
-    model = models.llama()
-    lorakit.attach(model, ["q_proj"], rank=2)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter)
-    adapter = lorakit.extract(model)
-    modules = tuple(replace(module, name=f"{word}.{i}") for i, module in enumerate(analyze(adapter, model)))
-    alike = tuple(replace(one, name=f"{word}.{i}") for i, one in enumerate(similarities(adapter, adapter)))
-    return analysis_page.render(Study(word, word, modules, word, alike, (word,)))
-
-
-PAGES: dict[str, Callable[[str], str]] = {"run": run, "comparison": comparison, "analysis": analysis}
 
 
 class Read(HTMLParser):
@@ -88,12 +32,13 @@ class Read(HTMLParser):
         self.words = ""
         self.attributes: list[str] = []
         self.loads: list[str] = []
-        self._title = False
+        self._inside = ""
         self.feed(source)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        self._inside = tag
         self.attributes += [value or "" for _, value in attrs]
         if tag != "a":
             self.loads += [
@@ -101,14 +46,21 @@ class Read(HTMLParser):
             ]
 
     def handle_data(self, data: str) -> None:
-        self.words += data
+        if self._inside not in ("script", "style"):
+            self.words += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_what_is_put_into_a_page_stays_text(name: str) -> None:
     page = Read(PAGES[name](EVIL))
     plain = Read(PAGES[name]("word"))
-    assert page.tags == plain.tags and "script" not in page.tags
+    assert page.tags == plain.tags
+    # A page's own script is the same whatever is put into the page.
+    scripts = [re.findall(r"<script.*?</script>", PAGES[name](word), re.DOTALL) for word in (EVIL, "word")]
+    assert scripts[0] == scripts[1] and len(scripts[0]) == (name == "run")
     # The name occurs in the page's text and attributes as often as a plain one, and completely.
     assert page.words.count(EVIL) == plain.words.count("word") > 3
     assert sum(EVIL in value for value in page.attributes) == sum("word" in value for value in plain.attributes)
@@ -119,7 +71,7 @@ def test_a_page_needs_no_other_file(name: str) -> None:
     source = PAGES[name]("word")
     page = Read(source)
     assert all(one.startswith(("#", "data:image/png;base64,")) for one in page.loads)
-    assert page.loads and not page.tags & {"script", "link", "iframe", "img", "object", "embed"}
+    assert page.loads and not page.tags & {"link", "iframe", "img", "object", "embed"}
     assert not re.search(r"@import|url\((?!#)|https?:", source)
     # Every piece of a drawing that another piece refers to is there.
     used = {one[1:] for one in page.loads if one.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", source))
@@ -175,11 +127,11 @@ def test_any_name_can_be_drawn(word: str) -> None:
 
 
 def test_the_loss_is_drawn_where_its_axes_say() -> None:
-    history = [{"step": step, "loss": 4.0 - step / 10} for step in range(1, 21)]
+    history = [{"step": step, "loss": 4.0 * 0.7**step} for step in range(1, 21)]
     history += [{"step": 20, "eval_loss": 3.0}, {"step": 7, "loss": float("nan")}, {"step": 3}]
     drawn = run_page.curves(history)
     assert "Loss over steps" in drawn and ">step</text>" in drawn
-    assert "training</text>" in drawn and "held-out</text>" in drawn
+    assert "training: 0.00319 at the end</text>" in drawn and "held-out: 3.00 at the end</text>" in drawn
     path = re.search(r'<g class="training">\s*<path d="([^"]*)"', drawn)
     assert path is not None
     points = [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path[1])]
@@ -188,16 +140,29 @@ def test_the_loss_is_drawn_where_its_axes_say() -> None:
         place = re.search(r'<use [^>]*x="([\d.]+)"', body) if axis == "x" else re.search(r'd="M \S+ (\S+)', body)
         assert place is not None
         ticks[axis, float(body.rsplit(">", 1)[1])] = float(place[1])
-    right = ticks["x", 20.0]
-    left, bottom, up = ticks["x", 0.0], ticks["y", 0.0], ticks["y", 3.0]
-    assert points[-1] == pytest.approx((right, bottom + (up - bottom) * 2.0 / 3), abs=0.1)
-    assert points[0] == pytest.approx((left + (right - left) / 20, bottom + (up - bottom) * 3.9 / 3), abs=0.1)
+    left, right = ticks["x", 0.0], ticks["x", 20.0]
+    one, decade = ticks["y", 1.0], ticks["y", 0.1] - ticks["y", 1.0]  # a factor of ten has the same height everywhere
+    assert ticks["y", 0.01] - ticks["y", 0.1] == pytest.approx(decade, abs=0.1)
+    for step in (1, 20):
+        across = left + (right - left) * step / 20
+        assert points[step - 1] == pytest.approx((across, one - decade * math.log10(4.0 * 0.7**step)), abs=0.1)
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.1, 2.6), (0.5, 3.0), (0.01, 3.0), (1e-6, 3.0)])
+def test_the_axis_of_the_loss_has_a_few_numbers(low: float, high: float) -> None:
+    drawn = run_page.curves([{"step": 1, "loss": high}, {"step": 2, "loss": low}])
+    numbers = [float(one) for one in re.findall(r'<g class="ytick">.*?>([^<>]+)</text></g></g>', drawn)]
+    assert 2 <= len([one for one in numbers if low / 1.15 <= one <= high * 1.15]) <= 9
 
 
 def test_a_loss_that_never_moves_and_a_run_of_one_step_are_no_error() -> None:
     assert run_page.curves([{"step": 1, "loss": 1.0}]) == ""
     assert "svg" in run_page.curves([{"step": step, "loss": 0.0} for step in (1, 2)])
-    assert "Too few steps for a curve." in run_page.render(title="", summary="", history=[], result=None, changes=[])
+    assert "svg" in run_page.curves([{"step": step, "loss": 2.0 - step} for step in (1, 2)])
+    nothing = run_page.render(
+        title="", facts={}, command="", settings=Table((), ()), summary="", history=[], result=None, changes=[]
+    )
+    assert "Too few steps for a curve." in nothing and "<script" not in nothing
 
 
 def test_the_backend_stays_what_it_was() -> None:

@@ -111,6 +111,22 @@ def test_what_is_known_before_training_makes_no_folder(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("words", [["--also-train", "lm_head"], ["--bias", "lora_only"], ["classes"]], ids=str)
+def test_problem_23_no_weight_is_trained_in_float16(
+    words: list[str], tiny_lm: Path, tiny_encoder: Path, data: Path, tmp_path: Path, capsys
+) -> None:
+    """A loss scaler would refuse its gradients after the model was loaded. bfloat16 and float32 are named."""
+    model, what = tiny_lm, words[0]
+    if words == ["classes"]:
+        data.write_text("".join(json.dumps({"text": f"on {i}", "label": "ab"[i % 2]}) + "\n" for i in range(8)))
+        model, words, what = tiny_encoder, [], "a new head"
+    out = tmp_path / "out"
+    given = ["train", "--model", str(model), "--data", str(data), "--output-dir", str(out), "--dtype", "float16"]
+    assert main([*given, *words]) == 1
+    assert f"error: --dtype float16 with {what}: " in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_where_nothing_can_be_written_is_told_with_its_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     check_output(tmp_path / "new" / "folder")

@@ -4,10 +4,12 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorakit.core.numbers import size
+from lorakit.core.table import Table
 from lorakit.training import page, report
 
 
@@ -61,31 +63,63 @@ def test_the_merged_folder_is_one_in_which_nothing_is_yet(
     assert found.resolve() == (here.parent if folder == "." else here) / merged
 
 
-@pytest.mark.parametrize(
-    ("given", "shown"),
-    [
-        ("/srv/models/base", "base"),
-        ("~/data/rows.jsonl", "rows.jsonl"),
-        ("organisation/model", "organisation/model"),
-        ("runs/a", "runs/a"),
-    ],
-)
-def test_the_card_names_no_place_of_this_machine_alone(given: str, shown: str) -> None:
-    card = report.model_card(
-        base_model=given, data=given, settings={"model": given, "rank": 2}, parameters="", result=None, seconds=1
-    )
-    assert f"base_model: {shown}\n" in card and f"| model | {shown} |" in card and f"Data: `{shown}`" in card
-    assert given == shown or given not in card
-
-
 def test_the_page_shows_what_went_wrong_before_what_went_right() -> None:
     samples = tuple(report.Sample(f"asked-{i}", "base", "adapter", "expected") for i in range(12))
     right = tuple(i not in (3, 5, 6, 8, 11) for i in range(12))
     result = report.Evaluation(12, "test", {"exact match": (0.0, 7 / 12)}, samples, right)
-    html = page.render(title="t", summary="", history=[], result=result, changes=[])
-    order = re.findall(r"asked-(\d+)", html)
-    assert order == ["3", "5", "6", "8", "0", "1", "2", "4", "7", "9", "10", "11"]
-    assert html.index("asked-4") < html.index("<details>") < html.index("asked-7")
+    answers = page.answers_of(result)
+    assert [int(answer.asked.removeprefix("asked-")) for answer in answers] == [3, 5, 6, 8, 11, 0, 1, 2, 4, 7, 9, 10]
+    assert [answer.right for answer in answers] == [False] * 5 + [True] * 7
+    # What is right is not marked, whatever its text.
+    assert [answer.adapter for answer in answers] == [[("adapter", True)]] * 5 + [[("adapter", False)]] * 7
+
+
+def test_numbers_are_shown_by_how_far_they_are_off() -> None:
+    samples = tuple(report.Sample(f"{i}", "0.000", f"{number:.3f}", "1.000") for i, number in enumerate((1.5, 4, -3)))
+    result = report.Evaluation(3, "test", {"pearson": (0.0, 0.5)}, samples)
+    answers = page.answers_of(result)
+    assert [answer.asked for answer in answers] == ["2", "1", "0"] and {answer.right for answer in answers} == {None}
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_answers_are_broken_between_words_at_the_width_of_the_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    answer = '{"name": "set_light", "arguments": {"room": "the second bathroom", "on": false, "brightness": 80}}'
+    result = report.Evaluation(1, "test", {}, (report.Sample("asked", "", answer, answer.replace("80", "90")),))
+    lines = report.comparison(result).splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("    adapter   "))
+    assert lines[start - 2 : start] == ["  asked", "    base"]
+    assert max(map(len, lines[start:])) <= columns and (len(lines) == start + 2) == (columns == 200)
+    adapter, expected = " ".join(line.strip() for line in lines[start:]).split("expected  ")
+    assert adapter.split() == ["adapter", *answer.split()] and expected == answer.replace("80", "90")
+    assert all(line.startswith(" " * 14) for line in lines[start:] if not re.match("    (adapter|expected)  ", line))
+
+
+def test_the_page_of_numbers_has_a_search_and_no_filter_and_that_of_plain_text_has_neither() -> None:
+    without: dict[str, Any] = dict(title="", facts={}, command="", settings=Table((), ()), summary="", history=[])
+    samples = tuple(report.Sample("a", "0.000", f"{number}.000", "1.000") for number in range(3))
+    numbers = report.Evaluation(3, "test", {"pearson": (0.1, 0.5)}, samples)
+    shown = page.render(**without, changes=[], result=numbers)
+    assert shown.count("<article") == 3 and 'type="search"' in shown and 'name="which"' not in shown.split("<script")[0]
+    texts = report.Evaluation(3, "test", {"perplexity": (10.0, 5.0)}, (), intervals={"perplexity": ((9, 11), (4, 6))})
+    shown = page.render(**without, changes=[], result=texts)
+    assert "95 % interval 4.000 to 6.000; base 9.000 to 11.000" in shown
+    assert "<script" not in shown and 'type="search"' not in shown and 'class="scale"' not in shown
+
+
+def test_a_score_is_printed_with_its_interval() -> None:
+    result = report.Evaluation(
+        96, "test", {"exact match": (0.0, 0.8125), "pearson": (0.1, 0.25)}, (), (), (),
+        {"exact match": ((0.0, 0.0385), (0.7228, 0.8782))},
+    )  # fmt: skip
+    printed = report.comparison(result).splitlines()
+    assert "exact match           0.0% → 81.2%   95 % interval 72.3% to 87.8%" in printed
+    assert "pearson              0.100 → 0.250" in printed
+    alone = report.comparison(result, adapted=False).splitlines()
+    assert "exact match           0.0%   95 % interval 0.0% to 3.9%" in alone
+    assert report.metrics_table(result).rows[0] == ("exact match", "0.0% (0.0% to 3.9%)", "81.2% (72.3% to 87.8%)")
 
 
 @pytest.mark.parametrize(

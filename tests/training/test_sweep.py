@@ -31,7 +31,7 @@ def rows(path: Path, count: int = 22) -> str:
 @pytest.fixture
 def config(tiny_lm: Path, tmp_path: Path) -> TrainConfig:
     usual: dict[str, Any] = dict(batch_size=5, epochs=2.0, eval_samples=4, holdout=0.2, logging_steps=1)
-    usual |= dict(dtype="float32", targets=("q_proj", "down_proj"), weight_decay=0.01)
+    usual |= dict(dtype="float32", targets=("q_proj", "down_proj", "lm_head"), weight_decay=0.01)
     return TrainConfig(str(tiny_lm), rows(tmp_path / "d.jsonl"), str(tmp_path / "out"), **usual)
 
 

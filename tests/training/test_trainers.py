@@ -2,6 +2,8 @@
 fail, and checkpoints that are whole or absent."""
 
 import math
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, TrainingArguments, get_scheduler
+from transformers import DataCollatorWithPadding, TrainerCallback, TrainingArguments, get_scheduler
 from trl import SFTConfig
 
 import lorakit
@@ -19,10 +21,11 @@ from conftest import tiny_tokenizer
 from lorakit.formats.folder import OutputFolder
 from lorakit.training import state_files
 from lorakit.training.checkpoints import checkpoints
-from lorakit.training.divergence import Diverged, relative_change
+from lorakit.training.divergence import Diverged, When, refuse_diverged, relative_change
 from lorakit.training.gradient_checkpointing import checkpointing
 from lorakit.training.start import TRAINING
 from lorakit.training.trainers import CausalTrainer, ClassifierTrainer, warmed_up
+from storages import Outputs
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 LENGTHS = (5, 9, 3, 12, 7, 4, 11)  # different lengths, so that a mean of means is a different number
@@ -41,7 +44,7 @@ def class_rows() -> list[dict[str, Any]]:
     return [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(causal_rows())]
 
 
-def trainer_of(kind: str, folder: Path, valid: bool = False, **settings: Any) -> Any:
+def trainer_of(kind: str, folder: Path, valid: bool = False, targets: str = "q_proj", **settings: Any) -> Any:
     usual: dict[str, Any] = dict(
         output_dir=str(folder),
         use_cpu=True,
@@ -60,7 +63,7 @@ def trainer_of(kind: str, folder: Path, valid: bool = False, **settings: Any) ->
     rows = causal_rows() if kind == "causal" else class_rows()
     model = models.llama() if kind == "causal" else models.bert()
     lorakit.attach(
-        model, "q_proj" if kind == "causal" else "query", rank=2, also_train=[] if kind == "causal" else ["classifier"]
+        model, targets if kind == "causal" else "query", rank=2, also_train=[] if kind == "causal" else ["classifier"]
     )
     common: dict[str, Any] = dict(
         model=model,
@@ -120,7 +123,45 @@ def test_one_step_trains(kind: str, tmp_path: Path) -> None:
     assert changed and all(p.abs().max() > 1e-3 for p in changed)
 
 
+# --- the training loss ---
+
+
+@pytest.mark.parametrize(("batch", "accumulated"), [(1, 7), (7, 1)])
+@pytest.mark.parametrize("targets", ["q_proj", "lm_head"])
+def test_problem_43_no_row_sees_another_one(targets: str, batch: int, accumulated: int, tmp_path: Path) -> None:
+    """Rows are not packed: the gradient of a step is that of the rows, each read alone, as a mean over all labels."""
+    trainer = trainer_of(
+        "causal", tmp_path, targets=targets, per_device_train_batch_size=batch, max_steps=1,
+        gradient_accumulation_steps=accumulated, max_grad_norm=0.0,
+    )  # fmt: skip
+    models.train_a_little(trainer.model)
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    losses = []
+    for row in causal_rows():
+        logits = trainer.model(torch.tensor([row["input_ids"]])).logits[0]
+        losses.append(F.cross_entropy(logits[:-1], torch.tensor(row["labels"][1:]), reduction="none")[1:])
+    expected = torch.autograd.grad(torch.cat(losses).mean(), trained)
+    found: list[Tensor] = []
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+            found.extend(parameter.grad.clone() for parameter in trained if parameter.grad is not None)
+
+    trainer.add_callback(Gradients())
+    trainer.train()
+    torch.testing.assert_close(found, list(expected), rtol=1e-4, atol=1e-7)
+
+
 # --- the held-out loss ---
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "lm_head"])
+def test_problem_49_one_batch_of_logits_at_a_time(targets: str, tmp_path: Path) -> None:
+    """Nothing that the model returns for a batch is in memory when it reads the next one."""
+    trainer = trainer_of("causal", tmp_path, valid=True, targets=targets, per_device_eval_batch_size=1)
+    with Outputs(trainer.model) as outputs:
+        trainer.evaluate()
+    assert outputs.alive == [0] * len(LENGTHS)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
@@ -200,9 +241,66 @@ def test_a_run_that_made_its_model_worse_has_diverged(kind: str, rate: float, tm
 
 
 @pytest.mark.parametrize("kind", ["causal", "classes"])
+def test_a_run_that_diverges_stops_before_it_replaces_a_good_checkpoint(kind: str, tmp_path: Path) -> None:
+    """From the third step on the factors are far off; a finite loss, so only a comparison with the base tells."""
+    trainer = spoilt(kind, tmp_path, targets="lm_head", max_steps=9, save_strategy="steps", save_steps=1)
+
+    class Jump(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                with torch.no_grad():
+                    for name, parameter in trainer.model.named_parameters():
+                        if "lora_B" in name or "classifier" in name:
+                            parameter.normal_(std=300.0)
+
+    trainer.add_callback(Jump())
+    said = r"has diverged after 3 steps: on the rows of its last steps the loss is \S+ with the adapter and [1-5]\."
+    rows = causal_rows() if kind == "causal" else class_rows()
+    with pytest.raises(Diverged, match=said) as caught:
+        trainer.train()
+    named = re.findall(r"<(\[[^>]*\])>", str(caught.value).partition("The last step's rows: ")[2])
+    assert 1 <= len(named) <= 4 and set(named) <= {str(row["input_ids"][:3]) for row in rows}
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+    assert sorted(path.name for path in (tmp_path / ".lorakit").iterdir()) == ["train.json"]
+
+
+@pytest.mark.parametrize(
+    ("base", "adapted", "on_the_way", "at_the_end"),
+    [
+        (2.0, 1.9, True, True),
+        (2.0, 2.14, True, True),
+        (2.0, 2.16, True, False),
+        (2.0, 4.9, True, False),
+        (2.0, 5.1, False, False),
+        (2.0, math.nan, False, False),
+        (0.0, 0.04, True, True),
+    ],
+)
+def test_how_much_worse_than_the_base_a_run_may_be(
+    base: float, adapted: float, on_the_way: bool, at_the_end: bool
+) -> None:
+    model = models.llama()
+    lorakit.attach(model, "q_proj", rank=2)
+
+    def loss_of(batch: dict[str, Any]) -> Tensor:
+        layer = model.model.layers[0].self_attn.q_proj
+        return torch.tensor(base if layer.disabled_by else adapted)
+
+    batch = {"labels": torch.zeros(1, 3)}
+    asked: tuple[tuple[When, bool], ...] = (("on the way", on_the_way), ("at the end", at_the_end))
+    for when, allowed in asked:
+        call = partial(refuse_diverged, model, [batch], loss_of, lambda row: "d:7", 0.1, 5, when=when)
+        if allowed:
+            assert call() == pytest.approx((base, adapted))
+        else:
+            with pytest.raises(Diverged, match=r"after 5 steps.*The last step's rows: d:7\."):
+                call()
+
+
+@pytest.mark.parametrize("kind", ["causal", "classes"])
 @pytest.mark.parametrize("rate", [1e-6, 1e-3, 2e-2])
 def test_a_run_that_learns_has_not(kind: str, rate: float, tmp_path: Path) -> None:
-    trainer = spoilt(kind, tmp_path, learning_rate=rate, max_steps=6)
+    trainer = spoilt(kind, tmp_path, learning_rate=rate, max_steps=6, save_strategy="steps", save_steps=1)
     trainer.train()
     trainer.refuse_diverged()
 

@@ -125,13 +125,21 @@ class Adaptation:
         these hold the base's values.
         """
         found = {}
-        for name, module, undo, own in self._noted():
+        for name, module, undo, own in self.noted():
             for local in undo.trained:
                 tensor = own.get(local)
                 found[f"{name}.{local}".removeprefix(".")] = own_tensor(module, local) if tensor is None else tensor
         return found
 
-    def _noted(self) -> list[tuple[str, nn.Module, Undo, dict[str, nn.Parameter | None]]]:
+    def values(self) -> dict[str, Tensor]:
+        """The same tensors with the adapter's own values, also while it is off or the model is inside `disabled`."""
+        found: dict[str, Tensor] = {}
+        for name, module, undo, _ in self.noted():
+            values = undo.values(module) if self.is_on else undo.trained
+            found |= {f"{name}.{local}".removeprefix("."): value for local, value in values.items()}
+        return found
+
+    def noted(self) -> list[tuple[str, nn.Module, Undo, dict[str, nn.Parameter | None]]]:
         if self.is_on:
             return [(name, module, undo, {}) for name, module in named_modules(self._model) if (undo := note(module))]
         return [(changed.name, changed.module, changed.undo, changed.own) for changed in self._changed]

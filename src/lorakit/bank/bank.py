@@ -196,6 +196,10 @@ class Bank(MutableMapping[str, Adapter]):
         """The parameters of one adapter, for its own optimizer: its factors, and what it trains beside them."""
         return list(self._named(name).parameters())
 
+    def adaptation(self, name: str) -> Adaptation:
+        """What one adapter is on the model: its layers and tensors, whether it is in use or not."""
+        return self._named(name)
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _named(self, name: str) -> Adaptation:
@@ -306,9 +310,10 @@ class Bank(MutableMapping[str, Adapter]):
         A, B, index = self._slots[layer_name]
         free = len(A) - 1  # it stays zero
         places = {name: place for place, name in enumerate(layers)}
-        for (down, up), place in zip(map(thin_pair, layers.values()), places.values(), strict=True):
+        for place, layer in enumerate(layers.values()):
+            down, up = thin_pair(layer)
             A[place].copy_(to_rank(down, 0, A.shape[1]))
-            B[place].copy_(to_rank(up, 1, A.shape[1]))
+            B[place].copy_(to_rank(layer.scaling * up, 1, A.shape[1]))
         found = torch.tensor([places.get(name, free) if name else free for name in groups.names], device=A.device)
         if len(index) == len(found):
             index.copy_(found)  # the same tensor, as a CUDA graph needs it

@@ -126,12 +126,15 @@ class Part:
         rank = max(len(A) for A, _ in pairs)
         down = [to_rank(A, 0, rank) for A, _ in pairs]
         up = [to_rank(B, 1, rank) for _, B in pairs]
+        scales = [layer.scaling for layer in self.layers]
         if -1 in self.index:
-            down, up = [*down, torch.zeros_like(down[0])], [*up, torch.zeros_like(up[0])]
+            down, up, scales = [*down, torch.zeros_like(down[0])], [*up, torch.zeros_like(up[0])], [*scales, 0.0]
         places = [place % len(down) for place in self.index]
         same = places == list(range(len(down)))
         index = None if same else torch.tensor(places, device=like.device)
-        return Stacks(torch.stack(down).to(like.dtype), torch.stack(up).to(like.dtype), index)
+        A, B = torch.stack(down), torch.stack(up)
+        B = B * torch.tensor(scales, dtype=B.dtype, device=B.device).view(-1, *(1,) * (B.dim() - 1))
+        return Stacks(A.to(like.dtype), B.to(like.dtype), index)
 
     def check(self, x: Tensor) -> None:
         """Raise LoraError if the rows of x are not those of the batch."""
@@ -278,14 +281,14 @@ def rows_refusal(name: str, layer: AdaptedLayer, model: nn.Module) -> str | None
 
 
 def thin_pair(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
-    """A (r, …) and s·B (out, r, …) of a layer, differentiable in its parameters."""
+    """A (r, …) and B (out, r, …) of a layer, differentiable in its parameters. The update is s times both."""
     A, B = layer.factors()
     layout = layer.layout
     if isinstance(layout, Kernel) and layout.groups > 1:
         # Each group of channels has its own copy of A and its own rows of B, so B has a block for each group.
         _, A, _ = layout.pair(A, B)
         B = torch.block_diag(*B.flatten(1).chunk(layout.groups)).view(len(B), -1, *B.shape[2:])
-    return A, layer.scaling * B
+    return A, B
 
 
 def _rate(layer: AdaptedLayer) -> float:

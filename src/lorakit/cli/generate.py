@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..core.errors import LoraError
 from ..core.paths import expanded
@@ -15,6 +16,7 @@ from .adapters import add_adapters_argument, use_from
 if TYPE_CHECKING:
     from ..bank.bank import Used
     from ..training.several import Asking
+    from ..training.style import Style
     from ..training.task import Task
 
 HELP = "answer one prompt with a model or an adapter"
@@ -84,6 +86,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say how to answer."""
     add_style_arguments(parser)
     parser.add_argument(
+        "--tools", metavar="FILE", type=expanded, help="JSON file with the tools that may be called, as rows hold them"
+    )
+    parser.add_argument(
         "--max-new-tokens", type=number_type(int, at_least=1), default=256, help="longest answer in tokens"
     )
     parser.add_argument(
@@ -101,6 +106,21 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=number_type(int, at_least=0), help="random seed (default: a different one each time)"
     )
+
+
+def tools_in(path: str | None, style: Style) -> tuple[dict[str, Any], ...]:
+    """The tools of --tools; none without it."""
+    from ..core.reading import text_of
+    from ..training.conversations import BadRow, tools_of
+
+    if path is None:
+        return ()
+    if not style.chat:
+        raise UsageError("--tools: only a chat template prints tools, and this model is asked without one.")
+    try:
+        return tools_of(text_of(Path(path)))
+    except BadRow as bad:
+        raise LoraError(f"--tools {path}: {bad}") from None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -147,7 +167,7 @@ def _stream(asking: Asking, prompt: str, args: argparse.Namespace) -> None:
     from ..training.tokens import prompt_ids
 
     loaded, style = asking.loaded, asking.style
-    ids = prompt_ids(prompt, loaded.tokenizer, system=style.system, chat=style.chat)
+    ids = prompt_ids(prompt, loaded.tokenizer, system=style.system, chat=style.chat, tools=tools_in(args.tools, style))
     if (limit := room(loaded, ids, args.max_new_tokens)) < args.max_new_tokens:
         print(f"note: the model has positions for an answer of {limit} tokens at most.", file=sys.stderr)
     if args.seed is not None:

@@ -20,7 +20,10 @@ from .console import lasting_output
 from .failures import report
 from .parser import Exit, Parser
 
-VERBS = ("train", "generate", "chat", "eval", "merge", "info", "compare", "analyze", "check", "init")
+VERBS = (
+    *("train", "generate", "chat", "eval", "merge", "export", "push"),
+    *("info", "runs", "compare", "analyze", "check", "init"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ torch's wrappers add a part to the name of everything they hold:
     checkpoint_wrapper                       _checkpoint_wrapped_module
     FullyShardedDataParallel                 _fsdp_wrapped_module
     DistributedDataParallel, DataParallel    module
+    peft_view                                base_model.model
 
 An adapter belongs to the model and not to the way it is run, so lorakit's names leave these parts out. The wrappers
 look up attributes in what they hold, so `model.get_submodule` also finds a module by its plain name.
@@ -18,6 +19,7 @@ from collections.abc import Iterator
 from torch import nn
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+VIEWED = "_lorakit_viewed"  # an attribute of a view of a model: the model
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
@@ -25,7 +27,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers around all of it."""
     while True:
         child = "module" if isinstance(model, _PARALLEL) else next((w for w in WRAPPERS if w in model._modules), None)
-        inner = model._modules.get(child) if child else None
+        inner = model._modules.get(child) if child else model.__dict__.get(VIEWED)
         if inner is None:
             return model
         model = inner

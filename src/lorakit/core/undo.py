@@ -94,7 +94,7 @@ def restore(module: nn.Module, keep_trained: bool) -> None:
         for name in [name for name in module.__dict__ if name not in undo.attributes]:
             del module.__dict__[name]
     for local, flag in undo.requires_grad.items():
-        module.get_parameter(local).requires_grad = flag
+        own_tensor(module, local).requires_grad = flag
 
 
 def own_tensor(module: nn.Module, name: str) -> Tensor:

@@ -79,6 +79,12 @@ def write_of(adapter: Adapter, folder: str | Path, era: Era) -> None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def config_fields(adapter: Adapter) -> dict[str, Any]:
+    """The fields of PEFT's configuration for this adapter, as `write` writes them. Raises what it does."""
+    updates = {name: _as_peft(name, update, "new") for name, update in adapter.updates.items()}
+    return _config(updates, places(adapter.updates), adapter, "new")
+
+
 def read(path: str | Path, host: Host | None = None, alpha: float | None = None) -> Adapter:
     """The adapter in a folder, which may be given by one of its files. The names are those in the file.
 
@@ -158,9 +164,10 @@ def _tensors(
         if update.magnitude is not None:
             shape = (1, -1, *(1,) * (update.A.dim() - 2)) if isinstance(update.layout, Kernel) else (-1,)
             tensors[f"{path}.lora_magnitude_vector"] = update.magnitude.view(shape)
+    inside = wrapped(where)
     for name, value in adapter.trained.items():
         module, _, local = name.rpartition(".")
-        path = wrapped(module, where)
+        path = inside.get(module, module)
         tensors[f"{PREFIX}{path}.{local}" if path else PREFIX + local] = value
     check_tensors(tensors, f"{folder} is not saved: ")
     return {key: tensor.contiguous() for key, tensor in tensors.items()}

@@ -137,7 +137,12 @@ def read_config(folder: str | Path) -> PeftConfig:
     path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG}.{contents(Path(folder))}")
-    values = _Values(path, json_of(path, dict))
+    return checked(path, json_of(path, dict))
+
+
+def checked(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
+    """The configuration in these fields, as JSON has them. path: what errors name. Raises what `read_config` does."""
+    values = _Values(path, fields)
     _check_type(values)
     for name, value in values.fields.items():
         rule = FIELDS.get(name)

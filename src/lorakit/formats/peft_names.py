@@ -57,10 +57,13 @@ def places(updates: Mapping[str, Update]) -> dict[str, Place]:
     return {name: found[name] for name in updates}
 
 
-def wrapped(module: str, where: Mapping[str, Place]) -> str:
-    """The path of a module inside PEFT's layers around it, where its biases are."""
-    around = [place.path for place in where.values() if place.path.replace(_BASE, "") == module]
-    return max(around, key=len) + _BASE if around else module
+def wrapped(where: Mapping[str, Place]) -> dict[str, str]:
+    """The modules that have PEFT's layers around them, and their paths inside these, where their biases are."""
+    inside: dict[str, str] = {}
+    for place in where.values():
+        module = place.path.replace(_BASE, "")
+        inside[module] = max(inside.get(module, ""), place.path + _BASE, key=len)
+    return inside
 
 
 def target_names(list_name: str, where: Mapping[str, Place], shortest: Sequence[str]) -> list[str] | str:

@@ -1,14 +1,15 @@
-"""A conversation in the tokenizer's own chat template: its text, and the characters that each learnt turn adds.
+"""A conversation in the tokenizer's own chat template, in the form in which that template takes it.
 
-What an assistant turn adds is found by rendering the conversation twice: up to the turn, with the prompt for an answer,
-and to the end of the turn. Templates differ. This file knows no template by name:
+Templates differ. This file knows no template by name:
 
-- Some always print the prompt for an answer, even after the last turn. It is not part of that turn.
-- Some change earlier turns (they remove the thoughts). Such a turn is read, not learnt.
+- Some take a message's content as text, others only as a list of parts.
 - Some take a tool call's arguments as an object, others as text. Some take empty content beside it, others null.
+- Some take tools only as {"type": "function", "function": {…}}.
+- Some always print the prompt for an answer, even after the last turn.
 - Some do not print tools, tool calls, thoughts or a role. A row that would lose its meaning is refused.
 
-To find out what a template prints, this file puts its own words in place of the row's words.
+To find out what a template prints, this file puts its own words in place of the row's words. `turns.py` finds the
+assistant's turns in the text.
 """
 
 from __future__ import annotations
@@ -28,17 +29,8 @@ Messages = Sequence[dict[str, Any]]
 Tools = Sequence[dict[str, Any]]
 
 # Keys that hold thoughts. A template that does not print them would teach the model something else.
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_WORD = "lorakit"  # the beginning of the words that take the place of a row's words
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as text, and the places of its learnt turns in it."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]  # characters [start, end) of each learnt turn
-    changed: int = 0  # assistant turns that the template changes once others follow: read, not learnt
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+WORD = "lorakit"  # the beginning of the words that take the place of a row's words
 
 
 def conversation_text(
@@ -50,45 +42,18 @@ def conversation_text(
     """
     if not messages:
         return ""
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer, tools=list(tools) or None, **options
-            )
-        )
-    except Exception as error:  # a template may raise anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise BadRow(f"the chat template refuses it: {reason or type(error).__name__}") from error
-
-
-def rendered(
-    messages: Messages, tokenizer: PreTrainedTokenizerBase, *, tools: Tools = (), unlearnt: frozenset[int] = frozenset()
-) -> Rendered:
-    """The conversation as text, and the spans of its assistant turns, except the turns whose index is in `unlearnt`.
-
-    Raises BadRow if the template refuses the conversation, or does not print something that changes its meaning.
-    """
-    messages = as_template_takes_them(messages, tokenizer, tools)
-    always = _always(tokenizer)
-    full = conversation_text(messages, tokenizer, answer=False, tools=tools).removesuffix(always.tail)
-    _refuse_loss(messages, tokenizer, tools, full)
-    spans, changed = [], 0
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or index in unlearnt:
-            continue
-        start = opening(messages[:index], tokenizer, tools)
-        end = conversation_text(messages[: index + 1], tokenizer, answer=False, tools=tools).removesuffix(always.tail)
-        if full.startswith(end):
-            spans.append((_begin(start, end, message["content"]), len(end)))
-        else:
-            changed += 1
-    return Rendered(full, tuple(spans), changed)
+    takes = _taken_by(tokenizer, str(tokenizer.chat_template))
+    if takes.parts:
+        messages = [_in_parts(message) for message in messages]
+    if takes.wrapped:
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return _applied(messages, tokenizer, answer=answer, tools=tools, **options)
 
 
 def opening(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools = ()) -> str:
     """The text that an answer follows."""
     return conversation_text(messages, tokenizer, answer=True, tools=tools) + (
-        _always(tokenizer).gap if messages else ""
+        always_printed(tokenizer).gap if messages else ""
     )
 
 
@@ -103,7 +68,7 @@ def unprinted(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Too
 def prints_date(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools) -> bool:
     """Whether the text depends on the day, because the template prints the date."""
     own = tokenizer.get_chat_template(tools=list(tools) or None)
-    another_day = "{% macro strftime_now(format) %}" + _WORD + "{% endmacro %}"
+    another_day = "{% macro strftime_now(format) %}" + WORD + "{% endmacro %}"
     today, later = (
         conversation_text(messages, tokenizer, answer=False, tools=tools, chat_template=template)
         for template in (own, another_day + own)
@@ -128,11 +93,67 @@ def as_template_takes_them(
                 refused = refused or bad
                 continue
             count = sum(len(message.get("tool_calls", ())) for message in messages)
-            words = [f"{_WORD}{part}{number}_" for number in range(count) for part in ("name", "key", "value")]
+            words = [f"{WORD}{part}{number}_" for number in range(count) for part in ("name", "key", "value")]
             # A Python quotation mark, or an escaped one, shows that the template takes the other form.
-            if all(word in probe for word in words) and f"'{_WORD}key" not in probe and f'\\"{_WORD}key' not in probe:
+            if all(word in probe for word in words) and f"'{WORD}key" not in probe and f'\\"{WORD}key' not in probe:
                 return _recast(messages, content, as_text, lambda call, number: call)
     raise refused or BadRow("the chat template does not print tool_calls; use a model whose template knows tools")
+
+
+# --- what a template takes -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """The forms of a conversation that a template needs. transformers gives thoughts every name that templates use."""
+
+    parts: bool = False  # content as a list of parts: text is not printed
+    wrapped: bool = False  # tools as {"type": "function", "function": {…}}: plain functions are not printed
+    thoughts: bool = False  # it prints thoughts somewhere
+
+
+@functools.lru_cache(maxsize=4)
+def _taken_by(tokenizer: PreTrainedTokenizerBase, template: str) -> _Taken:
+    asked, answered = {"role": "user", "content": f"{WORD}one"}, {"role": "assistant", "content": f"{WORD}two"}
+
+    def prints(word: str, messages: Messages, tools: Tools = ()) -> bool:
+        try:
+            return word in _applied(messages, tokenizer, answer=False, tools=tools)
+        except BadRow:
+            return False
+
+    talk: Messages = [asked, answered]
+    parts = not prints(f"{WORD}one", talk) and prints(f"{WORD}one", [_in_parts(message) for message in talk])
+    if parts:
+        asked, answered = _in_parts(asked), _in_parts(answered)
+    plain = {"name": f"{WORD}tool", "description": WORD, "parameters": {"type": "object", "properties": {}}}
+    in_function = [{"type": "function", "function": plain}]
+    wrapped = not prints(f"{WORD}tool", [asked], [plain]) and prints(f"{WORD}tool", [asked], in_function)
+    call = {"type": "function", "function": {"name": WORD, "arguments": {}}}
+    thought = {"reasoning_content": f"{WORD}thought"}
+    thoughts = any(
+        prints(f"{WORD}thought", [asked, {**answered, **thought, **calls}]) for calls in ({}, {"tool_calls": [call]})
+    )
+    return _Taken(parts, wrapped, thoughts)
+
+
+def _applied(
+    messages: Messages, tokenizer: PreTrainedTokenizerBase, *, answer: bool, tools: Tools, **options: Any
+) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=answer, tools=list(tools) or None, **options
+            )
+        )
+    except Exception as error:  # a template may raise anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise BadRow(f"the chat template refuses it: {reason or type(error).__name__}") from error
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    return message if content is None else {**message, "content": [{"type": "text", "text": content}]}
 
 
 # --- what a template does ------------------------------------------------------------------------------------------
@@ -146,13 +167,13 @@ class _Always:
     gap: str = ""  # white space between that prompt and the answer
 
 
-def _always(tokenizer: PreTrainedTokenizerBase) -> _Always:
+def always_printed(tokenizer: PreTrainedTokenizerBase) -> _Always:
     return _always_of(tokenizer, str(tokenizer.chat_template))
 
 
 @functools.lru_cache(maxsize=4)
 def _always_of(tokenizer: PreTrainedTokenizerBase, template: str) -> _Always:
-    one, two = f"{_WORD}one", f"{_WORD}two"
+    one, two = f"{WORD}one", f"{WORD}two"
     asked = [{"role": "user", "content": one}]
     answered = [*asked, {"role": "assistant", "content": two}]
     try:
@@ -162,7 +183,7 @@ def _always_of(tokenizer: PreTrainedTokenizerBase, template: str) -> _Always:
     except BadRow:
         return _Always()
     after, before_next = whole.rpartition(two)[2], followed.rpartition(two)[2]
-    tail = after[_common_prefix(after, before_next) :]
+    tail = after[common_prefix(after, before_next) :]
     if plain != prompt or not tail.strip() or not prompt.endswith(tail):
         return _Always()
     # The prompt for an answer and the next turn begin with the same text. The turn before them ends with its end token.
@@ -173,33 +194,29 @@ def _always_of(tokenizer: PreTrainedTokenizerBase, template: str) -> _Always:
     return _Always(tail, "" if gap.strip() else gap)
 
 
-def _begin(start: str, end: str, content: str) -> int:
-    """Where the answer begins in `end`, the text that ends with the answer. start: the text before the answer."""
-    if end.startswith(start):
-        return len(start)
-    # The prompt for an answer differs from what is printed before an answer (it opens <think>, for example).
-    begin = _common_prefix(start, end)
-    found = end.rfind(content.strip()) if content.strip() else -1
-    return min(begin, found) if found >= 0 else begin
-
-
-def _refuse_loss(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools, full: str) -> None:
+def refuse_loss(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools, full: str) -> None:
     """Raise BadRow if the template does not print something that changes the meaning of the row."""
-    if tools and conversation_text(messages, tokenizer, answer=False).removesuffix(_always(tokenizer).tail) == full:
-        raise BadRow("the chat template does not print tools; use a model whose template knows tools")
-    for key in _THOUGHTS:
-        # A template that knows the key leaves earlier thoughts out on purpose.
-        if key in str(tokenizer.chat_template) or not any(key in message for message in messages):
-            continue
-        if _without(key, messages, tokenizer, tools).removesuffix(_always(tokenizer).tail) == full:
-            raise BadRow(f"the chat template does not print {key}; put it into content, or leave it out")
+    refuse_unprinted_tools(messages, tokenizer, tools, full)
+    # A template that prints thoughts leaves earlier ones out on purpose.
+    if not _taken_by(tokenizer, str(tokenizer.chat_template)).thoughts:
+        for key in (key for key in THOUGHTS if any(key in message for message in messages)):
+            if _without(key, messages, tokenizer, tools).removesuffix(always_printed(tokenizer).tail) == full:
+                raise BadRow(f"the chat template does not print {key}; put it into content, or leave it out")
     for index, message in enumerate(messages):
         text = (message["content"] or "").strip()
         if message["role"] == "assistant" or not text or text in full:
             continue
-        other = [*messages[:index], {**message, "content": _WORD}, *messages[index + 1 :]]
-        if _WORD not in conversation_text(other, tokenizer, answer=False, tools=tools):
+        other = [*messages[:index], {**message, "content": WORD}, *messages[index + 1 :]]
+        if WORD not in conversation_text(other, tokenizer, answer=False, tools=tools):
             raise BadRow(f"the chat template does not print the turn of the role {message['role']!r}")
+
+
+def refuse_unprinted_tools(messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools, text: str) -> None:
+    """Raise BadRow if the template does not print tools. text: the conversation with them."""
+    tail = always_printed(tokenizer).tail
+    bare = (conversation_text(messages, tokenizer, answer=answer) for answer in (False, True)) if tools else ()
+    if any(own.removesuffix(tail) == text.removesuffix(tail) for own in bare):
+        raise BadRow("the chat template does not print tools; use a model whose template knows tools")
 
 
 def _without(key: str, messages: Messages, tokenizer: PreTrainedTokenizerBase, tools: Tools) -> str:
@@ -230,9 +247,9 @@ def _recast(
 
 
 def _stand_in(function: dict[str, Any], number: int) -> dict[str, Any]:
-    name, key, value = (f"{_WORD}{part}{number}_" for part in ("name", "key", "value"))
+    name, key, value = (f"{WORD}{part}{number}_" for part in ("name", "key", "value"))
     return {**function, "name": name, "arguments": {key: value}}
 
 
-def _common_prefix(a: str, b: str) -> int:
+def common_prefix(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

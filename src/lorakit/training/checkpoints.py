@@ -17,6 +17,7 @@ import safetensors
 from safetensors import safe_open
 
 STATE = "adapter_state.safetensors"  # in a checkpoint: the adapter's tensors as the model names them
+BEST = "best_state.safetensors"  # the same, after the best evaluation so far, with --keep best
 RUN = "run.json"  # in a checkpoint: the record of the run that it belongs to
 TRAINER_STATE = "trainer_state.json"
 
@@ -43,9 +44,7 @@ def fault_of(checkpoint: Path) -> str | None:
     }
     random_states = sorted(path.name for path in checkpoint.glob("rng_state*.pth")) or ["rng_state.pth"]
     checks |= dict.fromkeys(random_states, _archive)
-    for name in ("scaler.pt",):
-        if (checkpoint / name).exists():
-            checks[name] = _archive
+    checks |= {name: own for name, own in _SOMETIMES.items() if (checkpoint / name).exists()}
     for name, check in checks.items():
         path = checkpoint / name
         if not path.is_file():
@@ -64,6 +63,12 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, passed
         passed.append(f"{checkpoint.name} is not whole and is passed over: {fault}.")
     return None, passed
+
+
+def history_in(checkpoint: Path) -> list[dict[str, Any]]:
+    """What a run had logged by then."""
+    history: list[dict[str, Any]] = json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"]
+    return history
 
 
 def record_in(checkpoint: Path) -> dict[str, Any] | None:
@@ -100,3 +105,6 @@ def _archive(path: Path) -> str | None:
     except (zipfile.BadZipFile, OSError, EOFError):
         return "is cut off"
     return None if damaged is None else "is damaged"
+
+
+_SOMETIMES = {"scaler.pt": _archive, BEST: _tensors}  # files that only some runs have

@@ -10,6 +10,9 @@ COLOURS = {  # name: (light, dark). No two light values are equal: `svg.py` find
     "soft": ("#5f6872", "#9aa4ae"),
     "line": ("#d8dde3", "#3a4149"),
     "page": ("#ffffff", "#16191d"),
+    "panel": ("#f5f7f9", "#1e2328"),  # behind what stands apart
+    "added": ("#d3f2dc", "#17452a"),  # behind what the expected text has and the answer lacks
+    "removed": ("#fddcdc", "#5b2026"),  # behind what the answer has and the expected text lacks
     "blue": ("#2563eb", "#6ea8fe"),
     "orange": ("#b45309", "#f0a94a"),
     "green": ("#15803d", "#4ade80"),

@@ -6,19 +6,23 @@ Nothing heavy is imported here: `lorakit --help` reads this file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from .settings import check_settings, setting
 
 _DATA, _ADAPTER, _TRAINING, _OUTPUT = "model and data", "adapter", "training", "output"
 
 Quantize = Literal["none", "nf4", "int8", "gguf"]
+# By what held-out rows are judged. `scores.py` has all but the loss, and some more.
+Judged = Literal["loss", "exact-match", "bleu", "rouge-l", "accuracy", "f1", "pearson"]
 QUANTIZE = "quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that `lorakit train` takes."""
+
+    given: ClassVar[frozenset[str]] = frozenset()  # of one that flags and a file made: the settings that they hold
 
     model: str = setting(
         help="base model: a folder, a .gguf file or a hub id",
@@ -28,11 +32,13 @@ class TrainConfig:
         path=True,
     )
     data: str = setting(
-        help="jsonl, json, csv, parquet or txt file; a folder with train|valid|test files; or a hub id",
+        help="jsonl, json, csv, parquet or txt file; a folder with train|valid|test files; or a hub id. Several are "
+        "separated by commas, or --data is given again; name=0.3 reads three tenths of the rows, name=2 all twice",
         group=_DATA,
         example="data.jsonl",
         aliases=("dataset-name",),
         path=True,
+        many=True,
     )
     output_dir: str = setting(
         help="folder for the adapter, its settings and its report",
@@ -51,9 +57,20 @@ class TrainConfig:
     text_field: str | None = setting(None, help="the data's key for the text (two, with a comma: a pair)", group=_DATA)
     label_field: str | None = setting(None, help="the data's key for the label", group=_DATA)
     messages_field: str | None = setting(None, help="the data's key for the messages", group=_DATA)
+    train_on: Literal["all", "last", "field"] = setting(
+        "all",
+        help='assistant turns of a conversation that are learnt: all, the last, or those with "weight": 1',
+        group=_DATA,
+    )
     max_seq_length: int = setting(1024, help="longest row in tokens", group=_DATA, at_least=2)
     too_long: Literal["drop", "truncate"] = setting(
         "drop", help="what happens to rows longer than max-seq-length", group=_DATA
+    )
+    packing: bool = setting(
+        False,
+        help="put short rows behind one another, up to max-seq-length, without letting one see another; batch-size "
+        "then counts these packs",
+        group=_DATA,
     )
     holdout: float = setting(
         0.05,
@@ -63,6 +80,13 @@ class TrainConfig:
         below=1,
     )
 
+    from_adapter: str | None = setting(
+        None,
+        help="folder of an adapter to go on with: its factors, rank and targets",
+        group=_ADAPTER,
+        aliases=("from",),
+        path=True,
+    )
     rank: int = setting(16, help="r, the rank of the update", group=_ADAPTER, aliases=("lora-r",), at_least=1)
     alpha: float | None = setting(
         None,
@@ -143,6 +167,17 @@ class TrainConfig:
 
     eval_steps: int | None = setting(
         None, help="steps between held-out losses (default: an epoch)", group=_OUTPUT, at_least=1
+    )
+    metric: Judged = setting(
+        "loss",
+        help="what held-out rows are judged by; all but loss answer or predict eval-samples of them at each evaluation",
+        group=_OUTPUT,
+    )
+    patience: int | None = setting(
+        None, help="stop after this many evaluations in a row without a better metric", group=_OUTPUT, at_least=1
+    )
+    keep: Literal["last", "best"] = setting(
+        "last", help="which adapter the run ends with: the last one, or that of the best evaluation", group=_OUTPUT
     )
     save_steps: int | None = setting(
         None, help="steps between checkpoints (default: an epoch)", group=_OUTPUT, at_least=1

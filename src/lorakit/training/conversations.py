@@ -11,9 +11,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .rows import kind
+
+TrainOn = Literal["all", "last", "field"]
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
           "system": "system", "tool": "tool", "observation": "tool", "function_call": "assistant",
@@ -37,24 +39,27 @@ class Conversation:
     unlearnt: frozenset[int] = frozenset()
 
 
-def conversation(value: Any, *, read_only: int = 0) -> Conversation:
+def conversation(value: Any, *, read_only: int = 0, train_on: TrainOn = "all") -> Conversation:
     """The conversation in a list of turns, or in such a list as JSON text. Raises BadRow.
 
-    read_only: how many of the first turns are only a prompt, so that nothing of them is learnt.
+    read_only: how many of the first turns are only a prompt, so that nothing of them is learnt. train_on: which
+    assistant turns are learnt: all, the last, or those that a field marks; one that is marked by 0 is never learnt.
     """
     turns = parsed_json(value)
     if turns is None:
         raise BadRow("messages is null")
     if not isinstance(turns, list) or not turns:
         raise BadRow("messages is empty" if turns == [] else f"messages is {kind(turns)}, expected a list")
-    messages, unlearnt = [], set(range(read_only))
+    messages, unlearnt, unmarked = [], set(range(read_only)), set()
     for number, turn in enumerate(turns, 1):
         try:
             message, learnt = _turn(turn)
         except BadRow as bad:
             raise BadRow(f"message {number}: {bad}") from None
         messages.append(message)
-        if not learnt:
+        if learnt is None:
+            unmarked.add(number - 1)
+        elif not learnt:
             unlearnt.add(number - 1)
     answers = {index for index, message in enumerate(messages) if message["role"] == "assistant"}
     if not answers:
@@ -63,6 +68,14 @@ def conversation(value: Any, *, read_only: int = 0) -> Conversation:
         raise BadRow("the last turn is not the assistant's; nothing would be learnt from it")
     if answers <= unlearnt:
         raise BadRow("every assistant turn is marked as not to be learnt, so there is nothing to learn")
+    if train_on == "last":
+        if max(answers) in unlearnt:
+            raise BadRow("the last turn is marked as not to be learnt, and --train-on last learns no other")
+        unlearnt |= answers - {max(answers)}
+    if train_on == "field":
+        unlearnt |= unmarked
+        if answers <= unlearnt:
+            raise BadRow('no assistant turn is marked, as by "weight": 1; --train-on field learns only such turns')
     return Conversation(tuple(messages), frozenset(unlearnt & answers))
 
 
@@ -101,8 +114,8 @@ def parsed_json(value: Any, name: str = "") -> Any:
         return value
 
 
-def _turn(turn: Any) -> tuple[dict[str, Any], bool]:
-    """The message, and whether it may be learnt."""
+def _turn(turn: Any) -> tuple[dict[str, Any], bool | None]:
+    """The message, and whether its marks say that it is learnt; None without a mark."""
     role_key, content_key = ("role", "content")
     if isinstance(turn, dict) and "role" not in turn and "from" in turn:
         role_key, content_key = ("from", "value")
@@ -116,6 +129,11 @@ def _turn(turn: Any) -> tuple[dict[str, Any], bool]:
     if rest.pop("function_call", None):
         raise BadRow("function_call is the old way to call a tool; write tool_calls")
     content = turn.get(content_key)
+    if isinstance(content, list) and (thoughts := [part for part in content if _is_thought(part)]):
+        content = [part for part in content if not _is_thought(part)]
+        if "reasoning_content" in rest:
+            raise BadRow("reasoning_content stands beside thoughts in content; leave one out")
+        rest["reasoning_content"] = "\n".join(str(part.get("thinking", part.get("text", ""))) for part in thoughts)
     if str(turn[role_key]).lower() == "function_call" and isinstance(called := parsed_json(content), dict | list):
         rest["tool_calls"], content = (called if isinstance(called, list) else [called]), None
     calls = _calls(rest.pop("tool_calls", None))
@@ -130,9 +148,9 @@ def _turn(turn: Any) -> tuple[dict[str, Any], bool]:
     return (message | {"tool_calls": calls} if calls else message), learnt
 
 
-def _learnt(rest: dict[str, Any], role: str) -> bool:
-    """Take the marks of a turn out of its keys, and say whether it is to be learnt."""
-    learnt = True
+def _learnt(rest: dict[str, Any], role: str) -> bool | None:
+    """Take the marks of a turn out of its keys, and say whether it is to be learnt; None without a mark."""
+    learnt: bool | None = None
     for key in [key for key in rest if _MARKS.search(key.lower())]:
         value = rest.pop(key)
         name = key.lower()
@@ -142,7 +160,7 @@ def _learnt(rest: dict[str, Any], role: str) -> bool:
         wanted = bool(value) != (name in _NOT_LEARNT)
         if wanted and role != "assistant" and name in _LEARNT:
             raise BadRow(f"{key} asks to learn a turn of the {role}; only the assistant's turns are learnt")
-        learnt = learnt and wanted
+        learnt = wanted and learnt is not False
     return learnt
 
 
@@ -154,6 +172,11 @@ def _content(value: Any) -> str:
     if not isinstance(value, str):
         raise BadRow(f"content is {kind(value)}, expected text")
     return value
+
+
+def _is_thought(part: Any) -> bool:
+    """Whether a part of content holds thoughts, as {"type": "thinking", "thinking": "…"} does."""
+    return isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")
 
 
 def _part(part: Any, number: int) -> str:

@@ -2,30 +2,39 @@
 
 `folders.py` finds the files of each split, `rows.py` reads them, `hub.py` reads data sets of the hub; `shapes.py` makes
 an example of each row, `labels.py` finds what labels are for, and `holdout.py` holds rows out if there is no other
-split. `tokens.py` turns examples into token ids; none of the files before it needs a tokenizer.
+split. `mixing.py` reads several data sets, each with a weight. `tokens.py` turns examples into token ids; none of the
+files before it needs a tokenizer.
 
 An existing local path always wins over a hub id, and only a name that could be a hub id is looked up there.
 """
 
 from __future__ import annotations
 
+import array
+import bisect
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.paths import expanded
 from .adapter_names import NONE, unknown
 from .at_hub import HubKind, id_at_hub
-from .conversations import BadRow
+from .conversations import BadRow, TrainOn
 from .folders import no_split, passed_over, split_files
 from .holdout import hold_out, note_repeats
 from .hub import Hub, is_cached, read_hub
 from .labels import with_labels
+from .mixing import Source, sources, weighted
 from .rows import DataError, Findings, Row, read_file, suffixes
 from .shapes import Example as Example
 from .shapes import parse
+from .spool import Spool, picked, progress
 from .task import Task
+
+# Shapes that may stand side by side in several data sets: each has a question and an answer.
+_TALKS = {"messages", "conversations", "prompt+completion", "instruction+output"}
 
 
 @dataclass(frozen=True)
@@ -34,14 +43,14 @@ class Data:
 
     shape: str
     task: str  # causal-lm | classification | regression
-    train: list[Example]
-    valid: list[Example]
-    test: list[Example]
+    train: Sequence[Example]
+    valid: Sequence[Example]
+    test: Sequence[Example]
     labels: tuple[str, ...] = ()  # of a classification
     notes: list[str] = field(default_factory=list)
 
     @property
-    def heldout(self) -> tuple[str, list[Example]]:
+    def heldout(self) -> tuple[str, Sequence[Example]]:
         """The split to compare on, and its rows: test, or else valid."""
         return ("test", self.test) if self.test else ("valid", self.valid)
 
@@ -55,23 +64,27 @@ def read_data(
     seed: int = 0,
     hub: Hub | None = None,
     model: Task | None = None,
+    train_on: TrainOn = "all",
     adapters: Sequence[str] = (),
 ) -> Data:
     """Read and check all rows of `data`: a file, a folder with train|valid|test files, or a hub id.
 
+    Several are separated by commas, each perhaps with a weight ("a.jsonl,b.jsonl=0.3"): how many times its training
+    rows are in the result, drawn by `seed`.
     fields: the file's keys for the roles messages, prompt, completion, text, label ("text": "a,b" is a pair), and
     references, a list of right answers beside or in place of the completion.
     task: what labels are for, classification or regression; auto: decided by the labels.
     hub: which part of a hub data set is meant, if `data` is one.
     model: the task of the model that is scored on the rows. Its labels are then used, and a row cannot name a new one.
+    train_on: which of the assistant's turns are learnt.
     adapters: the names that a row may give under the key "adapter", to be answered by that one ("none": by the base).
     holdout: the share of train that is held out, at random by `seed`, when there is no other split; at most 100 rows.
 
     Raises DataError listing every bad row, and FileNotFoundError if nothing is found at `data`.
     """
     findings = Findings()
-    splits = _read_splits(data, hub or Hub(), findings)
-    shape, examples = _examples(splits, dict(fields or {}), adapters, findings)
+    parts = sources(data)
+    shape, examples, counts = _mixed(parts, hub or Hub(), dict(fields or {}), train_on, adapters, findings)
     if findings.problems:
         raise DataError(findings.problems)
     if not examples["train"]:
@@ -79,30 +92,92 @@ def read_data(
     labels: tuple[str, ...] = ()
     kind = "causal-lm"
     if "label" in shape:
-        kind, labels, examples = (
+        kind, labels, found = (
             with_labels(examples, task, findings.notes) if model is None else model.take(examples, findings.notes)
         )
+        examples = dict(found)
+    train = examples["train"]
+    left: Sequence[int] = range(len(train))
     if examples["valid"] or examples["test"]:
         note_repeats(examples, findings.notes)
     else:
-        examples["train"], examples["valid"] = hold_out(examples["train"], holdout, seed, findings.notes)
-    return Data(shape, kind, examples["train"], examples["valid"], examples["test"], labels, findings.notes)
+        left, held = hold_out(train, holdout, seed, findings.notes)
+        examples["valid"] = [train[index] for index in held]
+    if len(parts) > 1 or parts[0].weight != 1:
+        left = _shares(parts, left, counts, seed, findings.notes)
+    if len(left) != len(train) or not isinstance(left, range):
+        train = picked(train, left)
+    return Data(shape, kind, train, examples["valid"], examples["test"], labels, findings.notes)
 
 
 read = read_data  # its name until 0.2, by which programs import it
 
 
-def _examples(
-    splits: Mapping[str, list[Row]], fields: Mapping[str, str], adapters: Sequence[str], findings: Findings
-) -> tuple[str, dict[str, list[Example]]]:
-    """The shape that all rows share, and the examples of each split."""
-    examples: dict[str, list[Example]] = {split: [] for split in splits}
+def _mixed(
+    parts: Sequence[Source],
+    hub: Hub,
+    fields: Mapping[str, str],
+    train_on: TrainOn,
+    adapters: Sequence[str],
+    findings: Findings,
+) -> tuple[str, dict[str, Sequence[Example]], list[int]]:
+    """The shape or shapes of all data sets, their examples by split, and how many training rows each data set has."""
+    shapes: dict[str, str] = {}
+    together: dict[str, Spool[Example]] = {"train": Spool(), "valid": Spool(), "test": Spool()}
+    counts: list[int] = []
+    for part in parts:
+        own = Findings()
+        place = "" if len(parts) == 1 else f"{part.name} · "
+        before = len(together["train"])
+        shape = _read_examples(_read_splits(part.name, hub, own), fields, train_on, adapters, own, together, place)
+        first = next(iter(shapes), shape)
+        if shape and not (shape == first or {shape, first} <= _TALKS):
+            own.problems.append(f"{part.name}: rows of the shape {shape}, but {shapes[first]} has {first}.")
+        shapes.setdefault(shape, part.name)
+        findings.problems += [place + problem for problem in own.problems]
+        findings.notes += [place + note for note in own.notes]
+        counts.append(len(together["train"]) - before)
+    return " | ".join(filter(None, shapes)), {split: rows.settled() for split, rows in together.items()}, counts
+
+
+def _shares(
+    parts: Sequence[Source], left: Sequence[int], counts: Sequence[int], seed: int, notes: list[str]
+) -> Sequence[int]:
+    """The indices of the training rows of each data set, as often as its weight says. counts: rows of each data set.
+
+    left: the indices of the rows that are not held out, in order.
+    """
+    mixed = array.array("q")
+    said = []
+    stop = 0
+    for part, count in zip(parts, counts, strict=True):
+        start, stop = stop, stop + count
+        own = left[bisect.bisect_left(left, start) : bisect.bisect_left(left, stop)]
+        mixed.extend(share := weighted(own, part.weight, seed))
+        said.append(f"{part.name} {len(share)}" + (f" (={part.weight:g} of {len(own)})" if part.weight != 1 else ""))
+    notes.append(f"rows of each data set in an epoch: {', '.join(said)}")
+    return mixed
+
+
+def _read_examples(
+    splits: Mapping[str, Iterable[Row]],
+    fields: Mapping[str, str],
+    train_on: TrainOn,
+    adapters: Sequence[str],
+    findings: Findings,
+    into: Mapping[str, Spool[Example]],
+    place: str,
+) -> str:
+    """Append the examples of each split to those in `into`; returns the shape that all rows share.
+
+    place: of the data set, put before that of each row.
+    """
     shapes: dict[str, str] = {}
     unread: Counter[str] = Counter()
     for split, rows in splits.items():
-        for row in rows:
+        for row in progress(rows, f"reading {split}"):
             try:
-                shape, example, beside = parse(row, fields)
+                shape, example, beside = parse(row, fields, train_on)
                 if adapters and "adapter" in beside:
                     example = replace(example, adapter=_named_adapter(row, adapters))
                     beside.discard("adapter")
@@ -116,10 +191,10 @@ def _examples(
                 findings.problems.append(f"{row.where}: {problem}")
                 continue
             unread.update(beside)
-            examples[split].append(example)
+            into[split].append(replace(example, where=place + example.where) if place else example)
     if unread:
         findings.notes.append(f"keys that are not read: {', '.join(sorted(unread))}")
-    return next(iter(shapes), ""), examples
+    return next(iter(shapes), "")
 
 
 def _named_adapter(row: Row, adapters: Sequence[str]) -> str | None:
@@ -130,8 +205,8 @@ def _named_adapter(row: Row, adapters: Sequence[str]) -> str | None:
     return None if name == NONE else str(name)
 
 
-def _read_splits(data: str, hub: Hub, findings: Findings) -> dict[str, list[Row]]:
-    """Raw rows by split."""
+def _read_splits(data: str, hub: Hub, findings: Findings) -> Mapping[str, Iterable[Row]]:
+    """Raw rows by split, read while they are taken."""
     path = Path(expanded(data))
     if path.is_file():
         return {"train": read_file(path, findings), "valid": [], "test": []}
@@ -141,10 +216,12 @@ def _read_splits(data: str, hub: Hub, findings: Findings) -> dict[str, list[Row]
             raise no_split(path, "train, valid or test")
         if others := passed_over(found):
             findings.notes.append(f"files of {data} that are no split and are not read: {', '.join(others)}")
-        splits = {split: [row for file in files for row in read_file(file, findings)] for split, files in found.items()}
         if not found["train"]:  # a folder to evaluate on
-            splits["train"], splits["test"] = splits["test"] or splits["valid"], []
-        return splits
+            found = {**found, "train": found["test"] or found["valid"], "test": []}
+        return {
+            split: itertools.chain.from_iterable(read_file(file, findings) for file in files)
+            for split, files in found.items()
+        }
     return read_hub(id_at_hub(expanded(data), _DATA_SET), hub)
 
 

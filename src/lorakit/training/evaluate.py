@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..bank.bank import Bank
@@ -18,6 +19,7 @@ from ..core.attach import adapted_layers
 from ..core.switching import disabled
 from .data import Data, Example
 from .generation import Within, answers, as_it_is
+from .intervals import Ends, bootstrap, wilson
 from .metrics import accuracy, exact_match, pearson
 from .models import Loaded
 from .positions import longest_row, positions
@@ -53,15 +55,17 @@ class Compared:
             return Evaluation(0, split, {}, (), notes=self.notes)
         base, adapted = ([getattr(own, side) for own in self.outcomes] for side in ("base", "adapted"))
         expected = [own.expected for own in self.outcomes]
-        scores = {self.metric: (_score(self.metric, base, expected), _score(self.metric, adapted, expected))}
+        scores, ends = zip(*(_scored(self.metric, found, expected) for found in (base, adapted)), strict=True)
+        metrics, intervals = {self.metric: scores}, {} if None in ends else {self.metric: ends}
         if self.metric == "perplexity":
-            return Evaluation(len(expected), split, scores, (), notes=self.notes)
+            return Evaluation(len(expected), split, metrics, (), (), self.notes, intervals)
+        right: tuple[bool, ...] = ()
         if self.metric == "pearson":
             base, adapted, expected = ([f"{number:.3f}" for number in own] for own in (base, adapted, expected))
-        same = exact_match if self.metric == "exact match" else operator.eq
-        asked = (question(own.example) for own in self.outcomes)
-        samples = tuple(map(Sample, asked, base, adapted, expected))
-        return Evaluation(len(expected), split, scores, samples, tuple(map(same, adapted, expected)), self.notes)
+        else:
+            right = tuple(map(exact_match if self.metric == "exact match" else operator.eq, adapted, expected))
+        samples = tuple(map(Sample, (question(own.example) for own in self.outcomes), base, adapted, expected))
+        return Evaluation(len(expected), split, metrics, samples, right, self.notes, intervals)
 
 
 def evaluate(
@@ -102,9 +106,34 @@ def compare_rows(
     """
     if data.task != "causal-lm":
         return _compare_labels(loaded, data, examples, max_length, bank, known)
-    asked = [example for example in examples if example.text is None]
-    if examples and not asked:
+    if examples and all(example.text is not None for example in examples):
         return _compare_texts(loaded, examples, style, max_length, bank, known)
+    asked = to_answer(loaded, examples, style, max_new_tokens)
+
+    def generate(label: str, within: Within) -> list[str]:
+        found = answers(loaded, asked.prompts, max_new_tokens=asked.max_new_tokens, within=within)
+        return list(_progress(found, len(asked.prompts), f"answering with the {label}"))
+
+    return _both("exact match", loaded, asked.rows, asked.expected, asked.notes, generate, bank, known)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The rows that a language model is to answer, the token ids of their prompts, and the expected answers."""
+
+    rows: list[Example]
+    prompts: list[list[int]]
+    expected: list[str]
+    max_new_tokens: int
+    notes: tuple[str, ...] = ()
+
+
+def to_answer(loaded: Loaded, examples: Sequence[Example], style: Style, max_new_tokens: int | None) -> Asked:
+    """The examples with a prompt that leaves room for an answer. Notes say how many are too long.
+
+    max_new_tokens=None: 16 more than the longest expected answer.
+    """
+    asked = [example for example in examples if example.text is None]
     prompts = [prompt_ids(example, loaded.tokenizer, system=style.system, chat=style.chat) for example in asked]
     notes: tuple[str, ...] = ()
     limit = positions(loaded.model, loaded.tokenizer)
@@ -114,14 +143,8 @@ def compare_rows(
         kept = [(e, p) for e, p in zip(asked, prompts, strict=True) if len(p) < limit]
         asked, prompts = [example for example, _ in kept], [prompt for _, prompt in kept]
     expected = [reference(example, loaded.tokenizer) for example in asked]
-    longest = max((len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected), default=0)
-    wanted = max_new_tokens or longest + 16
-
-    def generate(label: str, within: Within) -> list[str]:
-        found = answers(loaded, prompts, max_new_tokens=wanted, within=within)
-        return list(_progress(found, len(prompts), f"answering with the {label}"))
-
-    return _both("exact match", loaded, asked, expected, notes, generate, bank, known)
+    lengths = [len(loaded.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in expected]
+    return Asked(asked, prompts, expected, max_new_tokens or max(lengths, default=0) + 16, notes)
 
 
 def _both(
@@ -149,12 +172,25 @@ def _both(
     return Compared(metric, tuple(map(Outcome, examples, base, adapted, expected)), notes)
 
 
-def _score(metric: str, found: Sequence[Any], expected: Sequence[Any]) -> float:
-    if metric == "perplexity":  # exp of the mean over all tokens of −log p
-        return math.exp(min(sum(found) / max(sum(expected), 1), 700.0))  # exp(710) overflows
-    if metric == "exact match":
-        return sum(map(exact_match, found, expected)) / len(expected)
-    return accuracy(found, expected) if metric == "accuracy" else pearson(found, expected)
+def _scored(metric: str, found: Sequence[Any], expected: Sequence[Any]) -> tuple[float, Ends | None]:
+    """The score of these rows and the ends of its 95 % interval, which a single row does not always have."""
+    if metric in ("exact match", "accuracy"):
+        share = accuracy(found, expected)
+        if metric == "exact match":
+            share = sum(map(exact_match, found, expected)) / len(expected)
+        return share, wilson(share, len(expected))
+    score = perplexity if metric == "perplexity" else _correlation
+    columns = [torch.tensor(column, dtype=torch.float64) for column in (found, expected)]
+    return score(*columns), bootstrap(score, *columns)
+
+
+def perplexity(losses: Tensor, counts: Tensor) -> float:
+    """exp(Σ −log p / Σ tokens) over all texts.   losses (texts,): Σ −log p of each   counts (texts,): its tokens"""
+    return math.exp(min(float(losses.sum() / counts.sum().clamp_min(1)), 700.0))  # exp(710) overflows
+
+
+def _correlation(predicted: Tensor, expected: Tensor) -> float:
+    return pearson(predicted.tolist(), expected.tolist())
 
 
 def _compare_texts(
@@ -226,7 +262,7 @@ def predict(
 @torch.inference_mode()
 def outputs(
     loaded: Loaded, examples: Sequence[Example], max_length: int, doing: str, within: Within = as_it_is
-) -> torch.Tensor:
+) -> Tensor:
     """The logits of a classifier or the numbers of a regression, of shape (examples, classes or 1), in order.
 
     Texts are cut at `max_length` tokens and at the model's positions. doing: what the progress bar says. within: as for
@@ -235,7 +271,7 @@ def outputs(
     max_length = longest_row(max_length, loaded.model, loaded.tokenizer)
     encoded = [encode_text(example, loaded.tokenizer, max_length) for example in examples]
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, Tensor] = {}
     size = 32
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     for batch in _progress(batches, len(batches), doing):

@@ -4,76 +4,123 @@ a training row.
 
 from __future__ import annotations
 
+import array
+import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from .shapes import Example
+from .spool import progress
 
 _MOST = 100
 
 
-def hold_out(rows: Sequence[Example], share: float, seed: int, notes: list[str]) -> tuple[list[Example], list[Example]]:
-    """The rows left to train on, and the held-out rows: `share` of all, at random by `seed`, at most 100.
+def hold_out(rows: Sequence[Example], share: float, seed: int, notes: list[str]) -> tuple[Sequence[int], Sequence[int]]:
+    """The indices of the rows left to train on, and of the held-out rows: `share` of all, at random by `seed`, at most
+    100.
 
     Rows that ask the same stay together, so that no question that is measured was trained on. If that would leave
     nothing to train on or to hold out, they are separated, and a note says so.
     """
     if not share or len(rows) < 2:
-        return list(rows), []
+        return range(len(rows)), ()
     count = min(max(1, round(share * len(rows))), _MOST, len(rows) - 1)
     drawn = random.Random(seed).sample(range(len(rows)), count)
-    chosen = _whole_groups(rows, drawn, random.Random(seed)) or set(drawn)
-    held = [row for index, row in enumerate(rows) if index in chosen]
-    left = [row for index, row in enumerate(rows) if index not in chosen]
+    known = _Known(rows)
+    chosen = _whole_groups(known, drawn, random.Random(seed)) or set(drawn)
+    held = sorted(chosen)
+    left = array.array("q", np.setdiff1d(np.arange(len(rows)), held).tobytes())
     notes.append(f"{len(held)} of {len(rows)} rows held out for evaluation, chosen by the seed (--holdout {share:g})")
-    if missing := sorted({_class(row) for row in rows} - {_class(row) for row in left}):
-        notes.append(f"no row is left to train on of the labels {', '.join(missing)}; see --holdout")
-    note_repeats({"train": left, "valid": held}, notes)
+    if len(missing := np.setdiff1d(known.classes[held], known.classes[left])):
+        words = sorted(known.names[own] for own in missing)
+        notes.append(f"no row is left to train on of the labels {', '.join(words)}; see --holdout")
+    _say_repeats("valid", int(np.isin(known.asked[held], known.asked[left]).sum()), len(held), notes)
     return left, held
 
 
-def note_repeats(splits: dict[str, list[Example]], notes: list[str]) -> None:
+def note_repeats(splits: Mapping[str, Sequence[Example]], notes: list[str]) -> None:
     """Add a note on how many held-out rows ask the same as a training row."""
-    trained = {_asked(row) for row in splits["train"]}
-    for split in ("valid", "test"):
-        rows = splits.get(split, [])
-        if repeated := sum(_asked(row) in trained for row in rows):
-            notes.append(
-                f"{repeated} of the {len(rows)} {split} rows ask the same as training rows (duplicates): their score "
-                "measures memory too"
-            )
+    held = {split: [_asked(row) for row in splits.get(split, ())] for split in ("valid", "test")}
+    wanted = {key for keys in held.values() for key in keys}
+    repeated = wanted and {key for row in splits["train"] if (key := _asked(row)) in wanted}
+    for split, keys in held.items():
+        _say_repeats(split, sum(key in repeated for key in keys), len(keys), notes)
 
 
-def _whole_groups(rows: Sequence[Example], drawn: Sequence[int], order: random.Random) -> set[int]:
+def _say_repeats(split: str, repeated: int, count: int, notes: list[str]) -> None:
+    if repeated:
+        notes.append(
+            f"{repeated} of the {count} {split} rows ask the same as training rows (duplicates): their score "
+            "measures memory too"
+        )
+
+
+class _Known:
+    """What is known of each row: eight bytes that stand for what it asks, and the number of its class."""
+
+    def __init__(self, rows: Sequence[Example]) -> None:
+        asked, classes = array.array("q"), array.array("q")
+        numbers: dict[str, int] = {}
+        for row in progress(rows, "looking for repeats"):
+            asked.append(_asked(row))
+            classes.append(numbers.setdefault(_class(row), len(numbers)))
+        self.names = list(numbers)
+        self.asked, self.classes = np.frombuffer(asked, np.int64), np.frombuffer(classes, np.int64)
+        self._order = np.argsort(self.asked, kind="stable")
+        self._sorted = self.asked[self._order]
+
+    def group(self, index: int) -> list[int]:
+        """The rows that ask the same as a row, in order."""
+        own = self.asked[index]
+        start, stop = (int(np.searchsorted(self._sorted, own, side=side)) for side in ("left", "right"))
+        return list(self._order[start:stop].tolist())
+
+
+def _whole_groups(known: _Known, drawn: Sequence[int], order: random.Random) -> set[int]:
     """The drawn rows, changed so that rows that ask the same stay together and no class loses its last row.
 
     The result may be empty.
     """
-    groups: dict[Any, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(_asked(row), []).append(index)
-    left = Counter(map(_class, rows))
+    left = Counter(dict(enumerate(np.bincount(known.classes).tolist())))
     chosen: set[int] = set()
 
     def take(group: list[int], limit: int) -> None:
-        gone = Counter(_class(rows[index]) for index in group)
+        gone = Counter(known.classes[group].tolist())
         # Rows without a class count as one class, so that something is left to train on.
         if len(chosen) + len(group) <= limit and all(left[label] > many for label, many in gone.items()):
             chosen.update(group)
             left.subtract(gone)
 
-    rest = sorted(set(range(len(rows))) - set(drawn))
-    order.shuffle(rest)
-    candidates = list({_asked(rows[index]): groups[_asked(rows[index])] for index in (*drawn, *rest)}.values())
-    for group in candidates:
+    for group in _groups(known, drawn, order):
         take(group, len(drawn))
+        if len(chosen) == len(drawn):
+            break
     if not chosen:  # every group is larger than the share: take the smallest, if it is not much larger
-        for group in sorted(candidates, key=len):
+        for group in sorted(_groups(known, drawn, order), key=len):
             take(group, 0 if chosen else 2 * len(drawn))
     return chosen
+
+
+def _groups(known: _Known, drawn: Sequence[int], order: random.Random) -> Iterator[list[int]]:
+    """The rows that ask the same, together: those of the drawn rows, then all others in a random order."""
+    seen: set[int] = set()
+
+    def new(indices: Iterable[int]) -> Iterator[list[int]]:
+        for index in indices:
+            if (key := int(known.asked[index])) not in seen:
+                seen.add(key)
+                yield known.group(index)
+
+    yield from new(drawn)
+    rest = np.setdiff1d(np.arange(len(known.asked)), drawn)
+    mixed = array.array("q", rest.tobytes())
+    order.shuffle(mixed)
+    yield from new(mixed)
 
 
 def _class(row: Example) -> str:
@@ -81,11 +128,12 @@ def _class(row: Example) -> str:
     return row.label if isinstance(row.label, str) else ""
 
 
-def _asked(row: Example) -> str:
-    """What a row asks, as text. Rows with equal text reveal each other's answers."""
+def _asked(row: Example) -> int:
+    """A number for what a row asks. Rows with equal numbers reveal each other's answers."""
     asked: Any = row.prompt
     if row.messages is not None:
         asked = [row.messages[:-1], row.tools]
     elif row.text is not None:
         asked = [row.text, row.text_pair]
-    return json.dumps(asked, sort_keys=True, default=str)
+    data = json.dumps(asked, sort_keys=True, default=str).encode()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from ..core.numbers import percent
 from . import colours, svg
 
 _TEMPLATES = Environment(
@@ -18,6 +19,7 @@ _TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_TEMPLATES.filters["percent"] = percent
 
 
 def fill_template(template: str, **values: Any) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from .rows import DataError
 from .shapes import Example
 
-Splits = Mapping[str, list[Example]]
+Splits = Mapping[str, Sequence[Example]]
 
 
-def with_labels(splits: Splits, task: str, notes: list[str]) -> tuple[str, tuple[str, ...], dict[str, list[Example]]]:
+def with_labels(splits: Splits, task: str, notes: list[str]) -> tuple[str, tuple[str, ...], Splits]:
     """The task, its classes (none for a regression), and the examples with labels in the form that the task needs.
 
     task: "classification", "regression", or "auto": a regression if all labels are numbers and one has a fraction.

@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,28 +21,35 @@ from ..core.numbers import duration, size
 from ..formats import peft, save
 from ..formats.folder import OutputFolder
 from . import page, report
-from .checkpoints import checkpoints, newest_whole, step_of
+from .card import model_card
+from .changes import weight_changes
+from .checkpoints import checkpoints, history_in, newest_whole, step_of
 from .config import TrainConfig
 from .divergence import Diverged
 from .evaluate import evaluate, question
 from .interrupt import Interrupted, SaveAndStop
 from .loss import check_causal
 from .memory import few_kernels
-from .models import LABELS, Loaded, load_causal_lm, load_classifier
+from .models import LABELS, Loaded, best_device, load_causal_lm, load_classifier
+from .outcome import RESULTS, Outcome, device_name, last_losses, scores_of, trained_seconds
 from .pace import Pace, padded_tokens
+from .packing import PackCollator, check_packing, unpacked
 from .plan import processes
 from .preflight import refuse_large_run
-from .prepare import Prepared, attach_as, labels_of, prepare, start_block, uses_autocast, weights_dtype
+from .prepare import Prepared, adapt, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
 from .quiet import quiet_libraries
 from .record import base_fingerprint, longer_or_shorter, refuse_differences, run_record
-from .settings import to_yaml
+from .settings import settings_table, to_command, to_yaml
+from .spool import as_dataset
 from .start import TRAINING, Start, decided, start_of
 from .sweep_settings import candidates
 from .tokens import encode, encode_text
 
 if TYPE_CHECKING:
     from .progress import Progress
+
+_SETTINGS = "config.yaml"
 
 
 @quiet_libraries()
@@ -55,6 +64,7 @@ def train(config: TrainConfig) -> Path:
     """
     start = start_of(config) if is_main() and not config.dry_run else Start()
     prepared = prepare(config)
+    config = prepared.config  # with what an adapter that it goes on with decides
     record = run_record(prepared)
     if is_main() and start.record is not None:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
@@ -82,8 +92,10 @@ def train(config: TrainConfig) -> Path:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)
     if prepared.data.task == "causal-lm":
         check_causal(loaded.model)
+    if config.packing:
+        check_packing(loaded.model)
     if config.sweep is None:
-        attach_as(config, loaded.model, new_head=prepared.data.task != "causal-lm")
+        adapt(config, loaded.model, new_head=prepared.data.task != "causal-lm")
     out = OutputFolder(config.output_dir, TRAINING)
     folder = start.folder(out)
     with out.held() if is_main() else contextlib.nullcontext():
@@ -94,7 +106,7 @@ def train(config: TrainConfig) -> Path:
         try:
             result = _run(prepared, loaded, folder, start, record)
         except KeyboardInterrupt as error:
-            raise _interrupted(out, folder, error) from None
+            raise _interrupted(config, out, folder, error) from None
         except BaseException as error:
             _leave_nothing_unless_trained(out, folder)
             if isinstance(error, Diverged) and checkpoints(folder.path):
@@ -154,13 +166,17 @@ def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers:
     folder.add("metrics.jsonl", *(["runs"] if {"tensorboard", "all"} & set(trackers) else []))
 
 
-def _interrupted(out: OutputFolder, folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
-    """The error that says how to continue."""
+def _interrupted(config: TrainConfig, out: OutputFolder, folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
+    """The error that says how to continue: with the command that does, if the folder holds the settings of this run."""
     code = error.code if isinstance(error, Interrupted) else 130
     checkpoint, _ = newest_whole(folder.path)
     if checkpoint is None:
         _leave_nothing_unless_trained(out, folder)
         return Interrupted("interrupted before the first checkpoint: the same command starts over.", code)
+    written = folder.path / _SETTINGS
+    if processes() == 1 and written.is_file() and written.read_text(encoding="utf-8") == _settings(config):
+        command = f"{report._program()} train {report._flag('--config', str(written))} --resume auto"
+        return Interrupted(f"interrupted; {checkpoint} is saved. Go on with:\n  {command}", code)
     return Interrupted(
         f"interrupted; {checkpoint} is saved. The same command goes on from it with --resume auto "
         "(in place of --overwrite, where that was given).",
@@ -191,20 +207,49 @@ def _load(prepared: Prepared) -> Loaded:
 
 def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:
     """Train, and return what was logged on the way."""
-    trainer, progress, stop = _trainer_of(prepared, loaded, folder, record)
+    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
+        trainer, progress, stop = _trainer_of(train_rows, valid_rows, prepared, loaded, folder, record)
+        return _fitted(trainer, progress, stop, prepared, loaded, folder, start, record)
+
+
+def _fitted(
+    trainer: Any,
+    progress: Progress,
+    stop: SaveAndStop,
+    prepared: Prepared,
+    loaded: Loaded,
+    folder: OutputFolder,
+    start: Start,
+    record: dict[str, Any],
+) -> Progress:
+    """Train from where the run begins, and put the adapter on the model that it ends with."""
+    from .best import Best, score_of
+    from .scores import logged_as
+
+    config = prepared.config
+    best = Best(config.metric, config.patience, trainer.hold_best if config.keep == "best" else None)
+    trainer.add_callback(best)
+    if config.metric != "loss":
+        trainer.score = logged_as(config.metric), score_of(prepared, loaded)
     step = step_of(start.checkpoint) if start.checkpoint else 0
     if start.checkpoint and start.record is not None:
         for line in longer_or_shorter(start.record, record, step):
             _say(line)
-    if step >= record["steps"]:
+    history = history_in(start.checkpoint) if start.checkpoint else []
+    trains = step < record["steps"] and not best.is_over(history)
+    if trains:
+        with stop.heeding():
+            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+        history = trainer.state.log_history
+    else:
         assert start.checkpoint is not None
         trainer.take(start.checkpoint)
         progress.take(step)
-    else:
-        with stop.heeding():
-            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        if is_main():
-            _refuse_diverged(trainer, folder)
+    if config.keep == "best":
+        trainer.take_best()
+        _say(best.told(history))
+    if trains and is_main():
+        _refuse_diverged(trainer, folder)
     loaded.model.eval()
     return progress
 
@@ -217,9 +262,12 @@ def _fit_sweep(
 
     choices = candidates(prepared.config)
     bank = sweep.bank_of(loaded.model, choices)
-    trainer, progress, stop = _trainer_of(prepared, loaded, folder, record, bank=bank, choices=choices)
-    with bank.rows(list(choices)), stop.heeding():
-        trainer.train()
+    bank.use(next(iter(choices)))  # a trainer looks at what is adapted, which is the same for all of them
+    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
+        rows = train_rows, valid_rows
+        trainer, progress, stop = _trainer_of(*rows, prepared, loaded, folder, record, bank=bank, choices=choices)
+        with bank.rows(list(choices)), stop.heeding():
+            trainer.train()
     best = sweep.best_of(trainer)
     with folder.writing() as part:
         _say(sweep.write(trainer, bank, best, part))
@@ -230,10 +278,15 @@ def _fit_sweep(
 
 
 def _trainer_of(
-    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any], **swept: Any
+    train_rows: Any,
+    valid_rows: Any,
+    prepared: Prepared,
+    loaded: Loaded,
+    folder: OutputFolder,
+    record: dict[str, Any],
+    **swept: Any,
 ) -> tuple[Any, Progress, SaveAndStop]:
     """The trainer of a run, what shows its progress, and what ends it early. swept: what only a sweep gives it."""
-    from datasets import Dataset
     from transformers import DataCollatorWithPadding, TrainingArguments
     from trl import SFTConfig
 
@@ -268,14 +321,16 @@ def _trainer_of(
     progress, stop = Progress(folder.path, pace), SaveAndStop()
     common: dict[str, Any] = dict(
         model=loaded.model,
-        train_dataset=Dataset.from_list(prepared.train),
-        eval_dataset=Dataset.from_list(prepared.valid) if evaluated else None,
+        train_dataset=train_rows,
+        eval_dataset=valid_rows if evaluated else None,
         processing_class=loaded.tokenizer,
         callbacks=[progress, stop],
         folder=folder,
         record=record,
         pace=pace,
     )
+    if config.packing:
+        common["data_collator"] = PackCollator(loaded.tokenizer.pad_token_id)
     trainer: Any
     if causal:
         settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
@@ -306,8 +361,14 @@ def _refuse_diverged(trainer: Any, folder: OutputFolder) -> None:
 
 
 def _where(prepared: Prepared, row: dict[str, Any]) -> str:
-    """Where a row of a batch comes from: file and line, and how it begins."""
-    ids = row["input_ids"][0].tolist()
+    """Where a row of a batch comes from, or each row of a pack: file and line, and how it begins."""
+    if not prepared.config.packing:
+        return _place(prepared, row["input_ids"][0].tolist())
+    pad = prepared.tokenizer.pad_token_id
+    return ", ".join(_place(prepared, ids) for ids in unpacked(row) if ids != [pad])
+
+
+def _place(prepared: Prepared, ids: list[int]) -> str:
     for example in prepared.data.train:
         if prepared.data.task == "causal-lm":
             tokens = encode(example, prepared.tokenizer, system=prepared.style.system, chat=prepared.style.chat)
@@ -320,10 +381,14 @@ def _where(prepared: Prepared, row: dict[str, Any]) -> str:
     return "one that begins " + repr(prepared.tokenizer.decode(ids[:12]))
 
 
+def _settings(config: TrainConfig) -> str:
+    """The settings as YAML, without --resume and --overwrite: a repeated run overwrites nothing."""
+    return to_yaml(dataclasses.replace(config, resume=None, overwrite=False))
+
+
 def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:
-    """Write what is needed to run this again, without --resume and --overwrite: a repeated run overwrites nothing."""
-    config = dataclasses.replace(prepared.config, resume=None, overwrite=False)
-    (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    """Write what is needed to run this again."""
+    (out / _SETTINGS).write_text(_settings(prepared.config), encoding="utf-8")
     labels = labels_of(prepared.data)
     if labels is not None:
         (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -339,30 +404,76 @@ def _write_reports(
     result: report.Evaluation | None,
 ) -> None:
     config = prepared.config
-    card = report.model_card(
+    again = dataclasses.replace(config, resume=None, overwrite=False)
+    outcome = _outcome(prepared, progress, result, to_command(again, "train"))
+    card = model_card(
         base_model=config.model,
         data=config.data,
         settings=dataclasses.asdict(config),
         parameters=str(prepared.attached).splitlines()[-1],
         result=result,
-        seconds=progress.seconds,
+        seconds=outcome.seconds,
         labels=labels_of(prepared.data),
     )
     html = page.render(
         title=Path(config.output_dir).name,
+        facts=_facts(prepared, outcome),
+        command=outcome.command,
+        settings=settings_table(again),
         summary=start_block(prepared),
         history=progress.history,
         result=result,
-        changes=page.weight_changes(loaded.model),
+        changes=weight_changes(loaded.model),
     )
-    for name, text in (("README.md", card), ("report.html", html)):
+    for name, text in (("README.md", card), ("report.html", html), (RESULTS, outcome.as_json())):
         (out / name).write_text(text, encoding="utf-8")
 
 
+def _outcome(prepared: Prepared, progress: Progress, result: report.Evaluation | None, command: str) -> Outcome:
+    config = prepared.config
+    return Outcome(
+        lorakit=version("lorakit"),
+        finished=datetime.now().astimezone().isoformat(timespec="minutes"),
+        model=config.model,
+        data=config.data,
+        command=command,
+        device=device_name(best_device()),
+        seconds=trained_seconds(progress.history, progress.seconds),
+        peak_bytes=progress.peak_bytes,
+        planned_bytes=prepared.plan.peak_bytes,
+        steps=prepared.plan.steps,
+        trained_parameters=prepared.attached.trainable,
+        losses=last_losses(progress.history),
+        rows=result.rows if result is not None else 0,
+        split=result.split if result is not None else "",
+        scores=scores_of(result),
+    )
+
+
+def _facts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
+    """What the page says of a run, by name."""
+    config, attached, data = prepared.config, prepared.attached, prepared.data
+    splits = {"train": data.train, "valid": data.valid, "test": data.test}
+    rows = ", ".join(f"{len(part):,} {name}" for name, part in splits.items() if part)
+    share = attached.trainable / max(attached.total, 1)
+    return {
+        "model": outcome.model,
+        "data": f"{outcome.data}: {rows} rows",
+        "adapter": f"rank {config.rank}, {outcome.trained_parameters:,} parameters trained ({share:.2%})",
+        "training": f"{outcome.steps:,} steps, learning rate {config.learning_rate:g}, seed {config.seed}",
+        "time of training": f"{duration(outcome.seconds)} on {outcome.device}",
+        "peak memory": _peak(outcome.peak_bytes, outcome.planned_bytes),
+        "finished": outcome.finished.replace("T", " ", 1),
+        "lorakit": outcome.lorakit,
+    }
+
+
+def _peak(measured: int, planned: int | None) -> str:
+    return f"{size(measured)} ({'not planned' if planned is None else f'planned {size(planned)}'})"
+
+
 def _end_block(prepared: Prepared, out: OutputFolder, progress: Progress, result: report.Evaluation | None) -> str:
-    planned = prepared.plan.peak_bytes
-    peak = f"peak memory {size(progress.peak_bytes)}"
-    peak += " (not planned)" if planned is None else f" (planned {size(planned)})"
+    peak = f"peak memory {_peak(progress.peak_bytes, prepared.plan.peak_bytes)}"
     if progress.loading_bytes > progress.peak_bytes:
         peak += f"; {size(progress.loading_bytes)} while the model was loaded"
     lines = [report.heading("done"), f"trained in {duration(progress.seconds)}; {peak}"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..core.attach import adapted_layers, detach
+from ..core.attach import adapted_layers, detach, trained_whole
 from ..core.dequantize import dequantize
 from ..core.errors import LoraError
 from ..core.quantised import is_quantised
@@ -95,12 +95,15 @@ class Reference:
 @dataclass(frozen=True)
 class MergedModel:
     """A plain model with the adapter in its weights. reference: what it is to say once it is written. tried: the bases
-    of a quantised model, and how far each is from base + adapter.
+    of a quantised model, and how far each is from base + adapter. updates: how many the adapter has; unmoved: how many
+    of them changed no number of their weight.
     """
 
     loaded: Loaded
     reference: Reference
     tried: dict[Onto, Difference]
+    updates: int
+    unmoved: int
     onto: Onto = "original"
 
 
@@ -118,7 +121,7 @@ def merged_model(
     quantize: how the base was quantised in training. onto: None takes the nearer one. data: rows to compare on; by
     default those that training held out for a quantised base, random tokens for a plain one.
 
-    Raises LoraError if the base that `onto` names is not there.
+    Raises LoraError if the base that `onto` names is not there, or if the merged model is the base model.
     """
     base, folder = base_and_adapter(model, adapter)
     assert folder is not None, "the caller has asked"
@@ -137,44 +140,60 @@ def merged_model(
     heldout = heldout_rows(trained, folder, data, model_task(base, folder)) if asks else random_rows(trained)
     reference = Reference(trained, heldout)
     tried: dict[Onto, Difference] = {}
+    updates, whole = len(adapted_layers(trained.model)), bool(trained_whole(trained.model)[0])
+    unmoved: dict[Onto, int] = {}
 
     def original() -> Loaded:
         loaded = load_with_adapter(model, adapter, dtype=dtype)
-        bake_layers(loaded.model)
+        unmoved["original"] = bake_layers(loaded.model)
         tried["original"] = reference.difference(loaded)
         return loaded
 
     def dequantised() -> Loaded:
         dequantize(trained.model)
-        bake_layers(trained.model)
+        unmoved["dequantised"] = bake_layers(trained.model)
         tried["dequantised"] = reference.difference(trained)
         return trained
 
     if not packed:
-        bake_layers(trained.model)
-        return MergedModel(trained, reference, {})
+        still = bake_layers(trained.model)
+        if still == updates and not whole:
+            here = str(trained.model.dtype).removeprefix("torch.")
+            raise LoraError(
+                f"{folder} changes no weight of {base} in {here}: the merged model would be the base model. The "
+                "adapter was not trained, or its updates are smaller than the last digit of the weights "
+                "(--dtype float32 keeps them)."
+            )
+        return MergedModel(trained, reference, {}, updates, still)
     if onto is None and quantize != "none":
         original()  # only measured: it is loaded again if it is the nearer one
     loaded = original() if onto == "original" else dequantised()
     nearest = min(tried, key=lambda name: tried[name].distance)
     if onto is None and nearest == "original":
         loaded = original()
-    return MergedModel(loaded, Reference(loaded, heldout), tried, nearest)
+    return MergedModel(loaded, Reference(loaded, heldout), tried, updates, unmoved[nearest], nearest)
 
 
-def bake_layers(model: PreTrainedModel) -> None:
-    """Merge and detach one layer after the other, so that no more than one weight is held twice."""
+def bake_layers(model: PreTrainedModel) -> int:
+    """Merge and detach one layer after the other, so that no more than one weight is held twice.
+
+    Returns how many updates changed no number of their weight.
+    """
     *others, last = adapted_layers(model).values()
-    for layer in others:
+    unmoved = 0
+    for layer in (*others, last):
+        before = layer.own_weight
         merge(layer)
-        detach(layer)
-    merge(last)
+        unmoved += torch.equal(before, layer.own_weight)
+        if layer is not last:
+            detach(layer)
     detach(model)  # with a layer merged: a head trained whole keeps its trained values
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     if outputs is not None and inputs.weight is not outputs.weight:
         # Otherwise a reload would tie them again and undo the merge of one of the two.
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
+    return unmoved
 
 
 @torch.inference_mode()

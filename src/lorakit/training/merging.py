@@ -15,7 +15,7 @@ from .adapter_folder import base_and_adapter
 from .config import Quantize
 from .generation import end_tokens
 from .locating import locate
-from .merged_model import Difference, Onto, merged_model
+from .merged_model import Difference, MergedModel, Onto, merged_model
 from .models import Loaded, load_with_adapter
 from .style import Style, trained_on
 
@@ -66,7 +66,7 @@ def merge_to_folder(
 
     The folder is filled only when the comparison is within `tolerance`; until then, what an earlier merge wrote there
     stays. Raises FileExistsError for a folder in use, or one that holds files that no merge wrote; ValueError if there
-    is nothing to merge or the difference is too large.
+    is nothing to merge, no weight changes, or the difference is too large.
     """
     base, folder = base_and_adapter(model, adapter)
     if folder is None:
@@ -97,7 +97,17 @@ def merge_to_folder(
         finally:
             out.drop_new()
     written = str(loaded.model.dtype).removeprefix("torch.")
-    return Merged(difference, written, _notes(base, dtype), merged.tried, merged.onto, merged.reference.heldout.source)
+    notes = (*_unmoved(merged), *_notes(base, dtype))
+    return Merged(difference, written, notes, merged.tried, merged.onto, merged.reference.heldout.source)
+
+
+def _unmoved(merged: MergedModel) -> tuple[str, ...]:
+    if not merged.unmoved:
+        return ()
+    return (
+        f"{merged.unmoved} of {merged.updates} updates changed no number of their weight: they are zero, or smaller "
+        "than its last digit (--dtype float32 keeps those).",
+    )
 
 
 def _notes(base: str, dtype: str) -> tuple[str, ...]:

@@ -55,7 +55,9 @@ def check_vocabulary(rows: Iterable[dict[str, Any]], model: Any, tokenizer: PreT
             "this model's tokenizer names neither a padding nor an end token, so rows cannot share a batch. Set "
             '"pad_token" in its tokenizer_config.json.'
         )
-    used = {tokenizer.pad_token_id}.union(*(row["input_ids"] for row in rows))
+    used = {tokenizer.pad_token_id}
+    for row in rows:
+        used.update(row["input_ids"])
     if beyond := sorted(token for token in used if token >= size):
         listed = ", ".join(f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in beyond[:5])
         more = f" and {len(beyond) - 5} more" if len(beyond) > 5 else ""

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import LoraError
 from ..core.numbers import size
@@ -15,8 +15,11 @@ from ..core.words import suggestion
 from . import report
 from .memory import memory_of
 from .models import best_device
+from .scores import metrics_for
 
 if TYPE_CHECKING:
+    from .config import TrainConfig
+    from .data import Data
     from .prepare import Prepared
 
 
@@ -80,6 +83,32 @@ def check_reporters(names: Sequence[str]) -> None:
                 f"--report-to {name}: {name} is not installed. Install it (pip install {name}), or leave it out."
             )
         raise LoraError(f"--report-to {name}: expected one of {', '.join(known)}.{suggestion(name, known)}")
+
+
+def check_metric(config: TrainConfig, data: Data, held_out: int) -> None:
+    """Raise ValueError if --metric, --patience or --keep cannot judge the held-out rows; ImportError without what
+    computes the metric. held_out: the number of rows that the loss is computed on.
+    """
+    if config.metric == "loss" and config.patience is None and config.keep == "last":
+        return
+    flag = (
+        f"--metric {config.metric}" if config.metric != "loss" else "--patience" if config.patience else "--keep best"
+    )
+    if not held_out:
+        raise LoraError(f"{flag}: {config.data} has no held-out rows; add a valid file, or --holdout above 0.")
+    if config.metric == "loss":
+        return
+    if not config.eval_samples:
+        raise LoraError(f"{flag}: --eval-samples 0 leaves no row to answer.")
+    judged = data.valid[: config.eval_samples]
+    answered = any(example.text is None for example in judged)
+    (metric,) = metrics_for([config.metric], data.task, answered)
+    same: dict[str, tuple[list[Any], list[Any]]] = {
+        "texts": (["a b c d"], [("a b c d",)]),
+        "classes": (["a", "b"], ["a", "b"]),
+        "numbers": ([0.0, 1.0], [0.0, 1.0]),
+    }
+    metric.score(*same[metric.of])  # imports what it needs
 
 
 def refuse_large_run(prepared: Prepared) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import itertools
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,23 +22,29 @@ from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
 from .config import TrainConfig, warnings_for
+from .continuing import begin_with, in_names_of, planned, taken_over
 from .data import Data, Example, read_data
 from .gradient_checkpointing import begin_checkpointing
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
+from .packing import packed
 from .plan import Plan, make_plan, processes
 from .positions import check_vocabulary, longest_row
-from .preflight import check_reporters
+from .preflight import check_metric, check_reporters
 from .quantize import heads, weight_bytes
 from .rows import DataError
 from .settings import UsageError
+from .spool import viewed
 from .style import Style
 from .sweep_settings import candidates
-from .task import in_model_order
+from .task import in_model_order, model_task
 from .tokens import encode_all, encode_text, preview
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,8 @@ class Prepared:
     data: Data
     tokenizer: PreTrainedTokenizerBase
     style: Style
-    train: list[dict[str, Any]]  # input_ids and labels (or label) of each row
-    valid: list[dict[str, Any]]
+    train: Rows  # input_ids and labels (or label) of each row
+    valid: Rows
     limit: int  # longest row in tokens: that of the settings, or the model's positions if fewer
     notes: tuple[str, ...]
     attached: Report
@@ -66,9 +75,19 @@ def prepare(config: TrainConfig) -> Prepared:
     """
     check_reporters(config.report_to or ())
     choices = candidates(config)
-    data = read_data(config.data, fields=fields_of(config), task=config.task, holdout=config.holdout, seed=config.seed)
+    given, (config, adapter) = config, taken_over(config)
+    data = read_data(
+        config.data,
+        fields=fields_of(config),
+        task=config.task,
+        holdout=config.holdout,
+        seed=config.seed,
+        train_on=config.train_on,
+        model=None if config.from_adapter is None else model_task(config.model, config.from_adapter),
+    )
     check_task(config, data)
-    if data.labels:
+    _refuse_float16(config, data)
+    if data.labels and config.from_adapter is None:
         data = dataclasses.replace(data, labels=in_model_order(data.labels, config.model))
     tokenizer = load_tokenizer(config.model)
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
@@ -78,6 +97,10 @@ def prepare(config: TrainConfig) -> Prepared:
         weights = weight_bytes(model)
     notes = list(data.notes)
     limit = longest_row(config.max_seq_length, model, tokenizer)
+    if config.train_on != "all" and not {"messages", "conversations"} & set(data.shape.split(" | ")):
+        raise LoraError(
+            f"--train-on {config.train_on} chooses turns of conversations, and {config.data} holds {data.shape} rows."
+        )
     rows = _causal_rows if data.task == "causal-lm" else _labelled_rows
     train, valid = rows(config, data, tokenizer, style, limit, notes)
     if not train:
@@ -85,16 +108,29 @@ def prepare(config: TrainConfig) -> Prepared:
         if limit == config.max_seq_length:
             remedy = f"raise --max-seq-length {limit}"
         raise LoraError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
-    check_vocabulary((*train, *valid), model, tokenizer)
-    from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
-
+    check_vocabulary(itertools.chain(train, valid), model, tokenizer)
+    check_metric(config, data, len(valid))
     if choices and (data.task != "causal-lm" or processes() > 1):
         raise UsageError("--sweep is for language models, in one process: a classifier's head is shared by all rows.")
+    if config.packing:
+        if data.task != "causal-lm":
+            raise LoraError("--packing is for language models: a classifier gives one answer for each text.")
+        packs = packed(train, limit)
+        full = _tokens(packs) / (len(packs) * limit)
+        notes.append(f"{len(train)} rows in {len(packs)} packs of at most {limit} tokens, {full:.0%} full")
+        train = packs
+    from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
+
     batch = _largest_batch(config, data, train, copies=max(len(choices), 1))
     largest = max(choices.values(), key=lambda own: own.rank, default=config)
+    if adapter is not None:
+        adapter = in_names_of(model, adapter)
     with fake:
         # The init does not change shapes, but may double the work here (some decompose each weight).
-        attached = attach_as(dataclasses.replace(largest, init="kaiming"), model, new_head=data.task != "causal-lm")
+        if adapter is not None:
+            config, attached = planned(config, model, adapter, given)
+        else:
+            attached = attach_as(dataclasses.replace(largest, init="kaiming"), model, new_head=data.task != "causal-lm")
         plan = _plan(config, data, train, model, _faked(batch, fake))
         plan = plan.with_adapters(model, len(choices) - 1) if choices else plan
     return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan, weights)
@@ -114,6 +150,7 @@ def start_block(prepared: Prepared) -> str:
         *_example_lines(prepared),
         report.heading("model"),
         f"{config.model}: {_weights(prepared)} on {best_device()}",
+        *([f"goes on with the adapter {config.from_adapter}"] if config.from_adapter else []),
         str(prepared.attached),
         report.heading("plan"),
         f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
@@ -143,6 +180,17 @@ def _memory(plan: Plan) -> str:
     return f"about {size(plan.peak_bytes)} of memory{each} at the peak of training"
 
 
+def adapt(config: TrainConfig, model: nn.Module, *, new_head: bool) -> None:
+    """Adapt the model as the run begins: with new factors, or with those of an adapter.
+
+    new_head: as for `attach_as`.
+    """
+    if config.from_adapter is not None:
+        begin_with(config, model)
+    else:
+        attach_as(config, model, new_head=new_head)
+
+
 def attach_as(config: TrainConfig, model: nn.Module, *, new_head: bool) -> Report:
     """`attach` with a run's settings. new_head: also train the modules beside the base model (a head) in full."""
     whole = [*config.also_train, *(heads(model) if new_head else [])]
@@ -154,8 +202,22 @@ def weights_dtype(config: TrainConfig, data: Data) -> str:
     """The dtype of the base weights. For "auto": bfloat16 if it is fast and all of them stay frozen, else float32."""
     if config.dtype != "auto":
         return config.dtype
-    trains_weights = data.task != "causal-lm" or bool(config.also_train) or config.bias != "none"
-    return "bfloat16" if has_fast_bfloat16(best_device()) and not trains_weights else "float32"
+    return "bfloat16" if has_fast_bfloat16(best_device()) and not _trains_weights(config, data) else "float32"
+
+
+def _trains_weights(config: TrainConfig, data: Data) -> bool:
+    """Whether weights of the base model's dtype are trained: a new head, modules in full, biases."""
+    return data.task != "causal-lm" or bool(config.also_train) or config.bias != "none"
+
+
+def _refuse_float16(config: TrainConfig, data: Data) -> None:
+    """Raise ValueError for trained weights in float16. Small steps vanish there, and a loss scaler refuses them."""
+    if config.dtype == "float16" and _trains_weights(config, data):
+        what = "a new head" if data.task != "causal-lm" else "--also-train" if config.also_train else "--bias"
+        raise LoraError(
+            f"--dtype float16 with {what}: weights that are trained in full would be float16, which cannot hold an "
+            "optimizer's small steps. Take --dtype bfloat16 or float32."
+        )
 
 
 def uses_autocast(config: TrainConfig, data: Data) -> bool:
@@ -184,10 +246,10 @@ def check_task(config: Any, data: Data) -> None:
 
 def _causal_rows(
     config: TrainConfig, data: Data, tokenizer: PreTrainedTokenizerBase, style: Style, limit: int, notes: list[str]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[Rows, Rows]:
     """The rows of train and valid. Raises DataError listing the bad rows of both."""
     problems: list[str] = []
-    parts: list[list[dict[str, Any]]] = []
+    parts: list[Rows] = []
     dropped = truncated = 0
     said: list[str] = []
     for examples in (data.train, data.valid):
@@ -199,6 +261,7 @@ def _causal_rows(
                 too_long=config.too_long,
                 system=style.system,
                 chat=style.chat,
+                chosen=config.train_on != "all",
             )
         except DataError as error:
             problems += error.problems
@@ -206,7 +269,7 @@ def _causal_rows(
         dropped += encoded.dropped
         truncated += encoded.truncated
         said += encoded.notes
-        parts.append([{"input_ids": row.input_ids, "labels": row.labels} for row in encoded.rows])
+        parts.append(viewed(encoded.rows, lambda row: {"input_ids": row.input_ids, "labels": row.labels}))
     if problems:
         raise DataError(problems)
     over = f"{_limit(config, limit)}, --too-long {config.too_long}"
@@ -221,7 +284,7 @@ def _causal_rows(
 
 def _labelled_rows(
     config: TrainConfig, data: Data, tokenizer: PreTrainedTokenizerBase, style: Style, limit: int, notes: list[str]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[Rows, Rows]:
     """The rows of train and valid, each with the index of its class, or with the number to predict."""
     full = 0
 
@@ -261,17 +324,21 @@ def _example_lines(prepared: Prepared) -> list[str]:
     return lines + [report.marked(preview(row, prepared.tokenizer), colour) for row in rows]
 
 
-def _largest_batch(config: TrainConfig, data: Data, rows: list[dict[str, Any]], copies: int) -> dict[str, Any]:
+def _largest_batch(config: TrainConfig, data: Data, rows: Rows, copies: int) -> dict[str, Any]:
     """The largest batch that training can meet: the longest rows together, with their real labels.
 
     copies: how often each row is in the batch, once for each adapter.
     """
-    longest = sorted(rows, key=lambda row: len(row["input_ids"]))[-config.batch_size :] * copies
+    places = enumerate(len(row["input_ids"]) for row in rows)
+    largest = heapq.nlargest(config.batch_size, places, key=lambda place: (place[1], place[0]))
+    longest = [rows[index] for index, _ in reversed(largest)] * copies
     lengths = [len(row["input_ids"]) for row in longest]
     ids = torch.ones(len(longest), lengths[-1], dtype=torch.long)
     # Without padding, models skip the attention mask. With fake tensors they always make one, so the plan is a little
     # too large.
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": ids}
+    if config.packing:
+        batch = {"input_ids": ids, "position_ids": torch.arange(lengths[-1]).expand(len(longest), -1).contiguous()}
     if data.task != "causal-lm":
         return batch | {"labels": torch.tensor([row["labels"] for row in longest])}
     labels = [row["labels"] + [-100] * (lengths[-1] - len(row["labels"])) for row in longest]
@@ -290,7 +357,7 @@ def _faked(batch: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
     }
 
 
-def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: Any, batch: dict[str, Any]) -> Plan:
+def _plan(config: TrainConfig, data: Data, rows: Rows, model: Any, batch: dict[str, Any]) -> Plan:
     if config.gradient_checkpointing:
         begin_checkpointing(model)
     model.train()
@@ -315,5 +382,5 @@ def _plan(config: TrainConfig, data: Data, rows: list[dict[str, Any]], model: An
     )
 
 
-def _tokens(rows: list[dict[str, Any]]) -> int:
+def _tokens(rows: Rows) -> int:
     return sum(len(row["input_ids"]) for row in rows)

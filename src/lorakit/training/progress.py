@@ -17,6 +17,7 @@ from ..core.numbers import duration
 from ..formats.files import naming, replacing
 from .memory import forget_peak, peak_memory
 from .pace import Pace
+from .scores import METRICS, logged_as
 
 _TOLD = 10.0  # seconds: a shorter rest of a run is not announced
 
@@ -104,7 +105,9 @@ class Progress(TrainerCallback):
         elif "loss" in line:
             print(f"step {line['step']}/{steps}  loss {line['loss']:.4f}  {line['seconds']:.0f} s", flush=True)
         elif "eval_loss" in line:
-            print(f"step {line['step']}/{steps}  held-out loss {line['eval_loss']:.4f}", flush=True)
+            scores = {name: line[logged_as(name)] for name in METRICS if logged_as(name) in line}
+            also = "".join(f", {name} {value:.4g}" for name, value in scores.items())
+            print(f"step {line['step']}/{steps}  held-out loss {line['eval_loss']:.4f}{also}", flush=True)
 
 
 def _heldout_losses(args: Any, state: Any) -> int:

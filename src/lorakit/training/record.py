@@ -11,7 +11,7 @@ import array
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,17 @@ from .config import TrainConfig
 from .models import Loaded, best_device, resolve_dtype
 from .plan import processes
 from .prepare import Prepared, uses_autocast, weights_dtype
+from .values import value_text
 
-_FREE = {
+FREE = {  # settings that do not change what is computed, or of which a message tells
     *("output_dir", "resume", "overwrite", "dry_run", "ignore_memory"),
     *("eval_steps", "save_steps", "logging_steps", "eval_samples", "max_new_tokens", "report_to"),
     *("epochs", "max_steps"),  # `longer_or_shorter` tells the user what this changes
     "gradient_checkpointing",  # the same numbers in less memory
     *("model", "data"),  # compared by content, so that they may be moved
 }
+# These decide when a run ends, and with which adapter, once held-out rows are judged.
+_JUDGING = {"eval_steps", "eval_samples", "max_new_tokens"}
 _PROBED = 64  # numbers of each weight that go into its fingerprint
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "pad_token_id")
 
@@ -40,7 +43,7 @@ def run_record(prepared: Prepared) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
     settings["alpha"] = 2.0 * config.rank if config.alpha is None else config.alpha
     settings["dtype"] = str(resolve_dtype(weights_dtype(config, data), best_device())).removeprefix("torch.")
-    rows = [{**dataclasses.asdict(example), "where": None} for example in data.train]
+    rows = ({**dataclasses.asdict(example), "where": None} for example in data.train)
     return {
         # As JSON returns it: tuples become lists.
         "settings": json.loads(json.dumps(settings)),
@@ -48,8 +51,8 @@ def run_record(prepared: Prepared) -> dict[str, Any]:
         "processes": processes(),
         "steps": prepared.plan.steps,
         "rows": len(prepared.train),
-        "data": _digest(*(json.dumps(row, sort_keys=True, default=str).encode() for row in rows)),
-        "tokens": _digest(*map(_encoded, prepared.train)),
+        "data": _digest(json.dumps(row, sort_keys=True, default=str).encode() for row in rows),
+        "tokens": _digest(map(_encoded, prepared.train)),
     }
 
 
@@ -65,7 +68,7 @@ def base_fingerprint(loaded: Loaded) -> str:
         some = flat[:: max(1, flat.numel() // _PROBED)][:_PROBED].to("cpu", torch.float32)
         values = b"" if name in loaded.new_parameters else some.numpy().tobytes()
         parts.append(f"{name} {tuple(parameter.shape)}".encode() + values)
-    return _digest(*parts)
+    return _digest(parts)
 
 
 def record_of_released(settings: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -83,15 +86,17 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = then["settings"], now["settings"]
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     by_content = "data" in then
+    judges = (new["metric"], new["patience"], new["keep"]) != ("loss", None, "last")
+    free = FREE - _JUDGING if judges else FREE
     lines = []
     for name, value in new.items():
-        if name in _FREE and (by_content or name not in ("model", "data")):
+        if name in free and (by_content or name not in ("model", "data")):
             continue
         before = old.get(name, defaults.get(name))
         if name == "dtype" and before == "auto":  # 0.1.0 did not note which one was meant
             continue
         if _plain(before) != _plain(value):
-            lines.append(f"--{name.replace('_', '-')}: {_shown(before)} then, {_shown(value)} now")
+            lines.append(f"--{name.replace('_', '-')}: {value_text(before)} then, {value_text(value)} now")
     for name, said in (("processes", "processes"), ("autocast", "products in bfloat16")):
         if name in then and then[name] != now[name]:
             lines.append(f"{said}: {then[name]} then, {now[name]} now")
@@ -127,7 +132,7 @@ def longer_or_shorter(then: Mapping[str, Any], now: Mapping[str, Any], step: int
     return [f"{said}{follows}."]
 
 
-def _digest(*parts: bytes) -> str:
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
@@ -143,9 +148,3 @@ def _encoded(row: Mapping[str, Any]) -> bytes:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value)) or "none"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

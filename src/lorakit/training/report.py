@@ -1,4 +1,4 @@
-"""The texts of a run: headings, the comparison it ends with, the commands to use next, and the model card.
+"""The texts of a run: headings, the comparison it ends with, and the commands to use next.
 
 The functions only return text; the caller prints it.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from ..core.numbers import duration
 from ..core.table import Table
+from .intervals import Ends
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Base and adapted model on the held-out rows. Metrics by name: (base, adapter); rates in [0, 1]."""
+    """Base and adapted model on the held-out rows. Metrics by name: (base, adapter); rates in [0, 1].
+
+    right: whether the adapted model's answer to each sample is the expected one; empty for numbers, which are never
+    equal. intervals: the 95 % intervals of the metrics over the rows, by name: (base, adapter).
+    """
 
     rows: int
     split: str
     metrics: dict[str, tuple[float, float]]
     samples: tuple[Sample, ...]
-    right: tuple[bool, ...] = ()  # whether the adapted model's answer to each sample is the expected one
+    right: tuple[bool, ...] = ()
     notes: tuple[str, ...] = ()  # what a reader of the metrics must know
+    intervals: Mapping[str, tuple[Ends, Ends]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,13 +85,15 @@ def comparison(result: Evaluation, shown: int = 3, *, rows: str = "", adapted: b
     lines = [heading(f"{scored}: base → adapter" if adapted else scored)]
     for name, (before, after) in result.metrics.items():
         gained = f" → {metric_value(name, after)}" if adapted else ""
-        lines.append(f"{name:<16} {metric_value(name, before):>9}{gained}")
+        ends = interval(result, name)
+        within = f"   95 % interval {ends[adapted]}" if ends else ""
+        lines.append(f"{name:<16} {metric_value(name, before):>9}{gained}{within}")
     lines += [f"note: {note}" for note in result.notes]
-    for sample in _telling(result.samples)[:shown]:
-        lines += ["", f"  {_line(sample.prompt)}"]
-        lines += [f"    base      {_line(sample.base)}"] if adapted else []
-        lines += [f"    {'adapter' if adapted else 'answer':<9} {_line(sample.adapter)}"]
-        lines += [f"    expected  {_line(sample.expected)}"]
+    for sample in telling(result.samples)[:shown]:
+        lines += ["", *_beside("  ", sample.prompt)]
+        lines += _beside("    base      ", sample.base) if adapted else []
+        lines += _beside(f"    {'adapter' if adapted else 'answer':<9} ", sample.adapter)
+        lines += _beside("    expected  ", sample.expected)
     return "\n".join(lines)
 
 
@@ -107,7 +115,8 @@ def comparison_of_several(result: SeveralEvaluations, shown: int = 3, *, rows: s
     answers = list(_side_by_side(lines) if whole is None else _by_their_own(lines))
     for asked, said, _ in sorted(answers, key=lambda answer: not answer[2])[:shown]:
         width = max(map(len, said))
-        text += ["", f"  {_line(asked)}", *(f"    {name:<{width}}  {_line(own)}" for name, own in said.items())]
+        text += ["", *_beside("  ", asked)]
+        text += [line for name, own in said.items() for line in _beside(f"    {name:<{width}}  ", own)]
     return "\n".join(text)
 
 
@@ -122,11 +131,24 @@ def _side_by_side(lines: Mapping[str, Evaluation]) -> Iterator[tuple[str, dict[s
 
 def _by_their_own(lines: Mapping[str, Evaluation]) -> Iterator[tuple[str, dict[str, str], bool]]:
     """The same where each row has an adapter; one of each adapter first."""
-    for samples in zip_longest(*(_telling(own.samples) for own in lines.values())):
+    for samples in zip_longest(*(telling(own.samples) for own in lines.values())):
         for name, sample in zip(lines, samples, strict=True):
             if sample is not None:
                 differ = sample.base.strip() != sample.adapter.strip()
                 yield sample.prompt, {"base": sample.base, name: sample.adapter, "expected": sample.expected}, differ
+
+
+def _beside(label: str, text: str) -> list[str]:
+    """The text beside its label, broken between words at the width of the terminal, so that lines stay under it."""
+    width = max(40, shutil.get_terminal_size().columns)
+    found = textwrap.wrap(
+        one_line(text, 220),
+        width,
+        initial_indent=label,
+        subsequent_indent=" " * len(label),
+        break_on_hyphens=False,
+    )
+    return found or [label.rstrip()]
 
 
 def next_commands(
@@ -166,86 +188,46 @@ def _program() -> str:
     return shlex.quote(str(called)) if called.name == "lorakit" and not shutil.which("lorakit") else "lorakit"
 
 
-def model_card(
-    *,
-    base_model: str,
-    data: str,
-    settings: dict[str, object],
-    parameters: str,
-    result: Evaluation | None,
-    seconds: float,
-    labels: tuple[str, ...] | None = None,
-) -> str:
-    """README.md of an output folder: what it is, how it was made, what it does, how to use it.
-
-    labels: the classes of a classifier (none for a regression); None for a language model.
-    """
-    base_model, data = public(base_model), public(data)
-    front = ["---", f"base_model: {base_model}", "library_name: peft", "tags: [lora, lorakit]", "---", ""]
-    auto, head = "AutoModelForCausalLM", ""
-    if labels is not None:
-        auto, head = "AutoModelForSequenceClassification", f", num_labels={len(labels) or 1}"
-    body = [
-        f"# LoRA adapter for {Path(base_model).name}",
-        "",
-        f"Base model: `{base_model}`  ",
-        f"Data: `{data}`  ",
-        f"Training took {duration(seconds)}; {parameters}.",
-        "",
-        "## Use",
-        "",
-        "```python",
-        "import lorakit",
-        f"from transformers import {auto}",
-        "",
-        f'model = {auto}.from_pretrained("{base_model}"{head})',
-        'lorakit.load(model, "THIS_FOLDER")',
-        "```",
-        "",
-        'The folder is PEFT\'s format: `PeftModel.from_pretrained(model, "THIS_FOLDER")` reads it too.',
-        "",
-    ]
-    if result is not None:
-        body += ["## Results", "", f"On {result.rows} held-out rows ({result.split}):", ""]
-        body += [metrics_table(result).markdown(), ""]
-        if result.samples:
-            body += [_samples_table(_telling(result.samples)[:5]).markdown(), ""]
-    values = ((name, str(public(value) if isinstance(value, str) else value)) for name, value in settings.items())
-    body += ["## Settings", "", Table(("setting", "value"), tuple(values), left=frozenset({0, 1})).markdown()]
-    return "\n".join([*front, *body]) + "\n"
-
-
 def metrics_table(result: Evaluation) -> Table:
-    """Each metric of the base model and of the adapted one."""
-    rows = (
-        (name, metric_value(name, before), metric_value(name, after))
-        for name, (before, after) in result.metrics.items()
-    )
-    return Table(("metric", "base", "adapter"), tuple(rows))
+    """Each metric of the base model and of the adapted one, with their 95 % intervals where they are known."""
+    rows = []
+    for name, values in result.metrics.items():
+        ends = interval(result, name)
+        cells = [metric_value(name, value) for value in values]
+        if ends:
+            cells = [f"{cell} ({own})" for cell, own in zip(cells, ends, strict=True)]
+        rows.append((name, *cells))
+    note = " (95 % interval)" if result.intervals else ""
+    return Table(("metric", f"base{note}", f"adapter{note}"), tuple(rows))
 
 
-def public(text: str) -> str:
-    """A setting as others may read it: of an absolute path or one with ~, only the last name."""
-    path = Path(text)
-    return path.name if path.is_absolute() or text.startswith("~") else text
+def interval(result: Evaluation, name: str) -> tuple[str, ...]:
+    """The 95 % intervals of a metric as text, of the base and of the adapted model; empty if they are not known."""
+    found = result.intervals.get(name, ())
+    return tuple(ends_text(name, ends) for ends in found)
 
 
-def _telling(samples: Sequence[Sample]) -> list[Sample]:
+def ends_text(metric: str, ends: Ends) -> str:
+    """The interval of a metric as text."""
+    return f"{metric_value(metric, ends[0])} to {metric_value(metric, ends[1])}"
+
+
+def telling(samples: Sequence[Sample]) -> list[Sample]:
     """Samples in which base and adapter differ come first: they show what was learnt."""
     return sorted(samples, key=lambda sample: sample.base.strip() == sample.adapter.strip())
 
 
 def metric_value(name: str, value: float) -> str:
-    """A rate as a percentage, anything else as a number."""
-    return f"{value:.1%}" if name in ("exact match", "accuracy") else f"{value:.3f}"
+    """A share as a percentage, anything else as a number."""
+    return f"{value:.1%}" if is_share(name) else f"{value:.3f}"
 
 
-def _line(text: str, width: int = 110) -> str:
+def is_share(metric: str) -> bool:
+    """Whether a metric is the share of the rows that are right."""
+    return metric in ("exact match", "accuracy")
+
+
+def one_line(text: str, width: int = 110) -> str:
+    """The text on one line, cut to `width` characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= width else flat[: width - 1] + "…"
-
-
-def _samples_table(samples: Sequence[Sample]) -> Table:
-    rows = ((one.prompt, one.base, one.adapter, one.expected) for one in samples)
-    cells = tuple(tuple(map(_line, row)) for row in rows)
-    return Table(("asked", "base", "adapter", "expected"), cells, left=frozenset(range(4)))

@@ -1,7 +1,8 @@
 """Read the rows of a file (JSON, CSV, Parquet or plain text, compressed or not), and report lines that are not rows.
 
 A file is read to its end, so every bad line is reported with its place. The text of a JSON file, not the file's name,
-decides its layout (a list, an object a line, rows under a key).
+decides its layout (a list, an object a line, rows under a key). Lines of JSON, CSV and Parquet are read in a stream, so
+the memory does not grow with the file. Other layouts of JSON are read whole.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ import bz2
 import decimal
 import gzip
 import io
+import itertools
 import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..core.errors import LoraError
-from ..core.reading import bytes_of, decoded
+from ..core.reading import bytes_of, decoded, refuse_pointer
 from ..core.words import first_line
 from . import tables
 
@@ -30,6 +33,7 @@ _UNPACK: dict[str, Callable[[bytes], bytes]] = {
     ".bz2": bz2.decompress,
     ".xz": lzma.decompress,
 }
+_OPEN: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # Keys under which a file that is one object holds its rows.
 _HOLDS_ROWS = ("data", "rows", "examples", "items", "records", "instances", "samples", "train", "valid", "test")
 _LISTED = 20  # causes in a message
@@ -86,28 +90,42 @@ def _place(problem: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in parts]
 
 
-def read_file(path: Path, findings: Findings) -> list[Row]:
-    """The rows of a file. What is wrong with a line is added to the findings.
+def read_file(path: Path, findings: Findings) -> Iterator[Row]:
+    """The rows of a file, read while they are taken. What is wrong with a line is added to the findings.
 
     Raises ValueError for an unknown kind of file, and DataError for a file that cannot be read at all.
     """
     suffix, _ = suffixes(path)
     if suffix is None:
         raise LoraError(f"{path}: unknown kind of file; expected {', '.join(SUFFIXES)}, or one packed with gzip.")
-    before = len(findings.problems)
-    if suffix == ".parquet":
-        rows = list(_read_parquet(path, findings))
-    else:
-        text = _text_of(path)
-        if suffix in (".csv", ".tsv"):
-            delimiter = "\t" if suffix == ".tsv" else ","
-            cells = tables.read_cells(path.name, text, delimiter, findings.problems, findings.notes)
-            rows = [Row(where, values) for where, values in cells]
-        else:
-            rows = list((_read_txt if suffix == ".txt" else _read_json)(path.name, text, findings))
-    if not rows and len(findings.problems) == before:
+    before, count = len(findings.problems), 0
+    for row in _rows_of(path, suffix, findings):
+        count += 1
+        yield row
+    if not count and len(findings.problems) == before:
         findings.problems.append(f"{path.name}: the file holds no rows.")
-    return rows
+
+
+def _rows_of(path: Path, suffix: str, findings: Findings) -> Iterator[Row]:
+    refuse_pointer(path)
+    if suffix == ".parquet":
+        yield from _read_parquet(path, findings)
+        return
+    try:
+        with _lines_of(path) as lines:
+            if suffix in (".csv", ".tsv"):
+                delimiter = "\t" if suffix == ".tsv" else ","
+                cells = tables.read_cells(
+                    path.name, lines, delimiter, findings.problems, findings.notes, lambda: _text_of(path)
+                )
+                yield from (Row(where, values) for where, values in cells)
+            elif suffix == ".txt":
+                yield from _read_txt(path.name, lines)
+            else:
+                yield from _read_lines(path, lines, findings)
+    except (UnicodeError, EOFError, OSError, zlib.error, lzma.LZMAError):
+        _text_of(path)  # says what is wrong with the file, and where
+        raise
 
 
 def suffixes(path: Path) -> tuple[str | None, str]:
@@ -147,28 +165,84 @@ def _text_of(path: Path) -> str:
         raise DataError([str(error)]) from None
 
 
-def _read_txt(name: str, text: str, findings: Findings) -> Iterator[Row]:
-    # Not splitlines(), which also ends lines at U+2028, form feeds and others.
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+def _lines_of(path: Path) -> TextIO:
+    """The lines of a file with their ends, which are line feeds, carriage returns, or both."""
+    _, packing = suffixes(path)
+    # newline="" does not change what stands in quoted cells, and ends no line at U+2028, form feeds and others.
+    return _OPEN.get(packing, io.open)(path, "rt", encoding="utf-8-sig", newline="")  # type: ignore[no-any-return]
+
+
+def _read_txt(name: str, lines: Iterable[str]) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
-            yield Row(f"{name}:{number}", {"text": line.rstrip("\n")})
+            yield Row(f"{name}:{number}", {"text": line.rstrip("\r\n")})
 
 
 # --- JSON ----------------------------------------------------------------------------------------------------------
 
 
-def _read_json(name: str, text: str, findings: Findings) -> Iterator[Row]:
+def _read_lines(path: Path, lines: TextIO, findings: Findings) -> Iterator[Row]:
+    """The rows of a file with an object on each line, in a stream; one of another layout is read whole."""
+    name = path.name
+    numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    ahead: deque[tuple[int, str]] = deque(itertools.islice(numbered, 2))
+    if len(ahead) < 2 or any(_object_in(line) is None for _, line in ahead):
+        yield from _read_json(name, _text_of(path), findings)
+        return
+    while ahead:
+        number, line = ahead.popleft()
+        ahead.extend(itertools.islice(numbered, 2 - len(ahead)))
+        value = _object_in(line)
+        if value is None and ahead and _object_in(ahead[0][1]) is None and _error_in(ahead[0][1]) is not None:
+            # Neither this line nor the next one is JSON by itself: perhaps the two are parts of one value.
+            rest = line + "".join(text for _, text in ahead) + lines.read()
+            yield from _read_json(name, rest, findings, first=number)
+            return
+        if value is None:
+            if (error := _error_in(line)) is not None:
+                findings.problems.append(f"{name}:{number}: not JSON: {_reason(error)}")
+                continue
+            yield from _read_json(name, line, findings, first=number)  # no object, or several
+            continue
+        yield from _sound([(f"{name}:{number}", value)], line, findings)
+
+
+def _object_in(line: str) -> dict[str, Any] | None:
+    """The one object that a line holds; None for any other line."""
+    try:
+        value = _DECODER.decode(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _error_in(line: str) -> Exception | None:
+    try:
+        for _ in _values(line):
+            pass
+    except (ValueError, RecursionError) as error:
+        return error
+    return None
+
+
+def _read_json(name: str, text: str, findings: Findings, first: int = 1) -> Iterator[Row]:
+    """The rows in a text, which begins at the line `first` of its file."""
     problems: list[str] = []
     values: list[tuple[str, Any]] = []
     try:
-        values = [(f"{name}:{line}", value) for line, value in _values(text)]
+        values = [(f"{name}:{line}", value) for line, value in _values(text, first)]
     except (ValueError, RecursionError) as error:
-        values = _by_lines(name, text, problems)
+        values = _by_lines(name, text, problems, first)
         if len(values) <= len(problems) and not _an_object_a_line(text):  # one value over many lines
-            values, problems = [], [f"{name}{_line_of(error)}: not JSON: {_reason(error)}"]
+            values, problems = [], [f"{name}{_line_of(error, first)}: not JSON: {_reason(error)}"]
     findings.problems += problems
-    if len(values) == 1:
+    if len(values) == 1 and first == 1:
         values = _held(name, values[0][1], findings) or values
+    yield from _sound(values, text, findings)
+
+
+def _sound(values: Iterable[tuple[str, Any]], text: str, findings: Findings) -> Iterator[Row]:
+    """The rows among the values of a text."""
     # Only an escape can give a lone surrogate: the text itself is UTF-8.
     escapes = "\\ud" in text.lower()
     for where, value in values:
@@ -181,9 +255,9 @@ def _read_json(name: str, text: str, findings: Findings) -> Iterator[Row]:
             yield Row(where, value)
 
 
-def _values(text: str) -> Iterator[tuple[int, Any]]:
+def _values(text: str, first: int = 1) -> Iterator[tuple[int, Any]]:
     """The values that stand one after another in a text, each with its line. Raises what `json` raises."""
-    end, line, seen = 0, 1, 0
+    end, line, seen = 0, first, 0
     while (start := _BLANK.match(text, end).end()) < len(text):  # type: ignore[union-attr]
         line += text.count("\n", seen, start)
         value, end = _DECODER.raw_decode(text, start)
@@ -191,10 +265,10 @@ def _values(text: str) -> Iterator[tuple[int, Any]]:
         yield line, value
 
 
-def _by_lines(name: str, text: str, problems: list[str]) -> list[tuple[str, Any]]:
+def _by_lines(name: str, text: str, problems: list[str], first: int) -> list[tuple[str, Any]]:
     """The value on each line; what is wrong with a line goes to the problems."""
     values = []
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+    for number, line in enumerate(io.StringIO(text, newline=None), first):
         if line.strip():
             try:
                 values.append((f"{name}:{number}", _DECODER.decode(line.rstrip("\n"))))
@@ -232,8 +306,8 @@ def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _line_of(error: Exception) -> str:
-    return f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+def _line_of(error: Exception, first: int) -> str:
+    return f":{error.lineno + first - 1}" if isinstance(error, json.JSONDecodeError) else ""
 
 
 def _reason(error: Exception) -> str:
@@ -265,17 +339,19 @@ def _read_parquet(path: Path, findings: Findings) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    packed = bool(suffixes(path)[1])
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(_bytes_of(path)))
-        rows = table.to_pylist(maps_as_pydicts="strict")
+        with pyarrow.parquet.ParquetFile(io.BytesIO(_bytes_of(path)) if packed else path) as file:
+            if twice := tables.twice(file.schema_arrow.names):
+                findings.problems.append(f"{path.name}: the column {twice!r} stands there twice")
+                return
+            index = 0
+            for batch in file.iter_batches(1024):
+                for values in batch.to_pylist(maps_as_pydicts="strict"):
+                    index += 1
+                    yield Row(f"{path.name} row {index}", of_columns(values))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         findings.problems.append(f"{path.name}: cannot be read as Parquet: {first_line(error)}")
-        return
-    if twice := tables.twice(table.column_names):
-        findings.problems.append(f"{path.name}: the column {twice!r} stands there twice")
-        return
-    for index, values in enumerate(rows):
-        yield Row(f"{path.name} row {index + 1}", of_columns(values))
 
 
 def of_columns(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -19,8 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..core.errors import LoraError
 from ..core.paths import expanded
+from ..core.table import Table
 from ..core.words import suggestion
-from .values import converted, describe
+from .values import converted, describe, value_text
 from .yaml_files import Yaml, line_of, root_of, value_of
 
 if TYPE_CHECKING:
@@ -47,13 +49,15 @@ def setting(
     parse: Parse | None = None,
     file_only: bool = False,
     path: bool = False,
+    many: bool = False,
     **limits: Any,
 ) -> Any:
     """A field. Limits of a number: above, at_least, below, at_most. aliases: other names that people type from habit.
 
     The limits apply to flags, files and Python, and no number may be infinite or nan. factory: makes the default.
     parse: reads a value with several parts from a flag or a file. file_only: the setting has no flag.
-    path: ~ in it is the home folder.
+    path: ~ in it is the home folder. many: the flag may be given several times, and a file may hold a list or a mapping
+    to numbers; all become one text, "a,b=0.3".
     """
     metadata = {
         "help": help,
@@ -64,6 +68,7 @@ def setting(
         "parse": parse,
         "file_only": file_only,
         "path": path,
+        "many": many,
     }
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
@@ -85,6 +90,7 @@ def add_setting_flags(config: type, parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = own.metavar()
+            options["action"] = "append" if own.meta["many"] else "store"
         title = own.meta["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -114,7 +120,7 @@ def check_settings(config: Any) -> None:
         if own.meta["parse"] is None:
             value = converted(getattr(config, name), own.type, own.meta["limits"], name, problems)
             if own.meta["path"] and value is not None:
-                value = expanded(value)
+                value = ",".join(map(expanded, value.split(","))) if own.meta["many"] else expanded(value)
             object.__setattr__(config, name, value)
     if problems:
         raise UsageError("\n".join(problems))
@@ -142,7 +148,10 @@ def from_args(config: type[Config], args: argparse.Namespace) -> Config:
         problems.append(f"missing: {example}   (or give them in a YAML file: --config FILE)")
     if problems:
         raise UsageError("\n".join(problems))
-    return config(**values)
+    made = config(**values)
+    if hasattr(config, "given"):
+        object.__setattr__(made, "given", frozenset(values))
+    return made
 
 
 def to_yaml(config: Any) -> str:
@@ -155,6 +164,35 @@ def to_yaml(config: Any) -> str:
         return [lists(own) for own in value] if isinstance(value, list | tuple) else value
 
     return str(yaml.safe_dump(lists(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True))
+
+
+def to_command(config: Any, verb: str) -> str:
+    """The command line that gives these settings, quoted for a shell. Settings at their defaults are left out."""
+    words = ["lorakit", verb]
+    for name, own in _settings(type(config)).items():
+        value = getattr(config, name)
+        if not own.is_required and value == own.default:
+            continue
+        flag = f"--{_kebab(name)}"
+        if own.type is bool:
+            words.append(flag if value else f"--no-{_kebab(name)}")
+            continue
+        text = ",".join(value) if isinstance(value, tuple) else str(value)
+        if isinstance(value, float):
+            text = text.removesuffix(".0")
+        words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
+    return shlex.join(words)
+
+
+def settings_table(config: Any) -> Table:
+    """Every setting and its value, those that differ from their defaults marked."""
+    rows, marked = [], set()
+    for row, (name, own) in enumerate(_settings(type(config)).items()):
+        value = getattr(config, name)
+        rows.append((name, value_text(value)))
+        if own.is_required or value != own.default:
+            marked.add((row, 1))
+    return Table(("setting", "value"), tuple(rows), left=frozenset({0, 1}), marked=frozenset(marked))
 
 
 def commented_yaml(config: type, verb: str) -> str:
@@ -218,6 +256,8 @@ class _Setting:
         """`value` as the type of the field; what is wrong with it is added to `problems`, with `where` it stands."""
         if self.meta["parse"] is not None:
             return self.meta["parse"](value, where, problems)
+        if self.meta["many"] and isinstance(value, list | dict):
+            value = _joined(value)
         return converted(value, self.type, self.limits, where, problems)
 
     def metavar(self) -> str:
@@ -235,6 +275,13 @@ class _Setting:
         default = self.default
         shown = ",".join(default) if isinstance(default, tuple) else default
         return f"{text} (default: {f'{shown:g}' if isinstance(shown, float) else shown})"
+
+
+def _joined(value: Any) -> str:
+    """A list, or a mapping to numbers, as one text: "a,b=0.3"."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={number}" for name, number in value.items())
+    return ",".join(map(_joined, value)) if isinstance(value, list) else str(value)
 
 
 def _settings(config: type[Any]) -> dict[str, _Setting]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.words import suggestion
-from .conversations import BadRow, Conversation, conversation, is_empty, is_missing, parsed_json, tools_of
+from .conversations import BadRow, Conversation, TrainOn, conversation, is_empty, is_missing, parsed_json, tools_of
 from .rows import Row, kind
 
 SHAPES = "messages | conversations | prompt+completion | instruction+output | text+label | text"
@@ -58,16 +58,17 @@ class Example:
     adapter: str | None = None  # the one of several adapters that answers this row
 
 
-def parse(row: Row, fields: Mapping[str, str]) -> tuple[str, Example, set[str]]:
+def parse(row: Row, fields: Mapping[str, str], train_on: TrainOn = "all") -> tuple[str, Example, set[str]]:
     """The shape of a row, its example, and the row's keys that hold something but were not read. Raises BadRow.
 
-    fields: the file's keys for roles, as `read_data` takes them.
+    fields: the file's keys for roles, as `read_data` takes them. train_on: which turns of a conversation are learnt;
+    of a prompt with its completion it is the completion.
     """
     values = _renamed(row.values, fields)
     keys = values.keys()
     if "messages" in keys or "conversations" in keys:
         shape = "messages" if "messages" in keys else "conversations"
-        example, used = _chat(row, values, conversation(values[shape])), {shape, "tools", "system"}
+        example, used = _chat(row, values, conversation(values[shape], train_on=train_on)), {shape, "tools", "system"}
     elif "prompt" in keys and ({"completion", "references"} & keys):
         shape, used = "prompt+completion", {"prompt", "completion", "references", "tools", "system"}
         example = _pair(row, values, values["prompt"], values.get("completion"))

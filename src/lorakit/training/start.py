@@ -28,7 +28,7 @@ _FILES = (
     r"adapter_config\.json|adapter_model\.safetensors|labels\.json|config\.yaml|metrics\.jsonl|README\.md|report\.html"
     r"|checkpoint-\d+"
 )
-_TOKENIZER = (  # files of lorakit 0.1.0; now the note of a folder lists each file
+TOKENIZER_FILES = (  # lorakit 0.1.0 listed them nowhere; now the note of a folder has each file
     r"tokenizer.*|chat_template\.jinja|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|spiece\.model|sentencepiece.*\.model|normalizer\.json"
 )
@@ -49,7 +49,9 @@ def _is_released(folder: Path) -> bool:
     return {"model", "data", "output_dir", "rank", "learning_rate"} <= settings_in(folder).keys()
 
 
-TRAINING = OutputKind("train", peft.CONFIG, names=_FILES, released=_is_released, released_names=f"{_TOKENIZER}|runs")
+TRAINING = OutputKind(
+    "train", peft.CONFIG, names=_FILES, released=_is_released, released_names=f"{TOKENIZER_FILES}|runs"
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def start_of(config: TrainConfig) -> Start:
     """
     out = OutputFolder(config.output_dir, TRAINING)
     check_output(out.path)
-    out.refuse_unusable([config.model])
+    out.refuse_unusable([config.model, *([config.from_adapter] if config.from_adapter else [])])
     out.recover()
     return decided(config, out)
 

@@ -35,11 +35,13 @@ class Style:
         cls, rows: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, plain: bool, system: str | None
     ) -> Style:
         """The style in which rows are trained. Plain text never uses the template; conversations always do."""
-        rows = list(rows)
-        if any(row.messages is not None for row in rows):
-            plain = False
-        elif any(row.text is not None for row in rows):
-            plain = True
+        talks = texts = False
+        for row in rows:
+            talks |= row.messages is not None
+            texts |= row.text is not None
+            if talks:
+                break
+        plain = (plain or texts) and not talks
         return cls(tokenizer.chat_template is not None and not plain, system)
 
     @classmethod

@@ -29,7 +29,7 @@ from ..core.settings import LoRASettings
 from ..core.table import Table
 from . import report
 from .config import TrainConfig
-from .divergence import Diverged
+from .divergence import Diverged, When
 from .loss import frozen_head, label_losses, labelled
 from .trainers import CausalTrainer
 from .watch import FirstStep
@@ -141,7 +141,7 @@ class SweepTrainer(CausalTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Nothing: a sweep is not resumed."""
 
-    def refuse_diverged(self) -> None:
+    def refuse_diverged(self, when: When = "at the end") -> None:
         """Nothing: an adapter that diverges is noticed at its step."""
 
 

@@ -39,8 +39,10 @@ def candidates(config: TrainConfig) -> dict[str, TrainConfig]:
         raise UsageError("--sweep trains factors alone: leave --bias and --also-train out.")
     if config.resume is not None:
         raise UsageError("--sweep has no checkpoints, so there is nothing to --resume.")
-    if config.quantize == "gguf":
-        raise UsageError("--sweep needs one batch for all adapters, which --quantize gguf was not tried with.")
+    if config.metric != "loss" or config.patience is not None or config.keep != "last":
+        raise UsageError("--sweep keeps the adapter with the lowest last loss: leave --metric, --patience, --keep out.")
+    if config.packing or config.from_adapter is not None:
+        raise UsageError("--sweep begins with new adapters and rows that are not packed: leave --packing, --from out.")
     found = {}
     for combination in itertools.product(*values.values()):
         given = dict(zip(values, combination, strict=True))

@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _LONGEST = 2**31 - 1  # characters of a cell (csv's default is 131,072); fits a C long on every system
 
 
 def read_cells(
-    name: str, text: str, delimiter: str, problems: list[str], notes: list[str]
-) -> list[tuple[str, dict[str, str | None]]]:
-    """The place and the cells of each row; an empty cell is None. What is wrong goes to `problems`."""
+    name: str,
+    lines: Iterable[str],
+    delimiter: str,
+    problems: list[str],
+    notes: list[str],
+    whole: Callable[[], str],
+) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """The place and the cells of each row; an empty cell is None. What is wrong goes to `problems`.
+
+    lines: of the file, with their ends. whole: the file's text, for a message.
+    """
     limit = csv.field_size_limit(_LONGEST)
     try:
-        return list(_rows(name, text, delimiter, problems, notes))
+        yield from _rows(name, lines, delimiter, problems, notes, whole)
     finally:
         csv.field_size_limit(limit)
 
@@ -30,10 +38,13 @@ def twice(names: Sequence[str]) -> str | None:
 
 
 def _rows(
-    name: str, text: str, delimiter: str, problems: list[str], notes: list[str]
+    name: str,
+    lines: Iterable[str],
+    delimiter: str,
+    problems: list[str],
+    notes: list[str],
+    whole: Callable[[], str],
 ) -> Iterator[tuple[str, dict[str, str | None]]]:
-    # newline="" ends lines only at \n, \r and \r\n; splitlines() would also end them at U+2028 and form feeds in cells.
-    lines = list(io.StringIO(text, newline=""))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     swallowed: list[str] = []
@@ -44,7 +55,8 @@ def _rows(
         except StopIteration:
             break
         except csv.Error as error:
-            problems.append(_misplaced(name, lines, delimiter, start, reader.line_num, error))
+            every = list(io.StringIO(whole(), newline=""))
+            problems.append(_misplaced(name, every, delimiter, start, reader.line_num, error))
             if header is None:
                 return
             continue

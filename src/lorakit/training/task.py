@@ -6,7 +6,7 @@ adapter the model's config.json decides. The rows that are scored never decide, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -54,8 +54,8 @@ class Task:
         return f"a classifier ({_listed(self.labels)})" if self.labels else "a regression, which predicts a number"
 
     def take(
-        self, splits: Mapping[str, list[Example]], notes: list[str]
-    ) -> tuple[str, tuple[str, ...], dict[str, list[Example]]]:
+        self, splits: Mapping[str, Sequence[Example]], notes: list[str]
+    ) -> tuple[str, tuple[str, ...], Mapping[str, Sequence[Example]]]:
         """This model's kind, its classes, and the rows with their labels as the model spells them.
 
         Classes that no file names get the rows' labels as names, in sorted order, if the counts agree; `notes` then

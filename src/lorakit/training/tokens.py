@@ -1,6 +1,6 @@
 """Convert examples to token ids and labels: which tokens the model learns to write, and which it only reads.
 
-In a conversation, only the tokens of the assistant's turns bear loss, including the end token; `chat.py` finds them in
+In a conversation, only the tokens of the assistant's turns bear loss, including the end token; `turns.py` finds them in
 the text. What a template prints after the end token bears no loss.
 
 Without a chat template (or with chat=False) prompt and completion are joined unchanged, followed by the end token.
@@ -9,20 +9,23 @@ Generation starts from `prompt_ids`, which are exactly the tokens before the fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import LoraError
-from .chat import Messages, opening, prints_date, rendered, unprinted
+from .chat import Messages, Tools, opening, prints_date, refuse_unprinted_tools, unprinted
 from .conversations import BadRow
 from .data import Example
 from .rows import DataError
+from .spool import Spool, progress
+from .turns import rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label of a token that bears no loss
+_TOGETHER = 256  # rows that are given to the tokenizer at once
 
 
 @dataclass(frozen=True)
@@ -38,31 +41,21 @@ class Tokens:
 class Encoded:
     """Rows ready for training, how many were left out or cut for their length, and notes for the user."""
 
-    rows: list[Tokens]
+    rows: Sequence[Tokens]
     dropped: int = 0
     truncated: int = 0
     notes: tuple[str, ...] = ()
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool) -> Tokens:
+def encode(
+    example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool, chosen: bool = False
+) -> Tokens:
     """The tokens of one example. chat: use the chat template; system: message for conversations that have none.
 
+    chosen: the user chose the turns to learn, so one that the template changes is an error, not a note.
     Raises BadRow, a ValueError, if the chat template refuses the example or would lose a part of its meaning.
     """
-    if example.text is not None:
-        ids, _ = _tokenised(tokenizer, example.text, [], special=True)
-        return _ended(ids, list(ids), tokenizer)
-    messages = _conversation(example, system, chat, tokenizer)
-    if messages is None:
-        prompt, completion = example.prompt or "", example.completion or ""
-        ids, spans = _tokenised(tokenizer, prompt + completion, [(len(prompt), len(prompt + completion))], special=True)
-        return _ended(ids, _labels(ids, spans), tokenizer)
-    # A system message put before the others shifts their indices.
-    moved = len(messages) - len(example.messages or messages)
-    unlearnt = frozenset(index + moved for index in example.unlearnt)
-    conversation = rendered(messages, tokenizer, tools=example.tools, unlearnt=unlearnt)
-    ids, parts = _tokenised(tokenizer, conversation.text, list(conversation.spans), special=False)
-    return _ended(ids, _labels(ids, parts), tokenizer, conversation.changed)
+    return _encoded([_printed(example, tokenizer, system=system, chat=chat, chosen=chosen)], tokenizer)[0]
 
 
 def encode_all(
@@ -73,26 +66,23 @@ def encode_all(
     too_long: str,
     system: str | None,
     chat: bool,
+    chosen: bool = False,
 ) -> Encoded:
     """Encode every example. Rows over `max_length` are left out ("drop") or cut at the end ("truncate"), and counted.
 
-    A row that a cut leaves without a label is left out too. Raises DataError listing rows without a label, and those
-    that the chat template refuses.
+    A row that a cut leaves without a label is left out too. chosen: as for `encode`. Raises DataError listing rows
+    without a label, and those that the chat template refuses.
     """
-    rows: list[Tokens] = []
+    rows: Spool[Tokens] = Spool()
     ends = _end_tokens(tokenizer)
     dropped = truncated = changed = 0
     problems: list[str] = []
-    for example in examples:
-        try:
-            row = encode(example, tokenizer, system=system, chat=chat)
-        except BadRow as bad:
-            problems.append(f"{example.where}: {bad}")
-            continue
+    for example, row in _many(examples, tokenizer, problems, system=system, chat=chat, chosen=chosen):
         if set(row.labels) <= {IGNORED, *ends}:
-            problems.append(
-                f"{example.where}: no token of this row bears loss; does the chat template print the answer?"
-            )
+            why = "no token of this row bears loss; does the chat template print the answer?"
+            if row.changed:
+                why = "the chat template changes every turn that is to be learnt once others follow"
+            problems.append(f"{example.where}: {why}")
             continue
         changed += row.changed
         if len(row.input_ids) > max_length:
@@ -107,7 +97,7 @@ def encode_all(
     notes = _template_notes(examples, tokenizer, system=system, chat=chat)
     if changed:
         notes.append(f"{changed} earlier assistant turns are read, not learnt: the chat template changes them later on")
-    return Encoded(rows, dropped, truncated, tuple(notes))
+    return Encoded(rows.settled(), dropped, truncated, tuple(notes))
 
 
 def encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list[int]]:
@@ -119,9 +109,17 @@ def encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, max_length
 
 
 def prompt_ids(
-    asked: str | Messages | Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool
+    asked: str | Messages | Example,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system: str | None,
+    chat: bool,
+    tools: Tools = (),
 ) -> list[int]:
-    """The tokens from which an answer is generated. For an example: those before its last assistant turn."""
+    """The tokens from which an answer is generated. For an example: those before its last assistant turn.
+
+    tools: what the assistant may call. An example has its own.
+    """
     if isinstance(asked, Example):
         if asked.messages is not None:
             row = encode(asked, tokenizer, system=system, chat=chat)
@@ -129,12 +127,12 @@ def prompt_ids(
         asked = asked.prompt or ""
     if isinstance(asked, str):
         if not chat:
-            ids, _ = _tokenised(tokenizer, asked, [], special=True)
-            return ids
+            return _tokenised(tokenizer, asked, special=True)
         asked = [{"role": "user", "content": asked}]
-    text = opening(_with_system(asked, system), tokenizer)
-    ids, _ = _tokenised(tokenizer, text, [], special=False)
-    return ids
+    messages = _with_system(asked, system)
+    text = opening(messages, tokenizer, tools)
+    refuse_unprinted_tools(messages, tokenizer, tools, text)
+    return _tokenised(tokenizer, text, special=False)
 
 
 def reference(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -221,27 +219,104 @@ def _last_learnt(row: Tokens) -> int:
 # --- tokens --------------------------------------------------------------------------------------------------------
 
 
-def _tokenised(
-    tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]], *, special: bool
-) -> tuple[list[int], list[tuple[int, int]]]:
-    """The token ids of `text`, and `spans` of characters as spans of tokens.
-
-    special: add BOS. A chat template prints its own.
+@dataclass(frozen=True)
+class _Text:
+    """A row as text. spans: characters that bear loss; None: all of it. special: add BOS, which a chat template prints
+    itself.
     """
+
+    text: str
+    spans: tuple[tuple[int, int], ...] | None
+    special: bool
+    changed: int = 0
+
+
+def _printed(
+    example: Example, tokenizer: PreTrainedTokenizerBase, *, system: str | None, chat: bool, chosen: bool
+) -> _Text:
+    if example.text is not None:
+        return _Text(example.text, None, special=True)
+    messages = _conversation(example, system, chat, tokenizer)
+    if messages is None:
+        prompt, whole = example.prompt or "", (example.prompt or "") + (example.completion or "")
+        return _Text(whole, ((len(prompt), len(whole)),), special=True)
+    # A system message put before the others shifts their indices.
+    moved = len(messages) - len(example.messages or messages)
+    unlearnt = frozenset(index + moved for index in example.unlearnt)
+    conversation = rendered(messages, tokenizer, tools=example.tools, unlearnt=unlearnt)
+    if chosen and conversation.changed:
+        raise BadRow(
+            f"message {conversation.changed[0] - moved + 1} is to be learnt, and the chat template changes its words "
+            "once others follow; leave the later turns out of the row, or do not mark it"
+        )
+    return _Text(conversation.text, conversation.spans, special=False, changed=len(conversation.changed))
+
+
+def _many(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, problems: list[str], **style: Any
+) -> Iterator[tuple[Example, Tokens]]:
+    """The tokens of each example that the template takes; what is wrong with the others goes to `problems`.
+
+    Texts are given to the tokenizer by the hundred, which it converts in parallel.
+    """
+    part: list[tuple[Example, _Text]] = []
+
+    def converted() -> Iterator[tuple[Example, Tokens]]:
+        yield from zip((own for own, _ in part), _encoded([text for _, text in part], tokenizer), strict=True)
+        part.clear()
+
+    for example in progress(examples, "checking rows"):
+        try:
+            part.append((example, _printed(example, tokenizer, **style)))
+        except BadRow as bad:
+            problems.append(f"{example.where}: {bad}")
+        if len(part) == _TOGETHER:
+            yield from converted()
+    yield from converted()
+
+
+def _encoded(texts: Sequence[_Text], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+    found: dict[int, Tokens] = {}
+    ends = _Ends(tokenizer)
+    for special in (False, True):
+        places = [place for place, text in enumerate(texts) if text.special == special]
+        tokens = _tokenised_all(tokenizer, [texts[place].text for place in places], special=special)
+        for place, (ids, offsets) in zip(places, tokens, strict=True):
+            text = texts[place]
+            labels = list(ids) if text.spans is None else _labels(ids, _in_tokens(offsets, text.spans))
+            found[place] = ends.ended(ids, labels, text.changed)
+    return [found[place] for place in range(len(texts))]
+
+
+def _tokenised(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    ((ids, _),) = _tokenised_all(tokenizer, [text], special=special)
+    return ids
+
+
+def _tokenised_all(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool
+) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """The token ids of each text, and the characters of each token. special: add BOS."""
     if not tokenizer.is_fast:
         raise LoraError("this tokenizer cannot say where its tokens stand in the text; a fast tokenizer is needed.")
-    encoded: Any = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    ids: list[int] = list(encoded["input_ids"])
-    offsets: list[tuple[int, int]] = list(encoded["offset_mapping"])
-    if special and ids and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
-        ids, offsets = ids[:-1], offsets[:-1]  # the caller adds the end token, once
-    if special and ids[:2] == [tokenizer.bos_token_id] * 2:
-        ids, offsets = ids[1:], offsets[1:]  # the text itself begins with a BOS token
+    if not texts:
+        return
+    encoded: Any = tokenizer(list(texts), add_special_tokens=special, return_offsets_mapping=True)
+    for ids, offsets in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        if special and ids and ids[-1] == tokenizer.eos_token_id and offsets[-1][0] == offsets[-1][1]:
+            ids, offsets = ids[:-1], offsets[:-1]  # the caller adds the end token, once
+        if special and ids[:2] == [tokenizer.bos_token_id] * 2:
+            ids, offsets = ids[1:], offsets[1:]  # the text itself begins with a BOS token
+        yield ids, offsets
+
+
+def _in_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans of characters as spans of tokens."""
     found = []
     for start, end in spans:
         inside = [i for i, (first, last) in enumerate(offsets) if last > start and first < end and last > first]
         found.append((inside[0], inside[-1] + 1) if inside else (0, 0))
-    return ids, found
+    return found
 
 
 def _labels(ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
@@ -251,38 +326,42 @@ def _labels(ids: list[int], spans: list[tuple[int, int]]) -> list[int]:
     return labels
 
 
-def _ended(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, changed: int = 0) -> Tokens:
-    """The row with exactly one end: its own, or else an added end token."""
-    if _closes(ids, labels, tokenizer):
-        return Tokens(ids, _without_tail(ids, labels, tokenizer), changed)
-    end = _end_token(tokenizer)
-    return Tokens([*ids, end], [*labels, end], changed)
+class _Ends:
+    """Ends rows of one tokenizer: each with exactly one end, its own or else an added end token."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._ends = tokenizer, _end_tokens(tokenizer)
+        self._blank: dict[int, bool] = {}
 
-def _closes(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the last learnt turn ends with an end token, perhaps followed by white space."""
-    learnt = [token for token, label in zip(ids, labels, strict=True) if label != IGNORED]
-    while learnt and not str(tokenizer.decode([learnt[-1]])).strip():
-        learnt.pop()
-    return bool(learnt) and learnt[-1] in _end_tokens(tokenizer)
+    def ended(self, ids: list[int], labels: list[int], changed: int) -> Tokens:
+        if self._closes(labels):
+            return Tokens(ids, self._without_tail(ids, labels), changed)
+        end = _end_token(self._tokenizer)
+        return Tokens([*ids, end], [*labels, end], changed)
 
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not str(self._tokenizer.decode([token])).strip()
+        return self._blank[token]
 
-def _without_tail(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Labels without what the template prints after each turn's end token (a line break, in ChatML)."""
-    ends = _end_tokens(tokenizer)
-    trimmed = list(labels)
-    index = len(ids)
-    while index > 0:
-        index -= 1
-        if trimmed[index] == IGNORED or (index + 1 < len(ids) and labels[index + 1] != IGNORED):
-            continue
-        tail = index
-        while tail >= 0 and trimmed[tail] != IGNORED and ids[tail] not in ends:
-            if str(tokenizer.decode([ids[tail]])).strip():
-                break
-            trimmed[tail] = IGNORED
-            tail -= 1
-    return trimmed
+    def _closes(self, labels: list[int]) -> bool:
+        """Whether the last learnt turn ends with an end token, perhaps followed by white space."""
+        last = next((label for label in reversed(labels) if label != IGNORED and not self._is_blank(label)), None)
+        return last in self._ends if last is not None else False
+
+    def _without_tail(self, ids: list[int], labels: list[int]) -> list[int]:
+        """Labels without what the template prints after each turn's end token (a line break, in ChatML)."""
+        trimmed = list(labels)
+        for index in range(len(ids) - 1, -1, -1):
+            if trimmed[index] == IGNORED or (index + 1 < len(ids) and labels[index + 1] != IGNORED):
+                continue
+            tail = index
+            while tail >= 0 and trimmed[tail] != IGNORED and ids[tail] not in self._ends:
+                if not self._is_blank(ids[tail]):
+                    break
+                trimmed[tail] = IGNORED
+                tail -= 1
+        return trimmed
 
 
 def _end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -10,25 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from ..formats.files import naming, remove
+from ..core.state import take_trained_state, trained_state
+from ..formats.files import naming, read_safetensors, remove, replacing
 from ..formats.folder import OutputFolder
 from .base_trainer import BaseTrainer
-from .checkpoints import RUN, checkpoints, step_of
-from .divergence import refuse_broken_factors, refuse_diverged, too_high, why_no_number
+from .checkpoints import BEST, RUN, checkpoints, step_of
+from .divergence import When, refuse_broken_factors, refuse_diverged, too_high, why_no_number
 from .loss import causal_loss, frozen_head, plain_head
 from .pace import Pace
+from .processes import is_main, of_main
 from .state_files import write_state
 from .trainer_mixin import TrainerMixin
 
@@ -52,6 +56,9 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
         self._folder, self._record, self._pace = folder, record, pace
         self._saving: Path | None = None  # while a checkpoint is made
         self._held_out = [0.0, 0]  # the sum of the losses, and of how many labels or rows
+        self._best: dict[str, Tensor] | None = None  # the state after the best evaluation
+        # A score of held-out rows and what it is logged as.
+        self.score: tuple[str, Callable[[], float]] | None = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         # Where the one row of a batch comes from, for messages.
         self.name_of: Callable[[dict[str, Any]], str] = lambda row: str(row["labels"].tolist())
@@ -62,7 +69,11 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
         return str(self._saving or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint under another name, wait until it is on the disk, and rename it: it is whole or absent."""
+        """Write a checkpoint under another name, wait until it is on the disk, and rename it: it is whole or absent.
+
+        Raises Diverged in place of a checkpoint that would take the place of a good one.
+        """
+        self.refuse_diverged("on the way")
         name = f"checkpoint-{self.state.global_step}"
         writes = bool(self.args.should_save)
         with contextlib.ExitStack() as stack:
@@ -99,6 +110,24 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
         model = self.accelerator.unwrap_model(self.model)
         refuse_broken_factors(model, self.args.learning_rate, self.state.global_step)
         write_state(model, Path(output_dir or self.args.output_dir))  # tokenizer and settings lie in the run's folder
+        if self._best is not None:
+            with replacing(Path(output_dir or self.args.output_dir) / BEST) as path:
+                safetensors.torch.save_file(self._best, path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        best = Path(resume_from_checkpoint) / BEST
+        self._best = read_safetensors(best) if best.is_file() else None
+
+    def hold_best(self) -> None:
+        """Remember the adapter as it is now."""
+        state = trained_state(self.accelerator.unwrap_model(self.model))
+        self._best = {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+
+    def take_best(self) -> None:
+        """Put the adapter that was remembered last, if any, in the place of the present one."""
+        if self._best is not None:
+            take_trained_state(self.accelerator.unwrap_model(self.model), self._best, "the best adapter so far")
 
     def take(self, checkpoint: Path) -> None:
         """Load the adapter of a checkpoint when nothing remains to be trained."""
@@ -154,11 +183,18 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
             )
         return norm
 
-    def refuse_diverged(self) -> None:
+    def refuse_diverged(self, when: When = "at the end") -> None:
         """Raise Diverged if the adapter makes the loss on the rows of the last steps worse than the base model's."""
         model = self.accelerator.unwrap_model(self.model)
-        loss_of = partial(self.loss_of, model)
-        refuse_diverged(model, list(self._recent), loss_of, self.args.learning_rate, self.state.global_step)
+        refuse_diverged(
+            model,
+            list(self._recent),
+            partial(self.loss_of, model),
+            self.name_of,
+            self.args.learning_rate,
+            self.state.global_step,
+            when=when,
+        )
 
     # --- the held-out loss -----------------------------------------------------------------------------------------
 
@@ -172,6 +208,10 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
         total = self.accelerator.reduce(total.to(self.args.device), "sum")
         assert found.metrics is not None
         found.metrics[f"{metric_key_prefix}_loss"] = float(total[0] / total[1].clamp(min=1))
+        if self.score is not None:
+            name, score = self.score
+            # One answer for all processes, which must agree on when to stop.
+            found.metrics[name] = of_main(score() if is_main() else math.nan)
         return found
 
     def prediction_step(

@@ -21,6 +21,13 @@ _LIMITS = {
 }
 
 
+def value_text(value: Any) -> str:
+    """A setting's value as a person reads it: "q_proj,v_proj", "0.0002", "none"."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def converted(value: Any, wanted: Any, limits: Mapping[str, Any], where: str, problems: list[str]) -> Any:
     """`value` as the type `wanted`; what is wrong with it is added to `problems`, with `where` it stands."""
     try:

@@ -20,7 +20,7 @@ import models
 from lorakit.core.numbers import short_number
 from lorakit.study.analysis import page, plots
 from lorakit.study.analysis.measures import analyze, similarities
-from lorakit.study.analysis.report import Study, as_json, grouped, tables_text
+from lorakit.study.analysis.report import Study, as_json, grouped, meaning, tables_text
 from lorakit.study.analysis.run import local_base, study_of
 from models import train_a_little
 
@@ -66,6 +66,38 @@ def test_the_table_groups_layers_and_puts_the_most_changed_first(study: Study) -
     shares: list[Any] = [[float(cell.rstrip("%")) for cell in cells[8:10]], [base.energy_within[4] for base in bases]]
     assert shares[0] == pytest.approx([50 * sum(side) for side in zip(*shares[1], strict=True)], abs=0.06)
     assert cells[10] == f"{sum(base.intruders for base in bases)}/20" and bases[0].intruders > 0
+
+
+def test_sentences_say_what_the_numbers_mean_for_this_adapter(study: Study) -> None:
+    bases = [module.base for module in study.modules if module.base is not None]
+    changes = [100 * (base.change or 0) for base in bases]
+    down = [own for own, module in zip(changes, study.modules, strict=True) if "down_proj" in module.name]
+    moved, directions, new, alike = meaning(study)
+    assert [float(one) for one in re.findall(r"([\d.]+)%", moved)] == pytest.approx(
+        [sum(changes) / 4, sum(down) / 2], rel=5e-3
+    )
+    assert "model.layers.*.mlp.down_proj most" in moved
+    held = [
+        int((np.cumsum(np.square(m.singular_values)) / np.sum(np.square(m.singular_values)) < 0.9).sum()) + 1
+        for m in study.modules
+    ]
+    assert directions.startswith(f"90 % of ΔW lies in {sum(held) / 4:.1f} of its 4.0 directions: it uses its rank")
+    assert new.startswith(f"{sum(base.intruders for base in bases)} of the 40 strongest directions")
+    phi = sum(one.left[-1][-1] for one in study.similarities) / 4
+    assert f"φ = {short_number(phi)}" in alike and alike.startswith("The output directions of theirs")
+    printed, shown = tables_text(study), page.render(study)
+    for line in (moved, directions, new, alike):
+        assert line in " ".join(printed.split()) and f"<p>{line}</p>" in shown
+
+
+def test_a_rank_that_is_larger_than_the_update_needs_is_told(study: Study) -> None:
+    modules = tuple(
+        dataclasses.replace(one, singular_values=(10.0, 1.0, 0.1, 0.1), directions_90=1) for one in study.modules
+    )
+    without = Study("ours", None, tuple(dataclasses.replace(one, base=None) for one in modules))
+    assert meaning(without) == ["90 % of ΔW lies in 1.0 of its 4.0 directions: a rank near 1 would hold most of it."]
+    empty = tuple(dataclasses.replace(one, singular_values=(), directions_90=0, base=None) for one in modules)
+    assert meaning(Study("ours", None, empty)) == []
 
 
 def test_without_base_weights_the_columns_that_need_them_are_gone(study: Study) -> None:

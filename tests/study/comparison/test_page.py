@@ -59,7 +59,8 @@ def page() -> Page:
 
 
 def test_it_has_a_table_of_all_tasks_and_three_parts_for_each(page: Page) -> None:
-    assert page.count["svg"] == 2 and page.count["details"] == 2 and page.count["h2"] == 3
+    """The plot of each task is there twice: for a wide and for a narrow screen."""
+    assert page.count["svg"] == 4 and page.count["details"] == 2 and page.count["h2"] == 3
     every, sst, searched, e2e, _ = page.tables
     assert every[0] == ["method", "sst<&>2, accuracy", "e2e, ter ↓"]
     assert every[-1] == ["mine<&> size=3", "–", "–"]

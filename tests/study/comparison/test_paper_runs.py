@@ -405,7 +405,7 @@ def test_glue_is_read_as_texts_and_labels(name: str, models: dict[str, Path], tm
         assert own.rows == {"train": 22, "valid": 2, "test": 7}
         split = "validation_matched" if task == "mnli" else "validation"
         assert {example.where.partition(" ")[0] for example in own.data.test} == {f"nyu-mll/glue/{split}"}
-        for example in own.data.train + own.data.valid:
+        for example in (*own.data.train, *own.data.valid):
             assert example.where.startswith("nyu-mll/glue/train row ")
         pair = own.tokenizer.decode(own.train[0]["input_ids"])
         texts = (own.data.train[0].text, own.data.train[0].text_pair)

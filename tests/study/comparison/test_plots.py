@@ -195,8 +195,8 @@ def test_labels_of_a_dozen_points_do_not_lie_on_each_other(seed: int) -> None:
             family=f"f{index % 5}",
             others="",
             parameters=round(10 ** chance.uniform(4.5, 6)),
-            value=chance.gauss(90, 1),
-            half=chance.uniform(0.1, 0.8),
+            value=(value := chance.gauss(90, 1)),
+            ends=(value - (half := chance.uniform(0.1, 0.8)), value + half),
             title="",
         )
         for index in range(12)

@@ -99,9 +99,22 @@ def test_an_interval_is_student_s() -> None:
     # the 97.5 % quantile of t with 3 degrees of freedom, from a printed table
     assert interval.half == pytest.approx(3.182446 * statistics.stdev(values) / 2, rel=1e-6)
     assert Interval.of([70.0]) == Interval(70.0, None, (70.0,))
-    assert Interval.of([70.0, 70.0]).half == 0
+    assert Interval.of([70.0, 70.0, 70.0]).half == 0
+    # Two seeds tell next to nothing: t's quantile is 12.7 then.
+    assert Interval.of([0.0, 100.0]) == Interval(50.0, None, (0.0, 100.0)) and Interval.of([0.0, 100.0]).ends is None
     with pytest.raises(ValueError, match=r"^an interval of no values\.$"):
         Interval.of([])
+
+
+def test_an_interval_ends_where_the_score_does() -> None:
+    half = 4.302653 * statistics.stdev([90.0, 99.0, 100.0]) / math.sqrt(3)  # the quantile with 2 degrees of freedom
+    mean = 289 / 3
+    free, shares = (Interval.of([90.0, 99.0, 100.0], bounds) for bounds in ((None, None), (0.0, 100.0)))
+    assert free.ends == pytest.approx((mean - half, mean + half), rel=1e-6) and not free.is_cut
+    assert shares.ends == pytest.approx((mean - half, 100.0), rel=1e-6) and shares.is_cut
+    assert not Interval.of([50.0, 51.0, 52.0], (0.0, 100.0)).is_cut
+    row = row_of([run(seed=i, test={"accuracy": v, "own": v}) for i, v in enumerate((90.0, 99.0, 100.0))], [], "loss")
+    assert row.scores["accuracy"].ends == shares.ends and row.scores["own"].ends == free.ends
 
 
 def test_a_row_sums_up_its_runs() -> None:

@@ -174,6 +174,33 @@ def test_the_markdown_has_the_same_cells_escaped_and_the_best_in_bold() -> None:
     assert r"| lora rank=1 targets=\*.q\|k |" in markdown(replace(COMPARISON, rows=(starred,)))
 
 
+def test_an_interval_that_the_scores_bounds_cut_has_two_ends() -> None:
+    cut = Interval(97.0, 4.5, (95.0, 97.0, 99.0), (0.0, 100.0))
+    assert score(cut, 1) == "97.0 (92.5 to 100.0)"
+    told = "In brackets are its ends where it would pass the score's own."
+    shown = replace(COMPARISON, tasks=(SST,), rows=(replace(ROWS[0], scores={"accuracy": cut}),))
+    assert told in " ".join(tables_text(shown).split()) and told not in " ".join(tables_text(COMPARISON).split())
+    assert score(replace(cut, half=1.0), 1) == "97.0 ± 1.0" and score(replace(cut, half=None), 1) == "97.0"
+
+
+def test_nothing_is_best_where_all_are_equal() -> None:
+    rows = tuple(replace(one, scores={"accuracy": Interval(0.0, None, (0.0,))}) for one in ROWS[:3])
+    assert "*" not in "".join(tables_text(replace(COMPARISON, tasks=(SST,), rows=rows)).split("* is the best")[0])
+    one_better = (*rows, replace(ROWS[3], scores={"accuracy": Interval(1.0, None, (1.0,))}))
+    assert "*1.0" in tables_text(replace(COMPARISON, tasks=(SST,), rows=one_better))
+    alone = replace(COMPARISON, tasks=(SST,), rows=one_better[-1:])
+    assert "*1.0" in tables_text(alone)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [((0,), "From a single seed there is no interval."), ((0, 1), "From two seeds there is no interval."),
+     ((0, 1, 2), "± is the 95 % interval of the mean over 3 seeds (Student's t).")],
+)  # fmt: skip
+def test_where_intervals_come_from_is_said(seeds: tuple[int, ...], said: str) -> None:
+    assert said in tables_text(replace(COMPARISON, seeds=seeds))
+
+
 def test_the_json_holds_everything_to_six_digits() -> None:
     odd = replace(
         ROWS[0], latency=math.inf, seconds=123.456789, scores={"accuracy": Interval(math.nan, None, (math.nan,))}
@@ -183,9 +210,9 @@ def test_the_json_holds_everything_to_six_digits() -> None:
     assert set(plain) == {"model", "tasks", "rows", "left_out", "seeds", "trials", "machine", "finished"}
     first, second = plain["rows"]
     assert first["latency"] is None and first["seconds"] == 123.457
-    assert first["scores"] == {"accuracy": {"mean": None, "half": None, "values": [None]}}
+    assert first["scores"] == {"accuracy": {"mean": None, "half": None, "values": [None], "bounds": [None, None]}}
     assert second["learning_rate"] == 0.3 and second["tried"] == {"0.3": 0.123457, "0.0001": None}
-    assert second["scores"]["accuracy"] == {"mean": 88.64, "half": 0.61, "values": [88.64]}
+    assert second["scores"]["accuracy"] == {"mean": 88.64, "half": 0.61, "values": [88.64], "bounds": [None, None]}
     assert (second["parameters"], second["head"], second["diverged"], second["seeds"]) == (102_912, 1538, 2, 5)
     assert plain["left_out"] == [
         {"task": "sst<&>2", "method": "prefix-layer length=512", "reason": "the model has <512> positions"}

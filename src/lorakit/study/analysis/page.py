@@ -28,6 +28,7 @@ from .report import (
     largest_first,
     likeness,
     mean,
+    meaning,
 )
 
 _DRAWN = 240  # matrices with their own plot: the most changed or most similar ones
@@ -54,6 +55,7 @@ def render(study: Study) -> str:
         title=f"What {study.adapter} did",
         facts=f"{len(modules)} matrices; {base}",
         study=study,
+        meaning=meaning(study),
         most=_DRAWN,
         changes=Measured(grouped_table(groups, change_columns(study)), change_legend(study)),
         amplification=None if study.base is None else _amplification(groups),

@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 from ...core.numbers import NONE, percent, rounded, short_number
 from ...core.report import numberless
-from ...core.table import Table
+from ...core.table import Table, folded
 from ...training.report import heading
 from .measures import THRESHOLD, TOP, AgainstBase, Analysis, Similarity
 
 _MOST = 5  # lines of the most changed
+_WIDTH = 80  # columns of a terminal, for sentences
 
 Item = TypeVar("Item", bound=Analysis | Similarity)
 
@@ -57,8 +58,48 @@ def tables_text(study: Study, every: bool = False) -> str:
         alike = sorted(study.similarities, key=likeness, reverse=True)
         lines += _sections(alike, SIMILARITY_COLUMNS, every, "most alike, each by itself")
         lines += ["", *(f"  {head:<10} {meaning}" for head, meaning in SIMILARITY_LEGEND)]
+    lines += ["", *(part for line in meaning(study) for part in folded(line, _WIDTH))]
     lines += [line for note in study.notes for line in ("", f"note: {note}")]
     return "\n".join(lines)
+
+
+def meaning(study: Study) -> list[str]:
+    """Sentences that say what the numbers mean for this adapter."""
+    modules = study.modules
+    groups = largest_first(grouped(modules), change_of)
+    known = [module for module in modules if module.base is not None and module.base.change is not None]
+    lines = []
+    if known and len(known) == len(modules):
+        most = next(iter(groups))
+        lines.append(
+            f"The adapter moved the weights by {percent(mean(map(change_of, modules)))} of their size on average, and "
+            f"{most} most, by {percent(mean(map(change_of, groups[most])))}."
+        )
+    rank, needed = mean(len(m.singular_values) for m in modules), mean(m.directions_90 for m in modules)
+    if rank and needed:
+        enough = needed <= rank / 2
+        lines.append(
+            f"90 % of ΔW lies in {needed:.1f} of its {rank:.1f} directions: "
+            + (
+                f"a rank near {max(module.directions_90 for module in modules)} would hold most of it."
+                if enough
+                else "it uses its rank, and a lower one would lose a part of it."
+            )
+        )
+    bases = [module.base for module in modules if module.base is not None]
+    if bases:
+        new, looked_at = sum(base.intruders for base in bases), sum(len(base.cosines) for base in bases)
+        lines.append(
+            f"{new} of the {looked_at} strongest directions of the changed weights are new"
+            + (", with none like them in W: there the update has the upper hand." if new else ": W had them all.")
+        )
+    if study.similarities:
+        alike, chance = mean(map(likeness, study.similarities)), mean(s.chance[1] for s in study.similarities)
+        lines.append(
+            f"The output directions of {study.other} and of this adapter overlap by φ = {short_number(alike)}, where "
+            f"1 is the same and {short_number(chance)} is chance."
+        )
+    return lines
 
 
 def as_json(study: Study) -> str:

@@ -28,11 +28,13 @@ def render(comparison: Comparison) -> str:
 
 
 def _task(comparison: Comparison, task: TaskFacts) -> dict[str, Any]:
-    points = plots.points_of(comparison, task)
+    points, colours = plots.points_of(comparison, task), plots.families(comparison)
     return {
         "name": task.name,
         "facts": facts(task),
-        "plot": plots.scatter(points, task.metrics[0], plots.families(comparison)) if points else "",
+        "plots": [plots.scatter(points, task.metrics[0], colours, width) for width in (plots.WIDE, plots.NARROW)]
+        if points
+        else [],
         "table": task_table(comparison, task),
         "notes": notes(comparison, task, "Bold"),
         "search": _search(comparison, task),

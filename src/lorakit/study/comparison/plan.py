@@ -90,14 +90,19 @@ def apply(method: Method, model: nn.Module, task: StudyTask) -> Applied:
     return method.apply(model, task.head)
 
 
-def most_runs(method: MethodConfig, seeds: int, trials: int) -> int:
-    """The most runs of a method on a task. The search's best run is the run of seed 0; a given rate is not searched."""
+def most_runs(plan: TaskPlan, method: MethodConfig, seeds: int, trials: int) -> int:
+    """The most runs of a method on a task: none if it is left out.
+
+    The search's best run is the run of seed 0; a given rate is not searched.
+    """
+    if plan.costs[name_of(method.method)].left_out:
+        return 0
     return seeds if method.training.learning_rate is not None else seeds + trials - 1
 
 
 def most_runs_of(plans: Sequence[TaskPlan], seeds: int, trials: int) -> int:
     """The most runs of all methods on all tasks."""
-    return sum(most_runs(method, seeds, trials) for plan in plans for method in plan.methods)
+    return sum(most_runs(plan, method, seeds, trials) for plan in plans for method in plan.methods)
 
 
 def refuse_large_comparison(config: CompareConfig, plans: Sequence[TaskPlan]) -> None:

@@ -39,8 +39,8 @@ _LOOKS = (
     ("slate", "<", 9.0),
     ("ink", ">", 9.0),
 )
-_WIDTH, _HEIGHT = 760, 440
-_AREA = Box(62, 48, 682, 358)  # the drawing area of the plot
+_HEIGHT = 440
+WIDE, NARROW = 760, 400  # pixels: of a page on a screen, and on a phone, where text would be too small in the wide one
 _ZERO = 0.35  # distance from "0" to the start of the logarithmic axis, as a share of a decade's width
 _LONGEST = 40  # characters of a label
 
@@ -54,7 +54,7 @@ class Point:
     others: str  # settings besides the size; points of a family with the same ones form a line
     parameters: int
     value: float
-    half: float | None  # half of its interval
+    ends: tuple[float, float] | None  # of its interval
     title: str  # shown when the pointer is on it
 
 
@@ -69,7 +69,8 @@ def points_of(comparison: Comparison, task: TaskFacts) -> list[Point]:
         if not math.isfinite(interval.mean):
             continue
         name, size, others = _parts(row.method)
-        half = f" ± {short_number(interval.half)}" if interval.half is not None else ""
+        ends = interval.ends
+        within = f" ({short_number(ends[0], 4)} to {short_number(ends[1], 4)})" if ends else ""
         points.append(
             Point(
                 label=_shortened(size if (name, others) in labelled else row.method),
@@ -77,8 +78,8 @@ def points_of(comparison: Comparison, task: TaskFacts) -> list[Point]:
                 others=others,
                 parameters=row.parameters,
                 value=interval.mean,
-                half=interval.half,
-                title=f"{row.method}: {short_number(interval.mean, 4)}{half}, {row.parameters:,} parameters",
+                ends=interval.ends,
+                title=f"{row.method}: {short_number(interval.mean, 4)}{within}, {row.parameters:,} parameters",
             )
         )
         labelled.add((name, others))
@@ -92,11 +93,13 @@ def families(comparison: Comparison) -> list[str]:
 
 
 @styled()
-def scatter(points: Sequence[Point], metric: str, families: Sequence[str]) -> Markup:
-    """The plot of one or more points. families: all families, in the order of their colours."""
-    figure = new_figure(_WIDTH, _HEIGHT)
+def scatter(points: Sequence[Point], metric: str, families: Sequence[str], width: int = WIDE) -> Markup:
+    """The plot of one or more points. families: all families, in the order of their colours. width: in pixels."""
+    figure = new_figure(width, _HEIGHT)
+    left = 62 if width == WIDE else 44
+    area = Box(left, 48, width - left - 16, 358)  # where points are drawn
     axes = figure.add_axes(
-        (_AREA.x / _WIDTH, _AREA.y / _HEIGHT, _AREA.width / _WIDTH, _AREA.height / _HEIGHT),
+        (area.x / width, area.y / _HEIGHT, area.width / width, area.height / _HEIGHT),
         xlabel="trainable parameters",
     )
     _across([point.parameters for point in points], axes)
@@ -119,13 +122,13 @@ def scatter(points: Sequence[Point], metric: str, families: Sequence[str]) -> Ma
             )
             lines += itertools.pairwise(places[index] for index in own)
     bars = []
-    for point, (x, y) in zip(points, places, strict=True):
+    for point, (x, _) in zip(points, places, strict=True):
         _mark(point, looks[point.family], axes)
-        if point.half:
-            high = axes.transData.transform((point.parameters, point.value + point.half))[1]
-            bars.append(Box(x - 4, 2 * y - high, 8, 2 * (high - y)))
+        if _is_long(point):
+            low, high = (axes.transData.transform((point.parameters, end))[1] for end in point.ends or ())
+            bars.append(Box(x - 4, low, 8, high - low))
     # A label may stand a little above the area, but not on the axis.
-    free = Box(_AREA.x + 2, _AREA.y + 2, _AREA.width - 2, _AREA.height + 10)
+    free = Box(area.x + 2, area.y + 2, area.width - 2, area.height + 10)
     boxes = placed(places, [point.label for point in points], free, bars, lines)
     for point, place, box in zip(points, places, boxes, strict=True):
         _label(point.label, place, box, LIGHT[looks[point.family][0]], figure)
@@ -136,10 +139,9 @@ def _mark(point: Point, look: tuple[str, str, float], axes: Axes) -> None:
     """The point with its interval."""
     name, marker, size = look
     colour = LIGHT[name]
-    if point.half:
-        drawn = axes.errorbar(
-            point.parameters, point.value, point.half, fmt="none", color=colour, capsize=4, alpha=0.65
-        )
+    if point.ends is not None and _is_long(point):
+        beyond = [[point.value - point.ends[0]], [point.ends[1] - point.value]]
+        drawn = axes.errorbar(point.parameters, point.value, beyond, fmt="none", color=colour, capsize=4, alpha=0.65)
         drawn.lines[2][0].set_gid(".interval")
     axes.plot(
         point.parameters,
@@ -153,6 +155,11 @@ def _mark(point: Point, look: tuple[str, str, float], axes: Axes) -> None:
         zorder=3,
         gid=".mark",
     )
+
+
+def _is_long(point: Point) -> bool:
+    """Whether the point has an interval with a length."""
+    return point.ends is not None and point.ends[0] < point.ends[1]
 
 
 def _label(label: str, place: Spot, box: Box, colour: str, figure: Figure) -> None:
@@ -208,7 +215,7 @@ def _across(counts: Sequence[int], axes: Axes) -> None:
 
 def _upwards(points: Sequence[Point], axes: Axes) -> None:
     """The axis of the metric, a little longer than the data."""
-    ends = [point.value + sign * (point.half or 0.0) for point in points for sign in (-1, 1)]
+    ends = [end for point in points for end in (point.value, *(point.ends or ()))]
     margin = 0.07 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1.0
     axes.set_ylim(min(ends) - margin, max(ends) + margin)
     axes.grid(axis="y")

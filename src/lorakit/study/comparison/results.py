@@ -15,6 +15,7 @@ from typing import Any
 
 from ...core.errors import LoraError
 from ...core.reading import text_of
+from ...training.scores import bounds_of
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,45 @@ class Run:
 
 @dataclass(frozen=True)
 class Interval:
-    """The mean over the seeds, and half of its 95 % confidence interval (Student's t); None for a single seed."""
+    """The mean over the seeds, and half of its 95 % confidence interval (Student's t).
+
+    half is None for fewer than three seeds: with two, t's quantile is 12.7, and the interval says nothing. bounds: the
+    least and the greatest value that the score can have; None: there is none.
+    """
 
     mean: float
     half: float | None
     values: tuple[float, ...]  # in the order of the seeds
+    bounds: tuple[float | None, float | None] = (None, None)
+
+    @property
+    def ends(self) -> tuple[float, float] | None:
+        """The ends of the interval, within the bounds; None without an interval."""
+        if self.half is None:
+            return None
+        least, greatest = self.bounds
+        low, high = self.mean - self.half, self.mean + self.half
+        return low if least is None else max(low, least), high if greatest is None else min(high, greatest)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a bound makes the interval one-sided, so that mean ± half would say too much."""
+        return self.half is not None and self.ends != (self.mean - self.half, self.mean + self.half)
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Interval:
+    def of(cls, values: Sequence[float], bounds: tuple[float | None, float | None] = (None, None)) -> Interval:
         """Raises ValueError without values."""
         count = len(values)
         if not count:
             raise LoraError("an interval of no values.")
         mean = sum(values) / count
-        if count == 1:
-            return cls(mean, None, tuple(values))
+        if count < 3:
+            return cls(mean, None, tuple(values), bounds)
         from scipy import stats
 
         deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
         quantile = float(stats.t.ppf(0.975, count - 1))
-        return cls(mean, quantile * deviation / math.sqrt(count), tuple(values))
+        return cls(mean, quantile * deviation / math.sqrt(count), tuple(values), bounds)
 
 
 @dataclass(frozen=True)
@@ -153,7 +173,7 @@ def row_of(runs: Sequence[Run], searched: Iterable[Run], chosen_by: str) -> Meth
         head=first.head,
         learning_rate=first.learning_rate,
         tried={run.learning_rate: None if run.diverged else run.valid[chosen_by] for run in searched},
-        scores={metric: Interval.of([run.test[metric] for run in good]) for metric in metrics},
+        scores={metric: Interval.of([run.test[metric] for run in good], bounds_of(metric)) for metric in metrics},
         seeds=len(runs),
         diverged=len(runs) - len(good),
         seconds=min(run.seconds for run in good or runs),

@@ -79,7 +79,7 @@ def compare(
                 except _NotMade:
                     pass
                 finished = finished and runs.complete
-                progress.advance_to_method_end(most_runs(method, seeds, trials))
+                progress.advance_to_method_end(most_runs(plan, method, seeds, trials))
     if left_out and not rows and finished:
         raise LoraError("no method can be applied. {}: {}: {}".format(*left_out[0]))
     return Comparison(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ...core.numbers import NONE, duration, learning_rate, rounded, size
 from ...core.table import Table, escaped, folded
 from ...training.report import heading
-from .metrics import METRICS
+from ...training.scores import METRICS
 from .results import Comparison, Interval, MethodRow, TaskFacts
 
 UNFINISHED = "Unfinished: some runs are still to be made."
@@ -183,9 +183,11 @@ def rows_of(comparison: Comparison, task: TaskFacts) -> list[MethodRow]:
 
 
 def score(interval: Interval | None, digits: int) -> str:
-    """mean ± half, each with `digits` decimals."""
+    """mean ± half, each with `digits` decimals; mean (low to high) if the score's bounds cut the interval."""
     if interval is None or not math.isfinite(interval.mean):
         return NONE
+    if interval.is_cut and interval.ends is not None:
+        return f"{interval.mean:.{digits}f} ({interval.ends[0]:.{digits}f} to {interval.ends[1]:.{digits}f})"
     half = "" if interval.half is None else f" ± {interval.half:.{digits}f}"
     return f"{interval.mean:.{digits}f}{half}"
 
@@ -197,9 +199,11 @@ def higher_is_better(metric: str) -> bool:
 
 def _interval(comparison: Comparison) -> str:
     count = len(comparison.seeds)
-    if count < 2:
-        return "From a single seed there is no interval."
-    return f"± is the 95 % interval of the mean over {count} seeds (Student's t)."
+    if count < 3:
+        return f"From {'a single seed' if count == 1 else 'two seeds'} there is no interval."
+    cut = any(interval.is_cut for row in comparison.rows for interval in row.scores.values())
+    ends = " In brackets are its ends where it would pass the score's own." if cut else ""
+    return f"± is the 95 % interval of the mean over {count} seeds (Student's t).{ends}"
 
 
 def _choice(comparison: Comparison, task: TaskFacts) -> str:
@@ -222,8 +226,10 @@ def _mean(interval: Interval | None) -> float | None:
 
 
 def _best(metric: str, means: Sequence[float | None]) -> set[int]:
-    """The indices of the best mean; several if they are equal."""
+    """The indices of the best mean; several if they are equal, and none if all are equal: then nothing is best."""
     known = [mean for mean in means if mean is not None]
+    if len(known) > 1 and len(set(known)) == 1:
+        return set()
     best = (max if higher_is_better(metric) else min)(known, default=None)
     return {index for index, mean in enumerate(means) if mean is not None and mean == best}
 

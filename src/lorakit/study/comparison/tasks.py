@@ -48,10 +48,10 @@ from ...training.models import (
 )
 from ...training.positions import longest_row
 from ...training.prepare import check_task, fields_of, labels_of
+from ...training.scores import METRICS, default_metrics, metrics_for
 from ...training.tokens import encode_all, encode_text, prompt_ids, reference
 from ..methods.baselines import Applied, Head
 from .config import CompareConfig, TaskConfig
-from .metrics import METRICS, default_metrics, metrics_for
 
 _HELD_OUT = 0.1  # share of the training rows, for each split that the data lacks
 _BATCH = 16  # rows of a batch outside of training
@@ -221,7 +221,7 @@ class Sequences(_Text):
     def serve(self, model: nn.Module) -> None:
         model(**{name: value.to(self.device) for name, value in self._few.items()})
 
-    def _scores(self, applied: Applied, examples: list[Example]) -> dict[str, float]:
+    def _scores(self, applied: Applied, examples: Sequence[Example]) -> dict[str, float]:
         loaded = Loaded(applied.model, self.tokenizer)
         with self.products():
             found = predict(loaded, self.data, examples, self._limit, self.name)
@@ -338,7 +338,7 @@ class Answers(_Text):
         loaded = Loaded(model, self.tokenizer)
         return list(answers(loaded, prompts, max_new_tokens=limit, batch_size=size, search=search))
 
-    def _tokens(self, examples: list[Example]) -> list[dict[str, Any]]:
+    def _tokens(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
         rows = encode_all(
             examples,
             self.tokenizer,
@@ -437,7 +437,7 @@ def _held_out(train: list[list[Example]], limit: int | None, seed: int) -> list[
     return taken
 
 
-def _in_template(examples: list[Example], settings: CompareConfig) -> list[Example]:
+def _in_template(examples: Sequence[Example], settings: CompareConfig) -> list[Example]:
     def one(example: Example) -> Example:
         if example.prompt is None or settings.template == "{prompt}":
             return example

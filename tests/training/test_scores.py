@@ -8,10 +8,11 @@ import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorakit.study.comparison.metrics import METRICS, default_metrics, metrics_for
+from lorakit.training.scores import METRICS, bounds_of, default_metrics, metrics_for
 
 ANSWERS = [
     "the cat sat on the mat near the old door",
@@ -333,7 +334,7 @@ def test_metrics_that_do_not_fit(name: str, task: str, answers: bool, message: s
 
 def test_the_libraries_are_imported_when_they_are_used() -> None:
     script = (
-        "import sys, lorakit.study.comparison.metrics;"
+        "import sys, lorakit.training.scores;"
         "sys.exit(any(name in sys.modules for name in ('sacrebleu', 'rouge_score', 'nltk', 'sklearn', 'scipy')))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -345,3 +346,24 @@ def test_bleu_of_a_tokenized_corpus_says_nothing_to_the_log(caplog: pytest.LogCa
     sentences = [f"The place {number} is near the river ." for number in range(200)]
     assert METRICS["bleu"].score(sentences, [(sentence,) for sentence in sentences]) == pytest.approx(100)
     assert caplog.records == []
+
+
+PERFECT: dict[str, tuple[Any, Any]] = {
+    "classes": (["a", "b", "c", "a"], ["a", "b", "c", "a"]),
+    "numbers": ([1.0, 2.0, 4.0], [1.0, 2.0, 4.0]),
+    "texts": (["one two three four five"] * 2, [("one two three four five",)] * 2),
+    "loss": ([0.0, 0.0], [3, 4]),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_what_is_all_right_reaches_the_bound_of_the_score(name: str) -> None:
+    metric = METRICS[name]
+    assert metric.score(*PERFECT[metric.of]) == pytest.approx(bounds_of(name)[metric.higher_is_better])
+
+
+@pytest.mark.parametrize("name", ["matthews", "pearson", "spearman"])
+def test_what_is_all_wrong_reaches_the_other_bound_of_a_correlation(name: str) -> None:
+    predicted, expected = (["a", "b"], ["b", "a"]) if name == "matthews" else ([1.0, 2.0, 3.0], [3.0, 2.0, 1.0])
+    assert METRICS[name].score(predicted, expected) == pytest.approx(bounds_of(name)[0])
+    assert bounds_of("one of another program") == (None, None)

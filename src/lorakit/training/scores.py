@@ -20,19 +20,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ...core.errors import LoraError
-from ...core.words import suggestion
-from ...training import metrics
+from ..core.errors import LoraError
+from ..core.words import suggestion
+from . import metrics
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score: its name, what it is computed from, and whether higher is better."""
+    """A score: its name, what it is computed from, whether higher is better, and its least and greatest value."""
 
     name: str
     of: Literal["classes", "numbers", "texts", "loss"]
     score: Callable[[Sequence[Any], Sequence[Any]], float]  # predicted, expected
     higher_is_better: bool = True
+    bounds: tuple[float | None, float | None] = (0.0, 100.0)
 
 
 def default_metrics(task: str, answers: bool) -> tuple[str, ...]:
@@ -59,6 +60,11 @@ def metrics_for(names: Sequence[str], task: str, answers: bool) -> list[Metric]:
             here = f"{task} without prompts" if task == "causal-lm" and not answers else task
             raise LoraError(f"{name} is for {METRICS[name].of}; this task is {here}. It has: {fitting}.")
     return [METRICS[name] for name in names]
+
+
+def logged_as(metric: str) -> str:
+    """What a metric of held-out rows is called in the history of a run and in metrics.jsonl."""
+    return f"eval_{metric.replace('-', '_')}"
 
 
 def _scored(task: str, answers: bool) -> tuple[str, ...]:
@@ -241,15 +247,20 @@ METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
         Metric("accuracy", "classes", _accuracy),
-        Metric("matthews", "classes", _matthews),
+        Metric("matthews", "classes", _matthews, bounds=(-100.0, 100.0)),
         Metric("f1", "classes", _f1),
-        Metric("pearson", "numbers", _pearson),
-        Metric("spearman", "numbers", _spearman),
+        Metric("pearson", "numbers", _pearson, bounds=(-100.0, 100.0)),
+        Metric("spearman", "numbers", _spearman, bounds=(-100.0, 100.0)),
         Metric("exact-match", "texts", _exact_match),
         Metric("bleu", "texts", _bleu),
         Metric("chrf", "texts", _chrf),
         Metric("rouge-l", "texts", _rouge_l),
-        Metric("ter", "texts", _ter, higher_is_better=False),
-        Metric("perplexity", "loss", _perplexity, higher_is_better=False),
+        Metric("ter", "texts", _ter, higher_is_better=False, bounds=(0.0, None)),
+        Metric("perplexity", "loss", _perplexity, higher_is_better=False, bounds=(1.0, None)),
     )
 }
+
+
+def bounds_of(metric: str) -> tuple[float | None, float | None]:
+    """The least and the greatest value of a score; no bounds for one that lorakit does not know."""
+    return METRICS[metric].bounds if metric in METRICS else (None, None)
