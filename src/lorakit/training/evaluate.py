@@ -29,7 +29,7 @@ from .tokens import encode_all, encode_text, prompt_ids, reference
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ComparedRow:
     """One row: what the base model and the adapted one give for it, and what is expected.
 
     Of plain text: Σ −log p by either, in nats, and the number of tokens that it is a sum over.
@@ -46,15 +46,15 @@ class Compared:
     """Rows that were scored by one metric: exact match, perplexity, accuracy or pearson."""
 
     metric: str
-    outcomes: tuple[Outcome, ...]
+    rows: tuple[ComparedRow, ...]
     notes: tuple[str, ...] = ()
 
     def evaluation(self, split: str) -> Evaluation:
         """The score of the base model and of the adapted one on these rows."""
-        if not self.outcomes:
+        if not self.rows:
             return Evaluation(0, split, {}, (), notes=self.notes)
-        base, adapted = ([getattr(own, side) for own in self.outcomes] for side in ("base", "adapted"))
-        expected = [own.expected for own in self.outcomes]
+        base, adapted = ([getattr(own, side) for own in self.rows] for side in ("base", "adapted"))
+        expected = [own.expected for own in self.rows]
         scores, ends = zip(*(_scored(self.metric, found, expected) for found in (base, adapted)), strict=True)
         metrics, intervals = {self.metric: scores}, {} if None in ends else {self.metric: ends}
         if self.metric == "perplexity":
@@ -64,7 +64,7 @@ class Compared:
             base, adapted, expected = ([f"{number:.3f}" for number in own] for own in (base, adapted, expected))
         else:
             right = tuple(map(exact_match if self.metric == "exact match" else operator.eq, adapted, expected))
-        samples = tuple(map(Sample, (question(own.example) for own in self.outcomes), base, adapted, expected))
+        samples = tuple(map(Sample, (question(own.example) for own in self.rows), base, adapted, expected))
         return Evaluation(len(expected), split, metrics, samples, right, self.notes, intervals)
 
 
@@ -157,9 +157,9 @@ def _both(
     bank: Bank | None,
     known: Compared | None,
 ) -> Compared:
-    """The outcome of each row. run(label, within): what the model gives for each of them."""
+    """What is found for each row. run(label, within): what the model gives for each of them."""
     if known is not None:
-        base = [own.base for own in known.outcomes]
+        base = [own.base for own in known.rows]
     else:
         with disabled(loaded.model):
             base = run("base model", as_it_is)
@@ -169,7 +169,7 @@ def _both(
         adapted = run("adapters", lambda batch: bank.rows([names[index] for index in batch]))
     elif adapted_layers(loaded.model):
         adapted = run("adapter", as_it_is)
-    return Compared(metric, tuple(map(Outcome, examples, base, adapted, expected)), notes)
+    return Compared(metric, tuple(map(ComparedRow, examples, base, adapted, expected)), notes)
 
 
 def _scored(metric: str, found: Sequence[Any], expected: Sequence[Any]) -> tuple[float, Ends | None]:

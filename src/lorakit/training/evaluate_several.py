@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from .adapter_names import NONE
 from .data import Data, Example
-from .evaluate import Compared, Outcome, compare_rows
+from .evaluate import Compared, ComparedRow, compare_rows
 from .report import SeveralEvaluations
 from .several import Several
 
@@ -80,15 +80,15 @@ def evaluate_several(
     whole = _joined(parts, examples)
     lines = {}
     for name in (*names, None):
-        mine = tuple(outcome for outcome in whole.outcomes if outcome.example.adapter == name)
+        mine = tuple(row for row in whole.rows if row.example.adapter == name)
         if mine:
-            lines[name or NONE] = replace(whole, outcomes=mine, notes=()).evaluation(split)
+            lines[name or NONE] = replace(whole, rows=mine, notes=()).evaluation(split)
     return SeveralEvaluations(lines, whole.evaluation(split))
 
 
 def _joined(parts: Sequence[Compared], examples: Sequence[Example]) -> Compared:
     """All rows, in the order of `examples`."""
-    by_row: dict[int, Outcome] = {id(own.example): own for part in parts for own in part.outcomes}
-    outcomes = tuple(by_row[id(example)] for example in examples if id(example) in by_row)
+    by_row: dict[int, ComparedRow] = {id(own.example): own for part in parts for own in part.rows}
+    rows = tuple(by_row[id(example)] for example in examples if id(example) in by_row)
     notes = dict.fromkeys(note for part in parts for note in part.notes)
-    return Compared(parts[0].metric, outcomes, tuple(notes))
+    return Compared(parts[0].metric, rows, tuple(notes))
