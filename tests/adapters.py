@@ -26,13 +26,15 @@ def classifier_adapter(base: Path, folder: Path, labels: tuple[str, ...], always
     return folder
 
 
-def language_adapter(base: Path, folder: Path, scale: float = 0.03, **style: Any) -> Path:
+def language_adapter(
+    base: Path, folder: Path, scale: float = 0.03, *, seed: int = 1, rank: int = 2, dora: bool = False, **style: Any
+) -> Path:
     """An adapter of a language model with factors that are not zero, and the style it was trained in."""
     from lorakit.training.models import load_causal_lm
 
     loaded = load_causal_lm(str(base), dtype="float32")
-    lorakit.attach(loaded.model, rank=2)
-    generator = torch.Generator().manual_seed(1)
+    lorakit.attach(loaded.model, rank=rank, dora=dora)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in loaded.model.parameters():
             if parameter.requires_grad:

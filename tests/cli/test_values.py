@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lorakit.cli.adapters import named_path_type
 from lorakit.cli.main import VERBS, _parser, main
 from lorakit.core.paths import expanded
 from lorakit.study.comparison.config import CompareConfig
@@ -26,7 +27,8 @@ def numeric(verb: str) -> list[str]:
     return [
         action.option_strings[0]
         for action in _parser(verb)._actions
-        if action.option_strings and (action.metavar in ("N", "X") or action.type not in (None, expanded))
+        if action.option_strings
+        and (action.metavar in ("N", "X") or action.type not in (None, expanded, named_path_type))
     ]
 
 

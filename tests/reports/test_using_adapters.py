@@ -73,7 +73,7 @@ def test_generate_gives_the_number_that_is_predicted(
 def test_a_classifier_does_not_chat_and_names_the_command_that_asks_it(
     classifier: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakit.training.models.load_with_adapter", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lorakit.training.several.load_base", lambda *_, **__: pytest.fail("loaded"))
     for words in (["--model", classifier], ["--model", tiny_encoder, "--adapter", classifier]):
         message = said(capsys, "chat", *words, code=1)
         command = shlex.split(message.partition("lorakit generate ")[2])
@@ -102,7 +102,7 @@ def test_eval_checks_the_rows_before_a_model_is_loaded(
     model: str, rows: list[dict[str, str]] | None, message: str, tmp_path: Path, request: pytest.FixtureRequest,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("lorakit.training.models.load_with_adapter", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lorakit.training.several.load_base", lambda *_, **__: pytest.fail("loaded"))
     data = tmp_path / "d.jsonl"
     if rows is not None:
         write_rows(data, rows)

@@ -26,6 +26,7 @@ _COMMANDS = {
     "/system TEXT": "sets the system message",
     "/save FILE": "adds the conversation to a .jsonl file, as a row to train on",
     "/base": "switches the adapter off and on",
+    "/use NAME": "chooses who answers: {}, none (the base), or a sum such as {}",
     "/tool TEXT": "answers the assistant's call",
     '"""': "begins and ends a message of several lines",
     "/quit": "or Ctrl-D ends",
@@ -34,7 +35,7 @@ _QUOTES = '"""'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, several=True)
     add_quantize_argument(parser)
     add_sampling_arguments(parser)
 
@@ -46,35 +47,38 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from ..core.switching import disabled
-    from ..training.adapter_folder import base_and_adapter
+    from ..training.adapter_names import shown_path, shown_use, use_of
     from ..training.generation import room, stream
-    from ..training.models import load_with_adapter
-    from ..training.style import Style
-    from ..training.task import model_task
+    from ..training.several import load_several, named_adapters
 
-    base, adapter = base_and_adapter(args.model, args.adapter)
-    task = model_task(base, adapter)
-    if not task.answers:
-        put_in = f" --adapter {shlex.quote(args.adapter)}" if args.adapter else ""
+    named = named_adapters(args.model, args.adapter)
+    names = list(named.folders)
+    if not named.task.answers:
+        own = [f"--model {shlex.quote(args.model)}"] if args.model else []
+        own += [f"--adapter {shlex.quote(shown_path(*given))}" for given in args.adapter]
         raise LoraError(
-            f"{args.model} is {task} and does not talk. Ask it about a text: "
-            f"lorakit generate --model {shlex.quote(args.model)}{put_in} --prompt TEXT"
+            f"{args.model or args.adapter[0][1]} is {named.task} and does not talk. Ask it about a text: "
+            f"lorakit generate {' '.join(own)} --prompt TEXT"
         )
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # line editing and history, where the platform has them
 
-    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype, quantize=args.quantize)
-    style = Style.recorded(adapter or base, loaded.tokenizer, system=args.system, plain=args.plain)
+    several = load_several(named, dtype=args.dtype, quantize=args.quantize)
+    asking = several.asking(names[0] if names else None, system=args.system, plain=args.plain)
+    loaded, style = asking.loaded, asking.style
     if not style.chat:
         why = "was trained" if loaded.tokenizer.chat_template and not args.plain else "is asked"
         print(
             f"(the model {why} without a chat template: each line is continued on its own; earlier lines are not seen)"
         )
+    for note in several.notes(names):
+        print(f"({note})")
     tools = tools_in(args.tools, style)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    left_out = {*(() if adapter else ("/base",)), *(() if tools else ("/tool TEXT",))}
-    commands = {name: what for name, what in _COMMANDS.items() if name not in left_out}
+    has = {"/base": bool(names), "/use NAME": bool(args.adapter), "/tool TEXT": bool(tools)}
+    said_of = ", ".join(names), ",".join(f"{name}=0.5" for name in names[:2])
+    commands = {name: what.format(*said_of) for name, what in _COMMANDS.items() if has.get(name, True)}
     listed = "\n".join(f"  {name:<14}{what}" for name, what in commands.items())
     hints = ["/help lists the commands"]
     hints += [f"{name} {what}" for name, what in commands.items() if name in ("/base", "/tool TEXT")]
@@ -94,9 +98,24 @@ def run(args: argparse.Namespace) -> None:
         if command == "/clear":
             messages = []
             continue
-        if command == "/base" and adapter:
-            base_only = not base_only
-            print("(the base model answers)" if base_only else "(the adapter answers)")
+        if command == "/use" and args.adapter:
+            try:
+                used = use_of(rest, names)
+                several.bank.use(used)
+            except LoraError as problem:
+                print(f"({problem})")
+                continue
+            base_only = False
+            if used is not None:  # the base model is asked as the adapter before it
+                asking = several.asking(used, system=args.system, plain=args.plain)
+                loaded, style = asking.loaded, asking.style
+            print("(the base model answers)" if used is None else f"({shown_use(used)} answers)")
+            for note in several.notes([used]):
+                print(f"({note})")
+            continue
+        if command == "/base" and names:
+            base_only = not base_only and several.bank.used is not None
+            print("(the base model answers)" if base_only or several.bank.used is None else "(the adapter answers)")
             continue
         if command == "/system":
             style = _with_system(style, rest)

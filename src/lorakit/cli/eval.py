@@ -13,7 +13,7 @@ HELP = "score a model or an adapter on a data file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, several=True)
     add_quantize_argument(parser)
     add_style_arguments(parser)
     parser.add_argument(
@@ -44,41 +44,44 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..formats.files import replacing
-    from ..training.adapter_folder import base_and_adapter
     from ..training.data import read_data
-    from ..training.evaluate import evaluate
-    from ..training.models import load_with_adapter
+    from ..training.evaluate_several import evaluate_several
     from ..training.preflight import check_result
     from ..training.prepare import fields_of
-    from ..training.report import comparison
-    from ..training.style import Style, longest_text
-    from ..training.task import model_task
+    from ..training.report import comparison, comparison_of_several
+    from ..training.several import load_several, named_adapters
 
     if args.json:
         check_result(Path(args.json), "--json")
-    base, adapter = base_and_adapter(args.model, args.adapter)
-    task = model_task(base, adapter)
-    data = read_data(args.data, fields=fields_of(args), holdout=0.0, model=task)
-    if data.task != task.kind:
-        raise LoraError(f"{args.data} holds {data.shape} rows, and {args.model} is {task}: give it text and label.")
+    named = named_adapters(args.model, args.adapter)
+    names = [name for name, _ in args.adapter]  # only those that were given a name are meant by rows
+    data = read_data(args.data, fields=fields_of(args), holdout=0.0, model=named.task, adapters=names)
+    if data.task != named.task.kind:
+        who = args.model or args.adapter[0][1]
+        raise LoraError(f"{args.data} holds {data.shape} rows, and {who} is {named.task}: give it text and label.")
     splits = {"test": data.test, "valid": data.valid, "train": data.train}
     split = next(name for name, rows in splits.items() if rows)
-    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype, quantize=args.quantize)
-    result = evaluate(
-        loaded,
+    several = load_several(named, dtype=args.dtype, quantize=args.quantize)
+    result = evaluate_several(
+        several,
         data,
         split,
         splits[split][: args.max_samples],
-        Style.recorded(adapter or base, loaded.tokenizer, system=args.system, plain=args.plain),
-        max_length=args.max_seq_length or longest_text(adapter or base),
+        system=args.system,
+        plain=args.plain,
+        max_length=args.max_seq_length,
         max_new_tokens=args.max_new_tokens,
     )
-    for note in data.notes:
+    for note in (*data.notes, *several.notes(list(named.folders))):
         print(f"note: {note}")
     rows = f"rows of {args.data}" + (f" ({split})" if len([own for own in splits.values() if own]) > 1 else "")
-    print(comparison(result, shown=args.show, rows=rows, adapted=adapter is not None))
+    if result.alone is not None:
+        print(comparison(result.alone, shown=args.show, rows=rows, adapted=bool(named.folders)))
+    else:
+        print(comparison_of_several(result, shown=args.show, rows=rows))
     if args.json:
         with replacing(Path(args.json)) as path:
             path.write_text(
-                json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+                json.dumps(dataclasses.asdict(result.alone or result), indent=2, ensure_ascii=False) + "\n",
+                encoding="utf-8",
             )

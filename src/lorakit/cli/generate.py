@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -10,9 +11,11 @@ from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..training.config import Quantize
 from ..training.settings import UsageError, number_type
+from .adapters import add_adapters_argument, use_from
 
 if TYPE_CHECKING:
-    from ..training.models import Loaded
+    from ..bank.bank import Used
+    from ..training.several import Asking
     from ..training.style import Style
     from ..training.task import Task
 
@@ -22,7 +25,7 @@ _CLASSES_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, several=True)
     add_quantize_argument(parser)
     add_sampling_arguments(parser)
     parser.add_argument(
@@ -30,10 +33,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pair", metavar="TEXT", help="the second text, for a classifier of pairs")
     parser.add_argument("--base", action="store_true", help="answer with the base model, without the adapter")
+    parser.add_argument(
+        "--use",
+        metavar="NAME",
+        help="which of several adapters answers: a name, or a weighted sum such as fr=0.7,de=0.3, or none for the base "
+        "model (default: each of them)",
+    )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto: bfloat16 where it is fast") -> None:
-    """Add the arguments that choose a model. dtype: the help's words for what `auto` means."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, dtype: str = "auto: bfloat16 where it is fast", *, several: bool = False
+) -> None:
+    """Add the arguments that choose a model. dtype: the help's words for what `auto` means. several: of adapters."""
     parser.add_argument(
         "--model",
         "--model-name-or-path",
@@ -41,7 +52,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto: bfl
         type=expanded,
         help="an adapter's folder, or a base model (folder, .gguf, hub id)",
     )
-    parser.add_argument("--adapter", type=expanded, help="folder of an adapter to load into --model")
+    if several:
+        add_adapters_argument(parser)
+    else:
+        parser.add_argument("--adapter", type=expanded, help="folder of an adapter to load into --model")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -110,54 +124,67 @@ def tools_in(path: str | None, style: Style) -> tuple[dict[str, Any], ...]:
 
 
 def run(args: argparse.Namespace) -> None:
-    import contextlib
+    import sys
+
+    from ..training.adapter_names import shown_use
+    from ..training.several import load_several, named_adapters, refuse_sum
+
+    if args.base and args.use is not None:
+        raise UsageError("--base answers with the base model, as --use none does. Leave one of them out.")
+    named = named_adapters(args.model, args.adapter)
+    use = use_from(args.use, named.folders) if args.use is not None else None
+    chosen: list[Used] = [use] if args.base or args.use is not None else [*named.folders] or [None]
+    task, who = named.task, args.model or args.adapter[0][1]
+    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
+    if args.pair is not None and task.answers:
+        raise UsageError(f"--pair is the second text for a classifier of pairs, and {who} is {task}.")
+    if not task.answers and not prompt.strip():
+        raise LoraError(f"--prompt is empty: {who} is {task} and needs a text.")
+    if isinstance(use, Mapping):
+        refuse_sum(named, use)
+    several = load_several(named.only(chosen), dtype=args.dtype, quantize=args.quantize)
+    for note in several.notes(chosen):
+        print(f"note: {note}", file=sys.stderr)
+    for used in chosen:
+        if len(chosen) > 1:
+            print(f"── {shown_use(used)}")
+        several.bank.use(used)
+        if used is None and named.folders and several.new_parameters and not task.answers:
+            raise LoraError(f"--base: {named.base} has no trained head for {task}; only the adapter has one.")
+        asking = several.asking(used, system=args.system, plain=args.plain)
+        if task.answers:
+            _stream(asking, prompt, args)
+        else:
+            print(_verdict(asking, task, prompt, args.pair))
+
+
+def _stream(asking: Asking, prompt: str, args: argparse.Namespace) -> None:
     import sys
 
     import torch
 
-    from ..core.switching import disabled
-    from ..training.adapter_folder import base_and_adapter
     from ..training.generation import room, stream
-    from ..training.models import load_with_adapter
-    from ..training.style import Style
-    from ..training.task import model_task
     from ..training.tokens import prompt_ids
 
-    base, adapter = base_and_adapter(args.model, args.adapter)
-    task = model_task(base, adapter)
-    prompt = sys.stdin.read().strip() if args.prompt == "-" else args.prompt
-    if args.pair is not None and task.answers:
-        raise UsageError(f"--pair is the second text for a classifier of pairs, and {args.model} is {task}.")
-    if not task.answers and not prompt.strip():
-        raise LoraError(f"--prompt is empty: {args.model} is {task} and needs a text.")
-    loaded = load_with_adapter(args.model, args.adapter, dtype=args.dtype, quantize=args.quantize)
-    if args.base and loaded.new_parameters and not task.answers:
-        raise LoraError(f"--base: {base} has no trained head for {task}; only the adapter has one.")
-    with disabled(loaded.model) if args.base else contextlib.nullcontext():
-        if not task.answers:
-            print(_verdict(loaded, task, prompt, args.pair, adapter or base))
-            return
-        style = Style.recorded(adapter or base, loaded.tokenizer, system=args.system, plain=args.plain)
-        tools = tools_in(args.tools, style)
-        ids = prompt_ids(prompt, loaded.tokenizer, system=style.system, chat=style.chat, tools=tools)
-        if (limit := room(loaded, ids, args.max_new_tokens)) < args.max_new_tokens:
-            print(f"note: the model has positions for an answer of {limit} tokens at most.", file=sys.stderr)
-        if args.seed is not None:
-            torch.manual_seed(args.seed)
-        for piece in stream(loaded, ids, max_new_tokens=limit, temperature=args.temperature, top_p=args.top_p):
-            print(piece, end="", flush=True)
+    loaded, style = asking.loaded, asking.style
+    ids = prompt_ids(prompt, loaded.tokenizer, system=style.system, chat=style.chat, tools=tools_in(args.tools, style))
+    if (limit := room(loaded, ids, args.max_new_tokens)) < args.max_new_tokens:
+        print(f"note: the model has positions for an answer of {limit} tokens at most.", file=sys.stderr)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    for piece in stream(loaded, ids, max_new_tokens=limit, temperature=args.temperature, top_p=args.top_p):
+        print(piece, end="", flush=True)
     print()
 
 
-def _verdict(loaded: Loaded, task: Task, text: str, pair: str | None, folder: str) -> str:
+def _verdict(asking: Asking, task: Task, text: str, pair: str | None) -> str:
     """The number that a regression predicts, or a line for each likely class: its probability and its name."""
     from ..core.table import Table
     from ..training.data import Example
     from ..training.evaluate import outputs
-    from ..training.style import longest_text
 
     example = Example("--prompt", text=text, text_pair=pair)
-    found = outputs(loaded, [example], longest_text(folder), "reading")[0]
+    found = outputs(asking.loaded, [example], asking.max_length, "reading")[0]
     if not task.labels:
         return f"{float(found[0]):.4g}"
     ranked = sorted(zip(found.softmax(-1).tolist(), task.labels, strict=True), key=lambda one: -one[0])

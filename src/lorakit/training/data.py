@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.paths import expanded
+from .adapter_names import NONE, unknown
 from .at_hub import HubKind, id_at_hub
 from .conversations import BadRow, TrainOn
 from .folders import no_split, passed_over, split_files
@@ -64,6 +65,7 @@ def read_data(
     hub: Hub | None = None,
     model: Task | None = None,
     train_on: TrainOn = "all",
+    adapters: Sequence[str] = (),
 ) -> Data:
     """Read and check all rows of `data`: a file, a folder with train|valid|test files, or a hub id.
 
@@ -75,13 +77,14 @@ def read_data(
     hub: which part of a hub data set is meant, if `data` is one.
     model: the task of the model that is scored on the rows. Its labels are then used, and a row cannot name a new one.
     train_on: which of the assistant's turns are learnt.
+    adapters: the names that a row may give under the key "adapter", to be answered by that one ("none": by the base).
     holdout: the share of train that is held out, at random by `seed`, when there is no other split; at most 100 rows.
 
     Raises DataError listing every bad row, and FileNotFoundError if nothing is found at `data`.
     """
     findings = Findings()
     parts = sources(data)
-    shape, examples, counts = _mixed(parts, hub or Hub(), dict(fields or {}), train_on, findings)
+    shape, examples, counts = _mixed(parts, hub or Hub(), dict(fields or {}), train_on, adapters, findings)
     if findings.problems:
         raise DataError(findings.problems)
     if not examples["train"]:
@@ -111,7 +114,12 @@ read = read_data  # its name until 0.2, by which programs import it
 
 
 def _mixed(
-    parts: Sequence[Source], hub: Hub, fields: Mapping[str, str], train_on: TrainOn, findings: Findings
+    parts: Sequence[Source],
+    hub: Hub,
+    fields: Mapping[str, str],
+    train_on: TrainOn,
+    adapters: Sequence[str],
+    findings: Findings,
 ) -> tuple[str, dict[str, Sequence[Example]], list[int]]:
     """The shape or shapes of all data sets, their examples by split, and how many training rows each data set has."""
     shapes: dict[str, str] = {}
@@ -121,7 +129,7 @@ def _mixed(
         own = Findings()
         place = "" if len(parts) == 1 else f"{part.name} · "
         before = len(together["train"])
-        shape = _read_examples(_read_splits(part.name, hub, own), fields, train_on, own, together, place)
+        shape = _read_examples(_read_splits(part.name, hub, own), fields, train_on, adapters, own, together, place)
         first = next(iter(shapes), shape)
         if shape and not (shape == first or {shape, first} <= _TALKS):
             own.problems.append(f"{part.name}: rows of the shape {shape}, but {shapes[first]} has {first}.")
@@ -155,6 +163,7 @@ def _read_examples(
     splits: Mapping[str, Iterable[Row]],
     fields: Mapping[str, str],
     train_on: TrainOn,
+    adapters: Sequence[str],
     findings: Findings,
     into: Mapping[str, Spool[Example]],
     place: str,
@@ -169,6 +178,9 @@ def _read_examples(
         for row in progress(rows, f"reading {split}"):
             try:
                 shape, example, beside = parse(row, fields, train_on)
+                if adapters and "adapter" in beside:
+                    example = replace(example, adapter=_named_adapter(row, adapters))
+                    beside.discard("adapter")
             except BadRow as bad:
                 findings.problems.append(f"{row.where}: {bad}")
                 continue
@@ -183,6 +195,14 @@ def _read_examples(
     if unread:
         findings.notes.append(f"keys that are not read: {', '.join(sorted(unread))}")
     return next(iter(shapes), "")
+
+
+def _named_adapter(row: Row, adapters: Sequence[str]) -> str | None:
+    """The adapter that a row names; None for the base model. Raises BadRow."""
+    name = row.values["adapter"]
+    if name != NONE and name not in adapters:
+        raise BadRow(unknown(name, adapters))
+    return None if name == NONE else str(name)
 
 
 def _read_splits(data: str, hub: Hub, findings: Findings) -> Mapping[str, Iterable[Row]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..bank.bank import Bank
 from ..core.attach import adapted_layers
 from ..core.switching import disabled
 from .data import Data, Example
-from .generation import answers
+from .generation import Within, answers, as_it_is
 from .intervals import Ends, bootstrap, wilson
 from .metrics import accuracy, exact_match, pearson
 from .models import Loaded
@@ -24,6 +26,46 @@ from .positions import longest_row, positions
 from .report import Evaluation, Sample
 from .style import Style
 from .tokens import encode_all, encode_text, prompt_ids, reference
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One row: what the base model and the adapted one give for it, and what is expected.
+
+    Of plain text: Σ −log p by either, in nats, and the number of tokens that it is a sum over.
+    """
+
+    example: Example
+    base: Any
+    adapted: Any
+    expected: Any
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Rows that were scored by one metric: exact match, perplexity, accuracy or pearson."""
+
+    metric: str
+    rows: tuple[ComparedRow, ...]
+    notes: tuple[str, ...] = ()
+
+    def evaluation(self, split: str) -> Evaluation:
+        """The score of the base model and of the adapted one on these rows."""
+        if not self.rows:
+            return Evaluation(0, split, {}, (), notes=self.notes)
+        base, adapted = ([getattr(own, side) for own in self.rows] for side in ("base", "adapted"))
+        expected = [own.expected for own in self.rows]
+        scores, ends = zip(*(_scored(self.metric, found, expected) for found in (base, adapted)), strict=True)
+        metrics, intervals = {self.metric: scores}, {} if None in ends else {self.metric: ends}
+        if self.metric == "perplexity":
+            return Evaluation(len(expected), split, metrics, (), (), self.notes, intervals)
+        right: tuple[bool, ...] = ()
+        if self.metric == "pearson":
+            base, adapted, expected = ([f"{number:.3f}" for number in own] for own in (base, adapted, expected))
+        else:
+            right = tuple(map(exact_match if self.metric == "exact match" else operator.eq, adapted, expected))
+        samples = tuple(map(Sample, (question(own.example) for own in self.rows), base, adapted, expected))
+        return Evaluation(len(expected), split, metrics, samples, right, self.notes, intervals)
 
 
 def evaluate(
@@ -42,29 +84,37 @@ def evaluate(
     perplexity. Classifiers are scored by accuracy, regressions by Pearson's correlation.
     max_new_tokens=None: 16 more than the longest expected answer.
     """
-    if not examples:
-        return Evaluation(0, split, {}, ())
-    if data.task != "causal-lm":
-        return _compare_labels(loaded, data, split, examples, max_length)
-    if all(example.text is not None for example in examples):
-        return _compare_texts(loaded, split, examples, style, max_length)
-    asked = to_answer(loaded, examples, style, max_new_tokens)
-    if not asked.rows:
-        return Evaluation(0, split, {}, (), notes=asked.notes)
-    expected = asked.expected
+    compared = compare_rows(loaded, data, examples, style, max_length=max_length, max_new_tokens=max_new_tokens)
+    return compared.evaluation(split)
 
-    def generate(label: str) -> list[str]:
-        found = answers(loaded, asked.prompts, max_new_tokens=asked.max_new_tokens)
+
+def compare_rows(
+    loaded: Loaded,
+    data: Data,
+    examples: Sequence[Example],
+    style: Style,
+    *,
+    max_length: int,
+    max_new_tokens: int | None = None,
+    bank: Bank | None = None,
+    known: Compared | None = None,
+) -> Compared:
+    """What `evaluate` scores, row by row.
+
+    bank: the model's; each row is then computed with the adapter that it names. known: what was found for the same rows
+    asked in the same way with another adapter, of which the base model's part is taken over.
+    """
+    if data.task != "causal-lm":
+        return _compare_labels(loaded, data, examples, max_length, bank, known)
+    if examples and all(example.text is not None for example in examples):
+        return _compare_texts(loaded, examples, style, max_length, bank, known)
+    asked = to_answer(loaded, examples, style, max_new_tokens)
+
+    def generate(label: str, within: Within) -> list[str]:
+        found = answers(loaded, asked.prompts, max_new_tokens=asked.max_new_tokens, within=within)
         return list(_progress(found, len(asked.prompts), f"answering with the {label}"))
 
-    with disabled(loaded.model):
-        base = generate("base model")
-    adapted = generate("adapter") if adapted_layers(loaded.model) else base
-    before, after = (tuple(map(exact_match, found, expected)) for found in (base, adapted))
-    samples = tuple(map(Sample, map(question, asked.rows), base, adapted, expected))
-    rates = (sum(before) / len(before), sum(after) / len(after))
-    intervals = _of_rates(rates, len(asked.rows))
-    return Evaluation(len(asked.rows), split, {"exact match": rates}, samples, after, asked.notes, intervals)
+    return _both("exact match", loaded, asked.rows, asked.expected, asked.notes, generate, bank, known)
 
 
 @dataclass(frozen=True)
@@ -97,36 +147,41 @@ def to_answer(loaded: Loaded, examples: Sequence[Example], style: Style, max_new
     return Asked(asked, prompts, expected, max_new_tokens or max(lengths, default=0) + 16, notes)
 
 
-def _compare_texts(
-    loaded: Loaded, split: str, examples: Sequence[Example], style: Style, max_length: int
-) -> Evaluation:
-    """Compare by perplexity: exp of the mean over all tokens of −log p."""
-    limit = longest_row(max_length, loaded.model, loaded.tokenizer)
-    encoded = encode_all(
-        examples, loaded.tokenizer, max_length=limit, too_long="truncate", system=style.system, chat=style.chat
-    )
-    if not encoded.rows:
-        return Evaluation(0, split, {}, ())
-    notes = (f"{encoded.truncated} texts cut at {limit} tokens",) if encoded.truncated else ()
-    rows = [row.input_ids for row in encoded.rows]
-    counts = torch.tensor([len(ids) - 1 for ids in rows], dtype=torch.float64)
+def _both(
+    metric: str,
+    loaded: Loaded,
+    examples: Sequence[Example],
+    expected: Sequence[Any],
+    notes: tuple[str, ...],
+    run: Callable[[str, Within], list[Any]],
+    bank: Bank | None,
+    known: Compared | None,
+) -> Compared:
+    """What is found for each row. run(label, within): what the model gives for each of them."""
+    if known is not None:
+        base = [own.base for own in known.rows]
+    else:
+        with disabled(loaded.model):
+            base = run("base model", as_it_is)
+    adapted = base
+    if bank is not None:
+        names = [example.adapter for example in examples]
+        adapted = run("adapters", lambda batch: bank.rows([names[index] for index in batch]))
+    elif adapted_layers(loaded.model):
+        adapted = run("adapter", as_it_is)
+    return Compared(metric, tuple(map(ComparedRow, examples, base, adapted, expected)), notes)
 
-    def losses(label: str) -> Tensor:
-        """Σ −log p of each text, in nats."""
-        found = []
-        for ids in _progress(rows, len(rows), f"reading with the {label}"):
-            tokens = torch.tensor([ids], device=loaded.device)
-            with torch.inference_mode():
-                logits = loaded.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, :-1].float()
-                found.append(float(F.cross_entropy(logits, tokens[0, 1:], reduction="sum")))
-        return torch.tensor(found, dtype=torch.float64)
 
-    with disabled(loaded.model):
-        base = losses("base model")
-    adapted = losses("adapter") if adapted_layers(loaded.model) else base
-    scores = (perplexity(base, counts), perplexity(adapted, counts))
-    ends = bootstrap(perplexity, base, counts), bootstrap(perplexity, adapted, counts)
-    return Evaluation(len(rows), split, {"perplexity": scores}, (), notes=notes, intervals=_known("perplexity", *ends))
+def _scored(metric: str, found: Sequence[Any], expected: Sequence[Any]) -> tuple[float, Ends | None]:
+    """The score of these rows and the ends of its 95 % interval, which a single row does not always have."""
+    if metric in ("exact match", "accuracy"):
+        share = accuracy(found, expected)
+        if metric == "exact match":
+            share = sum(map(exact_match, found, expected)) / len(expected)
+        return share, wilson(share, len(expected))
+    score = perplexity if metric == "perplexity" else _correlation
+    columns = [torch.tensor(column, dtype=torch.float64) for column in (found, expected)]
+    return score(*columns), bootstrap(score, *columns)
 
 
 def perplexity(losses: Tensor, counts: Tensor) -> float:
@@ -136,60 +191,85 @@ def perplexity(losses: Tensor, counts: Tensor) -> float:
 
 def compare_general(loaded: Loaded, examples: Sequence[Example], max_length: int) -> Evaluation:
     """The perplexity of text that has nothing to do with the training, without and with the adapter."""
-    return _compare_texts(loaded, "general", examples, Style(False), max_length)
-
-
-def _compare_labels(loaded: Loaded, data: Data, split: str, examples: Sequence[Example], max_length: int) -> Evaluation:
-    with disabled(loaded.model):
-        base = predict(loaded, data, examples, max_length, "base model")
-    adapted = predict(loaded, data, examples, max_length, "adapter") if adapted_layers(loaded.model) else base
-    asked = list(map(question, examples))
-    if data.labels:
-        expected = [str(example.label) for example in examples]
-        rates = accuracy(base, expected), accuracy(adapted, expected)
-        metrics, intervals = {"accuracy": rates}, _of_rates(rates, len(examples), "accuracy")
-        right = tuple(a == e for a, e in zip(adapted, expected, strict=True))
-    else:
-        numbers = [float(example.label or 0.0) for example in examples]
-        metrics = {"pearson": (pearson(base, numbers), pearson(adapted, numbers))}
-        truth = torch.tensor(numbers, dtype=torch.float64)
-        ends = (bootstrap(_correlation, torch.tensor(one, dtype=torch.float64), truth) for one in (base, adapted))
-        intervals, right = _known("pearson", *ends), ()
-        base, adapted, expected = ([f"{number:.3f}" for number in column] for column in (base, adapted, numbers))
-    notes = ("the base model's head is new and random: its score is chance",) if loaded.new_parameters else ()
-    samples = tuple(map(Sample, asked, base, adapted, expected))
-    return Evaluation(len(examples), split, metrics, samples, right, notes, intervals)
-
-
-def _of_rates(rates: tuple[float, float], rows: int, name: str = "exact match") -> dict[str, tuple[Ends, Ends]]:
-    return {name: (wilson(rates[0], rows), wilson(rates[1], rows))}
-
-
-def _known(name: str, base: Ends | None, adapter: Ends | None) -> dict[str, tuple[Ends, Ends]]:
-    """The intervals of a metric; empty if a single row gives none."""
-    return {} if base is None or adapter is None else {name: (base, adapter)}
+    return _compare_texts(loaded, examples, Style(False), max_length, None, None).evaluation("general")
 
 
 def _correlation(predicted: Tensor, expected: Tensor) -> float:
     return pearson(predicted.tolist(), expected.tolist())
 
 
-def predict(loaded: Loaded, data: Data, examples: Sequence[Example], max_length: int, label: str) -> list[Any]:
+def _compare_texts(
+    loaded: Loaded,
+    examples: Sequence[Example],
+    style: Style,
+    max_length: int,
+    bank: Bank | None,
+    known: Compared | None,
+) -> Compared:
+    limit = longest_row(max_length, loaded.model, loaded.tokenizer)
+    encoded = encode_all(
+        examples, loaded.tokenizer, max_length=limit, too_long="truncate", system=style.system, chat=style.chat
+    )
+    notes = (f"{encoded.truncated} texts cut at {limit} tokens",) if encoded.truncated else ()
+    rows = [row.input_ids for row in encoded.rows]
+
+    def losses(label: str, within: Within) -> list[float]:
+        found = []
+        for index, ids in enumerate(_progress(rows, len(rows), f"reading with the {label}")):
+            tokens = torch.tensor([ids], device=loaded.device)
+            with within([index]), torch.inference_mode():
+                logits = loaded.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, :-1].float()
+                found.append(float(F.cross_entropy(logits, tokens[0, 1:], reduction="sum")))
+        return found
+
+    counts = [len(ids) - 1 for ids in rows]  # one for each example: every token of a text bears loss, none is dropped
+    return _both("perplexity", loaded, examples, counts, notes, losses, bank, known)
+
+
+def _compare_labels(
+    loaded: Loaded,
+    data: Data,
+    examples: Sequence[Example],
+    max_length: int,
+    bank: Bank | None,
+    known: Compared | None,
+) -> Compared:
+    def run(label: str, within: Within) -> list[Any]:
+        return predict(loaded, data, examples, max_length, label, within) if examples else []
+
+    metric = "accuracy" if data.labels else "pearson"
+    expected = [str(e.label) if data.labels else float(e.label or 0.0) for e in examples]
+    random = loaded.new_parameters and examples
+    notes = ("the base model's head is new and random: its score is chance",) if random else ()
+    return _both(metric, loaded, examples, expected, notes, run, bank, known)
+
+
+def predict(
+    loaded: Loaded,
+    data: Data,
+    examples: Sequence[Example],
+    max_length: int,
+    label: str,
+    within: Within = as_it_is,
+) -> list[Any]:
     """The class name, or for a regression the number, that the model predicts for each example, in order.
 
-    Rows of similar length share a batch. label: what the progress bar calls the model.
+    Rows of similar length share a batch. label: what the progress bar calls the model. within: as for `answers`.
     """
-    logits = outputs(loaded, examples, max_length, f"predicting with the {label}")
+    logits = outputs(loaded, examples, max_length, f"predicting with the {label}", within)
     if not data.labels:
         return logits[:, 0].tolist()
     return [data.labels[index] for index in logits.argmax(-1).tolist()]
 
 
 @torch.inference_mode()
-def outputs(loaded: Loaded, examples: Sequence[Example], max_length: int, doing: str) -> Tensor:
+def outputs(
+    loaded: Loaded, examples: Sequence[Example], max_length: int, doing: str, within: Within = as_it_is
+) -> Tensor:
     """The logits of a classifier or the numbers of a regression, of shape (examples, classes or 1), in order.
 
-    Texts are cut at `max_length` tokens and at the model's positions. doing: what the progress bar says.
+    Texts are cut at `max_length` tokens and at the model's positions. doing: what the progress bar says. within: as for
+    `answers`.
     """
     max_length = longest_row(max_length, loaded.model, loaded.tokenizer)
     encoded = [encode_text(example, loaded.tokenizer, max_length) for example in examples]
@@ -200,7 +280,8 @@ def outputs(loaded: Loaded, examples: Sequence[Example], max_length: int, doing:
     for batch in _progress(batches, len(batches), doing):
         rows = [encoded[index] for index in batch]
         inputs = loaded.tokenizer.pad(rows, return_tensors="pt").to(loaded.device)
-        found.update(zip(batch, loaded.model(**inputs).logits.float().cpu(), strict=True))
+        with within(batch):
+            found.update(zip(batch, loaded.model(**inputs).logits.float().cpu(), strict=True))
     return torch.stack([found[index] for index in range(len(encoded))])
 
 

@@ -8,7 +8,7 @@ these: the configuration's end tokens, the tokenizer's, and the token that train
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
     from .models import Loaded
 
+Within = Callable[[Sequence[int]], contextlib.AbstractContextManager[Any]]  # the indices of a batch → its context
+
 _COLDEST = 1e-6  # a lower temperature means greedy: float32 cannot hold logits divided by it
+
+
+def as_it_is(batch: Sequence[int]) -> contextlib.AbstractContextManager[Any]:
+    """Every batch is computed with the model as it is."""
+    return contextlib.nullcontext()
 
 
 def room(loaded: Loaded, prompt: Sequence[int], wanted: int) -> int:
@@ -49,8 +56,10 @@ def answers(
     max_new_tokens: int,
     batch_size: int = 16,
     search: Mapping[str, Any] | None = None,
+    within: Within = as_it_is,
 ) -> Iterator[str]:
     """The answer to each prompt (token ids), in order. search: options of `generate` such as num_beams; None: greedy.
+    within: the context in which the model runs for the prompts with these indices.
 
     Prompts of similar length share a batch, padded on the left, so that every answer starts at the same column. A
     prompt that leaves less room than `max_new_tokens` is answered alone, so that it does not shorten other answers.
@@ -62,7 +71,8 @@ def answers(
     done: dict[int, str] = {}
     following = 0
     for batch in _batches(prompts, rooms, max_new_tokens, batch_size):
-        found = _answer_batch(loaded, [prompts[i] for i in batch], rooms[batch[0]], search or {})
+        with within(batch):
+            found = _answer_batch(loaded, [prompts[i] for i in batch], rooms[batch[0]], search or {})
         done.update(zip(batch, found, strict=True))
         while following in done:
             yield done.pop(following)

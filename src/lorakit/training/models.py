@@ -7,6 +7,7 @@ where a model lies, `task.py` what it is for.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from .quantize import heads, keep_as_stored, loading_options, quantise_layers, r
 from .quiet import quietly
 from .style import trained_on
 from .task import LABELS as LABELS
-from .task import model_task
+from .task import Task, model_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -181,30 +182,41 @@ def load_with_adapter(
     task = model_task(base, adapter)
     if quantize is None:
         quantize = "none" if adapter is None else trained_on(adapter)
-    trained = peft.stored_adapter(adapter).trained if adapter is not None else {}
     # The chat template that training used travels with the adapter.
     own = beside(adapter, "tokenizer_config.json")
     tokenizer = load_tokenizer(str(own.parent)) if own is not None else None
-    if task.answers:
-        loaded = load_causal_lm(base, dtype=dtype, quantize=quantize, device=device, tokenizer=tokenizer)
-        missing = [name for name in loaded.new_parameters if name not in trained]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise LoraError(
-                f"{base} is no language model that can answer: its files hold no weights for {missing[0]}{more}."
-            )
-    else:
-        loaded = load_classifier(
-            base,
-            labels=task.labels,
-            named=task.named,
-            dtype=dtype,
-            quantize=quantize,
-            device=device,
-            tokenizer=tokenizer,
-        )
+    folders = [] if adapter is None else [adapter]
+    loaded = load_base(base, task, folders, dtype=dtype, quantize=quantize, device=device, tokenizer=tokenizer)
     if adapter is not None:
         load_adapter(loaded.model, adapter)
+    return loaded
+
+
+def load_base(
+    base: str,
+    task: Task,
+    adapters: Iterable[str],
+    *,
+    dtype: str = "auto",
+    quantize: Quantize = "none",
+    device: torch.device | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Loaded:
+    """The base model that these adapters' folders will be loaded into, for their task. Their files are read first.
+
+    Raises LoraError for a language model whose files lack weights that not all of the adapters hold.
+    """
+    trained = [peft.stored_adapter(folder).trained for folder in adapters]
+    options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "device": device, "tokenizer": tokenizer}
+    if not task.answers:
+        return load_classifier(base, labels=task.labels, named=task.named, **options)
+    loaded = load_causal_lm(base, **options)
+    missing = [name for name in loaded.new_parameters if not trained or any(name not in own for own in trained)]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise LoraError(
+            f"{base} is no language model that can answer: its files hold no weights for {missing[0]}{more}."
+        )
     return loaded
 
 

@@ -57,11 +57,14 @@ def check_result(path: Path, flag: str) -> None:
 
 
 def _is_result(path: Path) -> bool:
-    required = {own.name for own in dataclasses.fields(report.Evaluation) if own.default is dataclasses.MISSING}
     try:
-        return json_of(path, dict).keys() >= required
+        keys = json_of(path, dict).keys()
     except (OSError, ValueError):
         return False
+    kinds = report.Evaluation, report.SeveralEvaluations
+    return any(
+        keys >= {own.name for own in dataclasses.fields(kind) if own.default is dataclasses.MISSING} for kind in kinds
+    )
 
 
 def check_reporters(names: Sequence[str]) -> None:

@@ -9,8 +9,9 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from ..core.table import Table
@@ -42,6 +43,21 @@ class Evaluation:
     right: tuple[bool, ...] = ()
     notes: tuple[str, ...] = ()  # what a reader of the metrics must know
     intervals: Mapping[str, tuple[Ends, Ends]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SeveralEvaluations:
+    """by_adapter: base and adapted model on all rows with each adapter; or, where rows name their adapter, on its rows
+    ("none": those of the base model). all: then, on all of them.
+    """
+
+    by_adapter: dict[str, Evaluation]
+    all: Evaluation | None
+
+    @property
+    def alone(self) -> Evaluation | None:
+        """The only evaluation that there is, if one adapter, or the base alone, was scored on all rows."""
+        return next(iter(self.by_adapter.values())) if self.all is None and len(self.by_adapter) == 1 else None
 
 
 def heading(title: str) -> str:
@@ -79,6 +95,47 @@ def comparison(result: Evaluation, shown: int = 3, *, rows: str = "", adapted: b
         lines += _beside(f"    {'adapter' if adapted else 'answer':<9} ", sample.adapter)
         lines += _beside("    expected  ", sample.expected)
     return "\n".join(lines)
+
+
+def comparison_of_several(result: SeveralEvaluations, shown: int = 3, *, rows: str = "") -> str:
+    """A table with a line for each adapter, and a few answers side by side. rows: what was scored."""
+    lines, whole = result.by_adapter, result.all
+    evaluations = {**lines, **({} if whole is None else {"all rows": whole})}
+    metrics = list(dict.fromkeys(metric for own in evaluations.values() for metric in own.metrics))
+    first = next(iter(evaluations.values())) if whole is None else whole
+    text = [heading(f"{first.rows} {rows}: base → adapter")]
+    for metric in metrics:
+        scores = {name: (own.rows, own.metrics[metric]) for name, own in evaluations.items() if metric in own.metrics}
+        cells = (
+            (name, str(count), metric_value(metric, base), metric_value(metric, adapted))
+            for name, (count, (base, adapted)) in scores.items()
+        )
+        text += Table((metric, "rows", "base", "adapter"), tuple(cells)).lines()
+    text += [f"note: {note}" for note in dict.fromkeys(note for own in evaluations.values() for note in own.notes)]
+    answers = list(_side_by_side(lines) if whole is None else _by_their_own(lines))
+    for asked, said, _ in sorted(answers, key=lambda answer: not answer[2])[:shown]:
+        width = max(map(len, said))
+        text += ["", *_beside("  ", asked)]
+        text += [line for name, own in said.items() for line in _beside(f"    {name:<{width}}  ", own)]
+    return "\n".join(text)
+
+
+def _side_by_side(lines: Mapping[str, Evaluation]) -> Iterator[tuple[str, dict[str, str], bool]]:
+    """Of each row: what was asked, what everyone answers, whether an adapter differs from the base."""
+    for samples in zip(*(own.samples for own in lines.values()), strict=True):
+        base, expected = samples[0].base, samples[0].expected
+        said = {name: sample.adapter for name, sample in zip(lines, samples, strict=True)}
+        differ = any(sample.base.strip() != sample.adapter.strip() for sample in samples)
+        yield samples[0].prompt, {"base": base, **said, "expected": expected}, differ
+
+
+def _by_their_own(lines: Mapping[str, Evaluation]) -> Iterator[tuple[str, dict[str, str], bool]]:
+    """The same where each row has an adapter; one of each adapter first."""
+    for samples in zip_longest(*(telling(own.samples) for own in lines.values())):
+        for name, sample in zip(lines, samples, strict=True):
+            if sample is not None:
+                differ = sample.base.strip() != sample.adapter.strip()
+                yield sample.prompt, {"base": sample.base, name: sample.adapter, "expected": sample.expected}, differ
 
 
 def _beside(label: str, text: str) -> list[str]:
