@@ -327,10 +327,11 @@ def _write_reports(
     result: report.Evaluation | None,
 ) -> None:
     config = prepared.config
+    data = ",".join(map(report.public, config.data.split(",")))  # of several data sets, each
     card = report.model_card(
         base_model=config.model,
-        data=config.data,
-        settings=dataclasses.asdict(config),
+        data=data,
+        settings=dataclasses.asdict(config) | {"data": data},
         parameters=str(prepared.attached).splitlines()[-1],
         result=result,
         seconds=progress.seconds,
