@@ -198,3 +198,26 @@ def test_packing_is_for_language_models(tiny_encoder: Path, tmp_path: Path) -> N
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(LoraError, match="--packing is for language models"):
         prepare(TrainConfig(str(tiny_encoder), str(tmp_path / "d.jsonl"), str(tmp_path / "out"), packing=True))
+
+
+@pytest.mark.usefixtures("few_objects")
+def test_trls_fused_head_takes_packs(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the loss comes from TRL's head. It is the same that `loss.py` computes on a CPU."""
+    from safetensors.torch import load_file
+
+    from lorakit.training.trainers import CausalTrainer
+
+    found = []
+    made = CausalTrainer.__init__
+    for fused in (False, True):
+
+        def chosen(self: Any, *args: Any, on: bool = fused, **kwargs: Any) -> None:
+            made(self, *args, **kwargs)
+            self._fused = on
+
+        monkeypatch.setattr(CausalTrainer, "__init__", chosen)
+        own = dataclasses.replace(config, max_steps=2, holdout=0.0, output_dir=str(tmp_path / str(fused)))
+        train(own)
+        found.append(load_file(Path(own.output_dir) / "adapter_model.safetensors"))
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(found[1][key], tensor, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ from ..core.numbers import duration, size
 from ..formats import peft, save
 from ..formats.folder import OutputFolder
 from . import page, report
-from .card import model_card
+from .card import model_card, public
 from .changes import weight_changes
 from .checkpoints import checkpoints, history_in, newest_whole, step_of
 from .config import TrainConfig
@@ -411,10 +411,11 @@ def _write_reports(
     config = prepared.config
     again = dataclasses.replace(config, resume=None, overwrite=False)
     outcome = _outcome(prepared, progress, result, to_command(again, "train"))
+    data = ",".join(map(public, config.data.split(",")))  # of several data sets, each
     card = model_card(
         base_model=config.model,
-        data=config.data,
-        settings=dataclasses.asdict(config),
+        data=data,
+        settings=dataclasses.asdict(config) | {"data": data},
         parameters=str(prepared.attached).splitlines()[-1],
         result=result,
         seconds=outcome.seconds,

@@ -12,6 +12,7 @@ import os
 import pickle
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, overload
 
@@ -40,6 +41,7 @@ class Spool(Generic[T], Sequence[T]):
             if len(self._few) > _FEW:
                 few, self._few = self._few, None
                 self._file = tempfile.TemporaryFile(prefix="lorakit-")  # noqa: SIM115  open as long as the spool
+                weakref.finalize(self, self._file.close)
                 for own in few:
                     self.append(own)
             return
