@@ -134,7 +134,7 @@ NO_SYSTEM = (
 
 
 def answering(**more: object) -> tuple[dict, ...]:
-    return ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **more})
+    return ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"} | more)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +142,7 @@ def answering(**more: object) -> tuple[dict, ...]:
     [
         (CHATML, {"tools": ({"name": "f"},)}, "the chat template does not print tools"),
         (CHATML, {"messages": answering(tool_calls=[CALL])}, "does not print tool_calls"),
+        (CHATML, {"messages": answering(content="", tool_calls=[CALL])}, "does not print tool_calls"),
         (CHATML, {"messages": answering(reasoning_content="hm")}, "does not print reasoning_content"),
         (
             TWO_ROLES + ASKS,

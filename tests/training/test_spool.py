@@ -93,6 +93,21 @@ def test_a_run_on_stored_rows_is_the_run_on_rows_in_memory(tiny_lm: Path, tmp_pa
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("labels", ["ab", [1.5, 2.0], [1, 2, 3]])
+def test_many_rows_with_labels(labels: Any, tiny_encoder: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lorakit.training.plan.step_storages", lambda *_: 1 / 0)
+    rows = [{"text": f"turn {i % 31}", "label": labels[i % len(labels)]} for i in range(60)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig(str(tiny_encoder), str(tmp_path / "d.jsonl"), str(tmp_path / "out"), holdout=0.2)
+    memory = prepare(config)
+    monkeypatch.setattr(spool, "_FEW", 3)
+    stored = prepare(config)
+    assert isinstance(memory.train, list) and not isinstance(stored.train, list)
+    assert list(stored.train) == memory.train and list(stored.valid) == memory.valid
+    assert list(stored.data.train) == memory.data.train and stored.data.labels == memory.data.labels
+    assert stored.notes == memory.notes and run_record(stored) == run_record(memory)
+
+
 def peak_of(path: str) -> int:
     """The most memory that checking a file takes, as Python counts it."""
     tokenizer = tiny_tokenizer()

@@ -82,7 +82,7 @@ def as_template_takes_them(
     """The messages with their tool calls in the form that the template prints. Raises BadRow if it prints no form."""
     if not any("tool_calls" in message for message in messages):
         return list(messages)
-    refused = None
+    refused, printed = None, False
     for content in ("", None):
         for as_text in (False, True):
             try:
@@ -92,12 +92,15 @@ def as_template_takes_them(
             except BadRow as bad:
                 refused = refused or bad
                 continue
+            printed = True
             count = sum(len(message.get("tool_calls", ())) for message in messages)
             words = [f"{WORD}{part}{number}_" for number in range(count) for part in ("name", "key", "value")]
             # A Python quotation mark, or an escaped one, shows that the template takes the other form.
             if all(word in probe for word in words) and f"'{WORD}key" not in probe and f'\\"{WORD}key' not in probe:
                 return _recast(messages, content, as_text, lambda call, number: call)
-    raise refused or BadRow("the chat template does not print tool_calls; use a model whose template knows tools")
+    if refused is not None and not printed:  # in no form
+        raise refused
+    raise BadRow("the chat template does not print tool_calls; use a model whose template knows tools")
 
 
 # --- what a template takes -----------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from .rows import DataError
 from .shapes import Example
+from .spool import viewed
 
 Splits = Mapping[str, Sequence[Example]]
 
@@ -18,20 +20,24 @@ def with_labels(splits: Splits, task: str, notes: list[str]) -> tuple[str, tuple
     task: "classification", "regression", or "auto": a regression if all labels are numbers and one has a fraction.
     Raises DataError for labels that the task cannot have, and if all training labels are equal.
     """
-    everything = [example for rows in splits.values() for example in rows]
-    words = [example for example in everything if number_of(example.label) is None]
+    everything = itertools.chain.from_iterable(splits.values())
     fraction = next((e for e in everything if (n := number_of(e.label)) is not None and not n.is_integer()), None)
     if task == "regression" or (task == "auto" and fraction is not None):
-        if words:
+        everything = itertools.chain.from_iterable(splits.values())
+        if words := [example for example in everything if number_of(example.label) is None]:
             # Otherwise one word among numbers would turn every number into a class.
             why = "--task regression"
             if task == "auto" and fraction is not None:
                 why = f"{fraction.where} has {fraction.label}; for classes: --task classification"
             raise DataError([f"{e.where}: the label {e.label!r} is not a number ({why})" for e in words])
-        numbers = {split: [replace(e, label=number_of(e.label)) for e in rows] for split, rows in splits.items()}
+        numbers = {
+            split: viewed(rows, lambda row: replace(row, label=number_of(row.label))) for split, rows in splits.items()
+        }
         _told_apart({example.label for example in numbers["train"]})
         return "regression", (), numbers
-    named = {split: [replace(e, label=_class_name(e.label)) for e in rows] for split, rows in splits.items()}
+    named = {
+        split: viewed(rows, lambda row: replace(row, label=_class_name(row.label))) for split, rows in splits.items()
+    }
     seen = {str(example.label) for example in named["train"]}
     _told_apart(seen)
     unseen = [

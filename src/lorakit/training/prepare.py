@@ -34,7 +34,7 @@ from .preflight import check_metric, check_reporters
 from .quantize import heads, weight_bytes
 from .rows import DataError
 from .settings import UsageError
-from .spool import viewed
+from .spool import Spool, progress, viewed
 from .style import Style
 from .sweep_settings import swept
 from .task import in_model_order, model_task
@@ -311,7 +311,7 @@ def _labelled_rows(
         label = data.labels.index(str(example.label)) if data.labels else float(example.label or 0.0)
         return {**row, "labels": label}
 
-    train, valid = ([encoded(example) for example in part] for part in (data.train, data.valid))
+    train, valid = (Spool(map(encoded, progress(part, "checking rows"))).settled() for part in (data.train, data.valid))
     if full:
         notes.append(f"{full} rows of {_limit(config, limit)} or more: what is beyond is cut")
     return train, valid

@@ -6,6 +6,7 @@ adapter the model's config.json decides. The rows that are scored never decide, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from .labels import number_of
 from .locating import locate, reading
 from .quiet import quietly
 from .rows import DataError
+from .spool import Spool
 
 if TYPE_CHECKING:
     from .data import Example
@@ -72,11 +74,11 @@ class Task:
             )
         task = self
         if self.labels and not self.named:
-            task = self._named_by([e for rows in splits.values() for e in rows], notes)
+            task = self._named_by(itertools.chain.from_iterable(splits.values()), notes)
         unknown: dict[str, list[Example]] = {}
-        found: dict[str, list[Example]] = {}
+        found: dict[str, Spool[Example]] = {}
         for split, rows in splits.items():
-            found[split] = []
+            found[split] = Spool()
             for row in rows:
                 label = task._own(row.label)
                 if label is None:
@@ -85,7 +87,7 @@ class Task:
                     found[split].append(replace(row, label=label))
         if unknown:
             raise DataError([task._unknown(label, rows) for label, rows in unknown.items()])
-        return task.kind, task.labels, found
+        return task.kind, task.labels, {split: rows.settled() for split, rows in found.items()}
 
     def _own(self, label: str | float | None) -> str | float | None:
         """The label as the model spells it; None for a label that it does not know."""
