@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from measure import kept_bytes
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -460,3 +461,15 @@ class TestCompiled:
         with bank.rows(NAMES):
             compiled(input_ids=IDS).logits.sin().sum().backward()
         torch.testing.assert_close(gradients(bank), expected, rtol=0, atol=1e-9)
+
+
+def test_a_training_pass_keeps_x_and_one_thin_tensor() -> None:
+    """Not the stacks, which are as large as all adapters: bytes by torch's own hooks, against the sizes written out."""
+    model = nn.Sequential(nn.Linear(50, 40)).double()
+    bank = filled(model, {name: lorakit.LoRASettings("0", rank=4) for name in "abc"})
+    model.requires_grad_(False)
+    x = torch.randn(6, 9, 50, dtype=F64, requires_grad=True)
+    constants = [*model.parameters(), *(own for name in bank for own in bank.parameters(name))]
+    with bank.rows(NAMES):
+        kept = kept_bytes(lambda: model(x), constants)
+    assert kept == 8 * (6 * 9 * 50 + 6 * 9 * 4)

@@ -15,6 +15,7 @@ A row of the batch may become several rows (beams, num_return_sequences) or seve
 are next to each other, and so belong to the same group.
 
 With gradients the stacks are made from the adapters' own parameters, so each row's gradient goes to its adapter alone.
+A linear layer keeps x and S for the backward pass, and makes the stacks again there.
 Without, they are made once, and again after a step of an optimizer.
 
 Not here: adapters with DoRA (whose gain would differ by row), parameters that are read instead of called, experts'
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapted import AdaptedLayer
+from ..core.autograd import is_transformed, without_autocast
 from ..core.errors import LoraError
 from ..core.layers import ConvLoRA, Embedding
 from ..core.layouts import Kernel
@@ -114,15 +116,19 @@ class Part:
     def stacks(self, like: Tensor) -> Stacks:
         """The factors in the dtype and on the device of `like`: with gradients, or else made again only if written."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self._stacked(like)
-        factors = [factor for layer in self.layers for factor in (layer.lora_A, layer.lora_B)]
-        versions = [0 if own.is_inference() else own._version for own in factors]
+            return self.stacked(like)
+        versions = [0 if own.is_inference() else own._version for own in self.factors()]
         now = like.device, like.dtype, self.writes.count, versions
         if self._made is None or self._made[0] != now:
-            self._made = now, self._stacked(like)
+            self._made = now, self.stacked(like)
         return self._made[1]
 
-    def _stacked(self, like: Tensor) -> Stacks:
+    def factors(self) -> list[Tensor]:
+        """The parameters A and B of each adapter."""
+        return [factor for layer in self.layers for factor in (layer.lora_A, layer.lora_B)]
+
+    def stacked(self, like: Tensor) -> Stacks:
+        """`stacks`, made now."""
         pairs = [thin_pair(layer) for layer in self.layers]
         rank = max(len(A) for A, _ in pairs)
         down = [to_rank(A, 0, rank) for A, _ in pairs]
@@ -198,6 +204,10 @@ class RowsLayer(Switchable):
         part.check(x)
         if not torch.compiler.is_compiling():
             object.__setattr__(self, "was_called", True)  # past nn.Module's slow one
+        return self.with_part(part, x, y)
+
+    def with_part(self, part: Part, x: Tensor, y: Tensor) -> Tensor:
+        """y and the update of each row, by the rows' adapters."""
         return self.added(part.stacks(y), part, x, y)
 
     @property
@@ -212,8 +222,48 @@ class RowsLayer(Switchable):
         return part.dropped(x) if part is not None and self.training else x
 
 
+class AddedRows(torch.autograd.Function):
+    """Y + S (s·B)ᵀ with S = X Aᵀ in each group: Y (groups, m, out), X (groups, m, in), A and B of the group's adapter.
+
+    dS = dY s·B        dX = dS A        dA = dSᵀ X        d(s·B) = dYᵀ S        for the stacks; then for the factors
+
+    Kept: X and S. The stacks, which are as large as the adapters, are made again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, Y: Tensor, X: Tensor, part: Part, *factors: Tensor) -> Tensor:
+        stacks = part.stacked(Y)
+        S = X @ stacks.down.mT
+        ctx.part = part
+        ctx.save_for_backward(X, S, *factors)
+        return torch.baddbmm(Y, S, stacks.up.mT)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dY: Tensor) -> Any:
+        X, S, *factors = ctx.saved_tensors
+        needs_Y, needs_X, _, *needs = ctx.needs_input_grad
+        with without_autocast(dY):
+            with torch.enable_grad():
+                stacks = ctx.part.stacked(dY)
+                A, B = stacks.down, stacks.up
+            dS = dY @ B.detach()
+            dX = dS @ A.detach() if needs_X else None
+            wanted = [factor for factor, needed in zip(factors, needs, strict=True) if needed]
+            found = iter(torch.autograd.grad((A, B), wanted, (dS.mT @ X, dY.mT @ S)) if wanted else ())
+        return dY if needs_Y else None, dX, None, *(next(found) if needed else None for needed in needs)
+
+
 class RowsLinear(RowsLayer):
     """Any layer that takes (…, in) to (…, out)."""
+
+    def with_part(self, part: Part, x: Tensor, y: Tensor) -> Tensor:
+        if not torch.is_grad_enabled() or is_transformed():
+            return super().with_part(part, x, y)
+        groups = len(part.index)
+        X = self.dropped(part, x.reshape(groups, -1, x.shape[-1]).to(y.dtype))
+        rows: Tensor = AddedRows.apply(y.reshape(groups, -1, y.shape[-1]), X, part, *part.factors())
+        return rows.view(y.shape)
 
     def added(self, stacks: Stacks, part: Part | None, x: Tensor, y: Tensor) -> Tensor:
         X = x.reshape(stacks.groups, -1, x.shape[-1]).to(y.dtype)
