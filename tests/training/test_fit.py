@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Mapping
 from importlib.machinery import ModuleSpec
@@ -252,11 +253,39 @@ def test_the_plans_are_those_of_runs_with_these_settings(
     assert planned == alone
 
 
-@pytest.mark.usefixtures("_same_process")
-@pytest.mark.parametrize("settings", [{"also_train": ("lm_head",)}, {"bias": "lora_only"}])
-def test_weights_that_are_trained_are_not_quantised(settings: dict[str, Any], tiny_lm: Path, data: Path) -> None:
-    with pytest.raises(LoraError, match="with gradient checkpointing, needs"):
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How the base is quantised in each plan that is made."""
+    found: list[str] = []
+
+    def note(config: TrainConfig, *_: Any) -> Plan:
+        found.append(config.quantize)
+        return Plan(1, 1, 1, 10**9)
+
+    monkeypatch.setattr("lorakit.training.prepare._plan", note)
+    return found
+
+
+@pytest.mark.usefixtures("_bitsandbytes")
+@pytest.mark.parametrize("settings", [{}, {"also_train": ("lm_head",)}, {"bias": "lora_only"}], ids=str)
+def test_weights_that_are_trained_are_not_quantised(
+    settings: dict[str, Any], tiny_lm: Path, data: Path, tried: list[str]
+) -> None:
+    with pytest.raises(LoraError, match="no plan is within"):
         peak(tiny_lm, data, fit="1kB", **settings)
+    assert tried == ["none"] * 8 + ([] if settings else ["nf4"] * 4)
+
+
+@pytest.mark.usefixtures("_bitsandbytes")
+def test_a_quantised_base_is_not_quantised_again(tiny_lm: Path, data: Path, tmp_path: Path, tried: list[str]) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_lm, base)
+    settings = json.loads((base / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (base / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(LoraError, match="no plan is within"):
+        peak(base, data, fit="1kB")
+    assert tried == ["none"] * 8
 
 
 @pytest.mark.usefixtures("_same_process", "few_objects")
