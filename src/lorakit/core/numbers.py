@@ -6,7 +6,10 @@ Whole numbers are printed with Python's own `f"{count:,}"`.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
+
+from .errors import LoraError
 
 NONE = "–"  # stands where there is no number
 _STORED = 6  # significant digits of a number in a JSON file
@@ -17,6 +20,19 @@ def size(count: float) -> str:
     if count >= 1e6:
         return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
     return f"{count / 1e3:.0f} kB"
+
+
+def size_in(text: str) -> int:
+    """The bytes of a size as people write it: 512MB, 24 GB, 1.5GiB. Raises LoraError for anything else, and for 0."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kmgt])(i?)b", text.strip(), re.IGNORECASE)
+    if not found:
+        raise LoraError(f"{text!r} is no size such as 24GB, 24GiB or 512MB")
+    number, unit, binary = found.groups()
+    power = "kmgt".index(unit.lower()) + 1
+    count = round(float(number) * (1024.0 if binary else 1000.0) ** power)
+    if not count:
+        raise LoraError(f"{text!r} is no size above 0")
+    return count
 
 
 def duration(seconds: float) -> str:

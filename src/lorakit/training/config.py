@@ -5,10 +5,13 @@ Nothing heavy is imported here: `lorakit --help` reads this file.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .settings import check_settings, setting
+from ..core.errors import LoraError
+from ..core.numbers import size_in
+from .settings import UsageError, check_settings, setting
 
 _DATA, _ADAPTER, _TRAINING, _OUTPUT = "model and data", "adapter", "training", "output"
 
@@ -156,6 +159,12 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(
         False, help="recompute activations in the backward pass: less memory, more time", group=_TRAINING
     )
+    fit: str | None = setting(
+        None,
+        help="memory that the plan may need, such as 24GB, or auto: what is free. Chooses batch-size, "
+        "gradient-accumulation-steps, gradient-checkpointing and quantize, as far as they are not given",
+        group=_TRAINING,
+    )
     ignore_memory: bool = setting(
         False, help="start even if the plan needs more memory than the machine has", group=_TRAINING
     )
@@ -210,6 +219,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.fit not in (None, "auto"):
+            try:
+                size_in(self.fit)
+            except LoraError as error:
+                raise UsageError(f"--fit: {error}; auto takes what is free.") from None
+
+
+def is_given(config: TrainConfig, name: str) -> bool:
+    """Whether a setting was chosen: by a flag or a file, or by a value other than the default."""
+    default = {own.name: own for own in dataclasses.fields(TrainConfig)}[name]
+    usual = default.default_factory() if default.default_factory is not dataclasses.MISSING else default.default
+    value = getattr(config, name)
+    return value is not None and (name in config.given or value != usual)
 
 
 def warnings_for(config: TrainConfig) -> list[str]:

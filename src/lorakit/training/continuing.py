@@ -24,7 +24,7 @@ from ..core.targets import matching, select
 from ..formats import peft, read_for
 from ..formats.renamed import translated
 from .adapter_folder import check_adapter
-from .config import TrainConfig
+from .config import TrainConfig, is_given
 
 _NAMED = 3  # modules in a message
 
@@ -42,16 +42,16 @@ def taken_over(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
     lines = []
     for name, value in found.items():
         wanted = getattr(config, name)
-        if name != "also_train" and _is_given(config, name) and wanted != value:
+        if name != "also_train" and is_given(config, name) and wanted != value:
             lines.append(f"  --{name.replace('_', '-')} {_shown(wanted)}: the adapter has {_shown(value)}")
     if config.init != "kaiming":
         lines.append(f"  --init {config.init}: the factors begin as those of the adapter")
     _refuse(config, lines)
     kept = {name: value for name, value in found.items() if name != "also_train"}
-    if not _is_given(config, "dropout"):
+    if not is_given(config, "dropout"):
         kept["dropout"] = adapter.dropout
     # The head of a classifier is trained whole in any case, and named by no setting.
-    if not _is_given(config, "also_train"):
+    if not is_given(config, "also_train"):
         kept["also_train"] = found["also_train"]
     return dataclasses.replace(config, **kept), adapter
 
@@ -68,10 +68,10 @@ def planned(config: TrainConfig, model: nn.Module, adapter: Adapter, given: Trai
     """
     names = list(adapter.updates)
     lines = []
-    if any(_is_given(given, name) for name in ("targets", "exclude")):
+    if any(is_given(given, name) for name in ("targets", "exclude")):
         chosen = set(select(model, given.targets, given.exclude).targets)
         lines += _differing("--targets", chosen, set(names))
-    if _is_given(given, "also_train"):
+    if is_given(given, "also_train"):
         modules = [name for name, _ in named_modules(model) if name]
         chosen = {hit for pattern in given.also_train for hit in matching(pattern, modules)}
         lines += _differing("--also-train", chosen, set(adapter.also_train))
@@ -116,14 +116,6 @@ def _settings_of(adapter: Adapter) -> dict[str, Any]:
         "bias": adapter.bias,
         "also_train": adapter.also_train,
     }
-
-
-def _is_given(config: TrainConfig, name: str) -> bool:
-    """Whether a setting was chosen: by a flag or a file, or by a value other than the default."""
-    default = {own.name: own for own in dataclasses.fields(TrainConfig)}[name]
-    usual = default.default_factory() if default.default_factory is not dataclasses.MISSING else default.default
-    value = getattr(config, name)
-    return value is not None and (name in config.given or value != usual)
 
 
 def _selected(model: nn.Module, targets: tuple[str, ...]) -> list[str]:

@@ -63,8 +63,8 @@ def train(config: TrainConfig) -> Path:
     torchrun and `accelerate launch`, where only the first process decides, prints and writes.
     """
     start = start_of(config) if is_main() and not config.dry_run else Start()
-    prepared = prepare(config)
-    config = prepared.config  # with what an adapter that it goes on with decides
+    prepared = prepare(config, begun=of_main(start.record["settings"] if start.record else None))
+    config = prepared.config  # with what --fit chose, and what an adapter that it goes on with decides
     record = run_record(prepared)
     if is_main() and start.record is not None:
         refuse_differences(start.record, record, start.checkpoint or config.output_dir)

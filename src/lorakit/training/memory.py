@@ -119,12 +119,27 @@ def memory_of(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    lines = dict(line.split(":", 1) for line in _lines("/proc/meminfo") if ":" in line)
-    held = sum(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal") if name in lines)
+    held = _meminfo("MemTotal") + _meminfo("SwapTotal")
     if not held:
         with contextlib.suppress(ValueError, OSError, AttributeError):  # each system has its own names
             held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([held, *_group_limits()])
+
+
+def free_memory_of(device: torch.device) -> int:
+    """Bytes that a process may hold on the device beside what other processes hold there now: `memory_of` where the
+    system does not say. On a CPU swap is left out, and what this process holds already is counted.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = _meminfo("MemAvailable")
+    return min(available + resident_memory(), memory_of(device)) if available else memory_of(device)
+
+
+def _meminfo(name: str) -> int:
+    """A line of /proc/meminfo in bytes, 0 where there is none."""
+    found = [line for line in _lines("/proc/meminfo") if line.startswith(name + ":")]
+    return int(found[0].split()[1]) * 1024 if found else 0
 
 
 def _group_limits() -> list[int]:

@@ -116,12 +116,20 @@ def refuse_large_run(prepared: Prepared) -> None:
     config, peak = prepared.config, prepared.plan.peak_bytes
     if config.ignore_memory or peak is None:
         return
-    # The processes on one machine share its memory, but each has its own GPU.
-    sharing = 1 if best_device().type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    refuse_more_than_there_is(peak * sharing(), "the plan needs about", ways_to_need_less(config))
+
+
+def sharing() -> int:
+    """How many processes share the memory of a device: all of one machine its memory, but each has its own GPU."""
+    return 1 if best_device().type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def ways_to_need_less(config: TrainConfig) -> list[str]:
+    """What a user can change so that a run needs less memory, two or more ways."""
     ways = [f"--batch-size below {config.batch_size}"] if config.batch_size > 1 else []
     ways += [f"--max-seq-length below {config.max_seq_length}", f"--rank below {config.rank}"]
     ways += [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
-    refuse_more_than_there_is(peak * sharing, "the plan needs about", [*ways, "a smaller model"])
+    return [*ways, "a smaller model"]
 
 
 def refuse_more_than_there_is(needed: int, what: str, ways: Sequence[str]) -> None:

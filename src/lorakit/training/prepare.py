@@ -7,7 +7,7 @@ import heapq
 import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from . import report
 from .config import TrainConfig, warnings_for
 from .continuing import begin_with, in_names_of, planned, taken_over
 from .data import Data, Example, read_data
+from .fit import fitted
 from .gradient_checkpointing import begin_checkpointing
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
@@ -41,7 +42,7 @@ from .task import in_model_order, model_task
 from .tokens import encode_all, encode_text, preview
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 Rows = Sequence[dict[str, Any]]
@@ -63,16 +64,18 @@ class Prepared:
     plan: Plan
     general: tuple[Example, ...]  # the rows of --general-data
     weights: tuple[int, int]  # bytes of the base as it is loaded, and of the same with no layer quantised
+    fit: tuple[str, ...]  # what --fit chose and why
 
     @property
     def tokens(self) -> int:
         return _tokens(self.train)
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prepared:
     """Read and check all the data, and plan the run on a model without weights.
 
-    Raises DataError listing every bad row, and ValueError for settings that do not fit the model or the data.
+    begun: the settings of the run that this one goes on with, from which --fit takes what it chose then. Raises
+    DataError listing every bad row, and ValueError for settings that do not fit the model or the data.
     """
     check_reporters(config.report_to or ())
     choices = swept(config)
@@ -123,19 +126,51 @@ def prepare(config: TrainConfig) -> Prepared:
         train = packs
     from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
 
-    batch = _largest_batch(config, data, train, copies=max(len(choices), 1))
+    longest = _longest(train, config.batch_size)
+    counts = len(train), _tokens(train)
+    copies = max(len(choices), 1)
     largest = max(choices.values(), key=lambda own: own.rank, default=config)
     if adapter is not None:
         adapter = in_names_of(model, adapter)
-    with fake:
-        # The init does not change shapes, but may double the work here (some decompose each weight).
+
+    def adapted(own: TrainConfig, model: PreTrainedModel) -> tuple[TrainConfig, Report]:
         if adapter is not None:
-            config, attached = planned(config, model, adapter, given)
-        else:
-            attached = attach_as(dataclasses.replace(largest, init="kaiming"), model, new_head=data.task != "causal-lm")
-        plan = _plan(config, data, train, model, _faked(batch, fake))
-        plan = plan.with_adapters(model, len(choices) - 1) if choices else plan
-    return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan, general, weights)
+            return planned(own, model, adapter, given)
+        # The init does not change shapes, but may double the work here (some decompose each weight).
+        plain = dataclasses.replace(largest, init="kaiming")
+        return own, attach_as(plain, model, new_head=data.task != "causal-lm")
+
+    quantised = config.quantize
+    with fake:
+        config, attached = adapted(config, model)
+
+    def plan_with(own: TrainConfig) -> Plan:
+        nonlocal model, weights, attached, quantised
+        batch = _largest_batch(own, data, longest[: own.batch_size], copies)
+        with fake:
+            if own.quantize != quantised:  # all else is planned on the same model
+                quantised = own.quantize
+                model = skeleton(own.model, labels=labels_of(data), dtype=dtype, quantize=quantised)
+                weights = weight_bytes(model)
+                _, attached = adapted(own, model)
+            plan = _plan(own, data, counts, model, _faked(batch, fake))
+            return plan.with_adapters(model, len(choices) - 1) if choices else plan
+
+    said: tuple[str, ...] = ()
+    if config.fit is None:
+        plan = plan_with(config)
+    else:
+        config, plan, said = fitted(
+            config,
+            plan_with,
+            given=given,
+            can_checkpoint=model.supports_gradient_checkpointing,
+            can_quantise=weights[0] == weights[1] and not _trains_weights(config, data),
+            begun=begun,
+        )
+    return Prepared(
+        config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan, general, weights, said
+    )
 
 
 def start_block(prepared: Prepared) -> str:
@@ -157,6 +192,7 @@ def start_block(prepared: Prepared) -> str:
         report.heading("plan"),
         f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
         f"learning rate {config.learning_rate:g}, {config.scheduler}; seed {config.seed}",
+        *prepared.fit,
         f"{_memory(plan)}; the time is told after the first steps of training",
     ]
     return "\n".join(lines)
@@ -340,14 +376,19 @@ def _example_lines(prepared: Prepared) -> list[str]:
     return lines + [report.marked(preview(row, prepared.tokenizer), colour) for row in rows]
 
 
-def _largest_batch(config: TrainConfig, data: Data, rows: Rows, copies: int) -> dict[str, Any]:
+def _longest(rows: Rows, count: int) -> list[dict[str, Any]]:
+    """The longest rows, the longest first."""
+    places = enumerate(len(row["input_ids"]) for row in rows)
+    largest = heapq.nlargest(count, places, key=lambda place: (place[1], place[0]))
+    return [rows[index] for index, _ in largest]
+
+
+def _largest_batch(config: TrainConfig, data: Data, longest: Rows, copies: int) -> dict[str, Any]:
     """The largest batch that training can meet: the longest rows together, with their real labels.
 
-    copies: how often each row is in the batch, once for each adapter.
+    longest: as `_longest` returns them. copies: how often each row is in the batch, once for each adapter.
     """
-    places = enumerate(len(row["input_ids"]) for row in rows)
-    largest = heapq.nlargest(config.batch_size, places, key=lambda place: (place[1], place[0]))
-    longest = [rows[index] for index, _ in reversed(largest)] * copies
+    longest = [*reversed(longest)] * copies
     lengths = [len(row["input_ids"]) for row in longest]
     ids = torch.ones(len(longest), lengths[-1], dtype=torch.long)
     # Without padding, models skip the attention mask. With fake tensors they always make one, so the plan is a little
@@ -373,7 +414,8 @@ def _faked(batch: dict[str, Any], mode: FakeTensorMode) -> dict[str, Any]:
     }
 
 
-def _plan(config: TrainConfig, data: Data, rows: Rows, model: Any, batch: dict[str, Any]) -> Plan:
+def _plan(config: TrainConfig, data: Data, counts: tuple[int, int], model: Any, batch: dict[str, Any]) -> Plan:
+    """counts: rows and tokens to train on."""
     if config.gradient_checkpointing:
         begin_checkpointing(model)
     model.train()
@@ -389,8 +431,8 @@ def _plan(config: TrainConfig, data: Data, rows: Rows, model: Any, batch: dict[s
     return make_plan(
         model,
         loss,
-        rows=len(rows),
-        tokens=_tokens(rows),
+        rows=counts[0],
+        tokens=counts[1],
         batch_size=config.batch_size,
         accumulation=config.gradient_accumulation_steps,
         epochs=config.epochs,
