@@ -344,7 +344,8 @@ def _trainer_of(
     else:
         collator = DataCollatorWithPadding(loaded.tokenizer)
         made = arguments(TrainingArguments, config, **settings)
-        trainer = ClassifierTrainer(args=made, data_collator=collator, **common)
+        weights = prepared.class_weights
+        trainer = ClassifierTrainer(args=made, data_collator=collator, class_weights=weights, **common)
     trainer.name_of = functools.partial(_where, prepared)
     return trainer, progress, stop
 

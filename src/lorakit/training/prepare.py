@@ -21,6 +21,7 @@ from ..core.numbers import size
 from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
+from .class_weights import class_weights
 from .config import TrainConfig, warnings_for
 from .continuing import begin_with, in_names_of, planned, taken_over
 from .data import Data, Example, read_data
@@ -63,6 +64,7 @@ class Prepared:
     plan: Plan
     general: tuple[Example, ...]  # the rows of --general-data
     weights: tuple[int, int]  # bytes of the base as it is loaded, and of the same with no layer quantised
+    class_weights: tuple[float, ...] | None  # of each class in the loss; None: all count alike
 
     @property
     def tokens(self) -> int:
@@ -90,6 +92,7 @@ def prepare(config: TrainConfig) -> Prepared:
     _refuse_float16(config, data)
     if data.labels and config.from_adapter is None:
         data = dataclasses.replace(data, labels=in_model_order(data.labels, config.model))
+    weights_of_classes = class_weights(config.class_weights, data)
     general = _general(config, data)
     tokenizer = load_tokenizer(config.model)
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
@@ -98,6 +101,9 @@ def prepare(config: TrainConfig) -> Prepared:
         model = skeleton(config.model, labels=labels_of(data), dtype=dtype, quantize=config.quantize)
         weights = weight_bytes(model)
     notes = list(data.notes)
+    if weights_of_classes is not None:
+        listed = (f"{label} {weight:.4g}" for label, weight in zip(data.labels, weights_of_classes, strict=True))
+        notes.append(f"weights of the classes in the loss: {', '.join(listed)}")
     limit = longest_row(config.max_seq_length, model, tokenizer)
     if config.train_on != "all" and not {"messages", "conversations"} & set(data.shape.split(" | ")):
         raise LoraError(
@@ -135,7 +141,21 @@ def prepare(config: TrainConfig) -> Prepared:
             attached = attach_as(dataclasses.replace(largest, init="kaiming"), model, new_head=data.task != "causal-lm")
         plan = _plan(config, data, train, model, _faked(batch, fake))
         plan = plan.with_adapters(model, len(choices) - 1) if choices else plan
-    return Prepared(config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan, general, weights)
+    return Prepared(
+        config,
+        data,
+        tokenizer,
+        style,
+        train,
+        valid,
+        limit,
+        tuple(notes),
+        attached,
+        plan,
+        general,
+        weights,
+        weights_of_classes,
+    )
 
 
 def start_block(prepared: Prepared) -> str:
