@@ -196,17 +196,23 @@ WEIGHTS = (0.2, 3.0, 1.5)
 def expected_loss(model: nn.Module, labels: Tensor, weights: tuple[float, ...] | None) -> Tensor:
     """torch's own loss of all rows at once, each read alone."""
     logits = torch.cat([model(torch.tensor([row["input_ids"]])).logits for row in class_rows()])
+    if labels.dim() == 2:
+        return F.binary_cross_entropy_with_logits(logits, labels)
     if labels.is_floating_point():
         return F.mse_loss(logits[:, 0], labels)
     return F.cross_entropy(logits, labels, None if weights is None else torch.tensor(weights))
 
 
 def labels_of(kind: str) -> list[Any]:
+    if kind == "sets":  # none, one, two and all three classes
+        return [[float(i >> k & 1) for k in range(3)] for i in range(len(LENGTHS))]
     return [0.3 * i - 1 if kind == "numbers" else row["labels"] for i, row in enumerate(class_rows())]
 
 
 @pytest.mark.parametrize(("batch", "accumulated"), [(7, 1), (1, 7), (3, 3)])
-@pytest.mark.parametrize(("kind", "weights"), [("classes", None), ("classes", WEIGHTS), ("numbers", None)])
+@pytest.mark.parametrize(
+    ("kind", "weights"), [("classes", None), ("classes", WEIGHTS), ("sets", None), ("numbers", None)]
+)
 def test_the_gradient_of_a_step_is_that_of_torchs_own_loss_of_its_rows(
     kind: str, weights: tuple[float, ...] | None, batch: int, accumulated: int, tmp_path: Path
 ) -> None:

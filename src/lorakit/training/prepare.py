@@ -26,6 +26,7 @@ from .config import TrainConfig, warnings_for
 from .continuing import begin_with, in_names_of, planned, taken_over
 from .data import Data, Example, read_data
 from .gradient_checkpointing import begin_checkpointing
+from .labels import MULTI_LABEL
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
 from .packing import packed
@@ -98,7 +99,10 @@ def prepare(config: TrainConfig) -> Prepared:
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
     dtype = weights_dtype(config, data)
     with FakeTensorMode() as fake:
-        model = skeleton(config.model, labels=labels_of(data), dtype=dtype, quantize=config.quantize)
+        several = data.task == MULTI_LABEL
+        model = skeleton(
+            config.model, labels=labels_of(data), multi_label=several, dtype=dtype, quantize=config.quantize
+        )
         weights = weight_bytes(model)
     notes = list(data.notes)
     if weights_of_classes is not None:
@@ -321,20 +325,26 @@ def _causal_rows(
 def _labelled_rows(
     config: TrainConfig, data: Data, tokenizer: PreTrainedTokenizerBase, style: Style, limit: int, notes: list[str]
 ) -> tuple[Rows, Rows]:
-    """The rows of train and valid, each with the index of its class, or with the number to predict."""
+    """The rows of train and valid, each with its target."""
     full = 0
 
     def encoded(example: Example) -> dict[str, Any]:
         nonlocal full
         row = encode_text(example, tokenizer, limit)
         full += len(row["input_ids"]) == limit
-        label = data.labels.index(str(example.label)) if data.labels else float(example.label or 0.0)
-        return {**row, "labels": label}
+        return {**row, "labels": target(example, data)}
 
     train, valid = ([encoded(example) for example in part] for part in (data.train, data.valid))
     if full:
         notes.append(f"{full} rows of {_limit(config, limit)} or more: what is beyond is cut")
     return train, valid
+
+
+def target(example: Example, data: Data) -> int | float | list[float]:
+    """What the loss compares with: the index of the class; 1.0 or 0.0 for each class (multi-label); or the number."""
+    if isinstance(example.label, tuple):
+        return [float(label in example.label) for label in data.labels]
+    return data.labels.index(str(example.label)) if data.labels else float(example.label or 0.0)
 
 
 def _limit(config: TrainConfig, limit: int) -> str:
@@ -344,7 +354,8 @@ def _limit(config: TrainConfig, limit: int) -> str:
 
 def _example_lines(prepared: Prepared) -> list[str]:
     if prepared.data.task != "causal-lm":
-        return [f"predicts: {', '.join(prepared.data.labels) or 'a number'}"]
+        several = "any number of: " if prepared.data.task == MULTI_LABEL else ""
+        return [f"predicts: {several}{', '.join(prepared.data.labels) or 'a number'}"]
     config, style = prepared.config, prepared.style
     rows = encode_all(
         prepared.data.train[:1],

@@ -257,10 +257,14 @@ class ClassifierTrainer(_AdapterTrainer):
         return batches, items
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Cross-entropy of classes, the squared error of numbers; their mean, weighted by the classes' weights."""
+        """Cross-entropy of classes, the squared error of numbers: the mean, weighted by the classes' weights. Of
+        multi-label rows, the binary cross-entropy: the mean over rows and classes.
+        """
         labels = inputs["labels"]
         logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits.float()
-        if labels.is_floating_point():
+        if labels.dim() == 2:
+            loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        elif labels.is_floating_point():
             loss = F.mse_loss(logits[:, 0], labels, reduction="sum")
         else:
             loss = F.cross_entropy(logits, labels, self._weights, reduction="sum")
@@ -271,7 +275,7 @@ class ClassifierTrainer(_AdapterTrainer):
 
     def count(self, inputs: dict[str, Any]) -> float:
         labels = inputs["labels"]
-        return len(labels) if self._weights is None else float(self._weights[labels.to(self._weights.device)].sum())
+        return labels.numel() if self._weights is None else float(self._weights[labels.to(self._weights.device)].sum())
 
 
 class CausalTrainer(_AdapterTrainer, SFTTrainer):
