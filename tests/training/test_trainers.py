@@ -44,7 +44,14 @@ def class_rows() -> list[dict[str, Any]]:
     return [{"input_ids": row["input_ids"], "labels": i % 3} for i, row in enumerate(causal_rows())]
 
 
-def trainer_of(kind: str, folder: Path, valid: bool = False, targets: str = "q_proj", **settings: Any) -> Any:
+def trainer_of(
+    kind: str,
+    folder: Path,
+    valid: bool = False,
+    targets: str = "q_proj",
+    class_weights: tuple[float, ...] | None = None,
+    **settings: Any,
+) -> Any:
     usual: dict[str, Any] = dict(
         output_dir=str(folder),
         use_cpu=True,
@@ -78,7 +85,8 @@ def trainer_of(kind: str, folder: Path, valid: bool = False, targets: str = "q_p
         arguments = SFTConfig(**usual, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
         return CausalTrainer(args=arguments, **common)
     arguments = TrainingArguments(**usual, remove_unused_columns=False)
-    return ClassifierTrainer(args=arguments, data_collator=DataCollatorWithPadding(tiny_tokenizer()), **common)
+    collator = DataCollatorWithPadding(tiny_tokenizer())
+    return ClassifierTrainer(args=arguments, data_collator=collator, class_weights=class_weights, **common)
 
 
 # --- the schedule ---
@@ -178,6 +186,68 @@ def test_the_held_out_loss_is_the_mean_over_labels(kind: str, batch: int, tmp_pa
             else:
                 losses.append(F.cross_entropy(logits[None], torch.tensor([row["labels"]]), reduction="none"))
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+
+
+# --- classes and numbers ---
+
+WEIGHTS = (0.2, 3.0, 1.5)
+
+
+def expected_loss(model: nn.Module, labels: Tensor, weights: tuple[float, ...] | None) -> Tensor:
+    """torch's own loss of all rows at once, each read alone."""
+    logits = torch.cat([model(torch.tensor([row["input_ids"]])).logits for row in class_rows()])
+    if labels.dim() == 2:
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    if labels.is_floating_point():
+        return F.mse_loss(logits[:, 0], labels)
+    return F.cross_entropy(logits, labels, None if weights is None else torch.tensor(weights))
+
+
+def labels_of(kind: str) -> list[Any]:
+    if kind == "sets":  # none, one, two and all three classes
+        return [[float(i >> k & 1) for k in range(3)] for i in range(len(LENGTHS))]
+    return [0.3 * i - 1 if kind == "numbers" else row["labels"] for i, row in enumerate(class_rows())]
+
+
+@pytest.mark.parametrize(("batch", "accumulated"), [(7, 1), (1, 7), (3, 3)])
+@pytest.mark.parametrize(
+    ("kind", "weights"), [("classes", None), ("classes", WEIGHTS), ("sets", None), ("numbers", None)]
+)
+def test_the_gradient_of_a_step_is_that_of_torchs_own_loss_of_its_rows(
+    kind: str, weights: tuple[float, ...] | None, batch: int, accumulated: int, tmp_path: Path
+) -> None:
+    found: dict[str, Tensor] = {}
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            found.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+
+    usual: dict[str, Any] = dict(
+        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated, max_steps=1
+    )
+    trainer = trainer_of("classes", tmp_path, class_weights=weights, max_grad_norm=0.0, **usual)
+    labels = labels_of(kind)
+    trainer.train_dataset = Dataset.from_list(
+        [{**row, "labels": label} for row, label in zip(class_rows(), labels, strict=True)]
+    )
+    for module in trainer.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    wanted = torch.autograd.grad(expected_loss(trainer.model, torch.tensor(labels), weights), list(trained.values()))
+    trainer.add_callback(Keep())
+    trainer.train()
+    torch.testing.assert_close([found[name] for name in trained], list(wanted), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7])
+@pytest.mark.parametrize("scale", [1.0, 0.01])  # only the ratios of weights matter
+def test_the_held_out_loss_of_weighted_classes_is_torchs_of_all_rows(batch: int, scale: float, tmp_path: Path) -> None:
+    weights = tuple(scale * weight for weight in WEIGHTS)
+    trainer = trainer_of("classes", tmp_path, valid=True, class_weights=weights, per_device_eval_batch_size=batch)
+    with torch.no_grad():
+        wanted = expected_loss(trainer.model.eval(), torch.tensor(labels_of("classes")), WEIGHTS)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(wanted), rel=1e-5)
 
 
 # --- runs that fail ---

@@ -178,7 +178,10 @@ def _stream(asking: Asking, prompt: str, args: argparse.Namespace) -> None:
 
 
 def _verdict(asking: Asking, task: Task, text: str, pair: str | None) -> str:
-    """The number that a regression predicts, or a line for each likely class: its probability and its name."""
+    """The number that a regression predicts, or a line for each likely class: its name and its probability.
+
+    Of a multi-label classifier these are all classes with a probability of at least 0.5.
+    """
     from ..core.table import Table
     from ..training.data import Example
     from ..training.evaluate import outputs
@@ -187,6 +190,13 @@ def _verdict(asking: Asking, task: Task, text: str, pair: str | None) -> str:
     found = outputs(asking.loaded, [example], asking.max_length, "reading")[0]
     if not task.labels:
         return f"{float(found[0]):.4g}"
+    if task.several:
+        ranked = sorted(zip(found.sigmoid().tolist(), task.labels, strict=True), key=lambda one: -one[0])
+        likely = tuple((label, f"{probability:6.1%}") for probability, label in ranked if probability >= 0.5)
+        probability, label = ranked[0]
+        return (
+            "\n".join(Table((), likely).lines()) if likely else f"no class (the likeliest: {label} {probability:.1%})"
+        )
     ranked = sorted(zip(found.softmax(-1).tolist(), task.labels, strict=True), key=lambda one: -one[0])
     shown = ((label, f"{probability:6.1%}") for probability, label in ranked[:_CLASSES_SHOWN])
     lines = Table((), tuple(shown)).lines()

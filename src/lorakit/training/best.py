@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from .evaluate import predict, to_answer
+from .evaluate import expected_of, predict, to_answer
 from .generation import answers
 from .scores import METRICS, logged_as
 
@@ -76,5 +76,5 @@ def score_of(prepared: Prepared, loaded: Loaded) -> Callable[[], float]:
         return lambda: metric.score(
             list(answers(loaded, asked.prompts, max_new_tokens=asked.max_new_tokens)), references
         )
-    expected = [str(row.label) if metric.of == "classes" else float(row.label or 0.0) for row in examples]
+    expected = [expected_of(example, data) for example in examples]
     return lambda: metric.score(predict(loaded, data, examples, prepared.limit, "adapter"), expected)

@@ -65,6 +65,12 @@ class TrainConfig:
         help='assistant turns of a conversation that are learnt: all, the last, or those with "weight": 1',
         group=_DATA,
     )
+    class_weights: str | None = setting(
+        None,
+        help="how much each class counts in a classifier's loss: balanced (the rarer, the more), or numbers, a=1,b=3",
+        group=_DATA,
+        many=True,
+    )
     max_seq_length: int = setting(1024, help="longest row in tokens", group=_DATA, at_least=2)
     too_long: Literal["drop", "truncate"] = setting(
         "drop", help="what happens to rows longer than max-seq-length", group=_DATA

@@ -25,7 +25,7 @@ from .conversations import BadRow, TrainOn
 from .folders import no_split, passed_over, split_files
 from .holdout import hold_out, note_repeats
 from .hub import Hub, is_cached, read_hub
-from .labels import with_labels
+from .labels import MULTI_LABEL, classes_of, with_labels
 from .mixing import Source, sources, weighted
 from .rows import DataError, Findings, Row, read_file, suffixes
 from .shapes import Example as Example
@@ -42,11 +42,11 @@ class Data:
     """The rows of each split, their task, and notes on what was decided while reading them."""
 
     shape: str
-    task: str  # causal-lm | classification | regression
+    task: str  # causal-lm | classification | multi-label | regression
     train: Sequence[Example]
     valid: Sequence[Example]
     test: Sequence[Example]
-    labels: tuple[str, ...] = ()  # of a classification
+    labels: tuple[str, ...] = ()  # of a classification or a multi-label task
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -103,6 +103,10 @@ def read_data(
     else:
         left, held = hold_out(train, holdout, seed, findings.notes)
         examples["valid"] = [train[index] for index in held]
+    if kind == MULTI_LABEL and model is None:
+        learnt = {label for index in left for label in classes_of(train[index])}
+        if lost := [label for label in labels if label not in learnt]:
+            findings.notes.append(f"classes that only held-out rows have: {', '.join(lost)}")
     if len(parts) > 1 or parts[0].weight != 1:
         left = _shares(parts, left, counts, seed, findings.notes)
     if len(left) != len(train) or not isinstance(left, range):

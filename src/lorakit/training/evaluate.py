@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import sys
@@ -20,12 +21,15 @@ from ..core.switching import disabled
 from .data import Data, Example
 from .generation import Within, answers, as_it_is
 from .intervals import Ends, bootstrap, wilson
+from .labels import MULTI_LABEL
 from .metrics import accuracy, exact_match, pearson
 from .models import Loaded
 from .positions import longest_row, positions
 from .report import Evaluation, Sample
 from .style import Style
 from .tokens import encode_all, encode_text, prompt_ids, reference
+
+MICRO_F1, EXACT_SET = "micro-F1", "exact set match"  # the scores of multi-label rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,10 @@ class ComparedRow:
 
 @dataclass(frozen=True)
 class Compared:
-    """Rows that were scored by one metric: exact match, perplexity, accuracy or pearson."""
+    """Rows that were scored by one metric: exact match, perplexity, accuracy, pearson or micro-F1.
+
+    Beside micro-F1 stands the share of the rows whose classes are all right.
+    """
 
     metric: str
     rows: tuple[ComparedRow, ...]
@@ -57,9 +64,16 @@ class Compared:
         expected = [own.expected for own in self.rows]
         scores, ends = zip(*(_scored(self.metric, found, expected) for found in (base, adapted)), strict=True)
         metrics, intervals = {self.metric: scores}, {} if None in ends else {self.metric: ends}
+        if self.metric == MICRO_F1:
+            scores, ends = zip(*(_scored(EXACT_SET, found, expected) for found in (base, adapted)), strict=True)
+            metrics[EXACT_SET], intervals[EXACT_SET] = scores, ends
         if self.metric == "perplexity":
             return Evaluation(len(expected), split, metrics, (), (), self.notes, intervals)
         right: tuple[bool, ...] = ()
+        if self.metric == MICRO_F1:
+            base, adapted, expected = (
+                [", ".join(classes) or "no class" for classes in own] for own in (base, adapted, expected)
+            )
         if self.metric == "pearson":
             base, adapted, expected = ([f"{number:.3f}" for number in own] for own in (base, adapted, expected))
         else:
@@ -81,7 +95,8 @@ def evaluate(
     """Score the base model and, if the model has an adapter, the adapted one on `examples`.
 
     Causal models answer each prompt greedily and are scored by exact match; on plain text they are scored by
-    perplexity. Classifiers are scored by accuracy, regressions by Pearson's correlation.
+    perplexity. Classifiers are scored by accuracy; where a text has any number of classes, by micro-F1 and by the share
+    of rows whose classes are all right. Regressions are scored by Pearson's correlation.
     max_new_tokens=None: 16 more than the longest expected answer.
     """
     compared = compare_rows(loaded, data, examples, style, max_length=max_length, max_new_tokens=max_new_tokens)
@@ -174,14 +189,27 @@ def _both(
 
 def _scored(metric: str, found: Sequence[Any], expected: Sequence[Any]) -> tuple[float, Ends | None]:
     """The score of these rows and the ends of its 95 % interval, which a single row does not always have."""
-    if metric in ("exact match", "accuracy"):
+    if metric in ("exact match", "accuracy", EXACT_SET):
         share = accuracy(found, expected)
         if metric == "exact match":
             share = sum(map(exact_match, found, expected)) / len(expected)
         return share, wilson(share, len(expected))
+    if metric == MICRO_F1:
+        pairs = [(set(one), set(other)) for one, other in zip(found, expected, strict=True)]
+        right, named = zip(*((len(one & other), len(one) + len(other)) for one, other in pairs), strict=True)
+        columns = [torch.tensor(column, dtype=torch.float64) for column in (right, named)]
+        return micro_f1(*columns), bootstrap(micro_f1, *columns)
     score = perplexity if metric == "perplexity" else _correlation
     columns = [torch.tensor(column, dtype=torch.float64) for column in (found, expected)]
     return score(*columns), bootstrap(score, *columns)
+
+
+def micro_f1(right: Tensor, named: Tensor) -> float:
+    """2 Σ right / Σ named: F1 over all classes of all rows together; 0 where neither side names a class.
+
+    right (rows,): the classes that are both predicted and expected   named (rows,): those predicted plus those expected
+    """
+    return 2 * float(right.sum()) / max(float(named.sum()), 1.0)
 
 
 def perplexity(losses: Tensor, counts: Tensor) -> float:
@@ -237,8 +265,8 @@ def _compare_labels(
     def run(label: str, within: Within) -> list[Any]:
         return predict(loaded, data, examples, max_length, label, within) if examples else []
 
-    metric = "accuracy" if data.labels else "pearson"
-    expected = [str(e.label) if data.labels else float(e.label or 0.0) for e in examples]
+    metric = MICRO_F1 if data.task == MULTI_LABEL else "accuracy" if data.labels else "pearson"
+    expected = [expected_of(example, data) for example in examples]
     random = loaded.new_parameters and examples
     notes = ("the base model's head is new and random: its score is chance",) if random else ()
     return _both(metric, loaded, examples, expected, notes, run, bank, known)
@@ -252,14 +280,23 @@ def predict(
     label: str,
     within: Within = as_it_is,
 ) -> list[Any]:
-    """The class name, or for a regression the number, that the model predicts for each example, in order.
+    """What the model predicts for each example, in order: a class name, a tuple of them (multi-label), or a number.
 
     Rows of similar length share a batch. label: what the progress bar calls the model. within: as for `answers`.
     """
     logits = outputs(loaded, examples, max_length, f"predicting with the {label}", within)
     if not data.labels:
         return logits[:, 0].tolist()
+    if data.task == MULTI_LABEL:  # a probability of at least 0.5 is a logit of at least 0
+        return [tuple(itertools.compress(data.labels, row)) for row in (logits >= 0).tolist()]
     return [data.labels[index] for index in logits.argmax(-1).tolist()]
+
+
+def expected_of(example: Example, data: Data) -> Any:
+    """What `predict` gives for an example if it is right."""
+    if isinstance(example.label, tuple):
+        return example.label
+    return str(example.label) if data.labels else float(example.label or 0.0)
 
 
 @torch.inference_mode()

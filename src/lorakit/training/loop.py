@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +27,7 @@ from .config import TrainConfig
 from .divergence import Diverged
 from .evaluate import compare_general, evaluate, question
 from .interrupt import Interrupted, SaveAndStop
+from .labels import MULTI_LABEL
 from .loss import check_causal
 from .memory import few_kernels
 from .models import LABELS, Loaded, best_device, load_causal_lm, load_classifier
@@ -44,6 +44,7 @@ from .settings import settings_table, to_command, to_yaml
 from .spool import as_dataset
 from .start import TRAINING, Start, decided, start_of
 from .sweep_settings import swept
+from .task import Task, write_labels
 from .tokens import encode, encode_text
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def _load(prepared: Prepared) -> Loaded:
     )
     if labels is None:
         return load_causal_lm(config.model, **how)
-    return load_classifier(config.model, labels=labels, **how)
+    return load_classifier(config.model, labels=labels, multi_label=prepared.data.task == MULTI_LABEL, **how)
 
 
 def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:
@@ -344,7 +345,8 @@ def _trainer_of(
     else:
         collator = DataCollatorWithPadding(loaded.tokenizer)
         made = arguments(TrainingArguments, config, **settings)
-        trainer = ClassifierTrainer(args=made, data_collator=collator, **common)
+        weights = prepared.class_weights
+        trainer = ClassifierTrainer(args=made, data_collator=collator, class_weights=weights, **common)
     trainer.name_of = functools.partial(_where, prepared)
     return trainer, progress, stop
 
@@ -396,7 +398,8 @@ def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:
     (out / _SETTINGS).write_text(_settings(prepared.config), encoding="utf-8")
     labels = labels_of(prepared.data)
     if labels is not None:
-        (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
+        kind: Any = prepared.data.task
+        write_labels(out / LABELS, Task(kind, labels))
     prepared.style.write(out)
     loaded.tokenizer.save_pretrained(out)
 

@@ -45,7 +45,8 @@ class MergePlan:
         self.task = _task(folder, adapter)
         labels = None if self.task.answers else self.task.labels
         speaks = _task_type(adapter) == "CAUSAL_LM"
-        self.model = structure(str(folder), labels=labels, named=self.task.named, speaks=speaks)
+        several, named = self.task.several, self.task.named
+        self.model = structure(str(folder), labels=labels, multi_label=several, named=named, speaks=speaks)
         self.stored = Stored(self.model, self.shards)
         self.fold = Fold(self.stored, adapter)
         self.dtype = dtype

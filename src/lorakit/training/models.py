@@ -89,6 +89,7 @@ def load_classifier(
     name: str,
     *,
     labels: tuple[str, ...],
+    multi_label: bool = False,
     named: bool = True,
     dtype: str = "auto",
     quantize: Quantize = "none",
@@ -97,13 +98,20 @@ def load_classifier(
 ) -> Loaded:
     """A sequence classifier with a head for `labels`; without labels, a regression on one number.
 
-    named=False: do not write the labels into the model's configuration.
+    multi_label: a text has any number of them. named=False: do not write the labels into the model's configuration.
     """
-    settings = _of_labels(labels, named)
+    settings = _of_labels(labels, named, multi_label)
     return _load(labels, name, dtype, quantize, device, tokenizer, **settings)
 
 
-def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str, quantize: Quantize = "none") -> PreTrainedModel:
+def skeleton(
+    name: str,
+    *,
+    labels: tuple[str, ...] | None,
+    multi_label: bool = False,
+    dtype: str,
+    quantize: Quantize = "none",
+) -> PreTrainedModel:
     """The model as its configuration describes it, without reading weights. labels=None: a causal LM.
 
     Called under FakeTensorMode it takes no memory. It is used to count the memory that a run will take.
@@ -117,6 +125,7 @@ def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str, quantize:
         refuse_unusable(quantize, name, is_gguf="gguf_file" in options, quantised=quantised)
         if labels is not None:
             config.num_labels = len(labels) or 1
+            config.problem_type = _problem(labels, multi_label)
         with best_device():
             model: PreTrainedModel = _auto(labels).from_config(config, dtype=resolve_dtype(dtype, best_device()))
     if quantised or quantize == "gguf":
@@ -127,7 +136,12 @@ def skeleton(name: str, *, labels: tuple[str, ...] | None, dtype: str, quantize:
 
 
 def structure(
-    name: str, *, labels: tuple[str, ...] | None, named: bool = True, speaks: bool = False
+    name: str,
+    *,
+    labels: tuple[str, ...] | None,
+    multi_label: bool = False,
+    named: bool = True,
+    speaks: bool = False,
 ) -> PreTrainedModel:
     """The model on the meta device: names and shapes, no memory.
 
@@ -137,7 +151,7 @@ def structure(
     import transformers
 
     folder, options = locate(name)
-    settings = {} if labels is None else _of_labels(labels, named)
+    settings = {} if labels is None else _of_labels(labels, named, multi_label)
     with quietly(), reading(name, folder), torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(folder, **options, **settings)
         own = next(iter(getattr(config, "architectures", None) or ()), "")
@@ -209,7 +223,7 @@ def load_base(
     trained = [peft.stored_adapter(folder).trained for folder in adapters]
     options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "device": device, "tokenizer": tokenizer}
     if not task.answers:
-        return load_classifier(base, labels=task.labels, named=task.named, **options)
+        return load_classifier(base, labels=task.labels, multi_label=task.several, named=task.named, **options)
     loaded = load_causal_lm(base, **options)
     missing = [name for name in loaded.new_parameters if not trained or any(name not in own for own in trained)]
     if missing:
@@ -220,10 +234,16 @@ def load_base(
     return loaded
 
 
-def _of_labels(labels: tuple[str, ...], named: bool) -> dict[str, Any]:
+def _problem(labels: tuple[str, ...], multi_label: bool) -> str:
+    """transformers' name of the task."""
+    if multi_label:
+        return "multi_label_classification"
+    return "single_label_classification" if labels else "regression"
+
+
+def _of_labels(labels: tuple[str, ...], named: bool, multi_label: bool) -> dict[str, Any]:
     """What the configuration of a classifier says of its classes."""
-    settings: dict[str, Any] = {"num_labels": len(labels) or 1}
-    settings["problem_type"] = "single_label_classification" if labels else "regression"
+    settings: dict[str, Any] = {"num_labels": len(labels) or 1, "problem_type": _problem(labels, multi_label)}
     if labels and named:
         settings |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     return settings

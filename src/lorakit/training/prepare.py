@@ -21,11 +21,13 @@ from ..core.numbers import size
 from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
-from .config import TrainConfig, warnings_for
+from .class_weights import class_weights
+from .config import Quantize, TrainConfig, warnings_for
 from .continuing import begin_with, in_names_of, planned, taken_over
 from .data import Data, Example, read_data
 from .fit import fitted
 from .gradient_checkpointing import begin_checkpointing
+from .labels import MULTI_LABEL
 from .loss import Labelled, frozen_head, labelled, loss_at
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
 from .packing import packed
@@ -65,6 +67,7 @@ class Prepared:
     general: tuple[Example, ...]  # the rows of --general-data
     weights: tuple[int, int]  # bytes of the base as it is loaded, and of the same with no layer quantised
     fit: tuple[str, ...]  # what --fit chose and why
+    class_weights: tuple[float, ...] | None  # of each class in the loss; None: all count alike
 
     @property
     def tokens(self) -> int:
@@ -93,14 +96,23 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     _refuse_float16(config, data)
     if data.labels and config.from_adapter is None:
         data = dataclasses.replace(data, labels=in_model_order(data.labels, config.model))
+    weights_of_classes = class_weights(config.class_weights, data)
     general = _general(config, data)
     tokenizer = load_tokenizer(config.model)
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
     dtype = weights_dtype(config, data)
+
+    def laid_out(quantize: Quantize) -> PreTrainedModel:
+        several = data.task == MULTI_LABEL
+        return skeleton(config.model, labels=labels_of(data), multi_label=several, dtype=dtype, quantize=quantize)
+
     with FakeTensorMode() as fake:
-        model = skeleton(config.model, labels=labels_of(data), dtype=dtype, quantize=config.quantize)
+        model = laid_out(config.quantize)
         weights = weight_bytes(model)
     notes = list(data.notes)
+    if weights_of_classes is not None:
+        listed = (f"{label} {weight:.4g}" for label, weight in zip(data.labels, weights_of_classes, strict=True))
+        notes.append(f"weights of the classes in the loss: {', '.join(listed)}")
     limit = longest_row(config.max_seq_length, model, tokenizer)
     if config.train_on != "all" and not {"messages", "conversations"} & set(data.shape.split(" | ")):
         raise LoraError(
@@ -150,7 +162,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         with fake:
             if own.quantize != quantised:  # all else is planned on the same model
                 quantised = own.quantize
-                model = skeleton(own.model, labels=labels_of(data), dtype=dtype, quantize=quantised)
+                model = laid_out(quantised)
                 weights = weight_bytes(model)
                 _, attached = adapted(own, model)
             plan = _plan(own, data, counts, model, _faked(batch, fake))
@@ -169,7 +181,20 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
             begun=begun,
         )
     return Prepared(
-        config, data, tokenizer, style, train, valid, limit, tuple(notes), attached, plan, general, weights, said
+        config,
+        data,
+        tokenizer,
+        style,
+        train,
+        valid,
+        limit,
+        tuple(notes),
+        attached,
+        plan,
+        general,
+        weights,
+        said,
+        weights_of_classes,
     )
 
 
@@ -337,20 +362,26 @@ def _causal_rows(
 def _labelled_rows(
     config: TrainConfig, data: Data, tokenizer: PreTrainedTokenizerBase, style: Style, limit: int, notes: list[str]
 ) -> tuple[Rows, Rows]:
-    """The rows of train and valid, each with the index of its class, or with the number to predict."""
+    """The rows of train and valid, each with its target."""
     full = 0
 
     def encoded(example: Example) -> dict[str, Any]:
         nonlocal full
         row = encode_text(example, tokenizer, limit)
         full += len(row["input_ids"]) == limit
-        label = data.labels.index(str(example.label)) if data.labels else float(example.label or 0.0)
-        return {**row, "labels": label}
+        return {**row, "labels": target(example, data)}
 
     train, valid = (Spool(map(encoded, progress(part, "checking rows"))).settled() for part in (data.train, data.valid))
     if full:
         notes.append(f"{full} rows of {_limit(config, limit)} or more: what is beyond is cut")
     return train, valid
+
+
+def target(example: Example, data: Data) -> int | float | list[float]:
+    """What the loss compares with: the index of the class; 1.0 or 0.0 for each class (multi-label); or the number."""
+    if isinstance(example.label, tuple):
+        return [float(label in example.label) for label in data.labels]
+    return data.labels.index(str(example.label)) if data.labels else float(example.label or 0.0)
 
 
 def _limit(config: TrainConfig, limit: int) -> str:
@@ -360,7 +391,8 @@ def _limit(config: TrainConfig, limit: int) -> str:
 
 def _example_lines(prepared: Prepared) -> list[str]:
     if prepared.data.task != "causal-lm":
-        return [f"predicts: {', '.join(prepared.data.labels) or 'a number'}"]
+        several = "any number of: " if prepared.data.task == MULTI_LABEL else ""
+        return [f"predicts: {several}{', '.join(prepared.data.labels) or 'a number'}"]
     config, style = prepared.config, prepared.style
     rows = encode_all(
         prepared.data.train[:1],

@@ -142,7 +142,10 @@ def _digest(parts: Iterable[bytes]) -> str:
 def _encoded(row: Mapping[str, Any]) -> bytes:
     """The token ids and labels of one encoded row, as bytes."""
     labels = row["labels"]
-    learnt = array.array("q", labels).tobytes() if isinstance(labels, list) else repr(labels).encode()
+    tokens = isinstance(labels, list) and not isinstance(
+        labels[0], float
+    )  # else a class, a number or a multi-label row
+    learnt = array.array("q", labels).tobytes() if tokens else repr(labels).encode()
     return array.array("q", row["input_ids"]).tobytes() + b"|" + learnt
 
 

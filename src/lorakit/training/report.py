@@ -224,7 +224,7 @@ def metric_value(name: str, value: float) -> str:
 
 def is_share(metric: str) -> bool:
     """Whether a metric is the share of the rows that are right."""
-    return metric in ("exact match", "accuracy")
+    return metric in ("exact match", "accuracy", "exact set match")
 
 
 def one_line(text: str, width: int = 110) -> str:

@@ -208,7 +208,9 @@ def _refuse_unlike_tasks(tasks: Mapping[str, Task]) -> None:
 def _refuse_misfits(named: NamedAdapters) -> None:
     """Raise LoraError for an adapter that does not fit the base, by names and shapes alone."""
     labels = None if named.task.answers else named.task.labels
-    bank = Bank(structure(named.base, labels=labels, named=named.task.named, speaks=named.task.answers))
+    task = named.task
+    made = structure(named.base, labels=labels, multi_label=task.several, named=task.named, speaks=task.answers)
+    bank = Bank(made)
     for name, folder in named.folders.items():
         try:
             bank[name] = read_for(bank.model, folder)

@@ -6,7 +6,7 @@ Shapes, in this order (messages_field and the like map other keys to these):
     conversations                       the same under ShareGPT's name, usually {"from", "value"}
     prompt + completion                 two texts, or either a list of messages
     instruction [+ input] + output      Alpaca
-    text [+ text_pair] + label          classification; a label with a fraction makes it regression
+    text [+ text_pair] + label          classification; a label with a fraction makes it regression, a list multi-label
     sentence1 + sentence2 + label       the same under GLUE's names
     text                                plain text
 """
@@ -40,6 +40,8 @@ _TEXTS = ("text", "sentence", "content", "review", "body", "comment", "tweet", "
 _LABELS = ("label", "labels", "class", "category", "intent", "sentiment", "emotion", "score", "rating", "stars")
 _PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("text1", "text2"))
 
+Label = str | float | tuple[str, ...]  # a class, a number, or all classes of a multi-label row
+
 
 @dataclass(frozen=True)
 class Example:
@@ -52,7 +54,7 @@ class Example:
     others: tuple[str, ...] = ()  # other right completions
     text: str | None = None
     text_pair: str | None = None
-    label: str | float | None = None
+    label: Label | None = None
     tools: tuple[dict[str, Any], ...] = ()  # the tools that the assistant may call
     unlearnt: frozenset[int] = frozenset()  # indices of assistant turns that are read, not learnt
     adapter: str | None = None  # the one of several adapters that answers this row
@@ -182,8 +184,17 @@ def _linear(parts: Sequence[Any]) -> str:
     return " | ".join(" ".join(text.split()) for text in texts)
 
 
-def _label(value: Any) -> str | float:
-    """A class as text, or a float as a number. An int becomes text, because the task is not known yet."""
+def _label(value: Any) -> Label:
+    """A class as text, or a float as a number. An int becomes text, because the task is not known yet. A list of
+    classes becomes a tuple of texts.
+    """
+    if isinstance(value, list):
+        classes = tuple(str(_label(own)) for own in value if not isinstance(own, list | float))
+        if len(classes) != len(value):
+            raise BadRow(f"label is {value!r}, expected a list of classes")
+        if len(set(classes)) != len(classes):
+            raise BadRow(f"label is {value!r}, which names a class twice")
+        return classes
     if is_missing(value):
         raise BadRow("label is null")
     if isinstance(value, bool):
@@ -193,7 +204,7 @@ def _label(value: Any) -> str | float:
             raise BadRow(f"label is {value}")
         return float(value) if isinstance(value, float) else str(value)
     if not isinstance(value, str):
-        raise BadRow(f"label is {kind(value)}, expected a class or a number")
+        raise BadRow(f"label is {kind(value)}, expected a class, a list of classes or a number")
     if not value.strip():
         raise BadRow("label is empty")
     return value.strip()

@@ -1,4 +1,4 @@
-"""Find what a model is for, before any weight is loaded: to answer, to name a class, or to predict a number.
+"""Find what a model is for, before any weight is loaded: to answer, to name a class or several, to predict a number.
 
 The adapter decides: by the labels.json beside it, or else by its configuration and the rows of its head. Without an
 adapter the model's config.json decides. The rows that are scored never decide, because they may lack some classes.
@@ -7,6 +7,7 @@ adapter the model's config.json decides. The rows that are scored never decide, 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +17,11 @@ import torch
 
 from ..core.adapter import Adapter
 from ..core.errors import LoraError
-from ..core.reading import json_of
+from ..core.reading import json_of, text_of
 from ..core.words import suggestion
 from ..formats import peft
 from .adapter_folder import adapter_config, beside
-from .labels import number_of
+from .labels import as_listed, number_of
 from .locating import locate, reading
 from .quiet import quietly
 from .rows import DataError
@@ -28,20 +29,24 @@ from .spool import Spool
 
 if TYPE_CHECKING:
     from .data import Example
+    from .shapes import Label
 
-LABELS = "labels.json"  # beside a classifier's adapter: the names of its classes, none for a regression
+# Beside a classifier's adapter: a list of the names of its classes, empty for a regression; multi-label, an object
+# with the list under "labels" and transformers' name of the task under "problem_type".
+LABELS = "labels.json"
+_PROBLEM = "multi_label_classification"
 _CLASSIFIER = "ForSequenceClassification"
 _LISTED = 10
 
 
 @dataclass(frozen=True)
 class Task:
-    """The kind of task, and the classes of a classification in the order of the head's rows.
+    """The kind of task, and its classes in the order of the head's rows.
 
     named: whether a file names the classes; otherwise they are called 0, 1, 2, …
     """
 
-    kind: Literal["causal-lm", "classification", "regression"]
+    kind: Literal["causal-lm", "classification", "multi-label", "regression"]
     labels: tuple[str, ...] = ()
     named: bool = True
 
@@ -50,9 +55,16 @@ class Task:
         """Whether the model writes text."""
         return self.kind == "causal-lm"
 
+    @property
+    def several(self) -> bool:
+        """Whether a text has any number of classes."""
+        return self.kind == "multi-label"
+
     def __str__(self) -> str:
         if self.answers:
             return "a language model"
+        if self.several:
+            return f"a multi-label classifier ({_listed(self.labels)})"
         return f"a classifier ({_listed(self.labels)})" if self.labels else "a regression, which predicts a number"
 
     def take(
@@ -73,6 +85,8 @@ class Task:
                 ]
             )
         task = self
+        if self.several:
+            return self.kind, self.labels, self._take_several(splits)
         if self.labels and not self.named:
             task = self._named_by(itertools.chain.from_iterable(splits.values()), notes)
         unknown: dict[str, list[Example]] = {}
@@ -89,8 +103,26 @@ class Task:
             raise DataError([task._unknown(label, rows) for label, rows in unknown.items()])
         return task.kind, task.labels, {split: rows.settled() for split, rows in found.items()}
 
-    def _own(self, label: str | float | None) -> str | float | None:
+    def _take_several(self, splits: Mapping[str, Sequence[Example]]) -> Mapping[str, Sequence[Example]]:
+        problems: list[str] = []
+        found: dict[str, list[Example]] = {}
+        for split, rows in splits.items():
+            found[split] = []
+            for row in rows:
+                if not isinstance(row.label, tuple):
+                    problems.append(f"{row.where}: the label {row.label!r} is no list, and this is {self}")
+                    continue
+                own = {label: self._own(label) for label in row.label}
+                problems += [self._unknown(label, [row]) for label, known in own.items() if known is None]
+                found[split].append(replace(row, label=as_listed([str(known) for known in own.values()], self.labels)))
+        if problems:
+            raise DataError(problems)
+        return found
+
+    def _own(self, label: Label | None) -> str | float | None:
         """The label as the model spells it; None for a label that it does not know."""
+        if isinstance(label, tuple):
+            return None
         number = number_of(label)
         if not self.labels:
             return number
@@ -139,8 +171,9 @@ def model_task(base: str | None, adapter: str | None) -> Task:
         )
     path = beside(adapter, LABELS)
     if path is not None:
-        return _of_names(_names(path))
+        return read_labels(path)
     own = _of_model(base) if base else Task("causal-lm")
+    several = bool(base) and own.several
     rows = _head_rows(base, peft.stored_adapter(adapter)) if base else None
     if rows is None:
         if kind == "SEQ_CLS" and own.answers:
@@ -149,10 +182,10 @@ def model_task(base: str | None, adapter: str | None) -> Task:
                 "classes are not known."
             )
         return own
-    if rows == 1:
+    if rows == 1 and not several:
         return Task("regression")
     names = _names_in(_config(base)) if base else ()
-    return _of_names(names) if len(names) == rows else _unnamed(rows)
+    return _of_names(names, several) if len(names) == rows else _unnamed(rows, several)
 
 
 def in_model_order(labels: tuple[str, ...], base: str) -> tuple[str, ...]:
@@ -166,12 +199,14 @@ def in_model_order(labels: tuple[str, ...], base: str) -> tuple[str, ...]:
     return tuple(sorted(labels, key=lambda label: own.index(label.lower())))
 
 
-def _of_names(names: tuple[str, ...]) -> Task:
+def _of_names(names: tuple[str, ...], several: bool) -> Task:
+    if several:
+        return Task("multi-label", names)
     return Task("classification", names) if names else Task("regression")
 
 
-def _unnamed(count: int) -> Task:
-    return Task("classification", tuple(map(str, range(count))), named=False)
+def _unnamed(count: int, several: bool) -> Task:
+    return Task("multi-label" if several else "classification", tuple(map(str, range(count))), named=False)
 
 
 def _of_model(base: str) -> Task:
@@ -179,12 +214,11 @@ def _of_model(base: str) -> Task:
     kinds = [str(name) for name in getattr(config, "architectures", None) or ()]
     if not any(name.endswith(_CLASSIFIER) for name in kinds):
         return Task("causal-lm")
-    if config.problem_type == "multi_label_classification":
-        raise LoraError(f"{base} gives a text several classes at once; lorakit scores one class for a text.")
-    if config.num_labels == 1:
+    several = config.problem_type == _PROBLEM
+    if config.num_labels == 1 and not several:
         return Task("regression")
     names = _names_in(config)
-    return _of_names(names) if names else _unnamed(config.num_labels)
+    return _of_names(names, several) if names else _unnamed(config.num_labels, several)
 
 
 def _names_in(config: Any) -> tuple[str, ...]:
@@ -193,8 +227,27 @@ def _names_in(config: Any) -> tuple[str, ...]:
     return () if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names
 
 
-def _names(path: Path) -> tuple[str, ...]:
-    names = json_of(path, list)
+def write_labels(path: Path, task: Task) -> None:
+    """Write the classes of a classifier beside its adapter."""
+    said = {"problem_type": _PROBLEM, "labels": task.labels} if task.several else task.labels
+    path.write_text(json.dumps(said, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_labels(path: Path) -> Task:
+    """The task that a labels.json tells. Raises LoraError for one that is not as `write_labels` writes it."""
+    if text_of(path).lstrip().startswith("{"):
+        said = json_of(path, dict)
+        names = said.get("labels")
+        if said.get("problem_type") != _PROBLEM or not isinstance(names, list) or not names:
+            raise LoraError(
+                f'{path}: expected a list of names, or for a multi-label classifier {{"problem_type": "{_PROBLEM}", '
+                f'"labels": [names]}}; found {said}.'
+            )
+        return _of_names(_names(path, names), True)
+    return _of_names(_names(path, json_of(path, list)), False)
+
+
+def _names(path: Path, names: list[Any]) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise LoraError(f"{path}: expected a list of different names, one for each class, in quotes; found {names}.")
     return tuple(names)

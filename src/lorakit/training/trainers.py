@@ -12,15 +12,15 @@ import contextlib
 import json
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -55,7 +55,7 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
         super().__init__(*args, **kwargs)
         self._folder, self._record, self._pace = folder, record, pace
         self._saving: Path | None = None  # while a checkpoint is made
-        self._held_out = [0.0, 0]  # the sum of the losses, and of how many labels or rows
+        self._held_out = [0.0, 0.0]  # the sum of the losses, and of how many labels or rows, or of their weights
         self._best: dict[str, Tensor] | None = None  # the state after the best evaluation
         # A score of held-out rows and what it is logged as.
         self.score: tuple[str, Callable[[], float]] | None = None
@@ -147,8 +147,8 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
 
     # --- the loss --------------------------------------------------------------------------------------------------
 
-    def count(self, inputs: dict[str, Any]) -> int:
-        """The number of losses in the mean of a batch."""
+    def count(self, inputs: dict[str, Any]) -> float:
+        """The number of losses in the mean of a batch, or the sum of their weights."""
         raise NotImplementedError
 
     def compute_loss(
@@ -200,14 +200,14 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Trainer's loop, with a loss that does not depend on how rows fall into batches: the mean over all labels."""
-        self._held_out = [0.0, 0]
+        self._held_out = [0.0, 0.0]
         found: EvalLoopOutput = super().evaluation_loop(
             dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs
         )
         total = torch.tensor(self._held_out, dtype=torch.float64 if self.args.device.type == "cpu" else torch.float32)
         total = self.accelerator.reduce(total.to(self.args.device), "sum")
         assert found.metrics is not None
-        found.metrics[f"{metric_key_prefix}_loss"] = float(total[0] / total[1].clamp(min=1))
+        found.metrics[f"{metric_key_prefix}_loss"] = float(total[0] / total[1]) if total[1] else 0.0
         if self.score is not None:
             name, score = self.score
             # One answer for all processes, which must agree on when to stop.
@@ -236,14 +236,46 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
 
 
 class ClassifierTrainer(_AdapterTrainer):
-    """Sequence classification and regression."""
+    """Sequence classification and regression.
+
+    transformers' models divide by the rows of all accumulated batches only where rows have one class and no weight, so
+    the loss is computed here.
+    """
+
+    def __init__(self, *args: Any, class_weights: Sequence[float] | None = None, **kwargs: Any) -> None:
+        """class_weights: how much each class counts; None: all alike."""
+        super().__init__(*args, **kwargs)
+        self._weights = None if class_weights is None else torch.tensor(class_weights, device=self.args.device)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+        """Trainer's batches of one step, and what their losses are divided by: the sum of the weights of the rows."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if items is not None and self._weights is not None:
+            items = self._weights.new_tensor(sum(map(self.count, batches)))
+            if self.args.average_tokens_across_devices:
+                items = self.accelerator.gather(items).sum()
+        return batches, items
 
     def loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        loss: Tensor = Trainer.compute_loss(self, model, inputs, num_items_in_batch=num_items_in_batch)
+        """Cross-entropy of classes, the squared error of numbers: the mean, weighted by the classes' weights. Of
+        multi-label rows, the binary cross-entropy: the mean over rows and classes.
+        """
+        labels = inputs["labels"]
+        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits.float()
+        if labels.dim() == 2:
+            loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        elif labels.is_floating_point():
+            loss = F.mse_loss(logits[:, 0], labels, reduction="sum")
+        else:
+            loss = F.cross_entropy(logits, labels, self._weights, reduction="sum")
+        loss = loss / (self.count(inputs) if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
         return loss
 
-    def count(self, inputs: dict[str, Any]) -> int:
-        return len(inputs["labels"])
+    def count(self, inputs: dict[str, Any]) -> float:
+        labels = inputs["labels"]
+        return labels.numel() if self._weights is None else float(self._weights[labels.to(self._weights.device)].sum())
 
 
 class CausalTrainer(_AdapterTrainer, SFTTrainer):

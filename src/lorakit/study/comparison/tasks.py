@@ -32,7 +32,7 @@ from ...core.paths import expanded
 from ...core.quantised import is_quantised
 from ...core.switching import merge
 from ...training.data import Data, Example, read_data
-from ...training.evaluate import predict
+from ...training.evaluate import expected_of, predict
 from ...training.folders import no_split, split_files
 from ...training.generation import answers
 from ...training.hub import Hub
@@ -47,7 +47,7 @@ from ...training.models import (
     skeleton,
 )
 from ...training.positions import longest_row
-from ...training.prepare import check_task, fields_of, labels_of
+from ...training.prepare import check_task, fields_of, labels_of, target
 from ...training.scores import METRICS, default_metrics, metrics_for
 from ...training.tokens import encode_all, encode_text, prompt_ids, reference
 from ..methods.baselines import Applied, Head
@@ -178,9 +178,9 @@ class Sequences(_Text):
 
     def __init__(self, name: str, model: str, settings: CompareConfig, data: Data) -> None:
         super().__init__(name, model, settings, data)
-        self.train = [{**self._encoded(example), "labels": self._label(example)} for example in data.train]
+        self.train = [{**self._encoded(example), "labels": target(example, data)} for example in data.train]
         self.chosen_by = "loss"
-        self._valid = [{**self._encoded(example), "labels": self._label(example)} for example in data.valid]
+        self._valid = [{**self._encoded(example), "labels": target(example, data)} for example in data.valid]
         tested = [self._encoded(example) for example in data.test]
         self.longest = max(len(row["input_ids"]) for row in (*self.train, *self._valid, *tested))
         self._few = self._pad(tested[:_SERVED])
@@ -225,14 +225,11 @@ class Sequences(_Text):
         loaded = Loaded(applied.model, self.tokenizer)
         with self.products():
             found = predict(loaded, self.data, examples, self._limit, self.name)
-        expected = [str(e.label) if self.data.labels else float(e.label or 0.0) for e in examples]
+        expected = [expected_of(example, self.data) for example in examples]
         return {name: METRICS[name].score(found, expected) for name in self.metrics}
 
     def _encoded(self, example: Example) -> dict[str, Any]:
         return dict(encode_text(example, self.tokenizer, self._limit))
-
-    def _label(self, example: Example) -> int | float:
-        return self.data.labels.index(str(example.label)) if self.data.labels else float(example.label or 0.0)
 
 
 class Answers(_Text):
