@@ -274,6 +274,22 @@ def test_disabled_is_the_base_in_rows_too(options: dict[str, int]) -> None:
         assert not torch.equal(logits(model), base)
 
 
+@pytest.mark.parametrize("options", [{}, {"rank": 8, "room": 4}], ids=str)
+def test_the_one_in_use_stays_in_use_while_others_come_and_go(options: dict[str, int]) -> None:
+    model = llama().double()
+    bank = lorakit.Bank(model, **options)
+    bank["wide"] = SETTINGS["wide"]
+    randomise(bank.parameters("wide"), 1)
+    bank.use("wide")
+    used = logits(model)
+    assert not torch.equal(used, logits(llama().double()))
+    bank["head"] = SETTINGS["head"]
+    torch.testing.assert_close(logits(model), used, rtol=0, atol=1e-12)
+    del bank["head"]
+    torch.testing.assert_close(logits(model), used, rtol=0, atol=1e-12)
+    assert bank.used == "wide"
+
+
 def test_an_adapter_that_was_baked_or_detached_is_no_longer_in_use() -> None:
     model, bank = made()
     bank.use("wide")

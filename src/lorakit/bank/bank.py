@@ -108,7 +108,7 @@ class Bank(MutableMapping[str, Adapter]):
         if replaced:
             self._switch(None)
         self._keep(name, new)
-        if replaced:
+        if replaced or self.rank is not None:  # the layers for rows are others now
             self.use(before)
 
     def __getitem__(self, name: str) -> Adapter:
@@ -123,6 +123,8 @@ class Bank(MutableMapping[str, Adapter]):
             self.use(None)
         del self._adaptations[name], self.seeds[name]
         self._forget_rows()
+        if self.rank is not None:
+            self.use(self._used)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._adaptations)
