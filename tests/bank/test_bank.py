@@ -134,6 +134,25 @@ def test_an_optimizer_stays_right_while_its_adapter_is_off() -> None:
         torch.testing.assert_close(update.A, before.updates[name].A - 0.1)
 
 
+def test_layers_of_one_that_is_off_have_nothing_of_the_one_in_use() -> None:
+    """PiSSA's constant factors, and dropout that is a module for one and none for the other."""
+    bank = lorakit.Bank(llama().double())
+    bank["plain"] = lorakit.LoRASettings("q_proj", rank=2)
+    bank["dropped"] = lorakit.LoRASettings("q_proj", rank=2, dropout=0.3)
+    bank["pissa"] = lorakit.LoRASettings("q_proj", rank=2, init="pissa")
+    for seed, name in enumerate(bank):
+        randomise(bank.parameters(name), seed)
+    expected = {name: bank[name].updates for name in bank}
+    rates = {"plain": 0.0, "dropped": 0.3, "pissa": 0.0}
+    for used in (*bank, None):
+        bank.use(used)
+        for name in bank:
+            for module, layer in bank.adaptation(name).layers().items():
+                update, right = layer.to_update(), expected[name][module]
+                assert torch.equal(update.B @ update.A, right.B @ right.A) and update.scale == right.scale
+                assert getattr(layer.lora_dropout, "p", 0.0) == rates[name]
+
+
 def test_modules_trained_whole_and_biases_come_and_go_with_their_adapter() -> None:
     model, plain = bert(), bert()
     tokens = IDS[:, :5]

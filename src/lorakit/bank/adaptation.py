@@ -186,13 +186,15 @@ def _changed(name: str, module: nn.Module, undo: Undo) -> _Changed:
 
 
 def _shown(changed: _Changed) -> nn.Module:
-    """The module as it is with the adapter, beside the plain one in the model."""
-    module = changed.module
+    """The module as it is with the adapter, beside the one in the model, which another adapter may have changed."""
+    module, undo = changed.module, changed.undo
+    plain = module.__dict__ if undo.original_class is None else undo.attributes & module.__dict__.keys()
     shown = changed.cls.__new__(changed.cls)
-    shown.__dict__.update(module.__dict__)
+    shown.__dict__.update({local: module.__dict__[local] for local in plain})
     shown.__dict__.update(changed.attributes)
     for registry, entries in changed.registered.items():
-        shown.__dict__[registry] = {**getattr(module, registry), **entries}
+        own = {local: value for local, value in getattr(module, registry).items() if not local.startswith("lora_")}
+        shown.__dict__[registry] = {**own, **entries}
     return shown
 
 
