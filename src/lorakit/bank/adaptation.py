@@ -118,10 +118,10 @@ class Adaptation:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that the adapter trains: factors that are not frozen, and what it trains beside them."""
-        seen: set[int] = set()
-        for parameter in (*self._factors(), *self.trained().values()):
-            if isinstance(parameter, nn.Parameter) and id(parameter) not in seen and self._is_trained(parameter):
-                seen.add(id(parameter))
+        own = {id(tensor): tensor for tensor in (*self._factors(), *self.trained().values())}
+        flags = {} if self.is_on else self._flags()
+        for key, parameter in own.items():
+            if isinstance(parameter, nn.Parameter) and flags.get(key, parameter.requires_grad):
                 yield parameter
 
     def trained(self) -> dict[str, Tensor]:
@@ -154,15 +154,13 @@ class Adaptation:
                 if name.startswith("lora_"):
                     yield parameter
 
-    def _is_trained(self, parameter: nn.Parameter) -> bool:
-        if self.is_on:
-            return parameter.requires_grad
-        flags = {
+    def _flags(self) -> dict[int, bool]:
+        """requires_grad of the base's parameters, by id, as it is while the adapter is on."""
+        return {
             id(changed.own.get(local, changed.module._parameters.get(local))): flag
             for changed in self._changed
             for local, flag in changed.flags.items()
         }
-        return flags.get(id(parameter), parameter.requires_grad)
 
 
 def _changed(name: str, module: nn.Module, undo: Undo) -> _Changed:

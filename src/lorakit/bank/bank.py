@@ -78,6 +78,7 @@ class Bank(MutableMapping[str, Adapter]):
         self._used: Used = None
         self._entered: Sequence[str | None] = ()  # what the rows of that model are
         self._rows: Adaptation | None = None  # the model with `RowsLayer`s, for the adapters that there are
+        self._refused: dict[str, str] = {}  # why an adapter cannot be one of several in a batch, found with `_rows`
         self._row_layers: dict[str, type[RowsLayer]] = {}  # by name, also of adapters that are gone
         self._slots: dict[str, tuple[Tensor, Tensor, Tensor]] = {}  # by the same names, if `rank` and `room` are given
         self._in_rows = False
@@ -103,7 +104,8 @@ class Bank(MutableMapping[str, Adapter]):
             else:
                 insert(self.model, value if isinstance(value, Adapter) else read_for(self.model, value))
             new = Adaptation(self.model)
-            self._check_rank(name, new)
+            if self.rank is not None:
+                self._check_rank(name, new, self.rank)
         replaced = name in self._adaptations and self._uses(name)
         if replaced:
             self._switch(None)
@@ -113,11 +115,11 @@ class Bank(MutableMapping[str, Adapter]):
 
     def __getitem__(self, name: str) -> Adapter:
         """A copy of the adapter, as `extract` gives it."""
-        with self._only(self._named(name)):
+        with self._only(self.adaptation(name)):
             return extract(self.model)
 
     def __delitem__(self, name: str) -> None:
-        self._named(name)
+        self.adaptation(name)
         self._refuse_in_rows()
         if self._uses(name):
             self.use(None)
@@ -155,7 +157,7 @@ class Bank(MutableMapping[str, Adapter]):
                 insert(self.model, blend)
                 adaptation: Adaptation | None = Adaptation(self.model)
         else:
-            adaptation = None if name is None else self._named(name)
+            adaptation = None if name is None else self.adaptation(name)
         if self.rank is None or isinstance(name, Mapping):
             self._switch(adaptation)
         else:
@@ -200,19 +202,16 @@ class Bank(MutableMapping[str, Adapter]):
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters of one adapter, for its own optimizer: its factors, and what it trains beside them."""
-        return list(self._named(name).parameters())
+        return list(self.adaptation(name).parameters())
 
     def adaptation(self, name: str) -> Adaptation:
         """What one adapter is on the model: its layers and tensors, whether it is in use or not."""
-        return self._named(name)
-
-    # --- inside ------------------------------------------------------------------------------------------------------
-
-    def _named(self, name: str) -> Adaptation:
         if name not in self._adaptations:
             known = ", ".join(map(repr, self)) or "none"
             raise LoraError(f"the bank has no adapter {name!r}, it has {known}.{suggestion(str(name), list(self))}")
         return self._adaptations[name]
+
+    # --- inside ------------------------------------------------------------------------------------------------------
 
     def _uses(self, name: str) -> bool:
         return name in self._used if isinstance(self._used, Mapping) else name == self._used
@@ -264,18 +263,22 @@ class Bank(MutableMapping[str, Adapter]):
     def _enter(self, names: Sequence[str | None]) -> None:
         """Make the model one that adds the update of each row's adapter."""
         groups = Groups.of(names)
-        chosen = list(dict.fromkeys(name for name in groups.names if name is not None))
-        for name in chosen:
-            self._refuse_rows_of(name, self._named(name))
+        chosen = {name: self.adaptation(name) for name in groups.names if name is not None}
         if self._rows is None:
-            self._rows = self._made_for_rows()
+            self._look_for_rows()
+            with self._only(None):
+                self._rows = self._made_for_rows()
+        for name in chosen:
+            if name in self._refused:
+                raise LoraError(self._refused[name])
         self._switch(self._rows)
-        by_name = {name: self._adaptations[name].layers() for name in chosen}
+        by_name = {name: own.layers() for name, own in chosen.items()}
         for layer_name, module in self._layers_for_rows().items():
             having = [name for name in chosen if layer_name in by_name[name]]
             module.lora_part, module.was_called = None, False
             if having:
-                index = [having.index(name) if name in having else -1 for name in groups.names]
+                places = {name: place for place, name in enumerate(having)}
+                index = [-1 if name is None else places.get(name, -1) for name in groups.names]
                 layers = [by_name[name][layer_name] for name in having]
                 seeds = [self.seeds[name] for name in having]
                 module.lora_part = Part(layer_name, layers, index, groups.rows, seeds, self._writes)
@@ -287,36 +290,35 @@ class Bank(MutableMapping[str, Adapter]):
         found: dict[str, Any] = {name: self.model.get_submodule(name) for name in self._row_layers}
         return found
 
-    def _made_for_rows(self) -> Adaptation:
-        """The base model, frozen, with a `RowsLayer` for each layer of an adapter that can be one of several."""
-        self._switch(None)
-        for adaptation in self._adaptations.values():
+    def _look_for_rows(self) -> None:
+        """Find the layers that can have another adapter in each row, and the adapters that have others too."""
+        self._refused = {}
+        for name, adaptation in self._adaptations.items():
+            if trained := ", ".join(list(adaptation.trained())[:3]):
+                why = f"{name!r} has tensors trained whole ({trained}), which all rows share. Use it alone."
+                self._refused[name] = why
             for layer_name, layer in adaptation.layers().items():
-                if layer_name not in self._row_layers and rows_refusal(layer_name, layer, self.model) is None:
+                if reason := rows_refusal(layer_name, layer, self.model):
+                    why = f"{name!r} cannot be one of several in a batch: {layer_name} {reason}. Use it alone."
+                    self._refused.setdefault(name, why)
+                elif layer_name not in self._row_layers:
                     self._row_layers[layer_name] = rows_class(layer)
                     if self.rank is not None:
                         self._make_slots(layer_name, layer)
+
+    def _made_for_rows(self) -> Adaptation:
+        """The base model, frozen, with a `RowsLayer` for each layer that was found."""
         for layer_name, cls in self._row_layers.items():
             module = self.model.get_submodule(layer_name)
             change_class(module, joined(cls, type(module), type(module).__name__))
         choose_trainable(self.model, (), "none", freeze=True)
         return Adaptation(self.model)
 
-    def _refuse_rows_of(self, name: str, adaptation: Adaptation) -> None:
-        """Raise LoraError where an adapter cannot be one of several in a batch."""
-        if trained := list(adaptation.trained()):
-            raise LoraError(
-                f"{name!r} has tensors trained whole ({', '.join(trained[:3])}), which all rows share. Use it alone."
-            )
-        for layer_name, layer in adaptation.layers().items():
-            if reason := rows_refusal(layer_name, layer, self.model):
-                raise LoraError(f"{name!r} cannot be one of several in a batch: {layer_name} {reason}. Use it alone.")
-
-    def _check_rank(self, name: str, adaptation: Adaptation) -> None:
+    def _check_rank(self, name: str, adaptation: Adaptation, most: int) -> None:
         for layer_name, layer in adaptation.layers().items():
             rank = len(thin_pair(layer)[0]) if rows_refusal(layer_name, layer, self.model) is None else 0
-            if self.rank is not None and rank > self.rank:
-                raise LoraError(f"{name!r} has rank {rank} in {layer_name}; the bank was made for rank={self.rank}.")
+            if rank > most:
+                raise LoraError(f"{name!r} has rank {rank} in {layer_name}; the bank was made for rank={most}.")
 
     @torch.no_grad()
     def _fill(self, layer_name: str, module: RowsLayer, groups: Groups, layers: Mapping[str, AdaptedLayer]) -> None:

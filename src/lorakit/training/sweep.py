@@ -54,7 +54,8 @@ class SweepTrainer(CausalTrainer):
     def __init__(self, *args: Any, bank: Bank, choices: Mapping[str, TrainConfig], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.remove_callback(FirstStep)  # `Bank.rows` itself tells of layers that do nothing
-        self._bank, self._choices = bank, choices
+        self._choices = choices
+        self._parameters = {name: bank.parameters(name) for name in choices}
         self._head, self._fused = frozen_head(self.model), False
         self.diverged: dict[str, int] = {}  # the step of each
         self.heldout: dict[str, float] = {}
@@ -67,7 +68,7 @@ class SweepTrainer(CausalTrainer):
     def create_optimizer(self, model: Any = None) -> Any:
         kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
         groups = [
-            {"params": self._bank.parameters(name), "lr": own.learning_rate, "weight_decay": own.weight_decay}
+            {"params": self._parameters[name], "lr": own.learning_rate, "weight_decay": own.weight_decay}
             for name, own in self._choices.items()
         ]
         made = self.optimizer = kind(groups, **arguments)
@@ -95,8 +96,7 @@ class SweepTrainer(CausalTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip each adapter's gradients by their own norm. One whose gradients are not finite stops here."""
         largest = torch.zeros(())
-        for name in self._choices:
-            parameters = self._bank.parameters(name)
+        for name, parameters in self._parameters.items():
             if name in self.diverged:
                 norm = torch.tensor(math.nan)
             else:
