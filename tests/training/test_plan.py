@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lorakit
 import models
 from lorakit.training.config import TrainConfig
-from lorakit.training.loss import frozen_head, labelled, loss_at
+from lorakit.training.loss import frozen_head, label_losses, labelled
 from lorakit.training.memory import Storages, forget_peak, peak_memory, step_storages
 from lorakit.training.plan import Plan, make_plan
 from lorakit.training.prepare import prepare, start_block
@@ -64,7 +64,9 @@ def storages(fake: bool, dtype: torch.dtype) -> Storages:
         lorakit.attach(model, rank=2, dropout=0.25)
         head = frozen_head(model)
         assert head is not None
-        return step_storages(model, lambda: loss_at(where, model, {"input_ids": ids, "attention_mask": mask}, head))
+        return step_storages(
+            model, lambda: label_losses(where, model, {"input_ids": ids, "attention_mask": mask}, head).sum()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -159,7 +161,7 @@ def test_the_start_block_says_why_memory_is_not_planned(
 
     data = rows(tmp_path / "d.jsonl")
     assert "of memory at the peak of training" in start_block(prepare(config(tiny_lm, data)))
-    monkeypatch.setattr("lorakit.training.prepare.loss_at", fails)
+    monkeypatch.setattr("lorakit.training.prepare.label_losses", fails)
     block = start_block(prepare(config(tiny_lm, data)))
     assert "memory not planned (RuntimeError: fake tensors cannot do this); the time is told after" in block
 

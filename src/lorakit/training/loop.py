@@ -181,7 +181,7 @@ def _interrupted(config: TrainConfig, out: OutputFolder, folder: OutputFolder, e
         return Interrupted("interrupted before the first checkpoint: the same command starts over.", code)
     written = folder.path / _SETTINGS
     if processes() == 1 and written.is_file() and written.read_text(encoding="utf-8") == _settings(config):
-        command = f"{report._program()} train {report._flag('--config', str(written))} --resume auto"
+        command = f"{report.program_name()} train {report.flag_text('--config', str(written))} --resume auto"
         return Interrupted(f"interrupted; {checkpoint} is saved. Go on with:\n  {command}", code)
     return Interrupted(
         f"interrupted; {checkpoint} is saved. The same command goes on from it with --resume auto "

@@ -67,18 +67,7 @@ def causal_loss(
     which needs head=None.
     """
     rest = {name: value for name, value in inputs.items() if name != "labels"}
-    return loss_at(labelled(inputs["labels"]), model, rest, head, label_smoothing)
-
-
-def loss_at(
-    where: Labelled,
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    head: nn.Linear | None,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """`causal_loss` for labels found by `labelled`. No shape depends on a tensor's values, so fake tensors work too."""
-    return label_losses(where, model, inputs, head, label_smoothing).sum()
+    return label_losses(labelled(inputs["labels"]), model, rest, head, label_smoothing).sum()
 
 
 def label_losses(
@@ -88,7 +77,10 @@ def label_losses(
     head: nn.Linear | None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """−log p of each label (labels,), float32 at least; the arguments are those of `causal_loss`."""
+    """−log p of each label (labels,), float32 at least; the other arguments are those of `causal_loss`.
+
+    No shape depends on a tensor's values once the labels are found, so fake tensors work too.
+    """
     # Logits are computed only at the columns that hold a label in some row.
     wanted = _known(model, {"use_cache": False, "logits_to_keep": where.columns})
     tokens = inputs["input_ids"].shape[1]

@@ -12,10 +12,12 @@ A share lies in [0, 1]. Numbers have six digits. A number that is not known is n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +61,16 @@ def scores_of(result: Evaluation | None) -> dict[str, Score]:
         ends = result.intervals.get(name, (None, None)) if result is not None else (None, None)
         found[name] = {"base": base, "adapter": adapter, "base_interval": ends[0], "adapter_interval": ends[1]}
     return found
+
+
+def logged_lines(path: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl; none if there is no file. An interruption may have cut off the last one."""
+    lines = []
+    with contextlib.suppress(OSError):
+        for text in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+    return lines
 
 
 def last_losses(history: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -28,7 +28,7 @@ from .data import Data, Example, read_data
 from .fit import fitted
 from .gradient_checkpointing import begin_checkpointing
 from .labels import MULTI_LABEL
-from .loss import Labelled, frozen_head, labelled, loss_at
+from .loss import Labelled, frozen_head, label_losses, labelled
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
 from .packing import packed
 from .plan import Plan, make_plan, processes
@@ -456,7 +456,7 @@ def _plan(config: TrainConfig, data: Data, counts: tuple[int, int], model: Any, 
     def loss() -> Tensor:
         with torch.autocast(best_device().type, torch.bfloat16, enabled=uses_autocast(config, data)):
             if where is not None:
-                return loss_at(where, model, batch, frozen_head(model))
+                return label_losses(where, model, batch, frozen_head(model)).sum()
             classified: Tensor = model(**batch).loss
             return classified
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
@@ -16,6 +15,7 @@ from transformers import TrainerCallback
 from ..core.numbers import duration
 from ..formats.files import naming, replacing
 from .memory import forget_peak, peak_memory
+from .outcome import logged_lines
 from .pace import Pace
 from .scores import METRICS, logged_as
 
@@ -134,13 +134,7 @@ def _newest_losses(history: list[dict[str, float]]) -> dict[str, float]:
 
 def _read_lines(path: Path, up_to: int) -> list[dict[str, float]]:
     """The lines of an interrupted run that a resumed one continues."""
-    if not up_to or not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # an interruption may have cut off the last line
-            lines.append(json.loads(text))
-    return [line for line in lines if line["step"] <= up_to]
+    return [line for line in logged_lines(path) if line["step"] <= up_to] if up_to else []
 
 
 def _is_number(value: Any) -> bool:

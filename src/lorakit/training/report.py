@@ -159,17 +159,17 @@ def next_commands(
     answers: whether the model writes text (a classifier does not). prompt, pair: what to ask, or to classify.
     merge: whether there is an adapter to merge.
     """
-    lorakit, model = _program(), _flag("--model", str(folder))
-    asked = _flag("--prompt", prompt) + (f" {_flag('--pair', pair)}" if pair else "")
+    lorakit, model = program_name(), flag_text("--model", str(folder))
+    asked = flag_text("--prompt", prompt) + (f" {flag_text('--pair', pair)}" if pair else "")
     lines = [f"  {lorakit} generate {model} {asked}"]
     if answers:
         lines.append(f"  {lorakit} chat {model}")
     if merge:
-        lines.append(f"  {lorakit} merge {model} {_flag('--output-dir', str(_free(folder)))}")
+        lines.append(f"  {lorakit} merge {model} {flag_text('--output-dir', str(_free(folder)))}")
     return "\n".join([heading("next"), *lines])
 
 
-def _flag(name: str, value: str) -> str:
+def flag_text(name: str, value: str) -> str:
     """A flag and its value, quoted for a shell."""
     return shlex.quote(f"{name}={value}") if value.startswith("-") else f"{name} {shlex.quote(value)}"
 
@@ -181,7 +181,7 @@ def _free(folder: Path) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def _program() -> str:
+def program_name() -> str:
     """How to call this program again: its name, or its path if the shell would not find the name."""
     called, here = Path(sys.argv[0]), Path.cwd()
     called = called.relative_to(here) if called.is_relative_to(here) else called

@@ -18,7 +18,7 @@ from ..core.table import Table
 from ..formats.folder import HIDDEN, OutputFolder
 from ..formats.lock import refuse_locked
 from .config import TrainConfig
-from .outcome import RESULTS, last_losses
+from .outcome import RESULTS, last_losses, logged_lines
 from .record import FREE
 from .report import ends_text, metric_value, one_line
 from .start import TRAINING, settings_in
@@ -107,7 +107,13 @@ def _run_folders(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _facts_of(folder: Path) -> RunFacts:
-    return RunFacts(str(folder), _state(folder), settings_in(folder), last_losses(_lines(folder)), _results(folder))
+    return RunFacts(
+        str(folder),
+        _state(folder),
+        settings_in(folder),
+        last_losses(logged_lines(folder / "metrics.jsonl")),
+        _results(folder),
+    )
 
 
 def _state(folder: Path) -> str:
@@ -130,16 +136,6 @@ def _results(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _lines(folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; an interruption may have cut off the last one."""
-    lines = []
-    with contextlib.suppress(OSError):
-        for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
-    return lines
 
 
 def _differing(runs: Sequence[RunFacts]) -> list[str]:
