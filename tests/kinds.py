@@ -12,7 +12,7 @@ from lorakit.core import dropout
 from reference import equation
 
 F64 = torch.float64
-SCALE = 2.0  # alpha is twice the rank
+SCALE = 2.0  # α/r
 
 # name → a layer of torch's or transformers', the shape of its input, attach's settings
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict]] = {
@@ -38,7 +38,7 @@ def adapted(kind: str, dtype: torch.dtype = F64, **settings) -> nn.Sequential:
     torch.manual_seed(0)
     make, _, own = KINDS[kind]
     model = nn.Sequential(make()).to(dtype)
-    lorakit.attach(model, "0", rank=2, dtype=dtype, **own, **settings)
+    lorakit.attach(model, "0", rank=2, alpha=2 * SCALE, dtype=dtype, **own, **settings)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:

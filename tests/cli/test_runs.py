@@ -38,8 +38,10 @@ def test_the_table_shows_what_differs_and_what_came_of_it(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     run(Path("runs/a"))
-    run(Path("runs/more/b"), score=0.8125, rank=8, targets=("q_proj", "v_proj"), save_steps=7)
+    run(Path("runs/more/b"), score=0.8125, rank=8, alpha=16.0, targets=("q_proj", "v_proj"), save_steps=7)
     run(Path("runs/c"), "unfinished", rank=8)
+    written = Path("runs/c/config.yaml")
+    written.write_text(written.read_text().replace("alpha: 32.0", "alpha: null"))  # lorakit before 0.3: 2·rank
     (tmp_path / "runs" / "notes").mkdir()
     assert main(["runs"]) == 0
     printed = capsys.readouterr().out.splitlines()
@@ -78,7 +80,7 @@ def test_a_long_setting_is_cut(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run(Path("a"), system="Reply with one tool call and nothing else.")
-    run(Path("b"), alpha=32.0)  # alpha is 2 r where it is not given
+    run(Path("b"), alpha=32.0)
     assert main(["runs"]) == 0
     printed = capsys.readouterr().out
     assert "  Reply with one tool cal…  " in printed and "alpha" not in printed

@@ -239,7 +239,7 @@ def test_problem_16_modes_and_dtypes_stay(training: bool) -> None:
 def test_problem_23_a_loss_scaler_takes_the_gradients_beside_float16_weights() -> None:
     """The factors are float32: the scaler unscales them, and gradients that float16 would round to 0 arrive."""
     model = nn.Sequential(nn.Linear(6, 5)).half()
-    lorakit.attach(model, "0", rank=2)
+    lorakit.attach(model, "0", rank=2, alpha=4)
     train_a_little(model)
     factors = A, B = [model[0].lora_A, model[0].lora_B]
     x, upstream = torch.randn(3, 6).half(), 1e-9 * torch.randn(3, 5)
@@ -296,7 +296,7 @@ def test_rank_and_alpha_patterns() -> None:
         for i in (0, 1)
         for n, m in (("q", layers[i].self_attn.q_proj), ("v", layers[i].self_attn.v_proj))
     }
-    assert seen == {(0, "q"): (4, 8), (0, "v"): (4, 7), (1, "q"): (2, 4), (1, "v"): (2, 7)}
+    assert seen == {(0, "q"): (4, 32), (0, "v"): (4, 7), (1, "q"): (2, 32), (1, "v"): (2, 7)}
     assert layers[1].self_attn.v_proj.scaling == 3.5
     # q: 32→32, v: 32→16
     assert report.trainable == 4 * (32 + 32) + 4 * (32 + 16) + 2 * (32 + 32) + 2 * (32 + 16)
@@ -309,7 +309,7 @@ def test_problem_19_blocks_of_a_fused_projection() -> None:
     report = lorakit.attach(model, "c_attn", rank_pattern={"c_attn": [4, 0, 2]})
     layer = model.transformer.h[0].attn.c_attn
     assert torch.equal(model(TOKENS).logits, before)
-    assert (type(layer).__name__, layer.r, layer.lora_alpha) == ("MergedLinear", 4, 8)
+    assert (type(layer).__name__, layer.r, layer.lora_alpha) == ("MergedLinear", 4, 32)
     assert report.trainable == 2 * ((4 + 2) * 32 + 2 * 32 * 4)
     train_a_little(model)
     expected = model(TOKENS).logits
@@ -374,7 +374,7 @@ def test_shared_layers_are_adapted_once() -> None:
 
 def test_training_an_attached_model_lowers_the_loss_and_leaves_the_base_alone() -> None:
     model = models.llama().train()
-    lorakit.attach(model, rank=4)
+    lorakit.attach(model, rank=4, alpha=8)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses = []

@@ -58,7 +58,7 @@ def test_autocast_does_not_round_an_update_away(attached: bool, groups: int) -> 
     layer: Any = lorakit.Conv2d(4, 4, 1, r=2, groups=groups, bias=False)
     if attached:
         model = nn.Sequential(nn.Conv2d(4, 4, 1, groups=groups, bias=False))
-        lorakit.attach(model, "0", rank=2)
+        lorakit.attach(model, "0", rank=2, alpha=2)
         layer = model[0]
     nn.init.ones_(layer.weight)
     nn.init.normal_(layer.lora_A, std=0.01)

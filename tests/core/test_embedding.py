@@ -65,7 +65,7 @@ def test_kept_by_an_embedding_is_its_tokens() -> None:
 def test_dropout_of_an_embedding_drops_the_updates_of_tokens(dora: bool, compiled: bool) -> None:
     """The input is a one-hot row: dropout drops the update of the whole token, or scales it."""
     model = nn.Sequential(nn.Embedding(7, 5)).double()
-    lorakit.attach(model, "0", rank=2, dora=dora, dropout=0.5)
+    lorakit.attach(model, "0", rank=2, alpha=2 * SCALE, dora=dora, dropout=0.5)
     layer, tokens = model[0], torch.randint(0, 7, (40, 3))
     nn.init.normal_(layer.lora_A)
     base, gain = layer.weight[tokens], 1.0

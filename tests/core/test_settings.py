@@ -23,7 +23,9 @@ def test_settings_are_one_value() -> None:
     first = lorakit.attach(one, settings)
     second = lorakit.attach(other, ["q_proj", "v_proj"], rank=4, rslora=True, also_train=["lm_head"])
     assert first == second
-    assert [layer.scaling for layer in lorakit.adapted_layers(one).values()] == [8 / 4**0.5] * 4  # α = 2 r
+    assert [layer.scaling for layer in lorakit.adapted_layers(one).values()] == [
+        32 / 4**0.5
+    ] * 4  # α is 32 at every rank
     third = lorakit.attach(models.llama(), settings, rank=2)  # one of them changed
     assert {row.rank for row in third.rows} == {2}
 
@@ -37,7 +39,8 @@ def test_settings_are_read_from_an_object_that_has_them() -> None:
     ("given", "message"),
     [
         ({"rank": 0}, "rank=0: a rank is at least 1."),
-        ({"alpha": -1.0}, "alpha=-1.0: expected a positive number, or None for 2·rank."),
+        ({"alpha": -1.0}, "alpha=-1.0: expected a positive number."),
+        ({"alpha": None}, "alpha=None: expected a positive number."),
         ({"dropout": 1.0}, r"dropout=1.0: a probability in \[0, 1\) is expected."),
         ({"init": "kaimin"}, "init='kaimin': expected one of 'kaiming', 'gaussian', 'pissa', 'olora'."),
     ],

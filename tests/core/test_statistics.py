@@ -67,7 +67,7 @@ def test_a_frozen_base_stays_and_what_is_read_back_is_what_was_trained(
 ) -> None:
     model, other, x = made(name), made(name), torch.randn(5, 4, 7)
     buffers = copy.deepcopy(dict(model.named_buffers()))
-    lorakit.attach(model, ["conv", "head"], rank=2)
+    lorakit.attach(model, ["conv", "head"], rank=2, alpha=4)
     train(model)
     assert all(torch.equal(buffer, buffers[key]) for key, buffer in model.named_buffers())
     if through_a_file:

@@ -22,7 +22,7 @@ def parse(*words: str) -> TrainConfig:
 
 def test_defaults_are_those_of_the_documentation() -> None:
     config = parse(*REQUIRED)
-    assert (config.rank, config.alpha, config.dropout, config.targets) == (16, None, 0.0, ("all-linear",))
+    assert (config.rank, config.alpha, config.dropout, config.targets) == (16, 32.0, 0.0, ("all-linear",))
     assert (config.learning_rate, config.scheduler, config.seed) == (2e-4, "linear", 0)
 
 

@@ -148,5 +148,5 @@ def test_a_classifier_is_refused(config: TrainConfig, tmp_path: Path) -> None:
 def test_names_follow_the_values() -> None:
     config = TrainConfig("m", "d", "o", sweep="--lr=1e-4,0.0003 rank=4")
     assert list(swept(config)) == ["learning_rate=0.0001 rank=4", "learning_rate=0.0003 rank=4"]
-    assert [own.alpha for own in swept(dataclasses.replace(config, sweep="rank=4,8")).values()] == [None, None]
+    assert [own.alpha for own in swept(dataclasses.replace(config, sweep="rank=4,8")).values()] == [32.0, 32.0]
     assert swept(dataclasses.replace(config, sweep=None)) == {}

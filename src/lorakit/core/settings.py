@@ -28,8 +28,8 @@ class LoRASettings:
         ("experts.gate_up_proj"). The name of an nn.MultiheadAttention adapts all its projections. The name of a module
         with the stacked matrices of experts adapts all of these.
     exclude: what to leave out of the targets, as ends of names and globs ("*.layers.0.*").
-    rank, alpha: r and α; alpha=None means 2·rank. rank_pattern, alpha_pattern: other values for matching modules;
-        if alpha is None, a module with its own rank and no alpha of its own takes 2 times its own rank.
+    rank, alpha: r and α. α is the same at every rank, because one learning rate then fits more ranks than with an α
+        proportional to r (docs/results.md). rank_pattern, alpha_pattern: other values for matching modules.
         A sequence of ranks adapts the blocks of a fused output, and 0 leaves a block out: {"c_attn": [8, 0, 8]} is q
         and v of GPT-2, as in the paper. The blocks have equal sizes unless `splits` gives their sizes:
         {"qkv_proj": [512, 128, 128]}.
@@ -47,7 +47,7 @@ class LoRASettings:
     targets: str | Iterable[str] | Filter = "all-linear"
     exclude: str | Sequence[str] = ()
     rank: int = 16
-    alpha: float | None = None
+    alpha: float = 32.0
     dropout: float = 0.0
     rslora: bool = False
     dora: bool = False
@@ -89,5 +89,5 @@ def check_scale(rank: int, alpha: float | None) -> None:
     """Raise LoraError for an invalid r or α."""
     if rank < 1:
         raise LoraError(f"rank={rank}: a rank is at least 1.")
-    if alpha is not None and alpha <= 0:
-        raise LoraError(f"alpha={alpha}: expected a positive number, or None for 2·rank.")
+    if alpha is None or alpha <= 0:  # None was 2·rank before lorakit 0.3
+        raise LoraError(f"alpha={alpha}: expected a positive number.")

@@ -50,7 +50,7 @@ def shares_of(settings: LoRASettings, selection: Selection) -> dict[str, Share]:
                 f"the whole weight. Use dora=False and one of the inits {random_inits()}."
             )
         _check_target(name, target, settings, needs_weight)
-        alpha = alphas.get(name, 2 * rank if settings.alpha is None else settings.alpha)
+        alpha = alphas.get(name, settings.alpha)
         check_scale(rank, alpha)
         if looks_at_weight(settings.init):
             limit = min(target.weight.flatten(1).shape)

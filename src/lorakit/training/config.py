@@ -97,9 +97,9 @@ class TrainConfig:
         path=True,
     )
     rank: int = setting(16, help="r, the rank of the update", group=_ADAPTER, aliases=("lora-r",), at_least=1)
-    alpha: float | None = setting(
-        None,
-        help="numerator of the scale alpha/r (default: 2 r)",
+    alpha: float = setting(
+        32.0,
+        help="numerator of the scale alpha/r",
         group=_ADAPTER,
         aliases=("lora-alpha",),
         above=0,

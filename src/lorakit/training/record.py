@@ -41,7 +41,6 @@ def run_record(prepared: Prepared) -> dict[str, Any]:
     """The record of a run, without its base model's weights."""
     config, data = prepared.config, prepared.data
     settings = dataclasses.asdict(config)
-    settings["alpha"] = 2.0 * config.rank if config.alpha is None else config.alpha
     settings["dtype"] = str(resolve_dtype(weights_dtype(config, data), best_device())).removeprefix("torch.")
     rows = ({**dataclasses.asdict(example), "where": None} for example in data.train)
     return {

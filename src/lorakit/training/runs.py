@@ -152,7 +152,7 @@ def _setting_of(name: str) -> Callable[[RunFacts], str]:
 def _value(run: RunFacts, name: str) -> str:
     """The text of a setting of a run. One that the run's lorakit did not have yet has its default."""
     value = run.settings.get(name, _USUAL[name])
-    if name == "alpha" and value is None:
+    if name == "alpha" and value is None:  # lorakit before 0.3 wrote null for 2·rank
         value = 2.0 * run.settings.get("rank", _USUAL["rank"])
     return value_text(value)
 

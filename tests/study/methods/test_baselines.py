@@ -112,10 +112,10 @@ SMALL: list[Method] = [
     Pfeiffer(bottleneck=4),
     PrefixEmbedding(length=3),
     PrefixLayer(length=3),
-    LoRA(rank=2),
-    LoRA(rank=2, rslora=True, targets="all-linear"),
-    LoRA(rank=2, dora=True, targets="all-linear"),
-    LoRA(rank=2, init="pissa", targets="all-linear"),
+    LoRA(rank=2, alpha=4),
+    LoRA(rank=2, alpha=4, rslora=True, targets="all-linear"),
+    LoRA(rank=2, alpha=4, dora=True, targets="all-linear"),
+    LoRA(rank=2, alpha=4, init="pissa", targets="all-linear"),
 ]
 PREFIXES = (PrefixEmbedding, PrefixLayer)
 

@@ -389,7 +389,7 @@ class LoRA(Method):
 
     name = "lora"
     rank: int = field(default=8, metadata=_A_SIZE)
-    alpha: float | None = field(default=None, metadata={"limits": {"above": 0}})
+    alpha: float = field(default=32.0, metadata={"limits": {"above": 0}})
     targets: str | tuple[str, ...] = "query-value"
     dropout: float = field(default=0.0, metadata={"limits": {"at_least": 0, "below": 1}})
     rslora: bool = False
