@@ -154,7 +154,7 @@ def test_a_model_by_hand() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     bank = filled(
-        model, {"a": lorakit.LoRASettings(["0", "2"], rank=2), "b": lorakit.LoRASettings("2", rank=1, alpha=7)}
+        model, {"a": lorakit.LoRASettings(["0", "2"], rank=2, alpha=4), "b": lorakit.LoRASettings("2", rank=1, alpha=7)}
     )
     x = torch.randn(3, 3, dtype=F64)
     with bank.rows(["b", None, "a"]):
@@ -172,7 +172,10 @@ def test_a_model_by_hand() -> None:
 def test_problem_36_training_in_one_pass_is_training_each_alone(make: Callable[[], Any], checkpointing: bool) -> None:
     """Four steps of AdamW and SGD, each adapter with its own rate, rank and decay, against models of their own."""
     targets = ("c_attn", "c_fc") if make is gpt2 else ("q_proj", "down_proj", "embed_tokens")
-    settings = {"a": lorakit.LoRASettings(targets, rank=2), "b": lorakit.LoRASettings(targets[:1], rank=5, alpha=1)}
+    settings = {
+        "a": lorakit.LoRASettings(targets, rank=2, alpha=4),
+        "b": lorakit.LoRASettings(targets[:1], rank=5, alpha=1),
+    }
     optimizers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
         "a": lambda own: torch.optim.AdamW(own, lr=1e-2, weight_decay=0.1),
         "b": lambda own: torch.optim.SGD(own, lr=0.5, momentum=0.9),
@@ -229,9 +232,13 @@ def test_dropout_is_each_adapters_own() -> None:
     def trained(names: list[str | None], rows: list[int]) -> Tensor:
         model = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 30)).double()
         bank = filled(
-            model, {"a": lorakit.LoRASettings(["0", "1"], rank=2, dropout=0.3), "b": lorakit.LoRASettings("1", rank=4)}
+            model,
+            {
+                "a": lorakit.LoRASettings(["0", "1"], rank=2, alpha=4, dropout=0.3),
+                "b": lorakit.LoRASettings("1", rank=4, alpha=8),
+            },
         )
-        bank["c"] = lorakit.LoRASettings(["0", "1"], rank=3, dropout=0.1)
+        bank["c"] = lorakit.LoRASettings(["0", "1"], rank=3, alpha=6, dropout=0.1)
         randomise(bank.parameters("c"), 9)
         model.train()
         x = torch.randn(6, 8, 50, dtype=F64, generator=torch.Generator().manual_seed(3))
@@ -385,8 +392,8 @@ def test_a_whole_network_of_convolutions() -> None:
     bank = filled(
         net,
         {
-            "a": lorakit.LoRASettings(["0", "*.conv_pw", "*.conv_dw", "3", "6"], rank=2),
-            "b": lorakit.LoRASettings("*.conv_dw", rank=3),
+            "a": lorakit.LoRASettings(["0", "*.conv_pw", "*.conv_dw", "3", "6"], rank=2, alpha=4),
+            "b": lorakit.LoRASettings("*.conv_dw", rank=3, alpha=6),
         },
     )
     x = torch.randn(4, 3, 16, 16, dtype=F64)
