@@ -26,7 +26,7 @@ from lorakit.study.methods.baselines import Applied
 from lorakit.study.methods.naming import method_of
 
 RESULTS = Path(__file__).resolve().parent / "results" / "fashion"
-METHODS = ["full", "bitfit", "head", *(f"lora rank={rank} targets=conv" for rank in (1, 2, 4, 8, 16))]
+METHODS = ["full", "bitfit", "head", *(f"lora rank={rank} alpha={2 * rank} targets=conv" for rank in (1, 2, 4, 8, 16))]
 SEEDS, TRIALS = 5, 5
 ROWS = {"train": 4000, "valid": 1000, "test": 5000}
 
