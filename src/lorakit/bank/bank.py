@@ -171,7 +171,8 @@ class Bank(MutableMapping[str, Adapter]):
         The batch has a row for each name, or a multiple of them next to each other, as `generate` makes for beams and
         num_return_sequences. Gradients reach each adapter from its own rows alone; call `backward` inside if the model
         checkpoints its activations. A loss that is a mean over the batch divides by all rows; for the gradients of
-        training alone add up the means of each adapter's rows. Afterwards the model is as before.
+        training alone add up the means of each adapter's rows. `assign` gives the next batch other adapters.
+        Afterwards the model is as before.
         """
         self._refuse_in_rows()
         if not names:
@@ -190,6 +191,15 @@ class Bank(MutableMapping[str, Adapter]):
                 self._switch(on)
             else:
                 self._enter([before])
+
+    def assign(self, names: Sequence[str | None]) -> None:
+        """Inside `rows`, give the rows of the coming batches these adapters. Does nothing if they have them already."""
+        if not self._in_rows:
+            raise LoraError("bank.assign is for the inside of bank.rows, which begins and ends what rows do.")
+        if not names:
+            raise LoraError("bank.assign([]): expected a name, or None, for each row of the batch.")
+        if list(names) != list(self._entered):
+            self._enter(names)
 
     def written(self) -> None:
         """Say that factors were written to in a way that leaves no note: `parameter.data`, a kernel of one's own.

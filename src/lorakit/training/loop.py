@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +37,7 @@ from .pace import Pace, padded_tokens
 from .packing import PackCollator, check_packing, unpacked
 from .plan import processes
 from .preflight import refuse_large_run
-from .prepare import Prepared, adapt, labels_of, prepare, start_block, uses_autocast, weights_dtype
+from .prepare import Prepared, Rows, adapt, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
 from .quiet import quiet_libraries
 from .record import base_fingerprint, longer_or_shorter, refuse_differences, run_record
@@ -48,6 +49,8 @@ from .task import Task, write_labels
 from .tokens import encode, encode_text
 
 if TYPE_CHECKING:
+    from ..bank.bank import Bank
+    from .one_pass import OnePassTrainer, OwnRun
     from .progress import Progress
 
 _SETTINGS = "config.yaml"
@@ -265,15 +268,12 @@ def _fit_sweep(
 ) -> tuple[Progress, TrainConfig]:
     """Train all adapters of a sweep, put the best one on the model, and return its settings."""
     from . import sweep
+    from .one_pass import OwnRun
 
     choices = swept(prepared.config)
     bank = sweep.bank_of(loaded.model, choices)
-    bank.use(next(iter(choices)))  # a trainer looks at what is adapted, which is the same for all of them
-    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
-        rows = train_rows, valid_rows
-        trainer, progress, stop = _trainer_of(*rows, prepared, loaded, folder, record, bank=bank, choices=choices)
-        with bank.rows(list(choices)), stop.heeding():
-            trainer.train()
+    runs = {name: OwnRun(own, prepared.train, prepared.valid) for name, own in choices.items()}
+    trainer, progress = _fit_bank(prepared, loaded, folder, record, bank, runs)
     best = sweep.best_of(trainer)
     with folder.writing() as part:
         _say(sweep.write_sweep(trainer, bank, best, part))
@@ -283,6 +283,26 @@ def _fit_sweep(
     return progress, choices[best]
 
 
+def _fit_bank(
+    prepared: Prepared,
+    loaded: Loaded,
+    folder: OutputFolder,
+    record: dict[str, Any],
+    bank: Bank,
+    runs: Mapping[str, OwnRun],
+) -> tuple[OnePassTrainer, Progress]:
+    """Train all adapters of a bank in one pass. Afterwards none is in use."""
+    bank.use(next(iter(runs)))  # a trainer looks at what is adapted, which is the same for all of them
+    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
+        trainer, progress, stop = _trainer_of(
+            train_rows, valid_rows, prepared, loaded, folder, record, bank=bank, runs=runs
+        )
+        with bank.rows(list(runs)), stop.heeding():
+            trainer.train()
+    bank.use(None)
+    return trainer, progress
+
+
 def _trainer_of(
     train_rows: Any,
     valid_rows: Any,
@@ -290,15 +310,18 @@ def _trainer_of(
     loaded: Loaded,
     folder: OutputFolder,
     record: dict[str, Any],
-    **of_sweep: Any,
+    **of_several: Any,
 ) -> tuple[Any, Progress, SaveAndStop]:
-    """The trainer of a run, what shows its progress, and what ends it early. of_sweep: what only a sweep gives it."""
+    """The trainer of a run, what shows its progress, and what ends it early.
+
+    of_several: the bank and the runs of several adapters in one pass.
+    """
     from transformers import DataCollatorWithPadding, TrainingArguments
     from trl import SFTConfig
 
     from .base_trainer import arguments
+    from .one_pass import OnePassTrainer
     from .progress import Progress
-    from .sweep import SweepTrainer
     from .trainers import CausalTrainer, ClassifierTrainer
 
     config, causal = prepared.config, prepared.data.task == "causal-lm"
@@ -323,7 +346,7 @@ def _trainer_of(
         report_to=list(config.report_to or ("none",)),
         remove_unused_columns=causal,
     )
-    pace = _pace(prepared)
+    pace = _pace(prepared, [(run.train, run.valid) for run in of_several.get("runs", {}).values()])
     progress, stop = Progress(folder.path, pace), SaveAndStop()
     common: dict[str, Any] = dict(
         model=loaded.model,
@@ -340,8 +363,10 @@ def _trainer_of(
     trainer: Any
     if causal:
         settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-        kind = SweepTrainer if of_sweep else CausalTrainer
-        trainer = kind(args=arguments(SFTConfig, config, **settings), **common, **of_sweep)
+        kind = OnePassTrainer if of_several else CausalTrainer
+        if of_several:
+            config = dataclasses.replace(config, gradient_accumulation_steps=1)  # each run has its own
+        trainer = kind(args=arguments(SFTConfig, config, **settings), **common, **of_several)
     else:
         collator = DataCollatorWithPadding(loaded.tokenizer)
         made = arguments(TrainingArguments, config, **settings)
@@ -351,12 +376,13 @@ def _trainer_of(
     return trainer, progress, stop
 
 
-def _pace(prepared: Prepared) -> Pace:
-    """The pace of one process, for its share of the rows."""
-    config, steps_an_epoch = prepared.config, prepared.plan.steps_an_epoch
-    lengths, heldout = ([len(row["input_ids"]) for row in part] for part in (prepared.train, prepared.valid))
-    tokens = padded_tokens(lengths, config.batch_size, shuffled=True) / processes()
-    return Pace(tokens / steps_an_epoch, padded_tokens(heldout, config.batch_size, shuffled=False) // processes())
+def _pace(prepared: Prepared, runs: Sequence[tuple[Rows, Rows]]) -> Pace:
+    """The pace of one process, for its share of the rows. runs: the rows of each run of several in one pass."""
+    size, tokens, heldout = prepared.config.batch_size, 0, 0
+    for train, valid in runs or [(prepared.train, prepared.valid)]:
+        tokens += padded_tokens([len(row["input_ids"]) for row in train], size, shuffled=True)
+        heldout += padded_tokens([len(row["input_ids"]) for row in valid], size, shuffled=False)
+    return Pace(tokens / processes() / prepared.plan.steps_an_epoch, heldout // processes())
 
 
 def _refuse_diverged(trainer: Any, folder: OutputFolder) -> None:

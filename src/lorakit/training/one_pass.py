@@ -1,0 +1,305 @@
+"""Several runs in one pass over the data: each adapter of a `Bank` learns what it would learn alone.
+
+A run has its own settings, its own rows and their order. Step s of the pass is step s of every run that is not over:
+the batches of all runs lie in one batch, so the base's products are shared, and small batches fill a GPU. The loss of a
+run is the mean over its own labels, clipping looks at its own gradients, and its learning rate follows its own
+schedule. A run that diverges stops, and the others go on.
+
+    step 1    fr: rows 7, 2    de: rows 0, 5    →  a batch of 4 rows, `bank.rows(["fr", "fr", "de", "de"])`
+    step 2    fr: rows 1, 4    de: row 3        →  a batch of 3 rows
+    step 3    fr: row 0        de is over       →  a batch of 1 row
+
+On a CPU a few hundred tokens fill the machine, and larger batches only take memory. So the runs of a step are there
+divided into several batches, whose gradients are added up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ..bank.bank import Bank
+from .config import TrainConfig
+from .divergence import Diverged, When
+from .loss import frozen_head, label_losses, labelled
+from .plan import length_of
+from .trainers import CausalTrainer
+from .watch import FirstStep
+
+_FULL = 512  # tokens of a batch that fill a CPU: with more, a token takes no less time (`benchmarks/bank.py`)
+
+Rows = Sequence[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class OwnRun:
+    """The run of one adapter: its settings, the rows it learns, and its held-out rows."""
+
+    config: TrainConfig
+    train: Rows
+    valid: Rows
+    _orders: dict[int, list[int]] = field(default_factory=dict)  # of one epoch
+
+    @cached_property
+    def length(self) -> tuple[int, int]:
+        """Its steps in an epoch, and in all."""
+        own = self.config
+        return length_of(
+            len(self.train),
+            batch_size=own.batch_size,
+            accumulation=own.gradient_accumulation_steps,
+            epochs=own.epochs,
+            max_steps=own.max_steps,
+        )
+
+    def batches(self, step: int) -> list[Rows]:
+        """The batches of a step, counted from 0; none once the run is over."""
+        in_epoch, steps = self.length
+        if step >= steps:
+            return []
+        size, accumulation = self.config.batch_size, self.config.gradient_accumulation_steps
+        order = self._order(step // in_epoch)
+        first = step % in_epoch * accumulation
+        places = (order[size * own : size * (own + 1)] for own in range(first, first + accumulation))
+        return [[self.train[place] for place in own] for own in places if own]
+
+    def _order(self, epoch: int) -> list[int]:
+        """The order in which Trainer shows the rows in an epoch."""
+        from accelerate.data_loader import SeedableRandomSampler
+
+        if epoch not in self._orders:
+            sampler = SeedableRandomSampler(range(len(self.train)), data_seed=self.config.seed)
+            sampler.set_epoch(epoch)
+            self._orders.clear()
+            self._orders[epoch] = list(sampler)
+        return self._orders[epoch]
+
+
+Batch = list[tuple[int, dict[str, Any]]]  # rows, each with the place of its run
+
+
+class _Steps(Dataset[list[Batch]]):
+    """The batches of each step of an epoch of the longest run. epoch: which one; Trainer sets it by the loader."""
+
+    def __init__(self, runs: Sequence[OwnRun], most: float) -> None:
+        self.runs, self.most, self.epoch = runs, most, 0
+        self.in_epoch = max(run.length[0] for run in runs)
+
+    def __len__(self) -> int:
+        return self.in_epoch
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        step = self.epoch * self.in_epoch + index
+        parts = [(place, batch) for place, run in enumerate(self.runs) for batch in run.batches(step)]
+        return list(_filled(parts, self.most))
+
+
+class _HeldOut(Dataset[list[Batch]]):
+    """The batches of the held-out rows: item i is batch i of every run."""
+
+    def __init__(self, runs: Sequence[OwnRun], most: float) -> None:
+        self.runs, self.most = runs, most
+
+    def __len__(self) -> int:
+        return max(-(-len(run.valid) // run.config.batch_size) for run in self.runs)
+
+    def __getitem__(self, index: int) -> list[Batch]:
+        parts = []
+        for place, run in enumerate(self.runs):
+            size = run.config.batch_size
+            if own := [run.valid[row] for row in range(len(run.valid))[size * index : size * (index + 1)]]:
+                parts.append((place, own))
+        return list(_filled(parts, self.most))
+
+
+def _filled(parts: Sequence[tuple[int, Rows]], most: float) -> Iterator[Batch]:
+    """The batches of several runs, joined while they have at most so many tokens with padding."""
+    batch: Batch = []
+    for place, rows in parts:
+        longer = [*batch, *((place, row) for row in rows)]
+        if batch and len(longer) * max(len(row["input_ids"]) for _, row in longer) > most:
+            yield batch
+            longer = [(place, row) for row in rows]
+        batch = longer
+    if batch:
+        yield batch
+
+
+class _Loader(DataLoader[Any]):
+    """Tells the steps which epoch it is."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self.dataset, _Steps):
+            self.dataset.epoch = epoch
+
+
+class OnePassTrainer(CausalTrainer):
+    """CausalTrainer for all adapters of a bank at once, inside `bank.rows`."""
+
+    def __init__(self, *args: Any, bank: Bank, runs: Mapping[str, OwnRun], **kwargs: Any) -> None:
+        """runs: of each adapter. The arguments' accumulation is 1: a run's own is in its settings."""
+        super().__init__(*args, **kwargs)
+        self.remove_callback(FirstStep)  # `Bank.rows` itself tells of layers that do nothing
+        self._bank, self._runs, self._names = bank, list(runs.values()), list(runs)
+        self._parameters = [bank.parameters(name) for name in runs]
+        self._head, self._fused = frozen_head(self.model), False
+        self._most = _FULL if self.args.device.type == "cpu" else math.inf
+        self._collate = self.data_collator
+        self.diverged: dict[str, int] = {}  # the step of each
+        self.heldout: dict[str, float] = {}
+        self.last: dict[str, float] = {}  # the mean loss of each in the newest lines of metrics.jsonl
+        self._seen = self._zeros()  # the sums of the losses since the last line,
+        self._seen_steps = self._zeros()  # which are of so many steps
+        self._evaluated = self._zeros()  # the sums of the held-out losses,
+        self._labels = self._zeros()  # which are of so many labels
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros(len(self._names), dtype=torch.float64)
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        return _Loader(_Steps(self._runs, self._most), batch_size=1, collate_fn=self._collated)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        return _Loader(_HeldOut(self._runs, self._most), batch_size=1, collate_fn=self._collated)
+
+    def _collated(self, steps: list[list[Batch]]) -> dict[str, Any]:
+        """The tensors of each batch of a step, and the place of each row's run."""
+        (batches,) = steps
+        return {
+            "batches": [
+                {**self._collate([row for _, row in batch]), "runs": torch.tensor([place for place, _ in batch])}
+                for batch in batches
+            ]
+        }
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Nothing: Trainer's estimate is that of one model."""
+        return 0
+
+    # --- training ----------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
+        groups = [
+            {"params": own, "lr": run.config.learning_rate, "weight_decay": run.config.weight_decay}
+            for own, run in zip(self._parameters, self._runs, strict=True)
+        ]
+        made = self.optimizer = kind(groups, **arguments)
+        # Trainer clears the gradients of the model's own parameters, among which these are not.
+        made.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+        return made
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A schedule for each run, over its own steps."""
+        factors = []
+        for place, run in enumerate(self._runs):
+            self.lr_scheduler = None
+            made = super().create_scheduler(run.length[1], optimizer)
+            factors.append(made.lr_lambdas[place])
+        made.lr_lambdas = factors
+        for group, factor, base in zip(made.optimizer.param_groups, factors, made.base_lrs, strict=True):
+            group["lr"] = base * factor(0)
+        made._last_lr = [group["lr"] for group in made.optimizer.param_groups]
+        return made
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The gradients of one step of every run, each that of its own mean loss."""
+        model.train()
+        batches = self._prepare_inputs(inputs)["batches"]
+        labels = sum(self._labels_of(batch) for batch in batches)
+        seen = self._zeros()
+        for batch in batches:
+            self._bank.assign([self._names[place] for place in batch["runs"].tolist()])
+            tokens = batch["input_ids"].numel()
+            with self.timed(tokens), self.compute_loss_context_manager():
+                own = self._losses(model, batch) / labels.to(self.args.device).clamp(min=1)
+            going = torch.tensor([name not in self.diverged for name in self._names], device=own.device)
+            seen += own.detach().to("cpu", torch.float64)
+            self.accelerator.backward(torch.where(going & own.isfinite(), own, torch.zeros_like(own)).sum())
+        self._seen += seen
+        self._seen_steps += labels > 0
+        return seen.sum()
+
+    def _losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The sum of the losses of each run."""
+        rest = {name: value for name, value in batch.items() if name not in ("labels", "runs")}
+        where = labelled(batch["labels"])
+        losses = label_losses(where, model, rest, self._head)
+        return losses.new_zeros(len(self._names)).index_add(0, batch["runs"][where.rows], losses)
+
+    def _labels_of(self, batch: Mapping[str, Any]) -> Tensor:
+        """How many labels each run has in a batch."""
+        count = (batch["labels"][:, 1:] != -100).sum(1).to("cpu", torch.float64)
+        return self._zeros().index_add(0, batch["runs"].cpu(), count)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip each adapter's gradients by their own norm. One whose gradients are not finite stops here."""
+        largest = torch.zeros(())
+        for name, parameters in zip(self._names, self._parameters, strict=True):
+            if name in self.diverged:
+                norm = torch.tensor(math.nan)
+            else:
+                norm = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+            if not norm.isfinite():
+                self.diverged.setdefault(name, self.state.global_step + 1)
+                for parameter in parameters:
+                    parameter.grad = None
+            else:
+                largest = torch.maximum(largest, norm.detach().cpu())
+        if len(self.diverged) == len(self._names):
+            raise Diverged(f"all {len(self._names)} adapters diverged; lower the learning rate.")
+        return largest
+
+    # --- what it tells -----------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The losses of each adapter. "loss" and "eval_loss" are the lowest ones."""
+        if "loss" in logs:
+            newest = self._means(self._seen, self._seen_steps)
+            self.last |= newest
+            logs["loss"] = min(newest.values(), default=math.nan)
+            logs |= {f"loss {name}": value for name, value in newest.items()}
+            self._seen, self._seen_steps = self._zeros(), self._zeros()
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        self._evaluated, self._labels = self._zeros(), self._zeros()
+        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.heldout = self._means(self._evaluated, self._labels)
+        found.metrics[f"{metric_key_prefix}_loss"] = min(self.heldout.values())
+        found.metrics.update({f"{metric_key_prefix}_loss {name}": value for name, value in self.heldout.items()})
+        return found
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, None, None]:
+        for batch in self._prepare_inputs(inputs)["batches"]:
+            self._bank.assign([self._names[place] for place in batch["runs"].tolist()])
+            with torch.no_grad(), self.compute_loss_context_manager():
+                self._evaluated += self._losses(model, batch).to("cpu", torch.float64)
+            self._labels += self._labels_of(batch)
+        return self._evaluated.sum(), None, None
+
+    def _means(self, sums: Tensor, counts: Tensor) -> dict[str, float]:
+        """The mean of each adapter that has one, infinite if it diverged."""
+        values = zip(self._names, sums.tolist(), counts.tolist(), strict=True)
+        return {
+            name: value / count if name not in self.diverged and math.isfinite(value) else math.inf
+            for name, value, count in values
+            if count
+        }
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Nothing: such a run is not resumed."""
+
+    def refuse_diverged(self, when: When = "at the end") -> None:
+        """Nothing: an adapter that diverges is noticed at its step."""
