@@ -15,9 +15,9 @@ import lorakit
 from lorakit.training.config import TrainConfig
 from lorakit.training.interrupt import Interrupted
 from lorakit.training.loop import train
+from lorakit.training.one_pass import OnePassTrainer
 from lorakit.training.settings import UsageError
 from lorakit.training.sweep_settings import swept
-from lorakit.training.trainers import CausalTrainer
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -100,7 +100,7 @@ def test_dropout_pissa_and_rslora_are_swept_too(config: TrainConfig) -> None:
 
 
 def test_an_interrupted_sweep_starts_over(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    training_step = CausalTrainer.training_step
+    training_step = OnePassTrainer.training_step
 
     def stopped(self: Any, *args: Any, **named: Any) -> Any:
         if self.state.global_step == 2:
@@ -109,7 +109,7 @@ def test_an_interrupted_sweep_starts_over(config: TrainConfig, monkeypatch: pyte
 
     swept = dataclasses.replace(config, sweep="rank=1,2", eval_samples=0)
     with monkeypatch.context() as patch:
-        patch.setattr(CausalTrainer, "training_step", stopped)
+        patch.setattr(OnePassTrainer, "training_step", stopped)
         with pytest.raises(Interrupted, match="before the first checkpoint: the same command starts over"):
             train(swept)
     train(swept)

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..formats.files import replacing
+    from ..training.adapter_folder import adapters_in
     from ..training.data import read_data
     from ..training.evaluate_several import evaluate_several
     from ..training.preflight import check_result
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         check_result(Path(args.json), "--json")
     named = named_adapters(args.model, args.adapter)
-    names = [name for name, _ in args.adapter]  # only those that were given a name are meant by rows
+    # Only those that have a name are meant by rows.
+    names = [name for name, _ in args.adapter] or list(adapters_in(args.model))
     data = read_data(args.data, fields=fields_of(args), holdout=0.0, model=named.task, adapters=names)
     if data.task != named.task.kind:
         who = args.model or args.adapter[0][1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +18,10 @@ import torch
 
 from ..core.numbers import duration, size
 from ..formats import peft, save
+from ..formats.files import replacing
 from ..formats.folder import OutputFolder
 from . import page, report
+from .adapter_folder import ADAPTERS
 from .card import model_card, public
 from .changes import weight_changes
 from .checkpoints import checkpoints, history_in, newest_whole, step_of
@@ -37,20 +38,19 @@ from .pace import Pace, padded_tokens
 from .packing import PackCollator, check_packing, unpacked
 from .plan import processes
 from .preflight import refuse_large_run
-from .prepare import Prepared, Rows, adapt, labels_of, prepare, start_block, uses_autocast, weights_dtype
+from .prepare import Prepared, adapt, labels_of, prepare, start_block, uses_autocast, weights_dtype
 from .processes import is_main, of_main
 from .quiet import quiet_libraries
 from .record import base_fingerprint, longer_or_shorter, refuse_differences, run_record
 from .settings import settings_table, to_command, to_yaml
 from .spool import as_dataset
 from .start import TRAINING, Start, decided, start_of
-from .sweep_settings import swept
 from .task import Task, write_labels
 from .tokens import encode, encode_text
 
 if TYPE_CHECKING:
     from ..bank.bank import Bank
-    from .one_pass import OnePassTrainer, OwnRun
+    from .one_pass import OnePassTrainer
     from .progress import Progress
 
 _SETTINGS = "config.yaml"
@@ -98,7 +98,7 @@ def train(config: TrainConfig) -> Path:
         check_causal(loaded.model)
     if config.packing:
         check_packing(loaded.model)
-    if config.sweep is None:
+    if not prepared.runs:
         adapt(config, loaded.model, new_head=prepared.data.task != "causal-lm")
     out = OutputFolder(config.output_dir, TRAINING)
     folder = start.folder(out)
@@ -108,7 +108,7 @@ def train(config: TrainConfig) -> Path:
                 raise FileExistsError(f"{out} was changed by another process meanwhile. Run the command again.")
             _begin(folder, start, record, config.report_to or ())
         try:
-            result = _run(prepared, loaded, folder, start, record)
+            ended = _run(prepared, loaded, folder, start, record)
         except KeyboardInterrupt as error:
             raise _interrupted(config, out, folder, error) from None
         except BaseException as error:
@@ -121,24 +121,36 @@ def train(config: TrainConfig) -> Path:
         if is_main() and start.beside:
             out.put_new_in_place()
     if is_main():
-        _say(_end_block(prepared, out, *result))
+        _say(_end_block(prepared, out, ended))
     return out.path
 
 
-def _run(
-    prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]
-) -> tuple[Progress, report.Evaluation | None, report.Evaluation | None]:
-    """Train and write everything into `folder`. Returns also the scores on held-out rows and on general text."""
+@dataclasses.dataclass(frozen=True)
+class _Ended:
+    """How a run ended. result: the scores on held-out rows. several: the same for each adapter, if rows name them.
+    general: those on general text.
+    """
+
+    progress: Progress
+    result: report.Evaluation | None = None
+    several: report.SeveralEvaluations | None = None
+    general: report.Evaluation | None = None
+
+
+def _run(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> _Ended:
+    """Train and write everything into `folder`."""
     if is_main() and not (folder.path / peft.TENSORS).is_file():  # an adapter that is there keeps its settings
         with folder.writing() as part:
             _write_settings(prepared, loaded, part)
+    if prepared.data.adapters:
+        return _run_each(prepared, loaded, folder, record)
     if prepared.config.sweep is None:
         progress = _fit(prepared, loaded, folder, start, record)
     else:
         progress, best = _fit_sweep(prepared, loaded, folder, record)
         prepared = dataclasses.replace(prepared, config=best)
     if not is_main():
-        return progress, None, None
+        return _Ended(progress)
     config = prepared.config
     with folder.writing() as part:
         save(loaded.model, part)
@@ -161,9 +173,36 @@ def _run(
         before, after = general.metrics["perplexity"]
         progress.note({"step": record["steps"], "general_perplexity_base": before, "general_perplexity": after})
     with folder.writing() as part:
-        _write_reports(prepared, loaded, part, progress, result)
+        _write_reports(prepared, loaded, part, _Ended(progress, result))
     folder.end("finished")
-    return progress, result, general
+    return _Ended(progress, result, general=general)
+
+
+def _run_each(prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]) -> _Ended:
+    """Train every adapter on the rows that name it, and write a folder for each."""
+    from .each_adapter import card_of_all, save_each, score_each
+
+    bank, trainer, progress = _fit_bank(prepared, loaded, folder, record)
+    for name, step in trainer.diverged.items():
+        _say(f"{name} diverged at step {step} and is not kept; lower the learning rate.")
+        del bank[name]
+    with folder.writing() as part:
+        save_each(bank, list(bank), part, functools.partial(_write_settings, prepared, loaded))
+        _write_settings(prepared, loaded, part)
+    loaded.model.eval()
+    several = score_each(prepared, loaded, bank, folder.path)
+    ended = _Ended(progress, None if several is None else several.all, several)
+    with folder.writing() as part:
+        _write_reports(prepared, loaded, part, ended)
+        card = card_of_all(prepared.config.model, prepared.config.data, list(bank), several)
+        (part / "README.md").write_text(card, encoding="utf-8")
+    for name in bank:
+        own = several.by_adapter.get(name) if several is not None else None
+        beside = f"; trained in one pass with {len(prepared.runs) - 1} others"
+        with replacing(folder.path / ADAPTERS / name / "README.md") as path:
+            path.write_text(_card(prepared, own, progress.seconds, beside), encoding="utf-8")
+    folder.end("finished")
+    return ended
 
 
 def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers: tuple[str, ...]) -> None:
@@ -268,19 +307,15 @@ def _fit_sweep(
 ) -> tuple[Progress, TrainConfig]:
     """Train all adapters of a sweep, put the best one on the model, and return its settings."""
     from . import sweep
-    from .one_pass import OwnRun
 
-    choices = swept(prepared.config)
-    bank = sweep.bank_of(loaded.model, choices)
-    runs = {name: OwnRun(own, prepared.train, prepared.valid) for name, own in choices.items()}
-    trainer, progress = _fit_bank(prepared, loaded, folder, record, bank, runs)
+    bank, trainer, progress = _fit_bank(prepared, loaded, folder, record)
     best = sweep.best_of(trainer)
     with folder.writing() as part:
         _say(sweep.write_sweep(trainer, bank, best, part))
     folder.add(sweep.FILE, sweep.FOLDER)
     bank.use(best)
     loaded.model.eval()
-    return progress, choices[best]
+    return progress, prepared.runs[best].config
 
 
 def _fit_bank(
@@ -288,10 +323,12 @@ def _fit_bank(
     loaded: Loaded,
     folder: OutputFolder,
     record: dict[str, Any],
-    bank: Bank,
-    runs: Mapping[str, OwnRun],
-) -> tuple[OnePassTrainer, Progress]:
-    """Train all adapters of a bank in one pass. Afterwards none is in use."""
+) -> tuple[Bank, OnePassTrainer, Progress]:
+    """Train all adapters of a run in one pass. Afterwards none is in use."""
+    from .sweep import bank_of
+
+    runs = prepared.runs
+    bank = bank_of(loaded.model, {name: run.config for name, run in runs.items()})
     bank.use(next(iter(runs)))  # a trainer looks at what is adapted, which is the same for all of them
     with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
         trainer, progress, stop = _trainer_of(
@@ -300,7 +337,7 @@ def _fit_bank(
         with bank.rows(list(runs)), stop.heeding():
             trainer.train()
     bank.use(None)
-    return trainer, progress
+    return bank, trainer, progress
 
 
 def _trainer_of(
@@ -346,7 +383,7 @@ def _trainer_of(
         report_to=list(config.report_to or ("none",)),
         remove_unused_columns=causal,
     )
-    pace = _pace(prepared, [(run.train, run.valid) for run in of_several.get("runs", {}).values()])
+    pace = _pace(prepared)
     progress, stop = Progress(folder.path, pace), SaveAndStop()
     common: dict[str, Any] = dict(
         model=loaded.model,
@@ -376,10 +413,11 @@ def _trainer_of(
     return trainer, progress, stop
 
 
-def _pace(prepared: Prepared, runs: Sequence[tuple[Rows, Rows]]) -> Pace:
-    """The pace of one process, for its share of the rows. runs: the rows of each run of several in one pass."""
+def _pace(prepared: Prepared) -> Pace:
+    """The pace of one process, for its share of the rows."""
     size, tokens, heldout = prepared.config.batch_size, 0, 0
-    for train, valid in runs or [(prepared.train, prepared.valid)]:
+    for run in prepared.runs.values() or [prepared]:
+        train, valid = run.train, run.valid
         tokens += padded_tokens([len(row["input_ids"]) for row in train], size, shuffled=True)
         heldout += padded_tokens([len(row["input_ids"]) for row in valid], size, shuffled=False)
     return Pace(tokens / processes() / prepared.plan.steps_an_epoch, heldout // processes())
@@ -430,26 +468,11 @@ def _write_settings(prepared: Prepared, loaded: Loaded, out: Path) -> None:
     loaded.tokenizer.save_pretrained(out)
 
 
-def _write_reports(
-    prepared: Prepared,
-    loaded: Loaded,
-    out: Path,
-    progress: Progress,
-    result: report.Evaluation | None,
-) -> None:
-    config = prepared.config
+def _write_reports(prepared: Prepared, loaded: Loaded, out: Path, ended: _Ended) -> None:
+    config, progress, result = prepared.config, ended.progress, ended.result
     again = dataclasses.replace(config, resume=None, overwrite=False)
     outcome = _outcome(prepared, progress, result, to_command(again, "train"))
-    data = ",".join(map(public, config.data.split(",")))  # of several data sets, each
-    card = model_card(
-        base_model=config.model,
-        data=data,
-        settings=dataclasses.asdict(config) | {"data": data},
-        parameters=str(prepared.attached).splitlines()[-1],
-        result=result,
-        seconds=outcome.seconds,
-        labels=labels_of(prepared.data),
-    )
+    card = _card(prepared, result, outcome.seconds)
     html = page.render(
         title=Path(config.output_dir).name,
         facts=_facts(prepared, outcome),
@@ -462,6 +485,21 @@ def _write_reports(
     )
     for name, text in (("README.md", card), ("report.html", html), (RESULTS, outcome.as_json())):
         (out / name).write_text(text, encoding="utf-8")
+
+
+def _card(prepared: Prepared, result: report.Evaluation | None, seconds: float, beside: str = "") -> str:
+    """The card of one adapter. beside: what to say of how it was trained."""
+    config = prepared.config
+    data = ",".join(map(public, config.data.split(",")))  # of several data sets, each
+    return model_card(
+        base_model=config.model,
+        data=data,
+        settings=dataclasses.asdict(config) | {"data": data},
+        parameters=str(prepared.attached).splitlines()[-1] + beside,
+        result=result,
+        seconds=seconds,
+        labels=labels_of(prepared.data),
+    )
 
 
 def _outcome(prepared: Prepared, progress: Progress, result: report.Evaluation | None, command: str) -> Outcome:
@@ -491,10 +529,12 @@ def _facts(prepared: Prepared, outcome: Outcome) -> dict[str, str]:
     splits = {"train": data.train, "valid": data.valid, "test": data.test}
     rows = ", ".join(f"{len(part):,} {name}" for name, part in splits.items() if part)
     share = attached.trainable / max(attached.total, 1)
+    adapter = f"rank {config.rank}, {outcome.trained_parameters:,} parameters trained ({share:.2%})"
+    several = {"adapters": f"{', '.join(data.adapters)}; of each: {adapter}"}
     return {
         "model": outcome.model,
         "data": f"{outcome.data}: {rows} rows",
-        "adapter": f"rank {config.rank}, {outcome.trained_parameters:,} parameters trained ({share:.2%})",
+        **(several if data.adapters else {"adapter": adapter}),
         "training": f"{outcome.steps:,} steps, learning rate {config.learning_rate:g}, seed {config.seed}",
         "time of training": f"{duration(outcome.seconds)} on {outcome.device}",
         "peak memory": _peak(outcome.peak_bytes, outcome.planned_bytes),
@@ -507,18 +547,15 @@ def _peak(measured: int, planned: int | None) -> str:
     return f"{size(measured)} ({'not planned' if planned is None else f'planned {size(planned)}'})"
 
 
-def _end_block(
-    prepared: Prepared,
-    out: OutputFolder,
-    progress: Progress,
-    result: report.Evaluation | None,
-    general: report.Evaluation | None,
-) -> str:
+def _end_block(prepared: Prepared, out: OutputFolder, ended: _Ended) -> str:
+    progress, result, general = ended.progress, ended.result, ended.general
     peak = f"peak memory {_peak(progress.peak_bytes, prepared.plan.peak_bytes)}"
     if progress.loading_bytes > progress.peak_bytes:
         peak += f"; {size(progress.loading_bytes)} while the model was loaded"
     lines = [report.heading("done"), f"trained in {duration(progress.seconds)}; {peak}"]
-    if result is not None and result.rows:
+    if ended.several is not None:
+        lines.append(report.comparison_of_several(ended.several, rows="held-out rows"))
+    elif result is not None and result.rows:
         lines.append(report.comparison(result))
     if general is not None:
         lines.append(report.comparison(general, rows=f"rows of {prepared.config.general_data}"))

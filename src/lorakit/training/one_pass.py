@@ -9,16 +9,14 @@ schedule. A run that diverges stops, and the others go on.
     step 2    fr: rows 1, 4    de: row 3        →  a batch of 3 rows
     step 3    fr: row 0        de is over       →  a batch of 1 row
 
-On a CPU a few hundred tokens fill the machine, and larger batches only take memory. So the runs of a step are there
-divided into several batches, whose gradients are added up.
+Where a few hundred tokens fill the machine (`most_tokens`), the runs of a step are divided into several batches, whose
+gradients are added up.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,61 +24,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..bank.bank import Bank
-from .config import TrainConfig
 from .divergence import Diverged, When
 from .loss import frozen_head, label_losses, labelled
-from .plan import length_of
+from .own_run import OwnRun, Rows, most_tokens
 from .trainers import CausalTrainer
 from .watch import FirstStep
-
-_FULL = 512  # tokens of a batch that fill a CPU: with more, a token takes no less time (`benchmarks/bank.py`)
-
-Rows = Sequence[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class OwnRun:
-    """The run of one adapter: its settings, the rows it learns, and its held-out rows."""
-
-    config: TrainConfig
-    train: Rows
-    valid: Rows
-    _orders: dict[int, list[int]] = field(default_factory=dict)  # of one epoch
-
-    @cached_property
-    def length(self) -> tuple[int, int]:
-        """Its steps in an epoch, and in all."""
-        own = self.config
-        return length_of(
-            len(self.train),
-            batch_size=own.batch_size,
-            accumulation=own.gradient_accumulation_steps,
-            epochs=own.epochs,
-            max_steps=own.max_steps,
-        )
-
-    def batches(self, step: int) -> list[Rows]:
-        """The batches of a step, counted from 0; none once the run is over."""
-        in_epoch, steps = self.length
-        if step >= steps:
-            return []
-        size, accumulation = self.config.batch_size, self.config.gradient_accumulation_steps
-        order = self._order(step // in_epoch)
-        first = step % in_epoch * accumulation
-        places = (order[size * own : size * (own + 1)] for own in range(first, first + accumulation))
-        return [[self.train[place] for place in own] for own in places if own]
-
-    def _order(self, epoch: int) -> list[int]:
-        """The order in which Trainer shows the rows in an epoch."""
-        from accelerate.data_loader import SeedableRandomSampler
-
-        if epoch not in self._orders:
-            sampler = SeedableRandomSampler(range(len(self.train)), data_seed=self.config.seed)
-            sampler.set_epoch(epoch)
-            self._orders.clear()
-            self._orders[epoch] = list(sampler)
-        return self._orders[epoch]
-
 
 Batch = list[tuple[int, dict[str, Any]]]  # rows, each with the place of its run
 
@@ -88,7 +36,7 @@ Batch = list[tuple[int, dict[str, Any]]]  # rows, each with the place of its run
 class _Steps(Dataset[list[Batch]]):
     """The batches of each step of an epoch of the longest run. epoch: which one; Trainer sets it by the loader."""
 
-    def __init__(self, runs: Sequence[OwnRun], most: float) -> None:
+    def __init__(self, runs: Sequence[OwnRun], most: int) -> None:
         self.runs, self.most, self.epoch = runs, most, 0
         self.in_epoch = max(run.length[0] for run in runs)
 
@@ -104,7 +52,7 @@ class _Steps(Dataset[list[Batch]]):
 class _HeldOut(Dataset[list[Batch]]):
     """The batches of the held-out rows: item i is batch i of every run."""
 
-    def __init__(self, runs: Sequence[OwnRun], most: float) -> None:
+    def __init__(self, runs: Sequence[OwnRun], most: int) -> None:
         self.runs, self.most = runs, most
 
     def __len__(self) -> int:
@@ -119,7 +67,7 @@ class _HeldOut(Dataset[list[Batch]]):
         return list(_filled(parts, self.most))
 
 
-def _filled(parts: Sequence[tuple[int, Rows]], most: float) -> Iterator[Batch]:
+def _filled(parts: Sequence[tuple[int, Rows]], most: int) -> Iterator[Batch]:
     """The batches of several runs, joined while they have at most so many tokens with padding."""
     batch: Batch = []
     for place, rows in parts:
@@ -150,7 +98,7 @@ class OnePassTrainer(CausalTrainer):
         self._bank, self._runs, self._names = bank, list(runs.values()), list(runs)
         self._parameters = [bank.parameters(name) for name in runs]
         self._head, self._fused = frozen_head(self.model), False
-        self._most = _FULL if self.args.device.type == "cpu" else math.inf
+        self._most = most_tokens(self.args.device)
         self._collate = self.data_collator
         self.diverged: dict[str, int] = {}  # the step of each
         self.heldout: dict[str, float] = {}
@@ -215,7 +163,7 @@ class OnePassTrainer(CausalTrainer):
         """The gradients of one step of every run, each that of its own mean loss."""
         model.train()
         batches = self._prepare_inputs(inputs)["batches"]
-        labels = sum(self._labels_of(batch) for batch in batches)
+        labels = torch.stack([self._labels_of(batch) for batch in batches]).sum(0)
         seen = self._zeros()
         for batch in batches:
             self._bank.assign([self._names[place] for place in batch["runs"].tolist()])

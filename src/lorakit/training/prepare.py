@@ -7,7 +7,7 @@ import heapq
 import itertools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from .gradient_checkpointing import begin_checkpointing
 from .labels import MULTI_LABEL
 from .loss import Labelled, frozen_head, label_losses, labelled
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
+from .own_run import OwnRun, Rows, most_tokens
 from .packing import packed
 from .plan import Plan, make_plan, processes
 from .positions import check_vocabulary, longest_row
@@ -37,17 +38,14 @@ from .preflight import check_metric, check_reporters
 from .quantize import heads, weight_bytes
 from .rows import DataError
 from .settings import UsageError
-from .spool import Spool, progress, viewed
+from .spool import Spool, picked, progress, viewed
 from .style import Style
-from .sweep_settings import swept
+from .sweep_settings import refuse_in_one_pass, swept
 from .task import in_model_order, model_task
-from .tokens import encode_all, encode_text, preview
+from .tokens import Tokens, encode_all, encode_text, preview
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ class Prepared:
     weights: tuple[int, int]  # bytes of the base as it is loaded, and of the same with no layer quantised
     fit: tuple[str, ...]  # what --fit chose and why
     class_weights: tuple[float, ...] | None  # of each class in the loss; None: all count alike
+    runs: Mapping[str, OwnRun]  # of each adapter, if several are trained in one pass
 
     @property
     def tokens(self) -> int:
@@ -91,7 +90,11 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         seed=config.seed,
         train_on=config.train_on,
         model=None if config.from_adapter is None else model_task(config.model, config.from_adapter),
+        adapters=None,
     )
+    if data.adapters:
+        _refuse_learners(config)
+        choices = dict.fromkeys(data.adapters, config)
     check_task(config, data)
     _refuse_float16(config, data)
     if data.labels and config.from_adapter is None:
@@ -128,7 +131,14 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     check_vocabulary(itertools.chain(train, valid), model, tokenizer)
     check_metric(config, data, len(valid))
     if choices and (data.task != "causal-lm" or processes() > 1):
-        raise UsageError("--sweep is for language models, in one process: a classifier's head is shared by all rows.")
+        what = "rows that name their adapter are" if data.adapters else "--sweep is"
+        raise UsageError(f"{what} for language models, in one process: a classifier's head is shared by all rows.")
+    runs = {
+        name: OwnRun(own, _rows_of(train, name), _rows_of(valid, name)) if data.adapters else OwnRun(own, train, valid)
+        for name, own in choices.items()
+    }
+    if empty := [name for name, own in runs.items() if not own.train]:
+        raise LoraError(f"no row of {config.data} is left for {', '.join(empty)}: all are over {limit} tokens.")
     if config.packing:
         if data.task != "causal-lm":
             raise LoraError("--packing is for language models: a classifier gives one answer for each text.")
@@ -139,8 +149,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
 
     longest = _longest(train, config.batch_size)
-    counts = len(train), _tokens(train)
-    copies = max(len(choices), 1)
+    counts = max((len(own.train) for own in runs.values()), default=len(train)), _tokens(train)
     largest = max(choices.values(), key=lambda own: own.rank, default=config)
     if adapter is not None:
         adapter = in_names_of(model, adapter)
@@ -158,7 +167,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
 
     def plan_with(own: TrainConfig) -> Plan:
         nonlocal model, weights, attached, quantised
-        batch = _largest_batch(own, data, longest[: own.batch_size], copies)
+        batch = _largest_batch(own, data, longest[: own.batch_size], len(runs))
         with fake:
             if own.quantize != quantised:  # all else is planned on the same model
                 quantised = own.quantize
@@ -195,6 +204,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         weights,
         said,
         weights_of_classes,
+        runs,
     )
 
 
@@ -203,6 +213,7 @@ def start_block(prepared: Prepared) -> str:
     config, data, plan = prepared.config, prepared.data, prepared.plan
     splits = {"train": data.train, "valid": data.valid, "test": data.test}
     counts = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items() if rows)
+    each = " for each adapter" if prepared.runs else ""
     lines = [
         report.heading("data"),
         f"{config.data}: {data.shape}; rows: {counts}; {prepared.tokens:,} tokens to train on",
@@ -215,7 +226,7 @@ def start_block(prepared: Prepared) -> str:
         *([f"goes on with the adapter {config.from_adapter}"] if config.from_adapter else []),
         str(prepared.attached),
         report.heading("plan"),
-        f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
+        f"{plan.steps} steps of {_rows_a_step(config)} rows{each}, {plan.tokens:,} tokens; "
         f"learning rate {config.learning_rate:g}, {config.scheduler}; seed {config.seed}",
         *prepared.fit,
         f"{_memory(plan)}; the time is told after the first steps of training",
@@ -346,7 +357,7 @@ def _causal_rows(
         dropped += encoded.dropped
         truncated += encoded.truncated
         said += encoded.notes
-        parts.append(viewed(encoded.rows, lambda row: {"input_ids": row.input_ids, "labels": row.labels}))
+        parts.append(viewed(encoded.rows, _row_of))
     if problems:
         raise DataError(problems)
     over = f"{_limit(config, limit)}, --too-long {config.too_long}"
@@ -357,6 +368,27 @@ def _causal_rows(
     notes += dict.fromkeys(said)
     train, valid = parts
     return train, valid
+
+
+def _row_of(row: Tokens) -> dict[str, Any]:
+    own = {"input_ids": row.input_ids, "labels": row.labels}
+    return own if row.adapter is None else {**own, "adapter": row.adapter}
+
+
+def _rows_of(rows: Rows, adapter: str) -> Rows:
+    """The rows that name this adapter."""
+    places = [place for place, row in enumerate(rows) if row["adapter"] == adapter]
+    return viewed(picked(rows, places), lambda row: {name: value for name, value in row.items() if name != "adapter"})
+
+
+def _refuse_learners(config: TrainConfig) -> None:
+    """Raise UsageError for settings that rows which name their adapters cannot have."""
+    what = 'a row that names its adapter ("adapter": …)'
+    if config.sweep is not None:
+        raise UsageError(f"--sweep trains every adapter on all rows, and {config.data} holds {what}; leave it out.")
+    if config.general_data is not None:
+        raise UsageError(f"--general-data is read by one adapter, and {config.data} holds {what}; leave it out.")
+    refuse_in_one_pass(config, what)
 
 
 def _labelled_rows(
@@ -415,12 +447,13 @@ def _longest(rows: Rows, count: int) -> list[dict[str, Any]]:
     return [rows[index] for index, _ in largest]
 
 
-def _largest_batch(config: TrainConfig, data: Data, longest: Rows, copies: int) -> dict[str, Any]:
+def _largest_batch(config: TrainConfig, data: Data, longest: Rows, adapters: int) -> dict[str, Any]:
     """The largest batch that training can meet: the longest rows together, with their real labels.
 
-    longest: as `_longest` returns them. copies: how often each row is in the batch, once for each adapter.
+    longest: as `_longest` returns them. adapters: of how many there may be rows in a batch; 0 for a run of one.
     """
-    longest = [*reversed(longest)] * copies
+    together = most_tokens(best_device()) // (len(longest) * len(longest[0]["input_ids"])) if adapters else 1
+    longest = [*reversed(longest)] * int(min(max(together, 1), max(adapters, 1)))
     lengths = [len(row["input_ids"]) for row in longest]
     ids = torch.ones(len(longest), lengths[-1], dtype=torch.long)
     # Without padding, models skip the attention mask. With fake tensors they always make one, so the plan is a little

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..formats import peft
 from ..formats.folder import OutputFolder, OutputKind
+from .adapter_folder import adapters_in
 from .checkpoints import checkpoints, fault_of, newest_whole, record_in, step_of
 from .config import TrainConfig
 from .preflight import check_output
@@ -102,7 +103,7 @@ def decided(config: TrainConfig, out: OutputFolder) -> Start:
     if _nothing_to_keep(out):
         out.refuse_others()
         return Start(anew=True, said=(f"{out} holds a run that came to nothing; a new one takes its place.",))
-    finished = (out.path / peft.CONFIG).is_file()
+    finished = (out.path / peft.CONFIG).is_file() or bool(adapters_in(out.path))
     holds = "a finished run" if finished else "an interrupted run" if checkpoints(out.path) else "an adapter"
     beside = " A new run beside it was interrupted: --resume auto goes on with that." if out.new.own else ""
     raise FileExistsError(
@@ -178,6 +179,6 @@ def _from_given(config: TrainConfig, out: OutputFolder, here: OutputFolder, give
 def _nothing_to_keep(out: OutputFolder) -> bool:
     """Whether the run in a folder failed, or ended before its first checkpoint."""
     note = out.note
-    if note is None or (out.path / peft.TENSORS).is_file():
+    if note is None or (out.path / peft.TENSORS).is_file() or adapters_in(out.path):
         return False
     return note.state == "failed" or not checkpoints(out.path)

@@ -33,16 +33,7 @@ def swept(config: TrainConfig) -> dict[str, TrainConfig]:
         if name not in SWEPT:
             raise UsageError(f"--sweep cannot vary {name!r}, only {', '.join(SWEPT)}.{suggestion(name, SWEPT)}")
         values[name] = [_FLAGS.get(value, value) for value in listed.split(",")]
-    if config.dora:
-        raise UsageError("--sweep trains all adapters in one batch, which DoRA cannot share: leave --dora out.")
-    if config.bias != "none" or config.also_train:
-        raise UsageError("--sweep trains factors alone: leave --bias and --also-train out.")
-    if config.resume is not None:
-        raise UsageError("--sweep has no checkpoints, so there is nothing to --resume.")
-    if config.metric != "loss" or config.patience is not None or config.keep != "last":
-        raise UsageError("--sweep keeps the adapter with the lowest last loss: leave --metric, --patience, --keep out.")
-    if config.packing or config.from_adapter is not None:
-        raise UsageError("--sweep begins with new adapters and rows that are not packed: leave --packing, --from out.")
+    refuse_in_one_pass(config, "--sweep")
     found = {}
     for combination in itertools.product(*values.values()):
         given = dict(zip(values, combination, strict=True))
@@ -51,6 +42,22 @@ def swept(config: TrainConfig) -> dict[str, TrainConfig]:
     if len(found) < 2:
         raise UsageError(f"--sweep {config.sweep!r} is one setting: give at least two values.")
     return found
+
+
+def refuse_in_one_pass(config: TrainConfig, what: str) -> None:
+    """Raise UsageError for settings that several adapters in one pass cannot have. what: asks for several."""
+    if config.dora:
+        raise UsageError(f"{what} trains all adapters in one batch, which DoRA cannot share: leave --dora out.")
+    if config.bias != "none" or config.also_train:
+        raise UsageError(f"{what} trains factors alone: leave --bias and --also-train out.")
+    if config.resume is not None:
+        raise UsageError(f"{what} has no checkpoints, so there is nothing to --resume.")
+    if config.metric != "loss" or config.patience is not None or config.keep != "last":
+        raise UsageError(
+            f"{what} judges and keeps adapters by their last loss: leave --metric, --patience, --keep out."
+        )
+    if config.packing or config.from_adapter is not None:
+        raise UsageError(f"{what} begins with new adapters and rows that are not packed: leave --packing, --from out.")
 
 
 def _text(value: Any) -> str:
