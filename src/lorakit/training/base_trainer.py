@@ -84,6 +84,10 @@ class BaseTrainer(Trainer):
         """The mean loss of a batch, or its share of the mean over `num_items_in_batch` labels."""
         raise NotImplementedError
 
+    def timed(self, tokens: int) -> contextlib.AbstractContextManager[None]:
+        """Around the forward pass of a batch of so many tokens, for those who time it."""
+        return contextlib.nullcontext()
+
     def no_number(self, inputs: dict[str, Any], loss: Tensor) -> Exception:
         """The error for a batch whose loss is NaN or infinite."""
         raise NotImplementedError

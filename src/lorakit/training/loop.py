@@ -45,6 +45,7 @@ from .record import base_fingerprint, longer_or_shorter, refuse_differences, run
 from .settings import settings_table, to_command, to_yaml
 from .spool import as_dataset
 from .start import TRAINING, Start, decided, start_of
+from .sweep_settings import swept
 from .task import Task, write_labels
 from .tokens import encode, encode_text
 
@@ -315,7 +316,7 @@ def _fit_sweep(
     folder.add(sweep.FILE, sweep.FOLDER)
     bank.use(best)
     loaded.model.eval()
-    return progress, prepared.runs[best].config
+    return progress, swept(prepared.config)[best]
 
 
 def _fit_bank(
@@ -328,7 +329,8 @@ def _fit_bank(
     from .sweep import bank_of
 
     runs = prepared.runs
-    bank = bank_of(loaded.model, {name: run.config for name, run in runs.items()})
+    choices = swept(prepared.config) or dict.fromkeys(runs, prepared.config)
+    bank = bank_of(loaded.model, choices)
     bank.use(next(iter(runs)))  # a trainer looks at what is adapted, which is the same for all of them
     with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
         trainer, progress, stop = _trainer_of(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..bank.bank import Bank
+from .base_trainer import BaseTrainer
 from .divergence import Diverged, When
 from .loss import frozen_head, label_losses, labelled
 from .own_run import OwnRun, Rows, most_tokens
@@ -56,12 +57,12 @@ class _HeldOut(Dataset[list[Batch]]):
         self.runs, self.most = runs, most
 
     def __len__(self) -> int:
-        return max(-(-len(run.valid) // run.config.batch_size) for run in self.runs)
+        return max(-(-len(run.valid) // run.schedule.batch_size) for run in self.runs)
 
     def __getitem__(self, index: int) -> list[Batch]:
         parts = []
         for place, run in enumerate(self.runs):
-            size = run.config.batch_size
+            size = run.schedule.batch_size
             if own := [run.valid[row] for row in range(len(run.valid))[size * index : size * (index + 1)]]:
                 parts.append((place, own))
         return list(_filled(parts, self.most))
@@ -88,25 +89,23 @@ class _Loader(DataLoader[Any]):
             self.dataset.epoch = epoch
 
 
-class OnePassTrainer(CausalTrainer):
-    """CausalTrainer for all adapters of a bank at once, inside `bank.rows`."""
+class OnePass(BaseTrainer):
+    """A Trainer of causal language models for all adapters of a bank at once, inside `bank.rows`."""
 
-    def __init__(self, *args: Any, bank: Bank, runs: Mapping[str, OwnRun], **kwargs: Any) -> None:
-        """runs: of each adapter. The arguments' accumulation is 1: a run's own is in its settings."""
+    def __init__(
+        self, *args: Any, bank: Bank, runs: Mapping[str, OwnRun], label_smoothing: float = 0.0, **kwargs: Any
+    ) -> None:
+        """runs: of each adapter. The arguments' accumulation is 1: a run's own is in its schedule."""
         super().__init__(*args, **kwargs)
-        self.remove_callback(FirstStep)  # `Bank.rows` itself tells of layers that do nothing
         self._bank, self._runs, self._names = bank, list(runs.values()), list(runs)
         self._parameters = [bank.parameters(name) for name in runs]
-        self._head, self._fused = frozen_head(self.model), False
+        self._frozen_head = None if label_smoothing else frozen_head(self.model)
+        self._smoothing = label_smoothing
         self._most = most_tokens(self.args.device)
-        self._collate = self.data_collator
+        self._collate: Any = self.data_collator
         self.diverged: dict[str, int] = {}  # the step of each
-        self.heldout: dict[str, float] = {}
-        self.last: dict[str, float] = {}  # the mean loss of each in the newest lines of metrics.jsonl
-        self._seen = self._zeros()  # the sums of the losses since the last line,
+        self._seen = self._zeros()  # the sums of the losses since the last line of a log,
         self._seen_steps = self._zeros()  # which are of so many steps
-        self._evaluated = self._zeros()  # the sums of the held-out losses,
-        self._labels = self._zeros()  # which are of so many labels
 
     def _zeros(self) -> Tensor:
         return torch.zeros(len(self._names), dtype=torch.float64)
@@ -138,7 +137,7 @@ class OnePassTrainer(CausalTrainer):
     def create_optimizer(self, model: Any = None) -> Any:
         kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
         groups = [
-            {"params": own, "lr": run.config.learning_rate, "weight_decay": run.config.weight_decay}
+            {"params": own, "lr": run.learning_rate, "weight_decay": run.schedule.weight_decay}
             for own, run in zip(self._parameters, self._runs, strict=True)
         ]
         made = self.optimizer = kind(groups, **arguments)
@@ -167,11 +166,13 @@ class OnePassTrainer(CausalTrainer):
         seen = self._zeros()
         for batch in batches:
             self._bank.assign([self._names[place] for place in batch["runs"].tolist()])
-            tokens = batch["input_ids"].numel()
-            with self.timed(tokens), self.compute_loss_context_manager():
+            with self.timed(batch["input_ids"].numel()), self.compute_loss_context_manager():
                 own = self._losses(model, batch) / labels.to(self.args.device).clamp(min=1)
             going = torch.tensor([name not in self.diverged for name in self._names], device=own.device)
-            seen += own.detach().to("cpu", torch.float64)
+            found = own.detach().to("cpu", torch.float64)
+            seen += found
+            for place in (~found.isfinite()).nonzero().flatten().tolist():
+                self.diverged.setdefault(self._names[place], self.state.global_step + 1)
             self.accelerator.backward(torch.where(going & own.isfinite(), own, torch.zeros_like(own)).sum())
         self._seen += seen
         self._seen_steps += labels > 0
@@ -181,7 +182,7 @@ class OnePassTrainer(CausalTrainer):
         """The sum of the losses of each run."""
         rest = {name: value for name, value in batch.items() if name not in ("labels", "runs")}
         where = labelled(batch["labels"])
-        losses = label_losses(where, model, rest, self._head)
+        losses = label_losses(where, model, rest, self._frozen_head, self._smoothing)
         return losses.new_zeros(len(self._names)).index_add(0, batch["runs"][where.rows], losses)
 
     def _labels_of(self, batch: Mapping[str, Any]) -> Tensor:
@@ -207,7 +208,17 @@ class OnePassTrainer(CausalTrainer):
             raise Diverged(f"all {len(self._names)} adapters diverged; lower the learning rate.")
         return largest
 
-    # --- what it tells -----------------------------------------------------------------------------------------------
+
+class OnePassTrainer(OnePass, CausalTrainer):
+    """With the losses of each adapter in the log, in training and on its held-out rows."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.remove_callback(FirstStep)  # `Bank.rows` itself tells of layers that do nothing
+        self.heldout: dict[str, float] = {}
+        self.last: dict[str, float] = {}  # the mean loss of each in the newest lines of metrics.jsonl
+        self._evaluated = self._zeros()  # the sums of the held-out losses,
+        self._labels = self._zeros()  # which are of so many labels
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The losses of each adapter. "loss" and "eval_loss" are the lowest ones."""

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import TrainConfig
 from .plan import length_of
+
+if TYPE_CHECKING:
+    from .base_trainer import Schedule
 
 _FULL = 512  # tokens of a batch that fill a CPU: with more, a token takes no less time (`benchmarks/bank.py`)
 
@@ -27,15 +29,17 @@ def most_tokens(device: torch.device) -> int:
 class OwnRun:
     """The run of one adapter: its settings, the rows it learns, and its held-out rows."""
 
-    config: TrainConfig
+    schedule: Schedule
+    learning_rate: float
+    seed: int
     train: Rows
-    valid: Rows
+    valid: Rows = ()
     _orders: dict[int, list[int]] = field(default_factory=dict)  # of one epoch
 
     @cached_property
     def length(self) -> tuple[int, int]:
         """Its steps in an epoch, and in all."""
-        own = self.config
+        own = self.schedule
         return length_of(
             len(self.train),
             batch_size=own.batch_size,
@@ -49,7 +53,7 @@ class OwnRun:
         in_epoch, steps = self.length
         if step >= steps:
             return []
-        size, accumulation = self.config.batch_size, self.config.gradient_accumulation_steps
+        size, accumulation = self.schedule.batch_size, self.schedule.gradient_accumulation_steps
         order = self._order(step // in_epoch)
         first = step % in_epoch * accumulation
         places = (order[size * own : size * (own + 1)] for own in range(first, first + accumulation))
@@ -60,7 +64,7 @@ class OwnRun:
         from accelerate.data_loader import SeedableRandomSampler
 
         if epoch not in self._orders:
-            sampler = SeedableRandomSampler(range(len(self.train)), data_seed=self.config.seed)
+            sampler = SeedableRandomSampler(range(len(self.train)), data_seed=self.seed)
             sampler.set_epoch(epoch)
             self._orders.clear()
             self._orders[epoch] = list(sampler)

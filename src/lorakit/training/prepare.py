@@ -133,10 +133,10 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     if choices and (data.task != "causal-lm" or processes() > 1):
         what = "rows that name their adapter are" if data.adapters else "--sweep is"
         raise UsageError(f"{what} for language models, in one process: a classifier's head is shared by all rows.")
-    runs = {
-        name: OwnRun(own, _rows_of(train, name), _rows_of(valid, name)) if data.adapters else OwnRun(own, train, valid)
-        for name, own in choices.items()
-    }
+    runs = {}
+    for name, own in choices.items():
+        learnt, held = (_rows_of(part, name) if data.adapters else part for part in (train, valid))
+        runs[name] = OwnRun(own, own.learning_rate, own.seed, learnt, held)
     if empty := [name for name, own in runs.items() if not own.train]:
         raise LoraError(f"no row of {config.data} is left for {', '.join(empty)}: all are over {limit} tokens.")
     if config.packing:

@@ -160,7 +160,6 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def timed(self, tokens: int) -> contextlib.AbstractContextManager[None]:
-        """Times the block, which is the forward pass of a batch of so many tokens."""
         return self._pace.forward(tokens) if self._pace else contextlib.nullcontext()
 
     def no_number(self, inputs: dict[str, Any], loss: Tensor) -> Exception:
