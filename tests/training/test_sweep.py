@@ -99,6 +99,21 @@ def test_dropout_pissa_and_rslora_are_swept_too(config: TrainConfig) -> None:
     assert len({row["loss"] for row in found["rows"]}) == 8
 
 
+def test_dropout_draws_the_masks_that_each_adapter_draws_alone(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, eval_samples=0, learning_rate=1e-2)
+    out = Path(config.output_dir)
+    train(dataclasses.replace(config, sweep="dropout=0.05,0.3,0"))
+    ends = []
+    for rate in ("0.05", "0.3", "0"):
+        alone = out.parent / f"alone {rate}"
+        train(dataclasses.replace(config, dropout=float(rate), output_dir=str(alone)))
+        got = factors(out / "sweep" / f"dropout={rate}")
+        for name, value in factors(alone).items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=2e-4)
+        ends.append(torch.cat([value.flatten() for value in got.values()]))
+    assert (ends[0] - ends[2]).abs().max() > 1e-2 and (ends[1] - ends[2]).abs().max() > 1e-2
+
+
 def test_an_interrupted_sweep_starts_over(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     training_step = OnePassTrainer.training_step
 

@@ -163,8 +163,9 @@ class OnePass(BaseTrainer):
         model.train()
         batches = self._prepare_inputs(inputs)["batches"]
         labels = torch.stack([self._labels_of(batch) for batch in batches]).sum(0)
-        seen = self._zeros()
+        seen, state = self._zeros(), torch.get_rng_state()
         for batch in batches:
+            torch.set_rng_state(state)  # a run draws the masks of dropout that it would draw alone
             self._bank.assign([self._names[place] for place in batch["runs"].tolist()])
             with self.timed(batch["input_ids"].numel()), self.compute_loss_context_manager():
                 own = self._losses(model, batch) / labels.to(self.args.device).clamp(min=1)

@@ -2,7 +2,7 @@
 
 Each combination of the values is an adapter of its own in a `Bank`, with its own learning rate, rank and optimizer
 state, and starts from the factors that the seed gives it alone. All of them learn the same rows in the same order; see
-`one_pass.py`. Only masks of dropout are others than those of a run alone.
+`one_pass.py`.
 
 The best one has the lowest held-out loss, or without held-out rows the lowest last loss. The run then ends as if it
 had been trained alone.
@@ -39,7 +39,7 @@ def bank_of(model: nn.Module, choices: Mapping[str, TrainConfig]) -> Bank:
     for name, config in choices.items():
         torch.set_rng_state(state)
         bank[name] = dataclasses.replace(LoRASettings.of(config), dtype=None)
-        bank.seeds[name] = config.seed
+        bank.seeds[name] = 0  # the masks that each would draw alone
     return bank
 
 
