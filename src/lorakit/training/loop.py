@@ -423,6 +423,7 @@ def _write_reports(
         result=result,
         seconds=outcome.seconds,
         labels=labels_of(prepared.data),
+        multi_label=prepared.data.task == MULTI_LABEL,
     )
     html = page.render(
         title=Path(config.output_dir).name,
