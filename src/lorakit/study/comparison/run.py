@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from ..methods.baselines import Applied, Method
 from ..methods.naming import name_of
 from .config import MethodConfig
 from .fit import fit, steps_of
+from .latency import Seconds, in_turns
 from .plan import TaskPlan, apply, most_runs, most_runs_of
 from .progress import RunsProgress
 from .results import Comparison, Ledger, MethodRow, Run, TaskFacts, row_of
@@ -38,7 +38,6 @@ from .search import best_rate, next_rate
 from .tasks import StudyTask, digest_of, halved, served
 
 RUNS, MACHINE = "runs.jsonl", "machine.json"
-_TURNS = 7  # timings of each of the two models, in alternation; the shortest of each counts
 _DECIDES = (
     *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "scheduler", "warmup_ratio", "warmup_steps"),
     *("weight_decay", "label_smoothing", "gradient_checkpointing"),
@@ -186,8 +185,8 @@ class _Runs:
             seconds=fitted.seconds,
             peak_bytes=fitted.peak_bytes,
             file_bytes=sum(tensor.nbytes for tensor in applied.state_dict().values()),
-            latency=0.0,
-            base_latency=0.0,
+            latency=(),
+            base_latency=(),
         )
         if not test and not diverged:
             self._keep_if_best(run, applied)
@@ -221,23 +220,11 @@ class _Runs:
         except ValueError as error:
             raise _NotApplicable(str(error)) from None
 
-    def _latencies(self, applied: Applied, model: nn.Module) -> tuple[float, float]:
-        """Seconds of a forward pass with the method and, on the same rows, without it.
-
-        Removes the method from the model.
-        """
+    def _latencies(self, applied: Applied, model: nn.Module) -> tuple[Seconds, Seconds]:
+        """`in_turns` with the method and without it. Removes the method from the model."""
         ours = served(applied, self.task.half)
         applied.remove()
-        models = (ours, halved(copy.deepcopy(model)) if self.task.half else model)
-        least = [float("inf")] * 2
-        with torch.inference_mode():
-            for _ in range(_TURNS):
-                for index, one in enumerate(models):
-                    began = time.perf_counter()
-                    self.task.serve(one)
-                    _wait()
-                    least[index] = min(least[index], time.perf_counter() - began)
-        return least[0], least[1]
+        return in_turns(self.task.serve, ours, halved(copy.deepcopy(model)) if self.task.half else model)
 
     def _key(self, seed: int, rate: float) -> str:
         training = {name: getattr(self.config.training, name) for name in _DECIDES}
@@ -275,8 +262,3 @@ def _facts(plan: TaskPlan) -> TaskFacts:
         training=shared,
         published={label: dict(scores) for label, scores in plan.published.items()},
     )
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -105,7 +105,7 @@ def task_table(comparison: Comparison, task: TaskFacts) -> Table:
         "train time": lambda row: duration(row.seconds),
         "peak memory": lambda row: size(row.peak_bytes),
         "file": lambda row: size(row.file_bytes),
-        "latency": lambda row: f"×{row.latency:.2f}" if math.isfinite(row.latency) else NONE,
+        "latency": latency,
     }
     columns.insert(1, [f"{row.parameters:,}" for row in rows] + [NONE] * len(published))
     columns += [[*map(cell, rows), *[NONE] * len(published)] for cell in ours.values()]
@@ -160,6 +160,12 @@ def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
     lines = [f"{mark} is the best {task.metrics[0]}. {_interval(comparison)} {_choice(comparison, task)}"]
     lines.append("Train time is the shortest of the seeds'.")
     lines.append("Latency is that of a forward pass as the method serves, × the model's own.")
+    if any(row.latency_ends for row in rows):
+        lines[-1] = (
+            "Latency is that of a forward pass as the method serves, × the model's own: the median of turns in which "
+            "both run once, and in brackets its 95 % interval, which holds those of all seeds. ×1: the interval holds "
+            "1, so no difference was found."
+        )
     head = max((row.head for row in rows), default=0)
     if head:
         lines.append(f"The new head has {head:,} parameters, which every method trains besides.")
@@ -190,6 +196,16 @@ def score(interval: Interval | None, digits: int) -> str:
         return f"{interval.mean:.{digits}f} ({interval.ends[0]:.{digits}f} to {interval.ends[1]:.{digits}f})"
     half = "" if interval.half is None else f" ± {interval.half:.{digits}f}"
     return f"{interval.mean:.{digits}f}{half}"
+
+
+def latency(row: MethodRow) -> str:
+    """×ratio (low to high), ×1 (low to high) if the interval holds 1, or ×ratio without an interval."""
+    if not math.isfinite(row.latency):
+        return NONE
+    if row.latency_ends is None:
+        return f"×{row.latency:.2f}"
+    low, high = (round(end, 2) for end in row.latency_ends)
+    return f"×{'1' if low <= 1 <= high else f'{row.latency:.2f}'} ({low:.2f} to {high:.2f})"
 
 
 def higher_is_better(metric: str) -> bool:
