@@ -49,6 +49,7 @@ def row(
         diverged=diverged,
         seconds=400.0,
         peak_bytes=1_830_000_000,
+        alone=True,
         file_bytes=4 * parameters,
         latency=latency,
         latency_ends=latency_ends,

@@ -19,7 +19,8 @@ def turns(*ratios: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def test_each_turn_counts_by_itself_and_the_order_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, served = [0.0], []
+    clock = [0.0]
+    served: list[str] = []
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     ours, base = nn.Linear(1, 1), nn.Linear(1, 1)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.study.comparison import run as module
+from lorakit.study.comparison import one_run as module
 from lorakit.study.comparison import table
 from lorakit.study.comparison.config import CompareConfig
 from lorakit.study.comparison.fit import fit
@@ -23,7 +23,7 @@ from lorakit.study.methods.baselines import Applied
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 HIDDEN, LAYERS, INNER = 32, 2, 64  # of the tiny models
-TIMES = ("seconds", "peak_bytes", "latency", "base_latency")
+TIMES = ("seconds", "other_seconds", "peak_bytes", "latency", "base_latency")
 
 
 @pytest.fixture

@@ -245,7 +245,7 @@ def test_a_text_with_any_number_of_classes(tiny_encoder: Path, tmp_path: Path) -
     """The loss is transformers' own of a multi-label classifier, the scores are scikit-learn's."""
     from sklearn.metrics import accuracy_score, f1_score
 
-    sets = (["light", "on"], ["light"], [])
+    sets: tuple[list[str], ...] = (["light", "on"], ["light"], [])
     rows = [{"text": row["text"], "label": sets[i % 3]} for i, row in enumerate(sentences(60))]
     task = make(tiny_encoder, write(tmp_path / "d.jsonl", rows))
     assert (task.kind, task.metrics, task.data.labels) == ("multi-label", ("micro-f1", "exact-set"), ("light", "on"))

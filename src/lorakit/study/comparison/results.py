@@ -39,6 +39,8 @@ class Run:
     file_bytes: int  # of the trained parameters in a file
     latency: Seconds  # of a forward pass of the model as it is served: LoRA merged
     base_latency: Seconds  # of the model without the method, on the same rows, in the same turns
+    other_seconds: float = 0.0  # of all but training: the start of a process, loading, scores, the latency
+    alone: bool = False  # in a process of its own; otherwise a process on a CPU may hold what earlier runs left
 
     @classmethod
     def of_line(cls, values: dict[str, Any]) -> Run:
@@ -108,6 +110,7 @@ class MethodRow:
     diverged: int  # number of seeds that diverged
     seconds: float  # the shortest training time, because other work on the machine only adds to it
     peak_bytes: int  # the largest
+    alone: bool  # whether each run had a process of its own, so that the peak is that of the run
     file_bytes: int
     latency: float  # as a multiple of the model without the method: 1.0 is equally fast
     latency_ends: Ends | None  # of its 95 % interval; None: too few turns were timed
@@ -193,6 +196,7 @@ def row_of(runs: Sequence[Run], searched: Iterable[Run], chosen_by: str) -> Meth
         diverged=len(runs) - len(good),
         seconds=min(run.seconds for run in good or runs),
         peak_bytes=max(run.peak_bytes for run in runs),
+        alone=all(run.alone for run in runs),
         file_bytes=first.file_bytes,
         latency=latency,
         latency_ends=latency_ends,

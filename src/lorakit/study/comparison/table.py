@@ -159,6 +159,7 @@ def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
     rows = rows_of(comparison, task)
     lines = [f"{mark} is the best {task.metrics[0]}. {_interval(comparison)} {_choice(comparison, task)}"]
     lines.append("Train time is the shortest of the seeds'.")
+    lines += _memory(comparison, rows)
     lines.append("Latency is that of a forward pass as the method serves, × the model's own.")
     if any(row.latency_ends for row in rows):
         lines[-1] = (
@@ -231,6 +232,17 @@ def _choice(comparison: Comparison, task: TaskFacts) -> str:
     best = f"the best of at most {trials} by {task.chosen_by} on the validation rows"
     beside = f"; that of {', '.join(given)} is given" if given else ""
     return f"The learning rate is {best if trials > 1 else 'the usual one of each method'}{beside}."
+
+
+def _memory(comparison: Comparison, rows: Sequence[MethodRow]) -> list[str]:
+    """A sentence on whose memory the peak is. On a GPU it is that of the run's tensors in any case."""
+    shared = [row.method for row in rows if not row.alone]
+    if "gpu" in comparison.machine or not rows:
+        return []
+    if not shared:
+        return ["Peak memory is that of a process which made this run alone."]
+    whose = "" if len(shared) == len(rows) else f" of {', '.join(shared)}"
+    return [f"Peak memory{whose} is that of a process which made several runs, and may hold what earlier ones left."]
 
 
 def _with_direction(metric: str) -> str:
