@@ -39,6 +39,7 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
     from ..study.comparison import table
     from ..study.comparison.files import COMPARISON, comparison_record, refuse_other, write_results
     from ..study.comparison.plan import plan_block, plans_of, refuse_large_comparison
+    from ..study.comparison.processes import OwnProcess
     from ..study.comparison.run import compare
     from ..training.preflight import check_output
     from ..training.settings import to_yaml
@@ -60,7 +61,15 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
         if not config.so_far:  # config.yaml holds the settings of the folder's runs, and --so-far makes no run
             with out.writing() as part:
                 (part / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        found = compare(config.model, plans, out.path, seeds=config.seeds, trials=config.trials, so_far=config.so_far)
+        found = compare(
+            config.model,
+            plans,
+            out.path,
+            seeds=config.seeds,
+            trials=config.trials,
+            so_far=config.so_far,
+            runner=OwnProcess(),
+        )
         with out.writing() as part:
             names = [path.name for path in write_results(found, part)]
         out.end("finished" if found.finished else "unfinished")

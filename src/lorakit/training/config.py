@@ -17,7 +17,7 @@ _DATA, _ADAPTER, _TRAINING, _OUTPUT = "model and data", "adapter", "training", "
 
 Quantize = Literal["none", "nf4", "int8", "gguf"]
 # By what held-out rows are judged. `scores.py` has all but the loss, and some more.
-Judged = Literal["loss", "exact-match", "bleu", "rouge-l", "accuracy", "f1", "pearson"]
+Judged = Literal["loss", "exact-match", "bleu", "rouge-l", "accuracy", "f1", "micro-f1", "exact-set", "pearson"]
 QUANTIZE = "quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file"
 
 

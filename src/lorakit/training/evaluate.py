@@ -22,7 +22,7 @@ from .data import Data, Example
 from .generation import Within, answers, as_it_is
 from .intervals import Ends, bootstrap, wilson
 from .labels import MULTI_LABEL
-from .metrics import accuracy, exact_match, pearson
+from .metrics import accuracy, class_counts, exact_match, f1_of_counts, pearson
 from .models import Loaded
 from .positions import longest_row, positions
 from .report import Evaluation, Sample
@@ -195,9 +195,7 @@ def _scored(metric: str, found: Sequence[Any], expected: Sequence[Any]) -> tuple
             share = sum(map(exact_match, found, expected)) / len(expected)
         return share, wilson(share, len(expected))
     if metric == MICRO_F1:
-        pairs = [(set(one), set(other)) for one, other in zip(found, expected, strict=True)]
-        right, named = zip(*((len(one & other), len(one) + len(other)) for one, other in pairs), strict=True)
-        columns = [torch.tensor(column, dtype=torch.float64) for column in (right, named)]
+        columns = [torch.tensor(column, dtype=torch.float64) for column in class_counts(found, expected)]
         return micro_f1(*columns), bootstrap(micro_f1, *columns)
     score = perplexity if metric == "perplexity" else _correlation
     columns = [torch.tensor(column, dtype=torch.float64) for column in (found, expected)]
@@ -205,11 +203,8 @@ def _scored(metric: str, found: Sequence[Any], expected: Sequence[Any]) -> tuple
 
 
 def micro_f1(right: Tensor, named: Tensor) -> float:
-    """2 Σ right / Σ named: F1 over all classes of all rows together; 0 where neither side names a class.
-
-    right (rows,): the classes that are both predicted and expected   named (rows,): those predicted plus those expected
-    """
-    return 2 * float(right.sum()) / max(float(named.sum()), 1.0)
+    """F1 over all classes of all rows together.   right (rows,), named (rows,): `class_counts`"""
+    return f1_of_counts(float(right.sum()), float(named.sum()))
 
 
 def perplexity(losses: Tensor, counts: Tensor) -> float:

@@ -501,6 +501,7 @@ def _card(prepared: Prepared, result: report.Evaluation | None, seconds: float, 
         result=result,
         seconds=seconds,
         labels=labels_of(prepared.data),
+        multi_label=prepared.data.task == MULTI_LABEL,
     )
 
 

@@ -106,6 +106,7 @@ def check_metric(config: TrainConfig, data: Data, held_out: int) -> None:
     same: dict[str, tuple[list[Any], list[Any]]] = {
         "texts": (["a b c d"], [("a b c d",)]),
         "classes": (["a", "b"], ["a", "b"]),
+        "class lists": ([("a", "b")], [("a", "b")]),
         "numbers": ([0.0, 1.0], [0.0, 1.0]),
     }
     metric.score(*same[metric.of])  # imports what it needs

@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lorakit.study.comparison import run as module
+from lorakit.study.comparison import one_run as module
 from lorakit.study.comparison import table
 from lorakit.study.comparison.config import CompareConfig
 from lorakit.study.comparison.fit import fit
@@ -22,7 +23,7 @@ from lorakit.study.methods.baselines import Applied
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 HIDDEN, LAYERS, INNER = 32, 2, 64  # of the tiny models
-TIMES = ("seconds", "peak_bytes", "latency", "base_latency")
+TIMES = ("seconds", "other_seconds", "peak_bytes", "latency", "base_latency")
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 def without_times(found: Comparison) -> Comparison:
-    rows = [dataclasses.replace(row, seconds=0.0, peak_bytes=0, latency=0.0) for row in found.rows]
+    rows = [dataclasses.replace(row, seconds=0.0, peak_bytes=0, latency=0.0, latency_ends=None) for row in found.rows]
     return dataclasses.replace(found, rows=tuple(rows))
 
 
@@ -123,7 +124,9 @@ def test_every_row_is_what_its_runs_say(tiny_encoder: Path, classes: Path, tmp_p
             assert row.scores[metric].mean == pytest.approx(sum(values) / 3)
         assert row.seconds == min(run["seconds"] for run in final)
         assert row.peak_bytes == max(run["peak_bytes"] for run in final) > 2**20
-        assert row.latency == min(r["latency"] for r in final) / min(r["base_latency"] for r in final) > 0
+        turns = [zip(run["latency"], run["base_latency"], strict=True) for run in final]
+        assert row.latency == statistics.median([one / other for own in turns for one, other in own])
+        assert row.latency_ends is not None and 0 < row.latency_ends[0] <= row.latency <= row.latency_ends[1]
         assert (row.seeds, row.diverged) == (3, 0)
         # 40 rows, 8 for each step
         assert {run["steps"] for run in runs} == {5}
@@ -364,7 +367,9 @@ def test_a_run_that_diverges_has_no_scores_and_the_next_method_does_not_see_it(
     row = both.rows[0]
     assert (row.diverged, row.seeds, row.scores) == (2, 2, {})
     assert all(run["diverged"] and not run["test"] and not run["valid"] for run in lines(tmp_path / "both")[:2])
-    assert all(run["latency"] > 0 and run["steps"] == (2 if run["diverged"] else 4) for run in lines(tmp_path / "both"))
+    assert all(
+        min(run["latency"]) > 0 and run["steps"] == (2 if run["diverged"] else 4) for run in lines(tmp_path / "both")
+    )
 
 
 def test_a_run_whose_last_step_breaks_the_weights_has_diverged(
