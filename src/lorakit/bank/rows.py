@@ -180,9 +180,10 @@ class Part:
         dropout: Any = layer.lora_dropout
         if ones.device.type == "cpu" and type(dropout) is QuickDropout:
             rows = ones.view(-1, ones.shape[-1])
-            return draw_mask(rows, dropout, len(layer.lora_A), seed).masked(rows).view(ones.shape)
+            kept: Tensor = draw_mask(rows, dropout, len(layer.lora_A), seed).masked(rows)
+            return kept.view(ones.shape)
         generator = torch.Generator(ones.device).manual_seed(seed)
-        return (torch.rand(ones.shape, generator=generator, device=ones.device) >= dropout.p).to(ones.dtype)
+        return (torch.rand(ones.shape, generator=generator, device=ones.device) >= float(dropout.p)).to(ones.dtype)
 
 
 class RowsLayer(Switchable):

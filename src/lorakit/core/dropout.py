@@ -29,6 +29,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import kernels
 
@@ -88,8 +89,9 @@ class Mask:
 
 
 def mask_seed() -> int:
-    """A seed of the masks of one call of a layer, from torch's generator."""
-    return int(torch.randint(2**31, ()))
+    """A seed of the masks of one call of a layer, from torch's generator; any number among fake tensors."""
+    drawn = torch.randint(2**31, ())
+    return 0 if isinstance(drawn, FakeTensor) else int(drawn)
 
 
 def draw_mask(x: Tensor, dropout: nn.Dropout, rank: int, seed: int | None = None) -> Mask:
