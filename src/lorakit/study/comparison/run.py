@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ...core.errors import LoraError
 from ...core.reading import json_of
 from ...formats.files import replacing
+from ...training.ladder import best_tried
 from ...training.memory import few_kernels
 from ...training.quiet import quiet_libraries
 from ..machine import machine, release
@@ -34,7 +35,7 @@ from .fit import fit, steps_of
 from .plan import TaskPlan, apply, most_runs, most_runs_of
 from .progress import RunsProgress
 from .results import Comparison, Ledger, MethodRow, Run, TaskFacts, row_of
-from .search import best_rate, next_rate
+from .search import next_rate
 from .tasks import StudyTask, digest_of, halved, served
 
 RUNS, MACHINE = "runs.jsonl", "machine.json"
@@ -135,7 +136,7 @@ class _Runs:
             run = self.ledger.get(key) or self._made(key, 0, rate, test=False)
             runs.append(run)
             self._tried[rate] = None if run.diverged else run.valid[self.task.chosen_by]
-        return best_rate(self._tried) or min(self._tried), runs
+        return best_tried(self._tried) or min(self._tried), runs
 
     def _tested(self, seed: int, rate: float) -> Run:
         key = self._key(seed, rate)
@@ -199,7 +200,7 @@ class _Runs:
 
     def _keep_if_best(self, run: Run, applied: Applied) -> None:
         score = run.valid[self.task.chosen_by]
-        if best_rate({**self._tried, run.learning_rate: score}) == run.learning_rate:
+        if best_tried({**self._tried, run.learning_rate: score}) == run.learning_rate:
             self._best = run, {name: tensor.clone() for name, tensor in applied.state_dict().items()}
 
     def _with_test(self, run: Run, trained: dict[str, Tensor]) -> Run:
