@@ -6,9 +6,12 @@ One adapter is trained from where the run begins. With `--sweep` several are tra
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..formats.folder import OutputFolder
+from . import report
 from .checkpoints import history_in, step_of
 from .config import TrainConfig
 from .divergence import Diverged
@@ -24,9 +27,12 @@ from .spool import as_dataset
 from .start import Start
 from .sweep_settings import swept
 from .tokens import encode, encode_text
+from .tried import Tried
 
 if TYPE_CHECKING:
+    from ..bank.bank import Bank
     from .progress import Progress
+    from .sweep import SweepTrainer
 
 
 def train_one(
@@ -80,27 +86,55 @@ def _fitted(
     return progress
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The best of several settings. Its adapter, of so many trained parameters, is on the model."""
+
+    config: TrainConfig
+    parameters: int
+    tried: Tried
+
+
 def train_swept(
     prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]
-) -> tuple[Progress, TrainConfig]:
-    """Train all adapters of a sweep, put the best one on the model, and return its settings."""
+) -> tuple[Progress, Chosen]:
+    """Train all adapters of a sweep, and put the best one on the model."""
     from . import sweep
 
     choices = swept(prepared.config)
     bank = sweep.bank_of(loaded.model, choices)
+    trainer, progress = _train_together(prepared, loaded, folder, record, bank, choices)
+    best = sweep.best_of(trainer.trials)
+    tried = Tried.of(best, trainer.trials.values())
+    with folder.writing() as part:
+        sweep.write_sweep(tried, bank, part)
+    folder.add(sweep.FILE, sweep.FOLDER)
+    return progress, _chosen(loaded, bank, choices[best], tried)
+
+
+def _train_together(
+    prepared: Prepared,
+    loaded: Loaded,
+    folder: OutputFolder,
+    record: dict[str, Any],
+    bank: Bank,
+    choices: Mapping[str, TrainConfig],
+) -> tuple[SweepTrainer, Progress]:
+    """Train adapters of the bank, by name, in one pass."""
     bank.use(next(iter(choices)))  # a trainer looks at what is adapted, which is the same for all of them
     with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
         rows = train_rows, valid_rows
         trainer, progress, stop = _trainer_of(*rows, prepared, loaded, folder, record, bank=bank, choices=choices)
         with bank.rows(list(choices)), stop.heeding():
             trainer.train()
-    best = sweep.best_of(trainer)
-    with folder.writing() as part:
-        say(sweep.write_sweep(trainer, bank, best, part))
-    folder.add(sweep.FILE, sweep.FOLDER)
-    bank.use(best)
+    return trainer, progress
+
+
+def _chosen(loaded: Loaded, bank: Bank, config: TrainConfig, tried: Tried) -> Chosen:
+    bank.use(tried.best)
     loaded.model.eval()
-    return progress, choices[best]
+    say("\n".join((report.heading("tried"), *tried.table().lines(), f"best by the {tried.chosen_by}: {tried.best}")))
+    return Chosen(config, sum(parameter.numel() for parameter in bank.parameters(tried.best)), tried)
 
 
 def _trainer_of(

@@ -25,7 +25,7 @@ from .checkpoints import checkpoints, newest_whole
 from .config import TrainConfig
 from .divergence import Diverged
 from .evaluate import compare_general, evaluate, question
-from .fitting import train_one, train_swept
+from .fitting import Chosen, train_one, train_swept
 from .interrupt import Interrupted
 from .labels import MULTI_LABEL
 from .loss import check_causal
@@ -42,11 +42,13 @@ from .record import base_fingerprint, refuse_differences, run_record
 from .settings import settings_table, to_command, to_yaml
 from .start import TRAINING, Start, decided, start_of
 from .task import Task, write_labels
+from .tried import Tried
 
 if TYPE_CHECKING:
     from .progress import Progress
 
 _SETTINGS = "config.yaml"
+_OPTIMISTIC = "the settings were chosen by the loss on these rows; expect slightly worse scores on other rows"
 
 
 @quiet_libraries()
@@ -125,11 +127,12 @@ def _run(
     if is_main() and not (folder.path / peft.TENSORS).is_file():  # an adapter that is there keeps its settings
         with folder.writing() as part:
             _write_settings(prepared, loaded, part)
+    told, tried = start_block(prepared), None
     if prepared.config.sweep is None:
         progress = train_one(prepared, loaded, folder, start, record)
     else:
-        progress, best = train_swept(prepared, loaded, folder, record)
-        prepared = dataclasses.replace(prepared, config=best)
+        progress, chosen = train_swept(prepared, loaded, folder, record)
+        prepared, tried = _as_chosen(prepared, chosen), chosen.tried
     if not is_main():
         return progress, None, None
     config = prepared.config
@@ -148,15 +151,28 @@ def _run(
             max_length=config.max_seq_length,
             max_new_tokens=config.max_new_tokens,
         )
+        if tried is not None and tried.by_heldout and split == "valid":
+            result = dataclasses.replace(result, notes=(*result.notes, _OPTIMISTIC))
     general = None
     if prepared.general:
         general = compare_general(loaded, prepared.general, config.max_seq_length)
         before, after = general.metrics["perplexity"]
         progress.note({"step": record["steps"], "general_perplexity_base": before, "general_perplexity": after})
     with folder.writing() as part:
-        _write_reports(prepared, loaded, part, progress, result)
+        _write_reports(prepared, loaded, part, progress, result, told, tried)
     folder.end("finished")
     return progress, result, general
+
+
+def _as_chosen(prepared: Prepared, chosen: Chosen) -> Prepared:
+    """The run as if only the chosen settings had been given."""
+    attached = prepared.attached
+    total = attached.total - attached.trainable + chosen.parameters
+    return dataclasses.replace(
+        prepared,
+        config=chosen.config,
+        attached=dataclasses.replace(attached, trainable=chosen.parameters, total=total),
+    )
 
 
 def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers: tuple[str, ...]) -> None:
@@ -229,7 +245,10 @@ def _write_reports(
     out: Path,
     progress: Progress,
     result: report.Evaluation | None,
+    told: str,
+    tried: Tried | None,
 ) -> None:
+    """told: what was printed before training. tried: the settings among which those of the run were chosen."""
     config = prepared.config
     again = dataclasses.replace(config, resume=None, overwrite=False)
     outcome = _outcome(prepared, progress, result, to_command(again, "train"))
@@ -242,16 +261,18 @@ def _write_reports(
         result=result,
         seconds=outcome.seconds,
         labels=labels_of(prepared.data),
+        tried=tried,
     )
     html = page.render(
         title=Path(config.output_dir).name,
         facts=_facts(prepared, outcome),
         command=outcome.command,
         settings=settings_table(again),
-        summary=start_block(prepared),
+        summary=told,
         history=progress.history,
         result=result,
         changes=weight_changes(loaded.model),
+        tried=tried,
     )
     for name, text in (("README.md", card), ("report.html", html), (RESULTS, outcome.as_json())):
         (out / name).write_text(text, encoding="utf-8")

@@ -13,7 +13,6 @@ had been trained alone.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,14 +23,12 @@ from torch import Tensor, nn
 
 from ..bank.bank import Bank
 from ..core.errors import LoraError
-from ..core.numbers import short_number
 from ..core.settings import LoRASettings
-from ..core.table import Table
-from . import report
 from .config import TrainConfig
 from .divergence import Diverged, When
 from .loss import frozen_head, label_losses, labelled
 from .trainers import CausalTrainer
+from .tried import Trial, Tried
 from .watch import FirstStep
 
 FILE, FOLDER = "sweep.json", "sweep"
@@ -130,6 +127,17 @@ class SweepTrainer(CausalTrainer):
         found.metrics.update({f"{metric_key_prefix}_loss {name}": value for name, value in self.heldout.items()})
         return found
 
+    @property
+    def trials(self) -> dict[str, Trial]:
+        """What each adapter has come to."""
+        steps = self.state.global_step
+        return {
+            name: Trial(name, steps, math.inf, math.inf, f"diverged at step {self.diverged[name]}")
+            if name in self.diverged
+            else Trial(name, steps, self.last.get(name), self.heldout.get(name))
+            for name in self._choices
+        }
+
     def _means(self, sums: Tensor, count: int) -> dict[str, float]:
         """The mean of each adapter, infinite if it diverged."""
         values = (sums / max(count, 1)).tolist()
@@ -145,34 +153,17 @@ class SweepTrainer(CausalTrainer):
         """Nothing: an adapter that diverges is noticed at its step."""
 
 
-def best_of(trainer: SweepTrainer) -> str:
+def best_of(trials: Mapping[str, Trial]) -> str:
     """The name of the best adapter."""
-    scores = trainer.heldout or trainer.last
-    best = min(scores, key=lambda name: scores[name])
-    if not math.isfinite(scores[best]):
+    best = min(trials, key=lambda name: trials[name].score)
+    if not math.isfinite(trials[best].score):
         raise LoraError("no adapter of the sweep has a finite loss; lower the learning rates.")
     return best
 
 
-def write_sweep(trainer: SweepTrainer, bank: Bank, best: str, folder: Path) -> str:
-    """Write every adapter into the folder, and what each reached. Returns the table, best first."""
-    scores = trainer.heldout or trainer.last
-    ranked = sorted(scores, key=lambda name: scores[name])
-    rows: list[dict[str, Any]] = []
-    for name in ranked:
-        fate = f"diverged at step {trainer.diverged[name]}" if name in trainer.diverged else ""
-        rows.append({"name": name, "loss": trainer.last.get(name), "heldout": trainer.heldout.get(name), "fate": fate})
-        if not fate:
-            bank[name].save(folder / FOLDER / name.replace(" ", ","))
-    finite = [{key: value if value != math.inf else None for key, value in row.items()} for row in rows]
-    (folder / FILE).write_text(json.dumps({"best": best, "rows": finite}, indent=1) + "\n", encoding="utf-8")
-    table = Table(
-        ("", "last loss", "held-out loss", " "),
-        tuple((row["name"], _cell(row["loss"]), _cell(row["heldout"]), row["fate"]) for row in rows),
-        left=frozenset({0, 3}),
-    )
-    return "\n".join((report.heading("sweep"), *table.lines(), f"best: {best}"))
-
-
-def _cell(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else short_number(value, 4)
+def write_sweep(tried: Tried, bank: Bank, folder: Path) -> None:
+    """Write every adapter that did not diverge into the folder, and what each reached."""
+    for trial in tried.trials:
+        if not trial.fate:
+            bank[trial.name].save(folder / FOLDER / trial.name.replace(" ", ","))
+    (folder / FILE).write_text(tried.as_json(), encoding="utf-8")
