@@ -5,8 +5,9 @@ One adapter is trained from where the run begins. With `--sweep` several are tra
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,35 +103,38 @@ def train_swept(
     from . import sweep
 
     choices = swept(prepared.config)
-    bank = sweep.bank_of(loaded.model, choices)
-    trainer, progress = _train_together(prepared, loaded, folder, record, bank, choices)
+    bank = sweep.frozen_bank(loaded.model)
+    sweep.add_fresh(bank, choices)
+    with together(prepared, loaded, folder, record, bank, choices) as (trainer, progress):
+        trainer.train()
     best = sweep.best_of(trainer.trials)
     tried = Tried.of(best, trainer.trials.values())
     with folder.writing() as part:
         sweep.write_sweep(tried, bank, part)
     folder.add(sweep.FILE, sweep.FOLDER)
-    return progress, _chosen(loaded, bank, choices[best], tried)
+    return progress, put_on(loaded, bank, choices[best], tried)
 
 
-def _train_together(
+@contextlib.contextmanager
+def together(
     prepared: Prepared,
     loaded: Loaded,
     folder: OutputFolder,
     record: dict[str, Any],
     bank: Bank,
     choices: Mapping[str, TrainConfig],
-) -> tuple[SweepTrainer, Progress]:
-    """Train adapters of the bank, by name, in one pass."""
+) -> Iterator[tuple[SweepTrainer, Progress]]:
+    """The trainer of several adapters of the bank, by name. Inside, each row of a batch stands for all of them."""
     bank.use(next(iter(choices)))  # a trainer looks at what is adapted, which is the same for all of them
     with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
         rows = train_rows, valid_rows
         trainer, progress, stop = _trainer_of(*rows, prepared, loaded, folder, record, bank=bank, choices=choices)
         with bank.rows(list(choices)), stop.heeding():
-            trainer.train()
-    return trainer, progress
+            yield trainer, progress
 
 
-def _chosen(loaded: Loaded, bank: Bank, config: TrainConfig, tried: Tried) -> Chosen:
+def put_on(loaded: Loaded, bank: Bank, config: TrainConfig, tried: Tried) -> Chosen:
+    """Put the best adapter of a bank on the model, and print what was tried."""
     bank.use(tried.best)
     loaded.model.eval()
     say("\n".join((report.heading("tried"), *tried.table().lines(), f"best by the {tried.chosen_by}: {tried.best}")))

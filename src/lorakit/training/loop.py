@@ -93,7 +93,7 @@ def train(config: TrainConfig) -> Path:
         check_causal(loaded.model)
     if config.packing:
         check_packing(loaded.model)
-    if config.sweep is None:
+    if config.sweep is None and config.auto is None:
         adapt(config, loaded.model, new_head=prepared.data.task != "causal-lm")
     out = OutputFolder(config.output_dir, TRAINING)
     folder = start.folder(out)
@@ -128,10 +128,10 @@ def _run(
         with folder.writing() as part:
             _write_settings(prepared, loaded, part)
     told, tried = start_block(prepared), None
-    if prepared.config.sweep is None:
+    if prepared.config.sweep is None and prepared.config.auto is None:
         progress = train_one(prepared, loaded, folder, start, record)
     else:
-        progress, chosen = train_swept(prepared, loaded, folder, record)
+        progress, chosen = _chosen_of(prepared, loaded, folder, record)
         prepared, tried = _as_chosen(prepared, chosen), chosen.tried
     if not is_main():
         return progress, None, None
@@ -162,6 +162,17 @@ def _run(
         _write_reports(prepared, loaded, part, progress, result, told, tried)
     folder.end("finished")
     return progress, result, general
+
+
+def _chosen_of(
+    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]
+) -> tuple[Progress, Chosen]:
+    """Train several settings, as --sweep or --auto says."""
+    if prepared.search is None:
+        return train_swept(prepared, loaded, folder, record)
+    from .auto_run import train_searched
+
+    return train_searched(prepared, loaded, folder, record)
 
 
 def _as_chosen(prepared: Prepared, chosen: Chosen) -> Prepared:

@@ -21,6 +21,7 @@ from ..core.numbers import size
 from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
+from .auto_settings import AT_ONCE, AutoSearch, auto_search
 from .class_weights import class_weights
 from .config import Quantize, TrainConfig, warnings_for
 from .continuing import begin_with, in_names_of, planned, taken_over
@@ -68,6 +69,7 @@ class Prepared:
     weights: tuple[int, int]  # bytes of the base as it is loaded, and of the same with no layer quantised
     fit: tuple[str, ...]  # what --fit chose and why
     class_weights: tuple[float, ...] | None  # of each class in the loss; None: all count alike
+    search: AutoSearch | None = None
 
     @property
     def tokens(self) -> int:
@@ -81,7 +83,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     DataError listing every bad row, and ValueError for settings that do not fit the model or the data.
     """
     check_reporters(config.report_to or ())
-    choices = swept(config)
+    choices, search = swept(config), auto_search(config)
     given, (config, adapter) = config, taken_over(config)
     data = read_data(
         config.data,
@@ -127,8 +129,14 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         raise LoraError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
     check_vocabulary(itertools.chain(train, valid), model, tokenizer)
     check_metric(config, data, len(valid))
-    if choices and (data.task != "causal-lm" or processes() > 1):
-        raise UsageError("--sweep is for language models, in one process: a classifier's head is shared by all rows.")
+    if search and not valid:
+        raise LoraError(
+            f"--auto compares held-out losses, and {config.data} has no held-out rows; add a valid file, or --holdout "
+            "above 0."
+        )
+    if (choices or search) and (data.task != "causal-lm" or processes() > 1):
+        flag = "--auto" if search else "--sweep"
+        raise UsageError(f"{flag} is for language models, in one process: a classifier's head is shared by all rows.")
     if config.packing:
         if data.task != "causal-lm":
             raise LoraError("--packing is for language models: a classifier gives one answer for each text.")
@@ -140,8 +148,10 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
 
     longest = _longest(train, config.batch_size)
     counts = len(train), _tokens(train)
-    copies = max(len(choices), 1)
+    copies = AT_ONCE if search else max(len(choices), 1)
     largest = max(choices.values(), key=lambda own: own.rank, default=config)
+    if search:
+        largest = dataclasses.replace(config, rank=search.largest)
     if adapter is not None:
         adapter = in_names_of(model, adapter)
 
@@ -166,7 +176,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
                 weights = weight_bytes(model)
                 _, attached = adapted(own, model)
             plan = _plan(own, data, counts, model, _faked(batch, fake))
-            return plan.with_adapters(model, len(choices) - 1) if choices else plan
+            return plan.with_adapters(model, copies - 1)
 
     said: tuple[str, ...] = ()
     if config.fit is None:
@@ -195,6 +205,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         weights,
         said,
         weights_of_classes,
+        search,
     )
 
 
@@ -216,11 +227,29 @@ def start_block(prepared: Prepared) -> str:
         str(prepared.attached),
         report.heading("plan"),
         f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
-        f"learning rate {config.learning_rate:g}, {config.scheduler}; seed {config.seed}",
+        f"learning rate {_rate(prepared)}, {config.scheduler}; seed {config.seed}",
         *prepared.fit,
         f"{_memory(plan)}; the time is told after the first steps of training",
+        *_search_lines(prepared),
     ]
     return "\n".join(lines)
+
+
+def _rate(prepared: Prepared) -> str:
+    searched = prepared.search is not None and "learning_rate" in prepared.search.axes
+    return "searched" if searched else f"{prepared.config.learning_rate:g}"
+
+
+def _search_lines(prepared: Prepared) -> list[str]:
+    if (search := prepared.search) is None:
+        return []
+    searched = " and ".join(name.replace("_", " ") for name in search.axes)
+    return [
+        report.heading("search"),
+        f"{searched}: begins with {search.name(search.start)}, and goes to what has a lower loss on the "
+        f"{len(prepared.valid)} held-out rows; budget {search.budget.text}",
+        f"memory is planned for {AT_ONCE} adapters of rank {search.largest} at once",
+    ]
 
 
 def _weights(prepared: Prepared) -> str:

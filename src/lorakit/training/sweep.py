@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from ..bank.bank import Bank
-from ..core.errors import LoraError
 from ..core.settings import LoRASettings
 from .config import TrainConfig
 from .divergence import Diverged, When
@@ -34,15 +33,19 @@ from .watch import FirstStep
 FILE, FOLDER = "sweep.json", "sweep"
 
 
-def bank_of(model: nn.Module, choices: Mapping[str, TrainConfig]) -> Bank:
-    """A bank with a fresh adapter for each of the choices, on a frozen model. Each begins as it would alone."""
+def frozen_bank(model: nn.Module) -> Bank:
+    """A bank without adapters, on a frozen model."""
     model.requires_grad_(False)
-    bank, state = Bank(model), torch.get_rng_state()
+    return Bank(model)
+
+
+def add_fresh(bank: Bank, choices: Mapping[str, TrainConfig]) -> None:
+    """Add a fresh adapter for each of the choices. Each begins as it would alone: all from the present random state."""
+    state = torch.get_rng_state()
     for name, config in choices.items():
         torch.set_rng_state(state)
         bank[name] = dataclasses.replace(LoRASettings.of(config), dtype=None)
         bank.seeds[name] = config.seed
-    return bank
 
 
 class SweepTrainer(CausalTrainer):
@@ -105,7 +108,7 @@ class SweepTrainer(CausalTrainer):
             else:
                 largest = torch.maximum(largest, norm.detach().cpu())
         if len(self.diverged) == len(self._choices):
-            raise Diverged(f"all {len(self._choices)} adapters of the sweep diverged; lower the learning rates.")
+            self.control.should_training_stop = True
         return largest
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -157,8 +160,17 @@ def best_of(trials: Mapping[str, Trial]) -> str:
     """The name of the best adapter."""
     best = min(trials, key=lambda name: trials[name].score)
     if not math.isfinite(trials[best].score):
-        raise LoraError("no adapter of the sweep has a finite loss; lower the learning rates.")
+        raise Diverged(f"all {len(trials)} adapters of the sweep diverged; lower the learning rates.")
     return best
+
+
+def lines_of(history: Iterable[Mapping[str, float]], name: str) -> list[dict[str, float]]:
+    """What was logged of one adapter, as lines of metrics.jsonl of a run alone."""
+    losses = {f"loss {name}": "loss", f"eval_loss {name}": "eval_loss"}
+    return [
+        {losses.get(key, key): value for key, value in line.items() if key in ("step", "epoch", "seconds", *losses)}
+        for line in history
+    ]
 
 
 def write_sweep(tried: Tried, bank: Bank, folder: Path) -> None:

@@ -68,7 +68,7 @@ class Tried:
             ("settings", "steps", "training loss", heldout, ""),
             rows,
             left=frozenset({0, 4}),
-            marked=frozenset({(names.index(self.best), 0)}),
+            marked=frozenset({(names.index(self.best), 3 if self.by_heldout else 2)}),
         )
 
     def as_json(self, **more: Any) -> str:
