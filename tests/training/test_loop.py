@@ -16,7 +16,7 @@ import yaml
 
 from lorakit.cli.main import main
 from lorakit.formats.folder import OutputFolder
-from lorakit.training import loop
+from lorakit.training import fitting, loop
 from lorakit.training.checkpoints import checkpoints
 from lorakit.training.config import TrainConfig
 from lorakit.training.divergence import Diverged
@@ -372,7 +372,7 @@ def test_a_row_that_was_cut_to_the_models_positions_is_named_too(
     prepared = prepare(dataclasses.replace(config, **changed, targets=("all-linear",), too_long="truncate"))
     assert {len(row["input_ids"]) for row in prepared.train} == {prepared.limit} != {10_000}
     for number, row in enumerate(prepared.train):
-        found = loop._where(prepared, {"input_ids": torch.tensor([row["input_ids"]])})
+        found = fitting._where(prepared, {"input_ids": torch.tensor([row["input_ids"]])})
         assert found == f"long.jsonl:{number + 1}"
 
 

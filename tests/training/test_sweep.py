@@ -70,7 +70,13 @@ def test_each_adapter_is_what_its_settings_give_alone(config: TrainConfig, accum
         torch.testing.assert_close(factors(out)[name], value, rtol=0, atol=2e-4)
     kept, own = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (out, best))
     assert {**kept, "output_dir": own["output_dir"]} == own
-    assert f"best: {found['best']}" in said and "exact match" in said
+    assert f"best by the held-out loss: {found['best']}" in said and "exact match" in said
+    told = (out / "report.html").read_text(), (out / "README.md").read_text()
+    assert all(row["name"] in text for row in found["rows"] for text in told)
+    # The score is on the rows that chose the settings, and every place says so.
+    assert all("the settings were chosen by the loss on these rows" in text for text in (said, *told))
+    counts = [json.loads((folder / "results.json").read_text())["trained_parameters"] for folder in (out, best)]
+    assert counts[0] == counts[1]
 
 
 def test_one_that_diverges_leaves_the_others_alone(config: TrainConfig) -> None:

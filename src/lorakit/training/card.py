@@ -14,6 +14,7 @@ from ..core.numbers import duration
 from ..core.table import Table
 from .config import TrainConfig
 from .report import Evaluation, Sample, metrics_table, one_line, telling
+from .tried import Tried
 from .values import value_text
 
 _PATHS = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["path"]}
@@ -42,11 +43,12 @@ def model_card(
     seconds: float,
     labels: tuple[str, ...] | None = None,
     multi_label: bool = False,
+    tried: Tried | None = None,
 ) -> str:
     """README.md of an output folder: what it is, how it was made, what it does, how to use it.
 
     labels: the classes of a classifier (none for a regression); None for a language model. multi_label: a text has any
-    number of them.
+    number of them. tried: the settings among which those of the run were chosen.
     """
     front = front_matter(public(base_model), data=data, answers=labels is None)
     base_model, data = public(base_model), public(data)
@@ -84,8 +86,11 @@ def model_card(
     if result is not None:
         body += ["## Results", "", f"On {result.rows} held-out rows ({result.split}):", ""]
         body += [metrics_table(result).markdown(), ""]
+        body += [line for note in result.notes for line in (f"Note: {note}.", "")]
         if result.samples:
             body += [_samples_table(telling(result.samples)[:5]).markdown(), ""]
+    if tried is not None:
+        body += ["## Settings tried", "", f"The {tried.chosen_by} chose among these:", "", tried.table().markdown(), ""]
     values = (
         (name, public(value) if name in _PATHS and isinstance(value, str) else value_text(value))
         for name, value in settings.items()

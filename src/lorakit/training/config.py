@@ -161,6 +161,12 @@ class TrainConfig:
         help="settings to train all at once, and keep the best of: 'learning_rate=1e-4,3e-4 rank=4,16'",
         group=_TRAINING,
     )
+    auto: str | None = setting(
+        None,
+        help="budget in which to search the learning rate and the rank, as far as they are not given, by the held-out "
+        "loss: 30m, 2h, or '12 runs'",
+        group=_TRAINING,
+    )
     weight_decay: float = setting(0.0, help="weight decay of AdamW", group=_TRAINING, at_least=0, at_most=1000)
     gradient_checkpointing: bool = setting(
         False, help="recompute activations in the backward pass: less memory, more time", group=_TRAINING

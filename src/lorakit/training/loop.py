@@ -24,37 +24,34 @@ from . import page, report
 from .adapter_folder import ADAPTERS
 from .card import model_card, public
 from .changes import weight_changes
-from .checkpoints import checkpoints, history_in, newest_whole, step_of
+from .checkpoints import checkpoints, newest_whole
 from .config import TrainConfig
 from .divergence import Diverged
 from .evaluate import compare_general, evaluate, question
-from .interrupt import Interrupted, SaveAndStop
+from .fitting import Chosen, train_each, train_one, train_swept
+from .interrupt import Interrupted
 from .labels import MULTI_LABEL
 from .loss import check_causal
 from .memory import few_kernels
 from .models import LABELS, Loaded, best_device, load_causal_lm, load_classifier
 from .outcome import RESULTS, Outcome, device_name, last_losses, scores_of, trained_seconds
-from .pace import Pace, padded_tokens
-from .packing import PackCollator, check_packing, unpacked
+from .packing import check_packing
 from .plan import processes
 from .preflight import refuse_large_run
-from .prepare import Prepared, adapt, labels_of, prepare, start_block, uses_autocast, weights_dtype
-from .processes import is_main, of_main
+from .prepare import Prepared, adapt, labels_of, prepare, start_block, weights_dtype
+from .processes import is_main, of_main, say
 from .quiet import quiet_libraries
-from .record import base_fingerprint, longer_or_shorter, refuse_differences, run_record
+from .record import base_fingerprint, refuse_differences, run_record
 from .settings import settings_table, to_command, to_yaml
-from .spool import as_dataset
 from .start import TRAINING, Start, decided, start_of
-from .sweep_settings import swept
 from .task import Task, write_labels
-from .tokens import encode, encode_text
+from .tried import Tried
 
 if TYPE_CHECKING:
-    from ..bank.bank import Bank
-    from .one_pass import OnePassTrainer
     from .progress import Progress
 
-_SETTINGS = "config.yaml"
+_SETTINGS, _CARD = "config.yaml", "README.md"
+_OPTIMISTIC = "the settings were chosen by the loss on these rows; expect slightly worse scores on other rows"
 
 
 @quiet_libraries()
@@ -81,11 +78,11 @@ def train(config: TrainConfig) -> Path:
     start = of_main(start)
     if start.finished and start.record is not None and start.record.get("steps") == record["steps"]:
         out = start.folder(OutputFolder(config.output_dir, TRAINING))
-        _say(f"{out} holds this run, finished after {record['steps']} steps: nothing remains to be done.")
+        say(f"{out} holds this run, finished after {record['steps']} steps: nothing remains to be done.")
         return out.path
-    _say(start_block(prepared))
+    say(start_block(prepared))
     for line in start.said:
-        _say(line)
+        say(line)
     refuse_large_run(prepared)
     if config.dry_run:
         return Path(config.output_dir)
@@ -99,7 +96,7 @@ def train(config: TrainConfig) -> Path:
         check_causal(loaded.model)
     if config.packing:
         check_packing(loaded.model)
-    if not prepared.runs:
+    if not (config.sweep or config.auto or prepared.learners):
         adapt(config, loaded.model, new_head=prepared.data.task != "causal-lm")
     out = OutputFolder(config.output_dir, TRAINING)
     folder = start.folder(out)
@@ -122,20 +119,23 @@ def train(config: TrainConfig) -> Path:
         if is_main() and start.beside:
             out.put_new_in_place()
     if is_main():
-        _say(_end_block(prepared, out, ended))
+        say(_end_block(prepared, out, ended))
     return out.path
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ended:
     """How a run ended. result: the scores on held-out rows. several: the same for each adapter, if rows name them.
-    general: those on general text.
+    general: those on general text. told: what was printed before training. tried: the settings among which those of the
+    run were chosen.
     """
 
     progress: Progress
     result: report.Evaluation | None = None
     several: report.SeveralEvaluations | None = None
     general: report.Evaluation | None = None
+    told: str = ""
+    tried: Tried | None = None
 
 
 def _run(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> _Ended:
@@ -143,13 +143,14 @@ def _run(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
     if is_main() and not (folder.path / peft.TENSORS).is_file():  # an adapter that is there keeps its settings
         with folder.writing() as part:
             _write_settings(prepared, loaded, part)
-    if prepared.data.adapters:
+    if prepared.learners:
         return _run_each(prepared, loaded, folder, record)
-    if prepared.config.sweep is None:
-        progress = _fit(prepared, loaded, folder, start, record)
+    told, tried = start_block(prepared), None
+    if prepared.config.sweep is None and prepared.config.auto is None:
+        progress = train_one(prepared, loaded, folder, start, record)
     else:
-        progress, best = _fit_sweep(prepared, loaded, folder, record)
-        prepared = dataclasses.replace(prepared, config=best)
+        progress, chosen = _chosen_of(prepared, loaded, folder, record)
+        prepared, tried = _as_chosen(prepared, chosen), chosen.tried
     if not is_main():
         return _Ended(progress)
     config = prepared.config
@@ -168,42 +169,66 @@ def _run(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
             max_length=config.max_seq_length,
             max_new_tokens=config.max_new_tokens,
         )
+        if tried is not None and tried.by_heldout and split == "valid":
+            result = dataclasses.replace(result, notes=(*result.notes, _OPTIMISTIC))
     general = None
     if prepared.general:
         general = compare_general(loaded, prepared.general, config.max_seq_length)
         before, after = general.metrics["perplexity"]
         progress.note({"step": record["steps"], "general_perplexity_base": before, "general_perplexity": after})
+    ended = _Ended(progress, result, general=general, told=told, tried=tried)
     with folder.writing() as part:
-        _write_reports(prepared, loaded, part, _Ended(progress, result))
+        _write_reports(prepared, loaded, part, ended)
+        card = _card(prepared, result, progress.seconds, tried=tried)
+        (part / _CARD).write_text(card, encoding="utf-8")
     folder.end("finished")
-    return _Ended(progress, result, general=general)
+    return ended
 
 
 def _run_each(prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]) -> _Ended:
     """Train every adapter on the rows that name it, and write a folder for each."""
     from .each_adapter import card_of_all, save_each, score_each
 
-    bank, trainer, progress = _fit_bank(prepared, loaded, folder, record)
-    for name, step in trainer.diverged.items():
-        _say(f"{name} diverged at step {step} and is not kept; lower the learning rate.")
-        del bank[name]
+    told = start_block(prepared)
+    progress, bank = train_each(prepared, loaded, folder, record)
     with folder.writing() as part:
         save_each(bank, list(bank), part, functools.partial(_write_settings, prepared, loaded))
         _write_settings(prepared, loaded, part)
-    loaded.model.eval()
     several = score_each(prepared, loaded, bank, folder.path)
-    ended = _Ended(progress, None if several is None else several.all, several)
+    ended = _Ended(progress, None if several is None else several.all, several, told=told)
     with folder.writing() as part:
         _write_reports(prepared, loaded, part, ended)
         card = card_of_all(prepared.config.model, prepared.config.data, list(bank), several)
-        (part / "README.md").write_text(card, encoding="utf-8")
+        (part / _CARD).write_text(card, encoding="utf-8")
     for name in bank:
         own = several.by_adapter.get(name) if several is not None else None
-        beside = f"; trained in one pass with {len(prepared.runs) - 1} others"
-        with replacing(folder.path / ADAPTERS / name / "README.md") as path:
+        beside = f"; trained in one pass with {len(prepared.learners) - 1} others"
+        with replacing(folder.path / ADAPTERS / name / _CARD) as path:
             path.write_text(_card(prepared, own, progress.seconds, beside), encoding="utf-8")
     folder.end("finished")
     return ended
+
+
+def _chosen_of(
+    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]
+) -> tuple[Progress, Chosen]:
+    """Train several settings, as --sweep or --auto says."""
+    if prepared.search is None:
+        return train_swept(prepared, loaded, folder, record)
+    from .auto_run import train_searched
+
+    return train_searched(prepared, loaded, folder, record)
+
+
+def _as_chosen(prepared: Prepared, chosen: Chosen) -> Prepared:
+    """The run as if only the chosen settings had been given."""
+    attached = prepared.attached
+    total = attached.total - attached.trainable + chosen.parameters
+    return dataclasses.replace(
+        prepared,
+        config=chosen.config,
+        attached=dataclasses.replace(attached, trainable=chosen.parameters, total=total),
+    )
 
 
 def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers: tuple[str, ...]) -> None:
@@ -254,206 +279,6 @@ def _load(prepared: Prepared) -> Loaded:
     return load_classifier(config.model, labels=labels, multi_label=prepared.data.task == MULTI_LABEL, **how)
 
 
-def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:
-    """Train, and return what was logged on the way."""
-    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
-        trainer, progress, stop = _trainer_of(train_rows, valid_rows, prepared, loaded, folder, record)
-        return _fitted(trainer, progress, stop, prepared, loaded, folder, start, record)
-
-
-def _fitted(
-    trainer: Any,
-    progress: Progress,
-    stop: SaveAndStop,
-    prepared: Prepared,
-    loaded: Loaded,
-    folder: OutputFolder,
-    start: Start,
-    record: dict[str, Any],
-) -> Progress:
-    """Train from where the run begins, and put the adapter on the model that it ends with."""
-    from .best import Best, score_of
-    from .scores import logged_as
-
-    config = prepared.config
-    best = Best(config.metric, config.patience, trainer.hold_best if config.keep == "best" else None)
-    trainer.add_callback(best)
-    if config.metric != "loss":
-        trainer.score = logged_as(config.metric), score_of(prepared, loaded)
-    step = step_of(start.checkpoint) if start.checkpoint else 0
-    if start.checkpoint and start.record is not None:
-        for line in longer_or_shorter(start.record, record, step):
-            _say(line)
-    history = history_in(start.checkpoint) if start.checkpoint else []
-    trains = step < record["steps"] and not best.is_over(history)
-    if trains:
-        with stop.heeding():
-            trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
-        history = trainer.state.log_history
-    else:
-        assert start.checkpoint is not None
-        trainer.take(start.checkpoint)
-        progress.take(step)
-    if config.keep == "best":
-        trainer.take_best()
-        _say(best.told(history))
-    if trains and is_main():
-        _refuse_diverged(trainer, folder)
-    loaded.model.eval()
-    return progress
-
-
-def _fit_sweep(
-    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]
-) -> tuple[Progress, TrainConfig]:
-    """Train all adapters of a sweep, put the best one on the model, and return its settings."""
-    from . import sweep
-
-    bank, trainer, progress = _fit_bank(prepared, loaded, folder, record)
-    best = sweep.best_of(trainer)
-    with folder.writing() as part:
-        _say(sweep.write_sweep(trainer, bank, best, part))
-    folder.add(sweep.FILE, sweep.FOLDER)
-    bank.use(best)
-    loaded.model.eval()
-    return progress, swept(prepared.config)[best]
-
-
-def _fit_bank(
-    prepared: Prepared,
-    loaded: Loaded,
-    folder: OutputFolder,
-    record: dict[str, Any],
-) -> tuple[Bank, OnePassTrainer, Progress]:
-    """Train all adapters of a run in one pass. Afterwards none is in use."""
-    from .sweep import bank_of
-
-    runs = prepared.runs
-    choices = swept(prepared.config) or dict.fromkeys(runs, prepared.config)
-    bank = bank_of(loaded.model, choices)
-    bank.use(next(iter(runs)))  # a trainer looks at what is adapted, which is the same for all of them
-    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
-        trainer, progress, stop = _trainer_of(
-            train_rows, valid_rows, prepared, loaded, folder, record, bank=bank, runs=runs
-        )
-        with bank.rows(list(runs)), stop.heeding():
-            trainer.train()
-    bank.use(None)
-    return bank, trainer, progress
-
-
-def _trainer_of(
-    train_rows: Any,
-    valid_rows: Any,
-    prepared: Prepared,
-    loaded: Loaded,
-    folder: OutputFolder,
-    record: dict[str, Any],
-    **of_several: Any,
-) -> tuple[Any, Progress, SaveAndStop]:
-    """The trainer of a run, what shows its progress, and what ends it early.
-
-    of_several: the bank and the runs of several adapters in one pass.
-    """
-    from transformers import DataCollatorWithPadding, TrainingArguments
-    from trl import SFTConfig
-
-    from .base_trainer import arguments
-    from .one_pass import OnePassTrainer
-    from .progress import Progress
-    from .trainers import CausalTrainer, ClassifierTrainer
-
-    config, causal = prepared.config, prepared.data.task == "causal-lm"
-    evaluated = bool(prepared.valid)
-    by_steps = config.eval_steps is not None
-    settings: dict[str, Any] = dict(
-        seed=config.seed,
-        learning_rate=config.learning_rate,
-        warmup=config.warmup_ratio,
-        output_dir=str(folder),
-        per_device_eval_batch_size=config.batch_size,
-        bf16=uses_autocast(config, prepared.data),
-        fp16=weights_dtype(config, prepared.data) == "float16" and loaded.device.type == "cuda",
-        eval_strategy="no" if not evaluated else "steps" if by_steps else "epoch",
-        eval_steps=config.eval_steps,
-        save_strategy="steps" if config.save_steps else "epoch",
-        save_steps=config.save_steps or 500,
-        save_total_limit=2,
-        logging_steps=config.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        report_to=list(config.report_to or ("none",)),
-        remove_unused_columns=causal,
-    )
-    pace = _pace(prepared)
-    progress, stop = Progress(folder.path, pace), SaveAndStop()
-    common: dict[str, Any] = dict(
-        model=loaded.model,
-        train_dataset=train_rows,
-        eval_dataset=valid_rows if evaluated else None,
-        processing_class=loaded.tokenizer,
-        callbacks=[progress, stop],
-        folder=folder,
-        record=record,
-        pace=pace,
-    )
-    if config.packing:
-        common["data_collator"] = PackCollator(loaded.tokenizer.pad_token_id)
-    trainer: Any
-    if causal:
-        settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
-        kind = OnePassTrainer if of_several else CausalTrainer
-        if of_several:
-            config = dataclasses.replace(config, gradient_accumulation_steps=1)  # each run has its own
-        trainer = kind(args=arguments(SFTConfig, config, **settings), **common, **of_several)
-    else:
-        collator = DataCollatorWithPadding(loaded.tokenizer)
-        made = arguments(TrainingArguments, config, **settings)
-        weights = prepared.class_weights
-        trainer = ClassifierTrainer(args=made, data_collator=collator, class_weights=weights, **common)
-    trainer.name_of = functools.partial(_where, prepared)
-    return trainer, progress, stop
-
-
-def _pace(prepared: Prepared) -> Pace:
-    """The pace of one process, for its share of the rows."""
-    size, tokens, heldout = prepared.config.batch_size, 0, 0
-    for run in prepared.runs.values() or [prepared]:
-        train, valid = run.train, run.valid
-        tokens += padded_tokens([len(row["input_ids"]) for row in train], size, shuffled=True)
-        heldout += padded_tokens([len(row["input_ids"]) for row in valid], size, shuffled=False)
-    return Pace(tokens / processes() / prepared.plan.steps_an_epoch, heldout // processes())
-
-
-def _refuse_diverged(trainer: Any, folder: OutputFolder) -> None:
-    try:
-        trainer.refuse_diverged()
-    except Diverged:
-        folder.end("failed")
-        raise
-
-
-def _where(prepared: Prepared, row: dict[str, Any]) -> str:
-    """Where a row of a batch comes from, or each row of a pack: file and line, and how it begins."""
-    if not prepared.config.packing:
-        return _place(prepared, row["input_ids"][0].tolist())
-    pad = prepared.tokenizer.pad_token_id
-    return ", ".join(_place(prepared, ids) for ids in unpacked(row) if ids != [pad])
-
-
-def _place(prepared: Prepared, ids: list[int]) -> str:
-    for example in prepared.data.train:
-        if prepared.data.task == "causal-lm":
-            tokens = encode(example, prepared.tokenizer, system=prepared.style.system, chat=prepared.style.chat)
-            found = tokens.input_ids
-        else:
-            found = encode_text(example, prepared.tokenizer, prepared.limit)["input_ids"]
-        cut = found[: prepared.limit]
-        if ids[: len(cut)] == cut and set(ids[len(cut) :]) <= {prepared.tokenizer.pad_token_id}:
-            return example.where
-    return "one that begins " + repr(prepared.tokenizer.decode(ids[:12]))
-
-
 def _settings(config: TrainConfig) -> str:
     """The settings as YAML, without --resume and --overwrite: a repeated run overwrites nothing."""
     return to_yaml(dataclasses.replace(config, resume=None, overwrite=False))
@@ -474,22 +299,28 @@ def _write_reports(prepared: Prepared, loaded: Loaded, out: Path, ended: _Ended)
     config, progress, result = prepared.config, ended.progress, ended.result
     again = dataclasses.replace(config, resume=None, overwrite=False)
     outcome = _outcome(prepared, progress, result, to_command(again, "train"))
-    card = _card(prepared, result, outcome.seconds)
     html = page.render(
         title=Path(config.output_dir).name,
         facts=_facts(prepared, outcome),
         command=outcome.command,
         settings=settings_table(again),
-        summary=start_block(prepared),
+        summary=ended.told,
         history=progress.history,
         result=result,
         changes=weight_changes(loaded.model),
+        tried=ended.tried,
     )
-    for name, text in (("README.md", card), ("report.html", html), (RESULTS, outcome.as_json())):
+    for name, text in (("report.html", html), (RESULTS, outcome.as_json())):
         (out / name).write_text(text, encoding="utf-8")
 
 
-def _card(prepared: Prepared, result: report.Evaluation | None, seconds: float, beside: str = "") -> str:
+def _card(
+    prepared: Prepared,
+    result: report.Evaluation | None,
+    seconds: float,
+    beside: str = "",
+    tried: Tried | None = None,
+) -> str:
     """The card of one adapter. beside: what to say of how it was trained."""
     config = prepared.config
     data = ",".join(map(public, config.data.split(",")))  # of several data sets, each
@@ -502,6 +333,7 @@ def _card(prepared: Prepared, result: report.Evaluation | None, seconds: float, 
         seconds=seconds,
         labels=labels_of(prepared.data),
         multi_label=prepared.data.task == MULTI_LABEL,
+        tried=tried,
     )
 
 
@@ -568,8 +400,3 @@ def _end_block(prepared: Prepared, out: OutputFolder, ended: _Ended) -> str:
     prompt, answers = example.text or question(example) or "TEXT", prepared.data.task == "causal-lm"
     lines.append(report.next_commands(out.path, answers=answers, prompt=prompt, pair=example.text_pair))
     return "\n".join(lines)
-
-
-def _say(text: str) -> None:
-    if is_main():
-        print(text, flush=True)

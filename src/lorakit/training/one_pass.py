@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..bank.bank import Bank
 from .base_trainer import BaseTrainer
-from .divergence import Diverged, When
+from .divergence import When
 from .loss import frozen_head, label_losses, labelled
 from .own_run import OwnRun, Rows, most_tokens
 from .trainers import CausalTrainer
+from .tried import Trial
 from .watch import FirstStep
 
 Batch = list[tuple[int, dict[str, Any]]]  # rows, each with the place of its run
@@ -206,7 +207,7 @@ class OnePass(BaseTrainer):
             else:
                 largest = torch.maximum(largest, norm.detach().cpu())
         if len(self.diverged) == len(self._names):
-            raise Diverged(f"all {len(self._names)} adapters diverged; lower the learning rate.")
+            self.control.should_training_stop = True
         return largest
 
 
@@ -248,6 +249,17 @@ class OnePassTrainer(OnePass, CausalTrainer):
                 self._evaluated += self._losses(model, batch).to("cpu", torch.float64)
             self._labels += self._labels_of(batch)
         return self._evaluated.sum(), None, None
+
+    @property
+    def trials(self) -> dict[str, Trial]:
+        """What each adapter has come to."""
+        steps = self.state.global_step
+        return {
+            name: Trial(name, steps, math.inf, math.inf, f"diverged at step {self.diverged[name]}")
+            if name in self.diverged
+            else Trial(name, steps, self.last.get(name), self.heldout.get(name))
+            for name in self._names
+        }
 
     def _means(self, sums: Tensor, counts: Tensor) -> dict[str, float]:
         """The mean of each adapter that has one, infinite if it diverged."""

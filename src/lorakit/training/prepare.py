@@ -21,6 +21,7 @@ from ..core.numbers import size
 from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
+from .auto_settings import AT_ONCE, AutoSearch, auto_search
 from .class_weights import class_weights
 from .config import Quantize, TrainConfig, warnings_for
 from .continuing import begin_with, in_names_of, planned, taken_over
@@ -40,7 +41,7 @@ from .rows import DataError
 from .settings import UsageError
 from .spool import Spool, picked, progress, viewed
 from .style import Style
-from .sweep_settings import refuse_in_one_pass, swept
+from .sweep_settings import refuse_unshared, swept
 from .task import in_model_order, model_task
 from .tokens import Tokens, encode_all, encode_text, preview
 
@@ -66,7 +67,8 @@ class Prepared:
     weights: tuple[int, int]  # bytes of the base as it is loaded, and of the same with no layer quantised
     fit: tuple[str, ...]  # what --fit chose and why
     class_weights: tuple[float, ...] | None  # of each class in the loss; None: all count alike
-    runs: Mapping[str, OwnRun]  # of each adapter, if several are trained in one pass
+    learners: Mapping[str, OwnRun]  # of each adapter, if rows name the one that learns them
+    search: AutoSearch | None = None
 
     @property
     def tokens(self) -> int:
@@ -80,7 +82,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     DataError listing every bad row, and ValueError for settings that do not fit the model or the data.
     """
     check_reporters(config.report_to or ())
-    choices = swept(config)
+    choices, search = swept(config), auto_search(config)
     given, (config, adapter) = config, taken_over(config)
     data = read_data(
         config.data,
@@ -94,7 +96,6 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     )
     if data.adapters:
         _refuse_learners(config)
-        choices = dict.fromkeys(data.adapters, config)
     check_task(config, data)
     _refuse_float16(config, data)
     if data.labels and config.from_adapter is None:
@@ -130,15 +131,21 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         raise LoraError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
     check_vocabulary(itertools.chain(train, valid), model, tokenizer)
     check_metric(config, data, len(valid))
-    if choices and (data.task != "causal-lm" or processes() > 1):
-        what = "rows that name their adapter are" if data.adapters else "--sweep is"
+    if search and not valid:
+        raise LoraError(
+            f"--auto compares held-out losses, and {config.data} has no held-out rows; add a valid file, or --holdout "
+            "above 0."
+        )
+    if (choices or search or data.adapters) and (data.task != "causal-lm" or processes() > 1):
+        what = "rows that name their adapter are" if data.adapters else "--auto is" if search else "--sweep is"
         raise UsageError(f"{what} for language models, in one process: a classifier's head is shared by all rows.")
-    runs = {}
-    for name, own in choices.items():
-        learnt, held = (_rows_of(part, name) if data.adapters else part for part in (train, valid))
-        runs[name] = OwnRun(own, own.learning_rate, own.seed, learnt, held)
-    if empty := [name for name, own in runs.items() if not own.train]:
-        raise LoraError(f"no row of {config.data} is left for {', '.join(empty)}: all are over {limit} tokens.")
+    learners = {}
+    for name in data.adapters:
+        learners[name] = own_run = OwnRun(
+            config, config.learning_rate, config.seed, _rows_of(train, name), _rows_of(valid, name)
+        )
+        if not own_run.train:
+            raise LoraError(f"no row of {config.data} is left for {name}: all are over {limit} tokens.")
     if config.packing:
         if data.task != "causal-lm":
             raise LoraError("--packing is for language models: a classifier gives one answer for each text.")
@@ -149,8 +156,11 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
 
     longest = _longest(train, config.batch_size)
-    counts = max((len(own.train) for own in runs.values()), default=len(train)), _tokens(train)
+    counts = max((len(own.train) for own in learners.values()), default=len(train)), _tokens(train)
+    together = AT_ONCE if search else len(choices) or len(learners)
     largest = max(choices.values(), key=lambda own: own.rank, default=config)
+    if search:
+        largest = dataclasses.replace(config, rank=search.largest)
     if adapter is not None:
         adapter = in_names_of(model, adapter)
 
@@ -167,7 +177,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
 
     def plan_with(own: TrainConfig) -> Plan:
         nonlocal model, weights, attached, quantised
-        batch = _largest_batch(own, data, longest[: own.batch_size], len(runs))
+        batch = _largest_batch(own, data, longest[: own.batch_size], together)
         with fake:
             if own.quantize != quantised:  # all else is planned on the same model
                 quantised = own.quantize
@@ -175,7 +185,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
                 weights = weight_bytes(model)
                 _, attached = adapted(own, model)
             plan = _plan(own, data, counts, model, _faked(batch, fake))
-            return plan.with_adapters(model, len(choices) - 1) if choices else plan
+            return plan.with_adapters(model, max(together - 1, 0))
 
     said: tuple[str, ...] = ()
     if config.fit is None:
@@ -204,7 +214,8 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         weights,
         said,
         weights_of_classes,
-        runs,
+        learners,
+        search,
     )
 
 
@@ -213,7 +224,7 @@ def start_block(prepared: Prepared) -> str:
     config, data, plan = prepared.config, prepared.data, prepared.plan
     splits = {"train": data.train, "valid": data.valid, "test": data.test}
     counts = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items() if rows)
-    each = " for each adapter" if prepared.runs else ""
+    each = " for each adapter" if prepared.learners else ""
     lines = [
         report.heading("data"),
         f"{config.data}: {data.shape}; rows: {counts}; {prepared.tokens:,} tokens to train on",
@@ -227,11 +238,29 @@ def start_block(prepared: Prepared) -> str:
         str(prepared.attached),
         report.heading("plan"),
         f"{plan.steps} steps of {_rows_a_step(config)} rows{each}, {plan.tokens:,} tokens; "
-        f"learning rate {config.learning_rate:g}, {config.scheduler}; seed {config.seed}",
+        f"learning rate {_rate(prepared)}, {config.scheduler}; seed {config.seed}",
         *prepared.fit,
         f"{_memory(plan)}; the time is told after the first steps of training",
+        *_search_lines(prepared),
     ]
     return "\n".join(lines)
+
+
+def _rate(prepared: Prepared) -> str:
+    searched = prepared.search is not None and "learning_rate" in prepared.search.axes
+    return "searched" if searched else f"{prepared.config.learning_rate:g}"
+
+
+def _search_lines(prepared: Prepared) -> list[str]:
+    if (search := prepared.search) is None:
+        return []
+    searched = " and ".join(name.replace("_", " ") for name in search.axes)
+    return [
+        report.heading("search"),
+        f"{searched}: begins with {search.name(search.start)}, and goes to what has a lower loss on the "
+        f"{len(prepared.valid)} held-out rows; budget {search.budget.text}",
+        f"memory is planned for {AT_ONCE} adapters of rank {search.largest} at once",
+    ]
 
 
 def _weights(prepared: Prepared) -> str:
@@ -388,7 +417,7 @@ def _refuse_learners(config: TrainConfig) -> None:
         raise UsageError(f"--sweep trains every adapter on all rows, and {config.data} holds {what}; leave it out.")
     if config.general_data is not None:
         raise UsageError(f"--general-data is read by one adapter, and {config.data} holds {what}; leave it out.")
-    refuse_in_one_pass(config, what)
+    refuse_unshared(config, what)
 
 
 def _labelled_rows(

@@ -42,6 +42,12 @@ class Progress(TrainerCallback):
         """Read the lines of a run that has nothing left to train."""
         self.history = _read_lines(self.path, up_to=step)
 
+    def become(self, lines: list[dict[str, float]]) -> None:
+        """Take these lines in the place of all that there are."""
+        self.history = lines
+        with replacing(self.path) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
     def note(self, line: dict[str, float]) -> None:
         """Add a line that is no step of the training."""
         self.history.append(line)
@@ -54,9 +60,7 @@ class Progress(TrainerCallback):
         self._began = time.perf_counter()
         if not state.is_world_process_zero:
             return
-        self.history = _read_lines(self.path, up_to=state.global_step)
-        with replacing(self.path) as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
+        self.become(_read_lines(self.path, up_to=state.global_step))
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,

@@ -11,66 +11,57 @@ had been trained alone.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..bank.bank import Bank
-from ..core.errors import LoraError
-from ..core.numbers import short_number
 from ..core.settings import LoRASettings
-from ..core.table import Table
-from . import report
 from .config import TrainConfig
-from .one_pass import OnePassTrainer
+from .divergence import Diverged
+from .tried import Trial, Tried
 
 FILE, FOLDER = "sweep.json", "sweep"
 
 
-def bank_of(model: nn.Module, choices: Mapping[str, TrainConfig]) -> Bank:
-    """A bank with a fresh adapter for each of the choices, on a frozen model. Each begins as it would alone."""
+def frozen_bank(model: nn.Module) -> Bank:
+    """A bank without adapters, on a frozen model."""
     model.requires_grad_(False)
-    bank, state = Bank(model), torch.get_rng_state()
+    return Bank(model)
+
+
+def add_fresh(bank: Bank, choices: Mapping[str, TrainConfig]) -> None:
+    """Add a fresh adapter for each of the choices. Each begins as it would alone: all from the present random state."""
+    state = torch.get_rng_state()
     for name, config in choices.items():
         torch.set_rng_state(state)
         bank[name] = dataclasses.replace(LoRASettings.of(config), dtype=None)
         bank.seeds[name] = 0  # the masks that each would draw alone
-    return bank
 
 
-def best_of(trainer: OnePassTrainer) -> str:
+def best_of(trials: Mapping[str, Trial]) -> str:
     """The name of the best adapter."""
-    scores = trainer.heldout or trainer.last
-    best = min(scores, key=lambda name: scores[name])
-    if not math.isfinite(scores[best]):
-        raise LoraError("no adapter of the sweep has a finite loss; lower the learning rates.")
+    best = min(trials, key=lambda name: trials[name].score)
+    if not math.isfinite(trials[best].score):
+        raise Diverged(f"all {len(trials)} adapters of the sweep diverged; lower the learning rates.")
     return best
 
 
-def write_sweep(trainer: OnePassTrainer, bank: Bank, best: str, folder: Path) -> str:
-    """Write every adapter into the folder, and what each reached. Returns the table, best first."""
-    scores = trainer.heldout or trainer.last
-    ranked = sorted(scores, key=lambda name: scores[name])
-    rows: list[dict[str, Any]] = []
-    for name in ranked:
-        fate = f"diverged at step {trainer.diverged[name]}" if name in trainer.diverged else ""
-        rows.append({"name": name, "loss": trainer.last.get(name), "heldout": trainer.heldout.get(name), "fate": fate})
-        if not fate:
-            bank[name].save(folder / FOLDER / name.replace(" ", ","))
-    finite = [{key: value if value != math.inf else None for key, value in row.items()} for row in rows]
-    (folder / FILE).write_text(json.dumps({"best": best, "rows": finite}, indent=1) + "\n", encoding="utf-8")
-    table = Table(
-        ("", "last loss", "held-out loss", " "),
-        tuple((row["name"], _cell(row["loss"]), _cell(row["heldout"]), row["fate"]) for row in rows),
-        left=frozenset({0, 3}),
-    )
-    return "\n".join((report.heading("sweep"), *table.lines(), f"best: {best}"))
+def lines_of(history: Iterable[Mapping[str, float]], name: str) -> list[dict[str, float]]:
+    """What was logged of one adapter, as lines of metrics.jsonl of a run alone."""
+    losses = {f"loss {name}": "loss", f"eval_loss {name}": "eval_loss"}
+    return [
+        {losses.get(key, key): value for key, value in line.items() if key in ("step", "epoch", "seconds", *losses)}
+        for line in history
+    ]
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None or not math.isfinite(value) else short_number(value, 4)
+def write_sweep(tried: Tried, bank: Bank, folder: Path) -> None:
+    """Write every adapter that did not diverge into the folder, and what each reached."""
+    for trial in tried.trials:
+        if not trial.fate:
+            bank[trial.name].save(folder / FOLDER / trial.name.replace(" ", ","))
+    (folder / FILE).write_text(tried.as_json(), encoding="utf-8")

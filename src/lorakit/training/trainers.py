@@ -53,7 +53,7 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
     ) -> None:
         """folder: where checkpoints go. record: the run's record, kept in each. pace: times the forward passes."""
         super().__init__(*args, **kwargs)
-        self._folder, self._record, self._pace = folder, record, pace
+        self._folder, self._record, self.pace = folder, record, pace
         self._saving: Path | None = None  # while a checkpoint is made
         self._held_out = [0.0, 0.0]  # the sum of the losses, and of how many labels or rows, or of their weights
         self._best: dict[str, Tensor] | None = None  # the state after the best evaluation
@@ -160,7 +160,7 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def timed(self, tokens: int) -> contextlib.AbstractContextManager[None]:
-        return self._pace.forward(tokens) if self._pace else contextlib.nullcontext()
+        return self.pace.forward(tokens) if self.pace else contextlib.nullcontext()
 
     def no_number(self, inputs: dict[str, Any], loss: Tensor) -> Exception:
         plain = self.accelerator.unwrap_model(self.model)

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import nn
 
+from ...training.ladder import best_tried
 from ..methods.baselines import Applied
 from ..methods.naming import name_of
 from .fit import fit
@@ -20,7 +21,6 @@ from .latency import Seconds, in_turns
 from .plan import apply
 from .results import Run
 from .runner import Order, Watch
-from .search import best_rate
 from .tasks import StudyTask, halved, served
 
 
@@ -51,7 +51,7 @@ def make_run(task: StudyTask, order: Order, watch: Watch) -> Run:
     elif order.rivals is None:
         watch.says("test")
         scores = task.test(applied)
-    elif best_rate({**order.rivals, order.learning_rate: valid[task.chosen_by]}) == order.learning_rate:
+    elif best_tried({**order.rivals, order.learning_rate: valid[task.chosen_by]}) == order.learning_rate:
         torch.save(applied.state_dict(), order.weights)
     run = Run(
         key=order.key,

@@ -21,6 +21,7 @@ from ...core.errors import LoraError
 from ...core.reading import json_of
 from ...formats.files import replacing
 from ...formats.folder import HIDDEN
+from ...training.ladder import best_tried
 from ...training.memory import few_kernels
 from ...training.quiet import quiet_libraries
 from ..machine import machine, release
@@ -33,7 +34,7 @@ from .plan import TaskPlan, most_runs, most_runs_of
 from .progress import RunsProgress
 from .results import Comparison, Ledger, MethodRow, Run, TaskFacts, row_of
 from .runner import Order, Runner, ThisProcess
-from .search import best_rate, next_rate
+from .search import next_rate
 from .tasks import StudyTask, digest_of
 
 RUNS, MACHINE = "runs.jsonl", "machine.json"
@@ -141,9 +142,9 @@ class _Runs:
             run = known or self._made(order)
             runs.append(run)
             self._tried[rate] = None if run.diverged else run.valid[self.task.chosen_by]
-            if best_rate(self._tried) == rate:
+            if best_tried(self._tried) == rate:
                 self._best = None if known else order
-        return best_rate(self._tried) or min(self._tried), runs
+        return best_tried(self._tried) or min(self._tried), runs
 
     def _tested(self, seed: int, rate: float) -> Run:
         order = self._order(seed, rate)

@@ -6,7 +6,6 @@ together alone: time is divided by their number, and the peak of memory is that 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import tempfile
 import time
@@ -20,7 +19,6 @@ from transformers import TrainingArguments
 
 from ...bank.bank import Bank
 from ...training.base_trainer import arguments
-from ...training.divergence import Diverged
 from ...training.gradient_checkpointing import end_checkpointing
 from ...training.memory import forget_peak, peak_memory
 from ...training.one_pass import OnePass
@@ -89,7 +87,7 @@ def fit_together(
         device = trainer.args.device
         forget_peak(device)
         began = time.perf_counter()
-        with bank.rows(list(names)), contextlib.suppress(Diverged):  # all of them
+        with bank.rows(list(names)):
             trainer.train()
         seconds = (time.perf_counter() - began) / len(wanted)
         peak = peak_memory(device)
