@@ -105,7 +105,7 @@ def train_swept(
     choices = swept(prepared.config)
     bank = sweep.frozen_bank(loaded.model)
     sweep.add_fresh(bank, choices)
-    with together(prepared, loaded, folder, record, bank, choices) as (trainer, progress):
+    with at_once(prepared, loaded, folder, record, bank, choices) as (trainer, progress):
         trainer.train()
     best = sweep.best_of(trainer.trials)
     tried = Tried.of(best, trainer.trials.values())
@@ -116,7 +116,7 @@ def train_swept(
 
 
 @contextlib.contextmanager
-def together(
+def at_once(
     prepared: Prepared,
     loaded: Loaded,
     folder: OutputFolder,
