@@ -24,6 +24,7 @@ from lorakit.training.auto import Runs, Seconds, found
 from lorakit.training.auto_settings import AutoSearch, Budget, Candidate, auto_search
 from lorakit.training.config import TrainConfig
 from lorakit.training.divergence import Diverged
+from lorakit.training.interrupt import Interrupted
 from lorakit.training.loop import train
 from lorakit.training.one_pass import OnePassTrainer
 from lorakit.training.settings import UsageError
@@ -231,6 +232,31 @@ def test_a_time_that_holds_no_run_says_how_much_it_needs(monkeypatch: pytest.Mon
         purse.plan(600, 5)
 
 
+@pytest.mark.parametrize("done", range(6))
+@pytest.mark.parametrize("share", [1.0, 0.25])
+def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
+    share: float, done: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, auto)
+
+    def scored() -> Scored:
+        return Scored(valley(64, 1e-3), lambda count, share: clock.pass_(100 * count * share))
+
+    def purse(taken: float, before: float | None = None) -> Seconds:
+        made = Seconds(2000 if share == 1 else 349, taken)
+        made.plan(100, 5, before)
+        return made
+
+    best, ended = found(search(), purse(0), whole := scored())
+    before = {}
+    for own, candidates in whole.passes[:done]:
+        for rank, rate in candidates:
+            before[Candidate(rank, rate), own] = Trial("", 9, 0.0, whole.loss(rank, rate))
+    taken = sum(100 * own for _, own in before)
+    assert found(search(), purse(taken, share if done else None), rest := scored(), before) == (best, ended)
+    assert rest.passes == whole.passes[done:]
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -310,14 +336,35 @@ def lines_in(folder: Path) -> list[dict[str, float]]:
 def test_a_start_that_is_too_low_is_improved_and_the_best_is_a_plain_run(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(auto_settings, "_START", 1e-3)
+    """The search is interrupted in its third pass, and goes on with what it had tried."""
+    monkeypatch.setattr(auto_settings, "_START", 1e-2)
     out, again = Path(config.output_dir), Path(config.output_dir).with_name("again")
-    train(dataclasses.replace(config, auto="6 runs"))
+    searching = dataclasses.replace(config, auto="5 runs")
+    passes: list[list[str]] = []
+    begun = OnePassTrainer.train
+
+    def counted(self: Any) -> Any:
+        passes.append(list(self._choices))
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return begun(self)
+
+    monkeypatch.setattr(OnePassTrainer, "train", counted)
+    with pytest.raises(Interrupted, match="auto holds what was tried. The same command goes on with it with --resume"):
+        train(searching)
+    with pytest.raises(FileExistsError, match="it holds an interrupted run. Add --resume auto to go on with it"):
+        train(searching)
+    with pytest.raises(LoraError, match="--auto: a search then, none now"):
+        train(dataclasses.replace(config, resume="auto"))
+    train(dataclasses.replace(searching, resume="auto"))
+    assert passes[3] == passes[2] and sum(map(len, passes)) == 5 + len(passes[2])
+    assert not (out / "auto").exists()
     said = capsys.readouterr().out
     told = json.loads((out / "auto.json").read_text())
     losses = {row["name"]: row["heldout"] for row in told["rows"]}
-    assert len(losses) == 6 and told["budget"] == "6 runs" and told["spent"] == "6 of 6 runs"
-    assert losses[told["best"]] == min(losses.values()) < losses["learning_rate=0.001 rank=16"] - 0.05
+    assert len(losses) == 5 and told["budget"] == "5 runs" and told["spent"] == "5 of 5 runs"
+    assert told["best"] in [*passes[0], *passes[1]]  # so the adapter was kept over the interruption
+    assert losses[told["best"]] == min(losses.values()) < losses["learning_rate=0.01 rank=16"] - 0.05
     kept = yaml.safe_load((out / "config.yaml").read_text())
     assert kept["auto"] is None and told["best"] == f"learning_rate={kept['learning_rate']:g} rank={kept['rank']}"
     # The same as a run that knows the settings from the beginning, by the trainer of one adapter.
@@ -334,7 +381,7 @@ def test_a_start_that_is_too_low_is_improved_and_the_best_is_a_plain_run(
     texts = said, (out / "report.html").read_text(), (out / "README.md").read_text()
     assert all(name in text for name in losses for text in texts)
     assert all("the settings were chosen by the loss on these rows" in text for text in texts)
-    assert "6 of 6 runs are spent; the search is over: the budget holds no further one" in said
+    assert "5 of 5 runs are spent; the search is over: the budget holds no further one" in said
     assert "--auto" not in results["command"]
 
 

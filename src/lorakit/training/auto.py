@@ -53,8 +53,9 @@ class Runs:
 
     share = 1.0
 
-    def __init__(self, runs: int) -> None:
-        self._runs, self._made = runs, 0
+    def __init__(self, runs: int, made: int = 0) -> None:
+        """made: those of an interrupted search that this one goes on with."""
+        self._runs, self._made = runs, made
 
     def holds(self, count: int) -> bool:
         return self._made + count <= self._runs
@@ -73,20 +74,24 @@ class Seconds:
     products of the base.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, taken: float = 0.0) -> None:
+        """taken: what an interrupted search took, that this one goes on with."""
         self.share = 1.0
         self._seconds = seconds
-        self._began = self._before = time.perf_counter()
+        self._before = time.perf_counter()
+        self._began = self._before - taken
         self._cost: dict[int, float] = {}  # of a pass on all steps, by the number of adapters
 
-    def plan(self, run: float, passes: int) -> None:
+    def plan(self, run: float, passes: int, share: float | None = None) -> None:
         """Choose on which share of the steps the search trains. Raises LoraError if not even one run fits.
 
-        run: the seconds that a run takes alone. passes: how many runs the first passes over all axes are.
+        run: the seconds that a run takes alone. passes: how many runs the first passes over all axes are. share: that
+        of an interrupted search, which stays.
         """
         self._before = time.perf_counter()
-        left = self._seconds - self._taken()
-        if run > left:
+        self._cost = {1: run}
+        left = self._seconds - self.taken()
+        if run > left and share != 1:
             raise LoraError(
                 f"--auto: one run takes about {duration(run)} here, and {duration(max(left, 0))} of "
                 f"{duration(self._seconds)} are left. A search needs about {duration(passes * run)}, or "
@@ -94,13 +99,12 @@ class Seconds:
                 "the run with --max-steps or --epochs."
             )
         shorter = (share for share in _SHARES if (1 + share * passes) * run <= left)
-        self.share = 1.0 if passes * run <= left else next(shorter, _SHARES[-1])
-        self._cost = {1: run}
+        self.share = share or (1.0 if passes * run <= left else next(shorter, _SHARES[-1]))
 
     def holds(self, count: int) -> bool:
         last = 0.0 if self.share == 1 else self._cost[1]
         cost = self._cost.get(count, count * self._cost[1])
-        return self._taken() + cost * self.share + last <= self._seconds
+        return self.taken() + cost * self.share + last <= self._seconds
 
     def pays(self, count: int, whole: bool) -> None:
         now = time.perf_counter()
@@ -109,18 +113,22 @@ class Seconds:
         self._before = now
 
     def spent(self) -> str:
-        return f"{duration(self._taken())} of {duration(self._seconds)}"
+        return f"{duration(self.taken())} of {duration(self._seconds)}"
 
-    def _taken(self) -> float:
+    def taken(self) -> float:
         return time.perf_counter() - self._began
 
 
-def found(search: AutoSearch, purse: Purse, train: Train) -> tuple[Candidate, str]:
+def found(
+    search: AutoSearch, purse: Purse, train: Train, before: Mapping[tuple[Candidate, float], Trial] | None = None
+) -> tuple[Candidate, str]:
     """The best candidate, which was trained on all steps; and why the search ended.
 
-    Raises Diverged if no candidate has a finite loss.
+    before: what an interrupted search tried, by the share of the steps too. Raises Diverged if no candidate has a
+    finite loss.
     """
-    tried: dict[Candidate, float | None] = {}
+    before = before or {}
+    tried = {candidate: _score(trial) for (candidate, share), trial in before.items() if share == purse.share}
     ended = "no neighbour of the best is better"
     while points := untried(tried, search.start, search.moves):
         count = next((count for count in range(len(points), 0, -1) if purse.holds(count)), 0)
@@ -140,7 +148,10 @@ def found(search: AutoSearch, purse: Purse, train: Train) -> tuple[Candidate, st
             f"--auto: all {len(tried)} runs diverged, with learning rates from {min(rates):g} to {max(rates):g}. A run "
             "with one of them, without --auto, says at which rows."
         )
-    if (purse.share < 1 or not tried) and _score(train([best], 1.0)[best]) is None:
+    whole = before.get((best, 1.0))
+    if whole is None and (purse.share < 1 or not tried):
+        whole = train([best], 1.0)[best]
+    if whole is not None and _score(whole) is None:
         raise Diverged(f"--auto: the run with the best setting, {search.name(best)}, diverged on all steps.")
     return best, ended
 

@@ -108,7 +108,7 @@ def train_swept(
     choices = swept(prepared.config)
     bank = sweep.frozen_bank(loaded.model)
     sweep.add_fresh(bank, choices)
-    with together(prepared, loaded, folder, record, bank, on_all_rows(prepared, choices)) as (trainer, progress):
+    with at_once(prepared, loaded, folder, record, bank, on_all_rows(prepared, choices)) as (trainer, progress):
         trainer.train()
     best = sweep.best_of(trainer.trials)
     tried = Tried.of(best, trainer.trials.values())
@@ -126,7 +126,7 @@ def train_each(
 
     bank = sweep.frozen_bank(loaded.model)
     sweep.add_fresh(bank, dict.fromkeys(prepared.learners, prepared.config))
-    with together(prepared, loaded, folder, record, bank, prepared.learners) as (trainer, progress):
+    with at_once(prepared, loaded, folder, record, bank, prepared.learners) as (trainer, progress):
         trainer.train()
     if len(trainer.diverged) == len(bank):
         raise Diverged(f"all {len(bank)} adapters diverged; lower the learning rate.")
@@ -152,7 +152,7 @@ def on_all_rows(prepared: Prepared, choices: Mapping[str, TrainConfig]) -> dict[
 
 
 @contextlib.contextmanager
-def together(
+def at_once(
     prepared: Prepared,
     loaded: Loaded,
     folder: OutputFolder,

@@ -18,13 +18,13 @@ import torch
 
 from ..core.numbers import duration, size
 from ..formats import peft, save
-from ..formats.files import replacing
+from ..formats.files import remove, replacing
 from ..formats.folder import OutputFolder
 from . import page, report
 from .adapter_folder import ADAPTERS
 from .card import model_card, public
 from .changes import weight_changes
-from .checkpoints import checkpoints, newest_whole
+from .checkpoints import SEARCH, checkpoints, newest_whole, search_in
 from .config import TrainConfig
 from .divergence import Diverged
 from .evaluate import compare_general, evaluate, question
@@ -181,6 +181,7 @@ def _run(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
         _write_reports(prepared, loaded, part, ended)
         card = _card(prepared, result, progress.seconds, tried=tried)
         (part / _CARD).write_text(card, encoding="utf-8")
+    remove(folder.path / SEARCH)  # all of it is in the files of the run now
     folder.end("finished")
     return ended
 
@@ -243,6 +244,12 @@ def _begin(folder: OutputFolder, start: Start, record: dict[str, Any], trackers:
 def _interrupted(config: TrainConfig, out: OutputFolder, folder: OutputFolder, error: KeyboardInterrupt) -> Interrupted:
     """The error that says how to continue: with the command that does, if the folder holds the settings of this run."""
     code = error.code if isinstance(error, Interrupted) else 130
+    if (tried := search_in(folder.path)) is not None:
+        return Interrupted(
+            f"interrupted; {tried} holds what was tried. The same command goes on with it with --resume auto (in place "
+            "of --overwrite, where that was given).",
+            code,
+        )
     checkpoint, _ = newest_whole(folder.path)
     if checkpoint is None:
         _leave_nothing_unless_trained(out, folder)
@@ -260,7 +267,8 @@ def _interrupted(config: TrainConfig, out: OutputFolder, folder: OutputFolder, e
 
 def _leave_nothing_unless_trained(out: OutputFolder, folder: OutputFolder) -> None:
     """Remove the files of a run that failed before its first step was logged."""
-    if not is_main() or checkpoints(folder.path) or (folder.path / peft.TENSORS).is_file():
+    kept = checkpoints(folder.path) or search_in(folder.path) or (folder.path / peft.TENSORS).is_file()
+    if not is_main() or kept:
         return
     metrics = folder.path / "metrics.jsonl"
     if not metrics.is_file() or not metrics.stat().st_size:

@@ -413,10 +413,13 @@ def _rows_of(rows: Rows, adapter: str) -> Rows:
 def _refuse_learners(config: TrainConfig) -> None:
     """Raise UsageError for settings that rows which name their adapters cannot have."""
     what = 'a row that names its adapter ("adapter": …)'
-    if config.sweep is not None:
-        raise UsageError(f"--sweep trains every adapter on all rows, and {config.data} holds {what}; leave it out.")
+    if config.sweep is not None or config.auto is not None:
+        flag = "--auto" if config.sweep is None else "--sweep"
+        raise UsageError(f"{flag} trains every adapter on all rows, and {config.data} holds {what}; leave it out.")
     if config.general_data is not None:
         raise UsageError(f"--general-data is read by one adapter, and {config.data} holds {what}; leave it out.")
+    if config.resume is not None:
+        raise UsageError(f"a run with {what} has no checkpoints, so there is nothing to --resume.")
     refuse_unshared(config, what)
 
 

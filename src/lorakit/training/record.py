@@ -42,6 +42,7 @@ def run_record(prepared: Prepared) -> dict[str, Any]:
     config, data = prepared.config, prepared.data
     settings = dataclasses.asdict(config)
     settings["alpha"] = 2.0 * config.rank if config.alpha is None else config.alpha
+    settings["auto"] = None if config.auto is None else "a search"  # its budget may change
     settings["dtype"] = str(resolve_dtype(weights_dtype(config, data), best_device())).removeprefix("torch.")
     rows = ({**dataclasses.asdict(example), "where": None} for example in data.train)
     return {

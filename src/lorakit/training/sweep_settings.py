@@ -35,6 +35,8 @@ def swept(config: TrainConfig) -> dict[str, TrainConfig]:
             raise UsageError(f"--sweep cannot vary {name!r}, only {', '.join(SWEPT)}.{suggestion(name, SWEPT)}")
         values[name] = [_FLAGS.get(value, value) for value in listed.split(",")]
     refuse_unshared(config, "--sweep")
+    if config.resume is not None:
+        raise UsageError("--sweep has no checkpoints, so there is nothing to --resume.")
     found = {}
     for combination in itertools.product(*values.values()):
         given = dict(zip(values, combination, strict=True))
@@ -54,8 +56,6 @@ def refuse_unshared(config: TrainConfig, what: str) -> None:
         raise UsageError(f"{what} trains several adapters in one batch, which DoRA cannot share: leave --dora out.")
     if config.bias != "none" or config.also_train:
         raise UsageError(f"{what} trains factors alone: leave --bias and --also-train out.")
-    if config.resume is not None:
-        raise UsageError(f"{what} has no checkpoints, so there is nothing to --resume.")
     if config.metric != "loss" or config.patience is not None or config.keep != "last":
         raise UsageError(f"{what} keeps the adapter with the lowest last loss: leave --metric, --patience, --keep out.")
     if config.packing or config.from_adapter is not None:
