@@ -24,23 +24,19 @@ from ...formats.folder import HIDDEN
 from ...training.memory import few_kernels
 from ...training.quiet import quiet_libraries
 from ..machine import machine, release
-from ..methods.baselines import Method
 from ..methods.naming import name_of
 from .config import MethodConfig
 from .fit import steps_of
 from .one_run import NotApplicable, make_run, score_kept
-from .plan import TaskPlan, most_runs, most_runs_of
+from .plan import DECIDES, TaskPlan, run_key
 from .progress import RunsProgress
 from .results import Comparison, Ledger, MethodRow, Run, TaskFacts, row_of
 from .runner import Order, Runner, ThisProcess
 from .search import best_rate, next_rate
-from .tasks import StudyTask, digest_of
+from .tasks import StudyTask
+from .time_left import TimeLeft
 
 RUNS, MACHINE = "runs.jsonl", "machine.json"
-_DECIDES = (
-    *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "scheduler", "warmup_ratio", "warmup_steps"),
-    *("weight_decay", "label_smoothing", "gradient_checkpointing"),
-)  # the training settings that change the result, besides the learning rate
 
 
 @quiet_libraries()
@@ -65,22 +61,26 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / RUNS)
     progress = progress or RunsProgress()
-    progress.begin(most_runs_of(plans, seeds, trials))
+    if runner is not None:
+        progress.begin(TimeLeft(plans, seeds, trials, ledger))
     rows: list[MethodRow] = []
     left_out: list[tuple[str, str, str]] = []
     finished = True
     with progress, _scratch(folder) as scratch:
         for plan in plans:
             for method in plan.methods:
+                name = name_of(method.method)
+                if reason := plan.costs[name].left_out:  # no process has to start to find it
+                    left_out.append((plan.task.name, name, reason))
+                    continue
                 runs = _Runs(plan.task, method, ledger, progress, runner, scratch / "weights")
                 try:
                     rows.append(runs.of_all_seeds(seeds, trials))
-                except NotApplicable as reason:
-                    left_out.append((plan.task.name, name_of(method.method), str(reason)))
+                except NotApplicable as error:  # for a reason that the weights alone tell
+                    left_out.append((plan.task.name, name, str(error)))
                 except _NotMade:
                     pass
                 finished = finished and runs.complete
-                progress.advance_to_method_end(most_runs(plan, method, seeds, trials))
     if left_out and not rows and finished:
         raise LoraError("no method can be applied. {}: {}: {}".format(*left_out[0]))
     return Comparison(
@@ -185,10 +185,7 @@ class _Runs:
         return self.runner
 
     def _order(self, seed: int, rate: float) -> Order:
-        training = {name: getattr(self.config.training, name) for name in _DECIDES}
-        method: Method = self.config.method
-        key = digest_of(self.task.fingerprint, self.task.name, method.name, method.settings, training, seed, rate)
-        return Order(key, self.config, seed, rate, self.weights)
+        return Order(run_key(self.task, self.config, seed, rate), self.config, seed, rate, self.weights)
 
 
 @contextlib.contextmanager
@@ -219,7 +216,7 @@ def _facts(plan: TaskPlan) -> TaskFacts:
     trainings = [method.training for method in plan.methods]
     shared = {
         name: getattr(trainings[0], name)
-        for name in _DECIDES
+        for name in DECIDES
         if len({getattr(training, name) for training in trainings}) == 1 and getattr(trainings[0], name)
     }
     steps = {steps_of(task, training) for training in trainings}

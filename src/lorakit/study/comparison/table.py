@@ -240,7 +240,7 @@ def _memory(comparison: Comparison, rows: Sequence[MethodRow]) -> list[str]:
     if "gpu" in comparison.machine or not rows:
         return []
     if not shared:
-        return ["Peak memory is that of a process which made this run alone."]
+        return ["Peak memory is that of a process which makes a single run."]
     whose = "" if len(shared) == len(rows) else f" of {', '.join(shared)}"
     return [f"Peak memory{whose} is that of a process which made several runs, and may hold what earlier ones left."]
 
