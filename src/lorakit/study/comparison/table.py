@@ -164,7 +164,7 @@ def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
     if any(row.latency_ends for row in rows):
         lines[-1] = (
             "Latency is that of a forward pass as the method serves, × the model's own: the median of turns in which "
-            "both run once, and in brackets its 95 % interval, which holds those of all seeds. ×1: the interval holds "
+            "both run, and in brackets its 95 % interval, which holds those of all seeds. ×1: the interval holds "
             "1, so no difference was found."
         )
     head = max((row.head for row in rows), default=0)
