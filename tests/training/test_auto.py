@@ -344,7 +344,7 @@ def test_a_start_that_is_too_low_is_improved_and_the_best_is_a_plain_run(
     begun = OnePassTrainer.train
 
     def counted(self: Any) -> Any:
-        passes.append(list(self._choices))
+        passes.append(list(self._names))
         if len(passes) == 3:
             raise KeyboardInterrupt
         return begun(self)
@@ -387,19 +387,19 @@ def test_a_start_that_is_too_low_is_improved_and_the_best_is_a_plain_run(
 
 def moved(monkeypatch: pytest.MonkeyPatch, clock: Clock, per_token: float) -> list[tuple[int, int]]:
     """Let the clock move with the tokens of each forward pass. Returns the steps of each pass, and its adapters."""
-    plain, passes = OnePassTrainer.loss_of, []
+    plain, passes = OnePassTrainer._losses, []
     begun = OnePassTrainer.train
 
-    def loss_of(self: Any, model: Any, inputs: Any, items: Any = None) -> Any:
-        clock.pass_(per_token * inputs["input_ids"].numel() * len(self._choices))
-        return plain(self, model, inputs, items)
+    def losses(self: Any, model: Any, batch: Any) -> Any:
+        clock.pass_(per_token * batch["input_ids"].numel())
+        return plain(self, model, batch)
 
     def noted(self: Any) -> Any:
         done = begun(self)
-        passes.append((self.state.global_step, len(self._choices)))
+        passes.append((self.state.global_step, len(self._names)))
         return done
 
-    monkeypatch.setattr(OnePassTrainer, "loss_of", loss_of)
+    monkeypatch.setattr(OnePassTrainer, "_losses", losses)
     monkeypatch.setattr(OnePassTrainer, "train", noted)
     return passes
 

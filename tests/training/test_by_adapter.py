@@ -95,7 +95,7 @@ def _used_as_a_folder_of_adapters(out: Path, config: TrainConfig, capsys: pytest
         train(config)
     assert main(["runs", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines].count(str(out)) == 1 and not any("adapters" in line for line in lines)
+    assert [line.split()[:1] for line in lines].count([str(out)]) == 1 and not any("adapters" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,9 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
     from ..study.comparison.files import COMPARISON, comparison_record, refuse_other, write_results
     from ..study.comparison.plan import plan_block, plans_of, refuse_large_comparison
     from ..study.comparison.processes import OwnProcess
-    from ..study.comparison.run import compare
+    from ..study.comparison.results import Ledger
+    from ..study.comparison.run import RUNS, compare
+    from ..study.comparison.time_left import TimeLeft
     from ..training.preflight import check_output
     from ..training.settings import to_yaml
 
@@ -51,7 +53,8 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
     record = comparison_record(config.model, plans)
     refuse_other(out, record)
     if not as_json or config.dry_run:
-        print(plan_block(config, plans), flush=True)
+        left = TimeLeft(plans, config.seeds, config.trials, Ledger(out.path / RUNS))
+        print(plan_block(config, plans, left), flush=True)
     if not config.so_far:
         refuse_large_comparison(config, plans)
     if config.dry_run:
@@ -69,6 +72,7 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
             trials=config.trials,
             so_far=config.so_far,
             runner=OwnProcess(),
+            one_pass=config.one_pass,
         )
         with out.writing() as part:
             names = [path.name for path in write_results(found, part)]

@@ -38,6 +38,24 @@ def test_each_turn_counts_by_itself_and_the_order_changes(monkeypatch: pytest.Mo
     assert ratio_of([found]) == (1.5, (1.5, 1.5))
 
 
+def test_a_fast_model_runs_several_times_in_a_turn_and_the_shortest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of 2 and 1 ms, of which every third takes 4 ms more: another program had the processor."""
+    clock = [0.0]
+    passes: list[str] = []
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    ours, base = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def serve(model: nn.Module) -> None:
+        passes.append("ours" if model is ours else "base")
+        clock[0] += (0.002 if model is ours else 0.001) + 0.004 * (len(passes) % 3 == 0)
+
+    found = in_turns(serve, ours, base)
+    assert found == (pytest.approx([0.002] * TURNS), pytest.approx([0.001] * TURNS))
+    # 30 ms of each model in each turn: some nine passes of 10/3 ms and thirteen of 7/3 ms.
+    assert 8 * (TURNS + 1) <= passes.count("ours") <= 10 * (TURNS + 1)
+    assert 12 * (TURNS + 1) <= passes.count("base") <= 14 * (TURNS + 1)
+
+
 def test_the_interval_of_a_run_is_that_of_the_sign_test() -> None:
     """Of 9 turns the second and the eighth: 9 coins show at most one head with probability 10/512, below 2.5 %."""
     ratios = (1.07, 1.01, 0.7, 1.03, 1.02, 1.04, 1.9, 1.06, 1.05)

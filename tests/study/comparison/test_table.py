@@ -212,7 +212,7 @@ def test_a_latency_whose_interval_holds_1_is_1(ratio: float, ends: tuple[float, 
 
 def test_what_the_latency_is_is_told_below_the_table() -> None:
     printed = " ".join(tables_text(COMPARISON).split())
-    assert printed.count("the median of turns in which both run once, and in brackets its 95 % interval") == 1
+    assert printed.count("the median of turns in which both run, and in brackets its 95 % interval") == 1
     first, second = printed.split("── e2e")
     assert "the model's own. The new head" in first and "no difference was found" in second
 

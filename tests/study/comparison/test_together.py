@@ -10,8 +10,9 @@ import torch
 
 from lorakit.study.comparison.config import CompareConfig, MethodConfig, TaskConfig
 from lorakit.study.comparison.fit import fit
+from lorakit.study.comparison.runner import Order
 from lorakit.study.comparison.tasks import read_task
-from lorakit.study.comparison.together import Wanted, can_share, fit_together, share_settings
+from lorakit.study.comparison.together import can_share, fit_together
 from lorakit.study.methods.baselines import Full, LoRA
 
 pytestmark = pytest.mark.usefixtures("few_objects")
@@ -41,7 +42,7 @@ def test_each_run_is_what_it_is_alone(tiny_lm: Path, tmp_path: Path) -> None:
         LoRA(rank=2),
     ]
     wanted = [
-        Wanted(MethodConfig(method, CONFIG), seed, rate)
+        Order("", MethodConfig(method, CONFIG), seed, rate, tmp_path)
         for method, seed, rate in zip(methods, (0, 1, 1, 2), (1e-2, 3e-3, 1e-3, 1e30), strict=True)
     ]
     steps = []
@@ -74,6 +75,3 @@ def test_what_is_other_mathematics_is_made_alone(tiny_lm: Path, tiny_encoder: Pa
     assert shares(LoRA(rank=2)) and shares(LoRA(init="pissa"))
     assert not shares(LoRA(dora=True)) and not shares(Full())
     assert not shares(LoRA(rank=2), gradient_accumulation_steps=2)
-    one = MethodConfig(LoRA(rank=2), CONFIG)
-    assert share_settings(one, MethodConfig(LoRA(rank=4), dataclasses.replace(CONFIG, learning_rate=1e-3)))
-    assert not share_settings(one, MethodConfig(LoRA(rank=4), dataclasses.replace(CONFIG, epochs=1.0)))

@@ -22,6 +22,7 @@ from .plan import apply
 from .results import Run
 from .runner import Order, Watch
 from .tasks import StudyTask, halved, served
+from .together import take_trained
 
 
 class NotApplicable(Exception):
@@ -35,9 +36,11 @@ def make_run(task: StudyTask, order: Order, watch: Watch) -> Run:
     one so far; any other run is scored on the test rows too.
     """
     model, applied = _applied(task, order)
-    fitted = fit(
-        applied, task, order.config.training, seed=order.seed, learning_rate=order.learning_rate, step=watch.step
-    )
+    if order.trained is not None:
+        fitted, together = take_trained(applied, order.trained)
+    else:
+        together, training = 1, order.config.training
+        fitted = fit(applied, task, training, seed=order.seed, learning_rate=order.learning_rate, step=watch.step)
     diverged = fitted.diverged
     valid: dict[str, float] = {}
     scores: dict[str, float] = {}
@@ -70,6 +73,7 @@ def make_run(task: StudyTask, order: Order, watch: Watch) -> Run:
         file_bytes=sum(tensor.nbytes for tensor in applied.state_dict().values()),
         latency=(),
         base_latency=(),
+        together=together,
     )
     latency, base_latency = _latencies(task, applied, model)
     return dataclasses.replace(run, latency=latency, base_latency=base_latency)

@@ -41,6 +41,7 @@ class Run:
     base_latency: Seconds  # of the model without the method, on the same rows, in the same turns
     other_seconds: float = 0.0  # of all but training: the start of a process, loading, scores, the latency
     alone: bool = False  # in a process of its own; otherwise a process on a CPU may hold what earlier runs left
+    together: int = 1  # how many runs were trained in one pass; its time is divided by them, its peak is that of all
 
     @classmethod
     def of_line(cls, values: dict[str, Any]) -> Run:
@@ -111,6 +112,7 @@ class MethodRow:
     seconds: float  # the shortest training time, because other work on the machine only adds to it
     peak_bytes: int  # the largest
     alone: bool  # whether each run had a process of its own, so that the peak is that of the run
+    together: int  # the most runs that were trained in one pass with one of these
     file_bytes: int
     latency: float  # as a multiple of the model without the method: 1.0 is equally fast
     latency_ends: Ends | None  # of its 95 % interval; None: too few turns were timed
@@ -197,6 +199,7 @@ def row_of(runs: Sequence[Run], searched: Iterable[Run], chosen_by: str) -> Meth
         seconds=min(run.seconds for run in good or runs),
         peak_bytes=max(run.peak_bytes for run in runs),
         alone=all(run.alone for run in runs),
+        together=max(run.together for run in runs),
         file_bytes=first.file_bytes,
         latency=latency,
         latency_ends=latency_ends,

@@ -25,23 +25,20 @@ from ...training.ladder import best_tried
 from ...training.memory import few_kernels
 from ...training.quiet import quiet_libraries
 from ..machine import machine, release
-from ..methods.baselines import Method
 from ..methods.naming import name_of
 from .config import MethodConfig
 from .fit import steps_of
 from .one_run import NotApplicable, make_run, score_kept
-from .plan import TaskPlan, most_runs, most_runs_of
+from .passes import Passes
+from .plan import DECIDES, TaskPlan, run_key
 from .progress import RunsProgress
 from .results import Comparison, Ledger, MethodRow, Run, TaskFacts, row_of
 from .runner import Order, Runner, ThisProcess
-from .search import next_rate
-from .tasks import StudyTask, digest_of
+from .search import next_rate, next_rates
+from .tasks import StudyTask
+from .time_left import TimeLeft
 
 RUNS, MACHINE = "runs.jsonl", "machine.json"
-_DECIDES = (
-    *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "scheduler", "warmup_ratio", "warmup_steps"),
-    *("weight_decay", "label_smoothing", "gradient_checkpointing"),
-)  # the training settings that change the result, besides the learning rate
 
 
 @quiet_libraries()
@@ -56,32 +53,39 @@ def compare(
     so_far: bool = False,
     progress: RunsProgress | None = None,
     runner: Runner | None = None,
+    one_pass: bool = False,
 ) -> Comparison:
     """Make the runs that `folder` does not hold yet, and return the results of all of them.
 
     so_far: make no runs, and return the results of those in the folder. runner: where runs are made; None: in this
-    process, whose peak memory then includes what earlier runs left. Raises ValueError if no method can be applied.
+    process, whose peak memory then includes what earlier runs left. one_pass: train several runs of LoRA at once, where
+    each is the same as alone; their time and memory are then shared. Raises ValueError if no method can be applied.
     """
     runner = None if so_far else runner or ThisProcess()
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / RUNS)
     progress = progress or RunsProgress()
-    progress.begin(most_runs_of(plans, seeds, trials))
+    if runner is not None:
+        progress.begin(TimeLeft(plans, seeds, trials, ledger))
     rows: list[MethodRow] = []
     left_out: list[tuple[str, str, str]] = []
     finished = True
     with progress, _scratch(folder) as scratch:
         for plan in plans:
+            passes = Passes(plan.task, scratch) if one_pass and runner is not None else None
             for method in plan.methods:
-                runs = _Runs(plan.task, method, ledger, progress, runner, scratch / "weights")
+                name = name_of(method.method)
+                if reason := plan.costs[name].left_out:  # no process has to start to find it
+                    left_out.append((plan.task.name, name, reason))
+                    continue
+                runs = _Runs(plan.task, method, ledger, progress, runner, scratch / "weights", passes)
                 try:
                     rows.append(runs.of_all_seeds(seeds, trials))
-                except NotApplicable as reason:
-                    left_out.append((plan.task.name, name_of(method.method), str(reason)))
+                except NotApplicable as error:  # for a reason that the weights alone tell
+                    left_out.append((plan.task.name, name, str(error)))
                 except _NotMade:
                     pass
                 finished = finished and runs.complete
-                progress.advance_to_method_end(most_runs(plan, method, seeds, trials))
     if left_out and not rows and finished:
         raise LoraError("no method can be applied. {}: {}: {}".format(*left_out[0]))
     return Comparison(
@@ -111,10 +115,14 @@ class _Runs:
         progress: RunsProgress,
         runner: Runner | None,
         weights: Path,
+        passes: Passes | None,
     ) -> None:
-        """runner: where runs are made; None: only those of the ledger. weights: a file for what a best run trained."""
+        """runner: where runs are made; None: only those of the ledger. weights: a file for what a best run trained.
+
+        passes: trains several runs at once; None: each is trained alone.
+        """
         self.task, self.config, self.ledger, self.progress = task, config, ledger, progress
-        self.runner, self.weights = runner, weights
+        self.runner, self.weights, self.passes = runner, weights, passes
         self.complete = True
         self.name = name_of(config.method)
         self._tried: dict[float, float | None] = {}  # in the search: rate → score, None if it diverged
@@ -128,7 +136,7 @@ class _Runs:
         runs = []
         for seed in range(seeds):
             with contextlib.suppress(_NotMade):
-                runs.append(self._tested(seed, rate))
+                runs.append(self._tested(seed, rate, range(seed + 1, seeds)))
         if not runs:
             raise _NotMade
         return row_of(runs, searched, self.task.chosen_by)
@@ -139,14 +147,14 @@ class _Runs:
         while (rate := next_rate(self.config.method, self._tried, trials)) is not None:
             order = dataclasses.replace(self._order(0, rate), rivals=dict(self._tried))
             known = self.ledger.get(order.key)
-            run = known or self._made(order)
+            run = known or self._made(order, next_rates(self.config.method, self._tried, trials)[1:])
             runs.append(run)
             self._tried[rate] = None if run.diverged else run.valid[self.task.chosen_by]
             if best_tried(self._tried) == rate:
                 self._best = None if known else order
         return best_tried(self._tried) or min(self._tried), runs
 
-    def _tested(self, seed: int, rate: float) -> Run:
+    def _tested(self, seed: int, rate: float, later: Sequence[int]) -> Run:
         order = self._order(seed, rate)
         best, self._best = self._best, None  # the search is over: its weights are kept only for the first seed
         run = self.ledger.get(order.key)
@@ -154,11 +162,16 @@ class _Runs:
             return run
         if run is not None and best is not None and best.key == order.key:
             return self._with_test(run, order)
-        return self._made(order)
+        return self._made(order, seeds=later)
 
-    def _made(self, order: Order) -> Run:
-        """Make the run and add it to the ledger."""
+    def _made(self, order: Order, rates: Sequence[float] = (), seeds: Sequence[int] = ()) -> Run:
+        """Make the run and add it to the ledger. rates, seeds: of runs that are wanted next."""
         runner = self._needed_runner()
+        if self.passes is not None:
+            wanted = [self._order(order.seed, rate) for rate in rates]
+            wanted += [self._order(seed, order.learning_rate) for seed in seeds]
+            wanted = [own for own in wanted if self.ledger.get(own.key) is None]
+            order = self.passes.trained(order, wanted, runner, self.progress)
         self.progress.run(
             self.task.name, self.name, order.seed, order.learning_rate, steps_of(self.task, self.config.training)
         )
@@ -186,10 +199,7 @@ class _Runs:
         return self.runner
 
     def _order(self, seed: int, rate: float) -> Order:
-        training = {name: getattr(self.config.training, name) for name in _DECIDES}
-        method: Method = self.config.method
-        key = digest_of(self.task.fingerprint, self.task.name, method.name, method.settings, training, seed, rate)
-        return Order(key, self.config, seed, rate, self.weights)
+        return Order(run_key(self.task, self.config, seed, rate), self.config, seed, rate, self.weights)
 
 
 @contextlib.contextmanager
@@ -220,7 +230,7 @@ def _facts(plan: TaskPlan) -> TaskFacts:
     trainings = [method.training for method in plan.methods]
     shared = {
         name: getattr(trainings[0], name)
-        for name in _DECIDES
+        for name in DECIDES
         if len({getattr(training, name) for training in trainings}) == 1 and getattr(trainings[0], name)
     }
     steps = {steps_of(task, training) for training in trainings}

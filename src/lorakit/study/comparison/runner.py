@@ -26,6 +26,7 @@ class Order:
     learning_rate: float
     weights: Path  # a file for what the best run of a search has trained
     rivals: Mapping[float, float | None] | None = None  # the search's earlier rates and their scores; None: no search
+    trained: Path | None = None  # a file with what the run came to in one pass with others; None: it is trained alone
 
 
 class Watch(Protocol):

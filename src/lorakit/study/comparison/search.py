@@ -42,9 +42,14 @@ def next_rate(method: Method, tried: Mapping[float, float | None], trials: int) 
     tried: rate → validation score, lower is better; None if the run diverged. A score that is NaN or infinite counts as
     diverged too: the last step may have broken the weights after the last training loss.
     """
+    return next(iter(next_rates(method, tried, trials)), None)
+
+
+def next_rates(method: Method, tried: Mapping[float, float | None], trials: int) -> list[float]:
+    """The rate to try next, and those that are tried after it unless it is the better one."""
     if tried and len(tried) >= trials:
-        return None
-    return next(iter(untried(tried, start(method), [rung])), None)
+        return []
+    return untried(tried, start(method), [rung])[: max(trials - len(tried), 1)]
 
 
 def start(method: Method) -> float:

@@ -164,7 +164,7 @@ def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
     if any(row.latency_ends for row in rows):
         lines[-1] = (
             "Latency is that of a forward pass as the method serves, × the model's own: the median of turns in which "
-            "both run once, and in brackets its 95 % interval, which holds those of all seeds. ×1: the interval holds "
+            "both run, and in brackets its 95 % interval, which holds those of all seeds. ×1: the interval holds "
             "1, so no difference was found."
         )
     head = max((row.head for row in rows), default=0)
@@ -236,13 +236,26 @@ def _choice(comparison: Comparison, task: TaskFacts) -> str:
 
 def _memory(comparison: Comparison, rows: Sequence[MethodRow]) -> list[str]:
     """A sentence on whose memory the peak is. On a GPU it is that of the run's tensors in any case."""
+    passes = [row for row in rows if row.together > 1]
+    said = []
+    if passes:
+        whose = "" if len(passes) == len(rows) else f" of {', '.join(row.method for row in passes)}"
+        most = max(row.together for row in passes)
+        said = [
+            f"Train time{whose} is that of a pass over up to {most} runs, divided by their number, and peak memory is "
+            "that of the pass."
+        ]
+    rows = [row for row in rows if row.together == 1]
     shared = [row.method for row in rows if not row.alone]
     if "gpu" in comparison.machine or not rows:
-        return []
+        return said
     if not shared:
-        return ["Peak memory is that of a process which made this run alone."]
-    whose = "" if len(shared) == len(rows) else f" of {', '.join(shared)}"
-    return [f"Peak memory{whose} is that of a process which made several runs, and may hold what earlier ones left."]
+        return [*said, "Peak memory is that of a process which makes a single run."]
+    whose = "" if len(shared) == len(rows) and not said else f" of {', '.join(shared)}"
+    return [
+        *said,
+        f"Peak memory{whose} is that of a process which made several runs, and may hold what earlier ones left.",
+    ]
 
 
 def _with_direction(metric: str) -> str:

@@ -10,7 +10,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,19 +23,13 @@ from ...training.gradient_checkpointing import end_checkpointing
 from ...training.memory import forget_peak, peak_memory
 from ...training.one_pass import OnePass
 from ...training.own_run import OwnRun
-from ..methods.baselines import LoRA
+from ..methods.baselines import Applied, LoRA
 from .config import MethodConfig
 from .fit import Fitted, Steps
+from .runner import Order, Watch
 from .tasks import Answers, StudyTask
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """A run to make."""
-
-    config: MethodConfig
-    seed: int
-    learning_rate: float
+MOST = 8  # runs in one pass: on a GPU their rows are in one batch
 
 
 def can_share(task: StudyTask, config: MethodConfig) -> bool:
@@ -53,15 +47,24 @@ def can_share(task: StudyTask, config: MethodConfig) -> bool:
     )
 
 
-def share_settings(one: MethodConfig, other: MethodConfig) -> bool:
-    """Whether runs of both can be in the same pass: they may differ in the learning rate alone."""
-    return dataclasses.replace(one.training, learning_rate=None, methods=()) == dataclasses.replace(
-        other.training, learning_rate=None, methods=()
-    )
+def train_together(task: StudyTask, order: Order, watch: Watch, others: Sequence[Order] = ()) -> None:
+    """Train an order and others in one pass, and leave what each came to in its file `trained`."""
+    orders = [order, *others]
+    for own, (tensors, fitted) in zip(orders, fit_together(task, orders, watch.step), strict=True):
+        assert own.trained is not None
+        torch.save({"tensors": tensors, "fitted": dataclasses.asdict(fitted), "together": len(orders)}, own.trained)
+
+
+def take_trained(applied: Applied, file: Path) -> tuple[Fitted, int]:
+    """Load what a run trained; returns what it cost, and how many runs were trained with it in one pass."""
+    found = torch.load(file, weights_only=True)
+    applied.load_state_dict(found["tensors"])
+    applied.model.eval()
+    return Fitted(**found["fitted"]), found["together"]
 
 
 def fit_together(
-    task: StudyTask, wanted: Sequence[Wanted], step: Callable[[], None]
+    task: StudyTask, wanted: Sequence[Order], step: Callable[[], None]
 ) -> list[tuple[dict[str, Tensor], Fitted]]:
     """What each run trained, by names as `Applied.load_state_dict` takes them, and what it cost.
 
