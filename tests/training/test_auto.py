@@ -26,7 +26,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.divergence import Diverged
 from lorakit.training.interrupt import Interrupted
 from lorakit.training.loop import train
-from lorakit.training.one_pass import OnePassTrainer
+from lorakit.training.one_pass_trainer import OnePassTrainer
 from lorakit.training.settings import UsageError
 from lorakit.training.tried import Trial
 

@@ -15,7 +15,7 @@ import lorakit
 from lorakit.training.config import TrainConfig
 from lorakit.training.interrupt import Interrupted
 from lorakit.training.loop import train
-from lorakit.training.one_pass import OnePassTrainer
+from lorakit.training.one_pass_trainer import OnePassTrainer
 from lorakit.training.settings import UsageError
 from lorakit.training.sweep_settings import swept
 

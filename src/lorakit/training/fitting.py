@@ -35,7 +35,7 @@ from .tried import Tried
 
 if TYPE_CHECKING:
     from ..bank.bank import Bank
-    from .one_pass import OnePassTrainer
+    from .one_pass_trainer import OnePassTrainer
     from .progress import Progress
 
 
@@ -195,7 +195,7 @@ def _trainer_of(
     from trl import SFTConfig
 
     from .base_trainer import arguments
-    from .one_pass import OnePassTrainer
+    from .one_pass_trainer import OnePassTrainer
     from .progress import Progress
     from .trainers import CausalTrainer, ClassifierTrainer
 

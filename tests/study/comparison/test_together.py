@@ -10,7 +10,10 @@ import torch
 
 from lorakit.study.comparison.config import CompareConfig, MethodConfig, TaskConfig
 from lorakit.study.comparison.fit import fit
+from lorakit.study.comparison.plan import plans_of
+from lorakit.study.comparison.run import compare
 from lorakit.study.comparison.runner import Order
+from lorakit.study.comparison.table import tables_text
 from lorakit.study.comparison.tasks import read_task
 from lorakit.study.comparison.together import can_share, fit_together
 from lorakit.study.methods.baselines import Full, LoRA
@@ -75,3 +78,23 @@ def test_what_is_other_mathematics_is_made_alone(tiny_lm: Path, tiny_encoder: Pa
     assert shares(LoRA(rank=2)) and shares(LoRA(init="pissa"))
     assert not shares(LoRA(dora=True)) and not shares(Full())
     assert not shares(LoRA(rank=2), gradient_accumulation_steps=2)
+
+
+def test_a_comparison_in_one_pass_has_the_scores_of_one_without(tiny_lm: Path, tmp_path: Path) -> None:
+    task_for(tiny_lm, tmp_path / "data")
+    config = dataclasses.replace(
+        CONFIG, model=str(tiny_lm), data=str(tmp_path / "data"), methods=("lora rank=2", "full"), seeds=3, trials=3,
+        metrics=("perplexity",),
+    )  # fmt: skip
+    rows = []
+    for one_pass in (False, True):
+        folder, plans = tmp_path / f"out {one_pass}", plans_of(config)
+        found = compare(config.model, plans, folder, seeds=3, trials=3, one_pass=one_pass)
+        rows.append(found.rows)
+        text = tables_text(found)
+    for alone, shared in zip(*rows, strict=True):
+        assert (alone.method, alone.learning_rate) == (shared.method, shared.learning_rate)
+        assert alone.tried == pytest.approx(shared.tried, rel=1e-4)
+        assert alone.scores["perplexity"].mean == pytest.approx(shared.scores["perplexity"].mean, rel=1e-4)
+    assert [row.together for row in rows[0]] == [1, 1] and [row.together for row in rows[1]] == [3, 1]
+    assert "Train time of lora rank=2 is that of a pass over up to 3 runs, divided by their number" in text

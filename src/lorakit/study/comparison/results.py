@@ -112,10 +112,10 @@ class MethodRow:
     seconds: float  # the shortest training time, because other work on the machine only adds to it
     peak_bytes: int  # the largest
     alone: bool  # whether each run had a process of its own, so that the peak is that of the run
-    together: int  # the most runs that were trained in one pass with one of these
     file_bytes: int
     latency: float  # as a multiple of the model without the method: 1.0 is equally fast
     latency_ends: Ends | None  # of its 95 % interval; None: too few turns were timed
+    together: int = 1  # the most runs that were trained in one pass with one of these
 
 
 @dataclass(frozen=True)
