@@ -2,7 +2,7 @@
 
 `attach` turns an `nn.Linear` into a `lorakit.Linear`: the same object, the same weight tensor, hooks, keys, device and
 dtype, with `lora_A` and `lora_B` beside the weight. There is no wrapper model and no renamed key, so whatever worked
-with the model before (Trainer, generate, FSDP, torch.compile, state_dict) works with it after. `detach` gives back the
+with the model before (Trainer, generate, FSDP2, torch.compile, state_dict) works with it after. `detach` gives back the
 model that `attach` was given.
 
 What was changed is noted on each module (`undo.py`), so all of this works on a part of a model, on copies, and after
