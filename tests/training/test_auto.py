@@ -19,13 +19,14 @@ import yaml
 
 import lorakit
 from lorakit.core.errors import LoraError
-from lorakit.training import auto, auto_settings, pace, progress
+from lorakit.training import auto, auto_settings, pace, preflight, progress
 from lorakit.training.auto import Runs, Seconds, found
 from lorakit.training.auto_settings import AutoSearch, Budget, Candidate, auto_search
 from lorakit.training.config import TrainConfig
 from lorakit.training.divergence import Diverged
 from lorakit.training.interrupt import Interrupted
 from lorakit.training.loop import train
+from lorakit.training.prepare import prepare
 from lorakit.training.settings import UsageError
 from lorakit.training.sweep import SweepTrainer
 from lorakit.training.tried import Trial
@@ -71,7 +72,7 @@ def valley(rank: int, rate: float) -> Loss:
 
 def test_the_rate_comes_first_then_the_rank_then_the_rate_again() -> None:
     scored = Scored(valley(64, 1e-3))
-    assert found(search(), Runs(99), scored) == ((64, 1e-3), "no neighbour of the best is better")
+    assert found(search(), Runs(99), scored) == ((64, 1e-3), "no neighbour of the best setting is better")
     assert scored.passes == [
         (1.0, [(16, 3e-4), (16, 1e-3), (16, 1e-4)]),  # 1e-3 is the best,
         (1.0, [(16, 3e-3)]),  # and 3e-3 worse
@@ -147,6 +148,21 @@ def test_rates_end_where_training_does_nothing_and_ranks_at_1() -> None:
     assert found(search(), Runs(99), scored)[0] == (1, 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("at_once", "expected"),
+    [
+        (1, [[(16, 3e-4)], [(16, 1e-3)], [(16, 3e-3)], [(64, 1e-3)], [(256, 1e-3)], [(64, 3e-3)], [(64, 3e-4)]]),
+        (2, [[(16, 3e-4), (16, 1e-3)], [(16, 3e-3)], [(64, 1e-3), (4, 1e-3)], [(256, 1e-3)], [(64, 3e-3), (64, 3e-4)]]),
+    ],
+)
+def test_where_memory_is_short_a_pass_has_fewer_candidates(
+    at_once: int, expected: list[list[tuple[int, float]]]
+) -> None:
+    scored = Scored(valley(64, 1e-3))
+    assert found(dataclasses.replace(search(), at_once=at_once), Runs(99), scored)[0] == (64, 1e-3)
+    assert [each for _, each in scored.passes] == expected
+
+
 # --- the budget -------------------------------------------------------------------------------------------------------
 
 
@@ -156,7 +172,7 @@ def test_a_budget_of_runs_is_spent_and_never_exceeded(runs: int) -> None:
     _, ended = found(search(), purse := Runs(runs), scored)
     assert len(scored.candidates) == min(runs, 9)
     assert purse.spent() == f"{min(runs, 9)} of {runs} runs"
-    assert ended == ("no neighbour of the best is better" if runs >= 9 else "the budget holds no further one")
+    assert ended == ("no neighbour of the best setting is better" if runs >= 9 else "the budget holds no further run")
 
 
 class Clock:
@@ -204,7 +220,7 @@ def test_a_time_is_kept_and_the_last_run_is_set_aside(
     assert clock.now - 1000 == spent <= seconds
     if not candidates:
         assert (best.rank, best.learning_rate) == (16, 3e-4)
-        assert ended == "the budget holds nothing to compare beside the run itself"
+        assert ended == "the budget holds nothing but the run itself"
 
 
 @pytest.mark.parametrize(
@@ -381,7 +397,8 @@ def test_a_start_that_is_too_low_is_improved_and_the_best_is_a_plain_run(
     texts = said, (out / "report.html").read_text(), (out / "README.md").read_text()
     assert all(name in text for name in losses for text in texts)
     assert all("the settings were chosen by the loss on these rows" in text for text in texts)
-    assert "5 of 5 runs are spent; the search is over: the budget holds no further one" in said
+    how = f"The held-out loss chose {told['best']}. The search used 5 of 5 runs and ended because {told['ended']}."
+    assert told["ended"] == "the budget holds no further run" and all(how in text for text in texts)
     assert "--auto" not in results["command"]
 
 
@@ -419,7 +436,7 @@ def test_a_budget_of_time_is_kept_by_whole_passes(
     assert clock.now - 1000 <= 15 + run / 4  # the estimate's error
     rows = json.loads((Path(config.output_dir) / "auto.json").read_text())["rows"]
     assert [row["steps"] for row in rows] == [8] + [2] * sum(count for _, count in tried)
-    assert re.search(r"1\d s of 15 s are spent", said)
+    assert re.search(r"The search used 1\d s of 15 s and ended because the budget holds no further run\.", said)
 
 
 def test_a_time_too_short_for_a_run_leaves_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,6 +444,23 @@ def test_a_time_too_short_for_a_run_leaves_nothing(config: TrainConfig, monkeypa
     with pytest.raises(LoraError, match=r"one run takes about \d+ min here, and \d+ s of 20 s are left"):
         train(dataclasses.replace(config, auto="20s", epochs=500.0))
     assert len(passes) == 1 and passes[0][0] < 50 and not Path(config.output_dir).exists()
+
+
+def test_as_many_are_trained_at_once_as_the_memory_holds(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.training.plan.resident_memory", lambda: 0)
+
+    def planned(memory: int) -> tuple[int, int]:
+        monkeypatch.setattr(preflight, "memory_of", lambda device: memory)
+        prepared = prepare(dataclasses.replace(config, auto="30m"))
+        assert prepared.search is not None and prepared.plan.peak_bytes is not None
+        return prepared.search.at_once, prepared.plan.peak_bytes
+
+    assert planned(0)[0] == 3  # it is not known
+    at_once, three = planned(2**40)
+    assert at_once == 3
+    fewer, two = planned(three - 1)
+    assert fewer == 2 and two < three
+    assert planned(two - 1)[0] == planned(1)[0] == 1
 
 
 def test_held_out_rows_are_needed(config: TrainConfig) -> None:

@@ -129,14 +129,15 @@ def found(
     """
     before = before or {}
     tried = {candidate: _score(trial) for (candidate, share), trial in before.items() if share == purse.share}
-    ended = "no neighbour of the best is better"
+    ended = "no neighbour of the best setting is better"
     while points := untried(tried, search.start, search.moves):
-        count = next((count for count in range(len(points), 0, -1) if purse.holds(count)), 0)
-        if len(tried) + count < 2:
-            ended = "the budget holds nothing to compare beside the run itself"
+        most = min(len(points), search.at_once)
+        count = next((count for count in range(most, 0, -1) if purse.holds(count)), 0)
+        if not tried and not purse.holds(2):
+            ended = "the budget holds nothing but the run itself"
             break
         if not count:
-            ended = "the budget holds no further one"
+            ended = "the budget holds no further run"
             break
         trials = train(points[:count], purse.share)
         tried |= {candidate: _score(trial) for candidate, trial in trials.items()}

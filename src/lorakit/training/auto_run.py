@@ -63,12 +63,13 @@ class _Searched:
     def result(self) -> tuple[Progress, Chosen]:
         search, state = self._search, self._state
         best, ended = found(search, self._purse, self._train, state.trials)
-        tried, spent = Tried.of(search.name(best), state.trials.values()), self._purse.spent()
+        spent = self._purse.spent()
+        told = f"The search used {spent} and ended because {ended}."
+        tried = Tried.of(search.name(best), state.trials.values(), told)
         with self._folder.writing() as part:
             text = tried.as_json(budget=search.budget.text, spent=spent, ended=ended)
             (part / FILE).write_text(text, encoding="utf-8")
         chosen = put_on(self._loaded, self._bank, search.settings(self._prepared.config, best), tried)
-        say(f"{spent} are spent; the search is over: {ended}")
         self._progress.become(state.lines)
         self._progress.seconds, self._progress.peak_bytes = state.seconds, state.peak_bytes
         return self._progress, chosen
