@@ -20,7 +20,7 @@ import yaml
 import lorakit
 from lorakit.core.errors import LoraError
 from lorakit.training import auto, auto_settings, pace, preflight, progress
-from lorakit.training.auto import Runs, Seconds, found
+from lorakit.training.auto import Runs, Seconds, best_within
 from lorakit.training.auto_settings import AutoSearch, Budget, Candidate, auto_search
 from lorakit.training.config import TrainConfig
 from lorakit.training.divergence import Diverged
@@ -72,7 +72,7 @@ def valley(rank: int, rate: float) -> Loss:
 
 def test_the_rate_comes_first_then_the_rank_then_the_rate_again() -> None:
     scored = Scored(valley(64, 1e-3))
-    assert found(search(), Runs(99), scored) == ((64, 1e-3), "no neighbour of the best setting is better")
+    assert best_within(search(), Runs(99), scored) == ((64, 1e-3), "no neighbour of the best setting is better")
     assert scored.passes == [
         (1.0, [(16, 3e-4), (16, 1e-3), (16, 1e-4)]),  # 1e-3 is the best,
         (1.0, [(16, 3e-3)]),  # and 3e-3 worse
@@ -84,7 +84,7 @@ def test_the_rate_comes_first_then_the_rank_then_the_rate_again() -> None:
 
 def test_the_best_rate_may_be_another_one_at_another_rank() -> None:
     scored = Scored(lambda rank, rate: valley(256, 3e-3 * 4 / rank**0.5)(rank, rate))
-    assert found(search(), Runs(99), scored)[0] == (256, 1e-3)
+    assert best_within(search(), Runs(99), scored)[0] == (256, 1e-3)
     # At rank 16 the best rate is 3e-3, at 64 1.5e-3, at 256 0.75e-3.
     assert scored.passes[:3] == [
         (1.0, [(16, 3e-4), (16, 1e-3), (16, 1e-4)]),
@@ -103,7 +103,7 @@ def test_the_best_rate_may_be_another_one_at_another_rank() -> None:
 )
 def test_what_is_given_is_not_searched(axes: tuple[str, ...], expected: list[list[tuple[int, float]]]) -> None:
     scored = Scored(valley(64, 1e-3))
-    found(search(axes), Runs(99), scored)
+    best_within(search(axes), Runs(99), scored)
     assert [each for _, each in scored.passes] == expected
 
 
@@ -117,7 +117,7 @@ def test_the_end_is_a_setting_that_no_neighbour_beats(seed: int) -> None:
     scored = Scored(lambda rank, rate: scores[rank, rate] if rate < 1e3 else math.inf)
     runs = draw.randint(2, 30)
     try:
-        best, ended = found(search(), Runs(runs), scored)
+        best, ended = best_within(search(), Runs(runs), scored)
     except Diverged:
         assert all(scores[one] == math.inf for one in scored.candidates)
         return
@@ -135,17 +135,17 @@ def test_the_end_is_a_setting_that_no_neighbour_beats(seed: int) -> None:
 
 def test_divergence_is_worse_than_any_loss() -> None:
     scored = Scored(lambda rank, rate: 9.0 - rate if rate < 2e-5 else math.inf)
-    assert found(search(("learning_rate",)), Runs(99), scored)[0] == (16, 1e-5)
+    assert best_within(search(("learning_rate",)), Runs(99), scored)[0] == (16, 1e-5)
     assert [rate for _, rate in scored.candidates] == [3e-4, 1e-3, 1e-4, 3e-5, 1e-5, 3e-6]
     scored = Scored(lambda rank, rate: math.inf)
     with pytest.raises(Diverged, match=r"all 7 runs diverged, with learning rates from 1e-06 to 0\.001"):
-        found(search(("learning_rate",)), Runs(99), scored)
+        best_within(search(("learning_rate",)), Runs(99), scored)
 
 
 def test_rates_end_where_training_does_nothing_and_ranks_at_1() -> None:
     """Training makes held-out rows worse here, the less of it the less."""
     scored = Scored(lambda rank, rate: rank * rate)
-    assert found(search(), Runs(99), scored)[0] == (1, 1e-6)
+    assert best_within(search(), Runs(99), scored)[0] == (1, 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_where_memory_is_short_a_pass_has_fewer_candidates(
     at_once: int, expected: list[list[tuple[int, float]]]
 ) -> None:
     scored = Scored(valley(64, 1e-3))
-    assert found(dataclasses.replace(search(), at_once=at_once), Runs(99), scored)[0] == (64, 1e-3)
+    assert best_within(dataclasses.replace(search(), at_once=at_once), Runs(99), scored)[0] == (64, 1e-3)
     assert [each for _, each in scored.passes] == expected
 
 
@@ -169,7 +169,7 @@ def test_where_memory_is_short_a_pass_has_fewer_candidates(
 @pytest.mark.parametrize("runs", range(2, 11))
 def test_a_budget_of_runs_is_spent_and_never_exceeded(runs: int) -> None:
     scored = Scored(valley(64, 1e-3))  # nine of them settle it, see above
-    _, ended = found(search(), purse := Runs(runs), scored)
+    _, ended = best_within(search(), purse := Runs(runs), scored)
     assert len(scored.candidates) == min(runs, 9)
     assert purse.spent() == f"{min(runs, 9)} of {runs} runs"
     assert ended == ("no neighbour of the best setting is better" if runs >= 9 else "the budget holds no further run")
@@ -213,7 +213,7 @@ def test_a_time_is_kept_and_the_last_run_is_set_aside(
     purse = Seconds(seconds)
     scored = Scored(valley(64, 1e-3), lambda count, share: clock.pass_(100 * count * share))
     purse.plan(100, 5)
-    best, ended = found(search(), purse, scored)
+    best, ended = best_within(search(), purse, scored)
     *tried, last = scored.passes if share < 1 else [*scored.passes, (1.0, [])]
     assert {own for own, _ in tried} <= {share} and sum(len(each) for _, each in tried) == candidates
     assert last == ((1.0, [(best.rank, best.learning_rate)]) if share < 1 else (1.0, []))
@@ -235,7 +235,7 @@ def test_what_a_pass_took_is_what_the_next_is_expected_to_take(
     purse = Seconds(budget)
     scored = Scored(valley(64, 1e-3), lambda count, share: clock.pass_(200 if count == 1 else 100))
     purse.plan(100, 5)
-    found(search(), purse, scored)
+    best_within(search(), purse, scored)
     assert [len(each) for _, each in scored.passes] == expected
 
 
@@ -246,6 +246,8 @@ def test_a_time_that_holds_no_run_says_how_much_it_needs(monkeypatch: pytest.Mon
     match = r"one run takes about 10 min here, and 9 min of 10 min are left\. A search needs about 50 min, or 16 min if"
     with pytest.raises(LoraError, match=match):
         purse.plan(600, 5)
+    purse.plan(600, 5, share=0.25, made=True)  # an interrupted search had come to its last run
+    assert purse.share == 0.25
 
 
 @pytest.mark.parametrize("done", range(6))
@@ -263,13 +265,13 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
         made.plan(100, 5, before)
         return made
 
-    best, ended = found(search(), purse(0), whole := scored())
+    best, ended = best_within(search(), purse(0), whole := scored())
     before = {}
     for own, candidates in whole.passes[:done]:
         for rank, rate in candidates:
             before[Candidate(rank, rate), own] = Trial("", 9, 0.0, whole.loss(rank, rate))
     taken = sum(100 * own for _, own in before)
-    assert found(search(), purse(taken, share if done else None), rest := scored(), before) == (best, ended)
+    assert best_within(search(), purse(taken, share if done else None), rest := scored(), before) == (best, ended)
     assert rest.passes == whole.passes[done:]
 
 
