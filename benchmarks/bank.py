@@ -119,7 +119,8 @@ def training(bank: lorakit.Bank, each: int, tokens: int) -> dict[str, Any]:
     batches = [
         (rows[part.start * each : part.stop * each], ids[part.start * each : part.stop * each]) for part in parts
     ]
-    embedded = bank.model.get_input_embeddings()(ids).detach().requires_grad_()
+    model: Any = bank.model
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
 
     def together() -> None:
         for own, batch in batches:

@@ -19,14 +19,15 @@ import yaml
 
 import lorakit
 from lorakit.core.errors import LoraError
-from lorakit.training import auto, auto_settings, pace, progress
-from lorakit.training.auto import Runs, Seconds, found
+from lorakit.training import auto, auto_settings, pace, preflight, progress
+from lorakit.training.auto import Runs, Seconds, best_within
 from lorakit.training.auto_settings import AutoSearch, Budget, Candidate, auto_search
 from lorakit.training.config import TrainConfig
 from lorakit.training.divergence import Diverged
 from lorakit.training.interrupt import Interrupted
 from lorakit.training.loop import train
 from lorakit.training.one_pass_trainer import OnePassTrainer
+from lorakit.training.prepare import prepare
 from lorakit.training.settings import UsageError
 from lorakit.training.tried import Trial
 
@@ -71,7 +72,7 @@ def valley(rank: int, rate: float) -> Loss:
 
 def test_the_rate_comes_first_then_the_rank_then_the_rate_again() -> None:
     scored = Scored(valley(64, 1e-3))
-    assert found(search(), Runs(99), scored) == ((64, 1e-3), "no neighbour of the best is better")
+    assert best_within(search(), Runs(99), scored) == ((64, 1e-3), "no neighbour of the best setting is better")
     assert scored.passes == [
         (1.0, [(16, 3e-4), (16, 1e-3), (16, 1e-4)]),  # 1e-3 is the best,
         (1.0, [(16, 3e-3)]),  # and 3e-3 worse
@@ -83,7 +84,7 @@ def test_the_rate_comes_first_then_the_rank_then_the_rate_again() -> None:
 
 def test_the_best_rate_may_be_another_one_at_another_rank() -> None:
     scored = Scored(lambda rank, rate: valley(256, 3e-3 * 4 / rank**0.5)(rank, rate))
-    assert found(search(), Runs(99), scored)[0] == (256, 1e-3)
+    assert best_within(search(), Runs(99), scored)[0] == (256, 1e-3)
     # At rank 16 the best rate is 3e-3, at 64 1.5e-3, at 256 0.75e-3.
     assert scored.passes[:3] == [
         (1.0, [(16, 3e-4), (16, 1e-3), (16, 1e-4)]),
@@ -102,7 +103,7 @@ def test_the_best_rate_may_be_another_one_at_another_rank() -> None:
 )
 def test_what_is_given_is_not_searched(axes: tuple[str, ...], expected: list[list[tuple[int, float]]]) -> None:
     scored = Scored(valley(64, 1e-3))
-    found(search(axes), Runs(99), scored)
+    best_within(search(axes), Runs(99), scored)
     assert [each for _, each in scored.passes] == expected
 
 
@@ -116,7 +117,7 @@ def test_the_end_is_a_setting_that_no_neighbour_beats(seed: int) -> None:
     scored = Scored(lambda rank, rate: scores[rank, rate] if rate < 1e3 else math.inf)
     runs = draw.randint(2, 30)
     try:
-        best, ended = found(search(), Runs(runs), scored)
+        best, ended = best_within(search(), Runs(runs), scored)
     except Diverged:
         assert all(scores[one] == math.inf for one in scored.candidates)
         return
@@ -134,17 +135,32 @@ def test_the_end_is_a_setting_that_no_neighbour_beats(seed: int) -> None:
 
 def test_divergence_is_worse_than_any_loss() -> None:
     scored = Scored(lambda rank, rate: 9.0 - rate if rate < 2e-5 else math.inf)
-    assert found(search(("learning_rate",)), Runs(99), scored)[0] == (16, 1e-5)
+    assert best_within(search(("learning_rate",)), Runs(99), scored)[0] == (16, 1e-5)
     assert [rate for _, rate in scored.candidates] == [3e-4, 1e-3, 1e-4, 3e-5, 1e-5, 3e-6]
     scored = Scored(lambda rank, rate: math.inf)
     with pytest.raises(Diverged, match=r"all 7 runs diverged, with learning rates from 1e-06 to 0\.001"):
-        found(search(("learning_rate",)), Runs(99), scored)
+        best_within(search(("learning_rate",)), Runs(99), scored)
 
 
 def test_rates_end_where_training_does_nothing_and_ranks_at_1() -> None:
     """Training makes held-out rows worse here, the less of it the less."""
     scored = Scored(lambda rank, rate: rank * rate)
-    assert found(search(), Runs(99), scored)[0] == (1, 1e-6)
+    assert best_within(search(), Runs(99), scored)[0] == (1, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "expected"),
+    [
+        (1, [[(16, 3e-4)], [(16, 1e-3)], [(16, 3e-3)], [(64, 1e-3)], [(256, 1e-3)], [(64, 3e-3)], [(64, 3e-4)]]),
+        (2, [[(16, 3e-4), (16, 1e-3)], [(16, 3e-3)], [(64, 1e-3), (4, 1e-3)], [(256, 1e-3)], [(64, 3e-3), (64, 3e-4)]]),
+    ],
+)
+def test_where_memory_is_short_a_pass_has_fewer_candidates(
+    at_once: int, expected: list[list[tuple[int, float]]]
+) -> None:
+    scored = Scored(valley(64, 1e-3))
+    assert best_within(dataclasses.replace(search(), at_once=at_once), Runs(99), scored)[0] == (64, 1e-3)
+    assert [each for _, each in scored.passes] == expected
 
 
 # --- the budget -------------------------------------------------------------------------------------------------------
@@ -153,10 +169,10 @@ def test_rates_end_where_training_does_nothing_and_ranks_at_1() -> None:
 @pytest.mark.parametrize("runs", range(2, 11))
 def test_a_budget_of_runs_is_spent_and_never_exceeded(runs: int) -> None:
     scored = Scored(valley(64, 1e-3))  # nine of them settle it, see above
-    _, ended = found(search(), purse := Runs(runs), scored)
+    _, ended = best_within(search(), purse := Runs(runs), scored)
     assert len(scored.candidates) == min(runs, 9)
     assert purse.spent() == f"{min(runs, 9)} of {runs} runs"
-    assert ended == ("no neighbour of the best is better" if runs >= 9 else "the budget holds no further one")
+    assert ended == ("no neighbour of the best setting is better" if runs >= 9 else "the budget holds no further run")
 
 
 class Clock:
@@ -197,14 +213,14 @@ def test_a_time_is_kept_and_the_last_run_is_set_aside(
     purse = Seconds(seconds)
     scored = Scored(valley(64, 1e-3), lambda count, share: clock.pass_(100 * count * share))
     purse.plan(100, 5)
-    best, ended = found(search(), purse, scored)
+    best, ended = best_within(search(), purse, scored)
     *tried, last = scored.passes if share < 1 else [*scored.passes, (1.0, [])]
     assert {own for own, _ in tried} <= {share} and sum(len(each) for _, each in tried) == candidates
     assert last == ((1.0, [(best.rank, best.learning_rate)]) if share < 1 else (1.0, []))
     assert clock.now - 1000 == spent <= seconds
     if not candidates:
         assert (best.rank, best.learning_rate) == (16, 3e-4)
-        assert ended == "the budget holds nothing to compare beside the run itself"
+        assert ended == "the budget holds nothing but the run itself"
 
 
 @pytest.mark.parametrize(
@@ -219,7 +235,7 @@ def test_what_a_pass_took_is_what_the_next_is_expected_to_take(
     purse = Seconds(budget)
     scored = Scored(valley(64, 1e-3), lambda count, share: clock.pass_(200 if count == 1 else 100))
     purse.plan(100, 5)
-    found(search(), purse, scored)
+    best_within(search(), purse, scored)
     assert [len(each) for _, each in scored.passes] == expected
 
 
@@ -230,6 +246,8 @@ def test_a_time_that_holds_no_run_says_how_much_it_needs(monkeypatch: pytest.Mon
     match = r"one run takes about 10 min here, and 9 min of 10 min are left\. A search needs about 50 min, or 16 min if"
     with pytest.raises(LoraError, match=match):
         purse.plan(600, 5)
+    purse.plan(600, 5, share=0.25, made=True)  # an interrupted search had come to its last run
+    assert purse.share == 0.25
 
 
 @pytest.mark.parametrize("done", range(6))
@@ -247,13 +265,13 @@ def test_an_interrupted_search_goes_on_as_if_nothing_had_happened(
         made.plan(100, 5, before)
         return made
 
-    best, ended = found(search(), purse(0), whole := scored())
+    best, ended = best_within(search(), purse(0), whole := scored())
     before = {}
     for own, candidates in whole.passes[:done]:
         for rank, rate in candidates:
             before[Candidate(rank, rate), own] = Trial("", 9, 0.0, whole.loss(rank, rate))
     taken = sum(100 * own for _, own in before)
-    assert found(search(), purse(taken, share if done else None), rest := scored(), before) == (best, ended)
+    assert best_within(search(), purse(taken, share if done else None), rest := scored(), before) == (best, ended)
     assert rest.passes == whole.passes[done:]
 
 
@@ -381,7 +399,8 @@ def test_a_start_that_is_too_low_is_improved_and_the_best_is_a_plain_run(
     texts = said, (out / "report.html").read_text(), (out / "README.md").read_text()
     assert all(name in text for name in losses for text in texts)
     assert all("the settings were chosen by the loss on these rows" in text for text in texts)
-    assert "5 of 5 runs are spent; the search is over: the budget holds no further one" in said
+    how = f"The held-out loss chose {told['best']}. The search used 5 of 5 runs and ended because {told['ended']}."
+    assert told["ended"] == "the budget holds no further run" and all(how in text for text in texts)
     assert "--auto" not in results["command"]
 
 
@@ -419,7 +438,7 @@ def test_a_budget_of_time_is_kept_by_whole_passes(
     assert clock.now - 1000 <= 15 + run / 4  # the estimate's error
     rows = json.loads((Path(config.output_dir) / "auto.json").read_text())["rows"]
     assert [row["steps"] for row in rows] == [8] + [2] * sum(count for _, count in tried)
-    assert re.search(r"1\d s of 15 s are spent", said)
+    assert re.search(r"The search used 1\d s of 15 s and ended because the budget holds no further run\.", said)
 
 
 def test_a_time_too_short_for_a_run_leaves_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,6 +446,23 @@ def test_a_time_too_short_for_a_run_leaves_nothing(config: TrainConfig, monkeypa
     with pytest.raises(LoraError, match=r"one run takes about \d+ min here, and \d+ s of 20 s are left"):
         train(dataclasses.replace(config, auto="20s", epochs=500.0))
     assert len(passes) == 1 and passes[0][0] < 50 and not Path(config.output_dir).exists()
+
+
+def test_as_many_are_trained_at_once_as_the_memory_holds(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorakit.training.plan.resident_memory", lambda: 0)
+
+    def planned(memory: int) -> tuple[int, int]:
+        monkeypatch.setattr(preflight, "memory_of", lambda device: memory)
+        prepared = prepare(dataclasses.replace(config, auto="30m"))
+        assert prepared.search is not None and prepared.plan.peak_bytes is not None
+        return prepared.search.at_once, prepared.plan.peak_bytes
+
+    assert planned(0)[0] == 3  # it is not known
+    at_once, three = planned(2**40)
+    assert at_once == 3
+    fewer, two = planned(three - 1)
+    assert fewer == 2 and two < three
+    assert planned(two - 1)[0] == planned(1)[0] == 1
 
 
 def test_held_out_rows_are_needed(config: TrainConfig) -> None:

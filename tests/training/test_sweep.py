@@ -70,7 +70,7 @@ def test_each_adapter_is_what_its_settings_give_alone(config: TrainConfig, accum
         torch.testing.assert_close(factors(out)[name], value, rtol=0, atol=2e-4)
     kept, own = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (out, best))
     assert {**kept, "output_dir": own["output_dir"]} == own
-    assert f"best by the held-out loss: {found['best']}" in said and "exact match" in said
+    assert f"The held-out loss chose {found['best']}." in said and "exact match" in said
     told = (out / "report.html").read_text(), (out / "README.md").read_text()
     assert all(row["name"] in text for row in found["rows"] for text in told)
     # The score is on the rows that chose the settings, and every place says so.

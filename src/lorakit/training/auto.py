@@ -82,16 +82,17 @@ class Seconds:
         self._began = self._before - taken
         self._cost: dict[int, float] = {}  # of a pass on all steps, by the number of adapters
 
-    def plan(self, run: float, passes: int, share: float | None = None) -> None:
-        """Choose on which share of the steps the search trains. Raises LoraError if not even one run fits.
+    def plan(self, run: float, passes: int, share: float | None = None, made: bool = False) -> None:
+        """Choose on which share of the steps the search trains.
 
         run: the seconds that a run takes alone. passes: how many runs the first passes over all axes are. share: that
-        of an interrupted search, which stays.
+        of an interrupted search, which stays. made: whether there is a run on all steps already. Raises LoraError if
+        there is none, and none fits.
         """
         self._before = time.perf_counter()
         self._cost = {1: run}
         left = self._seconds - self.taken()
-        if run > left and share != 1:
+        if run > left and not made:
             raise LoraError(
                 f"--auto: one run takes about {duration(run)} here, and {duration(max(left, 0))} of "
                 f"{duration(self._seconds)} are left. A search needs about {duration(passes * run)}, or "
@@ -119,7 +120,7 @@ class Seconds:
         return time.perf_counter() - self._began
 
 
-def found(
+def best_within(
     search: AutoSearch, purse: Purse, train: Train, before: Mapping[tuple[Candidate, float], Trial] | None = None
 ) -> tuple[Candidate, str]:
     """The best candidate, which was trained on all steps; and why the search ended.
@@ -129,14 +130,15 @@ def found(
     """
     before = before or {}
     tried = {candidate: _score(trial) for (candidate, share), trial in before.items() if share == purse.share}
-    ended = "no neighbour of the best is better"
+    ended = "no neighbour of the best setting is better"
     while points := untried(tried, search.start, search.moves):
-        count = next((count for count in range(len(points), 0, -1) if purse.holds(count)), 0)
-        if len(tried) + count < 2:
-            ended = "the budget holds nothing to compare beside the run itself"
+        most = min(len(points), search.at_once)
+        count = next((count for count in range(most, 0, -1) if purse.holds(count)), 0)
+        if not tried and not purse.holds(2):
+            ended = "the budget holds nothing but the run itself"
             break
         if not count:
-            ended = "the budget holds no further one"
+            ended = "the budget holds no further run"
             break
         trials = train(points[:count], purse.share)
         tried |= {candidate: _score(trial) for candidate, trial in trials.items()}

@@ -20,7 +20,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..core.numbers import duration
 from ..formats.folder import OutputFolder
 from . import report
-from .auto import Runs, Seconds, found
+from .auto import Runs, Seconds, best_within
 from .auto_settings import AutoSearch, Candidate
 from .auto_state import SearchState
 from .checkpoints import SEARCH, SEARCHED, search_in
@@ -62,13 +62,14 @@ class _Searched:
 
     def result(self) -> tuple[Progress, Chosen]:
         search, state = self._search, self._state
-        best, ended = found(search, self._purse, self._train, state.trials)
-        tried, spent = Tried.of(search.name(best), state.trials.values()), self._purse.spent()
+        best, ended = best_within(search, self._purse, self._train, dict(state.trials))
+        spent = self._purse.spent()
+        told = f"The search used {spent} and ended because {ended}."
+        tried = Tried.of(search.name(best), state.trials.values(), told)
         with self._folder.writing() as part:
             text = tried.as_json(budget=search.budget.text, spent=spent, ended=ended)
             (part / FILE).write_text(text, encoding="utf-8")
         chosen = put_on(self._loaded, self._bank, search.settings(self._prepared.config, best), tried)
-        say(f"{spent} are spent; the search is over: {ended}")
         self._progress.become(state.lines)
         self._progress.seconds, self._progress.peak_bytes = state.seconds, state.peak_bytes
         return self._progress, chosen
@@ -80,7 +81,8 @@ class _Searched:
             assert budget.runs is not None
             return Runs(budget.runs, shares.count(1.0))
         purse = Seconds(budget.seconds, state.taken)
-        purse.plan(self._seconds_of_a_run(), self._search.passes, min(shares, default=None))
+        run, share = self._seconds_of_a_run(), min(shares, default=None)
+        purse.plan(run, self._search.passes, share, made=state.kept is not None)
         return purse
 
     def _train(self, candidates: Sequence[Candidate], share: float) -> dict[Candidate, Trial]:

@@ -22,7 +22,6 @@ _STRONGER = 1e-4  # for an update that moves faster: scaled by α/√r, or with 
 _FACTOR = 4  # between neighbouring ranks
 _RANKS = 1, 256  # the lowest and the highest that are tried
 _RATES = 1e-6, 1.0
-AT_ONCE = 3  # adapters in one pass, at most: the start and two neighbours
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,14 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class AutoSearch:
-    """axes: the settings that are searched; the others are given."""
+    """axes: the settings that are searched; the others are given. at_once: adapters in one pass, at most: the start and
+    two neighbours, or fewer where memory is short.
+    """
 
     budget: Budget
     start: Candidate
     axes: tuple[str, ...]
+    at_once: int = 3
 
     @property
     def moves(self) -> list[Callable[[Candidate, int], Candidate | None]]:

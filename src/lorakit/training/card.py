@@ -90,7 +90,7 @@ def model_card(
         if result.samples:
             body += [_samples_table(telling(result.samples)[:5]).markdown(), ""]
     if tried is not None:
-        body += ["## Settings tried", "", f"The {tried.chosen_by} chose among these:", "", tried.table().markdown(), ""]
+        body += ["## Settings tried", "", tried.choice, "", tried.table().markdown(), ""]
     values = (
         (name, public(value) if name in _PATHS and isinstance(value, str) else value_text(value))
         for name, value in settings.items()

@@ -174,7 +174,7 @@ def put_on(loaded: Loaded, bank: Bank, config: TrainConfig, tried: Tried) -> Cho
     """Put the best adapter of a bank on the model, and print what was tried."""
     bank.use(tried.best)
     loaded.model.eval()
-    say("\n".join((report.heading("tried"), *tried.table().lines(), f"best by the {tried.chosen_by}: {tried.best}")))
+    say("\n".join((report.heading("tried"), *tried.table().lines(), tried.choice)))
     return Chosen(config, sum(parameter.numel() for parameter in bank.parameters(tried.best)), tried)
 
 

@@ -20,6 +20,7 @@ from .scores import metrics_for
 if TYPE_CHECKING:
     from .config import TrainConfig
     from .data import Data
+    from .plan import Plan
     from .prepare import Prepared
 
 
@@ -118,6 +119,14 @@ def refuse_large_run(prepared: Prepared) -> None:
     if config.ignore_memory or peak is None:
         return
     refuse_more_than_there_is(peak * sharing(), "the plan needs about", ways_to_need_less(config))
+
+
+def exceeds_memory(plan: Plan) -> bool:
+    """Whether a plan needs more memory than the machine has, as far as both are known."""
+    there = memory_of(best_device())
+    if not there or plan.peak_bytes is None:
+        return False
+    return plan.peak_bytes * sharing() > there
 
 
 def sharing() -> int:

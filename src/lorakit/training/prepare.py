@@ -21,7 +21,7 @@ from ..core.numbers import size
 from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
-from .auto_settings import AT_ONCE, AutoSearch, auto_search
+from .auto_settings import AutoSearch, auto_search
 from .class_weights import class_weights
 from .config import Quantize, TrainConfig, warnings_for
 from .continuing import begin_with, in_names_of, planned, taken_over
@@ -35,7 +35,7 @@ from .own_run import OwnRun, Rows, most_tokens
 from .packing import packed
 from .plan import Plan, make_plan, processes
 from .positions import check_vocabulary, longest_row
-from .preflight import check_metric, check_reporters
+from .preflight import check_metric, check_reporters, exceeds_memory
 from .quantize import heads, weight_bytes
 from .rows import DataError
 from .settings import UsageError
@@ -157,7 +157,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
 
     longest = _longest(train, config.batch_size)
     counts = max((len(own.train) for own in learners.values()), default=len(train)), _tokens(train)
-    together = AT_ONCE if search else len(choices) or len(learners)
+    together = search.at_once if search else len(choices) or len(learners)
     largest = max(choices.values(), key=lambda own: own.rank, default=config)
     if search:
         largest = dataclasses.replace(config, rank=search.largest)
@@ -190,6 +190,10 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     said: tuple[str, ...] = ()
     if config.fit is None:
         plan = plan_with(config)
+        while search and search.at_once > 1 and exceeds_memory(plan):
+            together -= 1
+            search = dataclasses.replace(search, at_once=together)
+            plan = plan_with(config)
     else:
         config, plan, said = fitted(
             config,
@@ -254,12 +258,13 @@ def _rate(prepared: Prepared) -> str:
 def _search_lines(prepared: Prepared) -> list[str]:
     if (search := prepared.search) is None:
         return []
+    adapters = "1 adapter" if search.at_once == 1 else f"{search.at_once} adapters"
     searched = " and ".join(name.replace("_", " ") for name in search.axes)
     return [
         report.heading("search"),
         f"{searched}: begins with {search.name(search.start)}, and goes to what has a lower loss on the "
         f"{len(prepared.valid)} held-out rows; budget {search.budget.text}",
-        f"memory is planned for {AT_ONCE} adapters of rank {search.largest} at once",
+        f"memory is planned for {adapters} of rank {search.largest} in one pass",
     ]
 
 

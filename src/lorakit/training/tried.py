@@ -42,14 +42,20 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tried:
-    """All settings that were trained, and the name of the best one."""
+    """All settings that were trained, and the name of the best one. told: a sentence on how they came about."""
 
     best: str
     trials: tuple[Trial, ...]
+    told: str = ""
 
     @classmethod
-    def of(cls, best: str, trials: Iterable[Trial]) -> Tried:
-        return cls(best, tuple(sorted(trials, key=lambda trial: (-trial.steps, trial.score))))
+    def of(cls, best: str, trials: Iterable[Trial], told: str = "") -> Tried:
+        return cls(best, tuple(sorted(trials, key=lambda trial: (-trial.steps, trial.score))), told)
+
+    @property
+    def choice(self) -> str:
+        """Sentences on what chose the best one."""
+        return f"The {self.chosen_by} chose {self.best}." + (f" {self.told}" if self.told else "")
 
     @property
     def by_heldout(self) -> bool:
