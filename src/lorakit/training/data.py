@@ -21,6 +21,7 @@ from pathlib import Path
 from ..core.paths import expanded
 from .adapter_names import NONE, unknown
 from .at_hub import HubKind, id_at_hub
+from .bars import progress
 from .conversations import BadRow, TrainOn
 from .folders import no_split, passed_over, split_files
 from .holdout import hold_out, note_repeats
@@ -30,7 +31,7 @@ from .mixing import Source, sources, weighted
 from .rows import DataError, Findings, Row, read_file, suffixes
 from .shapes import Example as Example
 from .shapes import parse
-from .spool import Spool, picked, progress
+from .spool import Spool, picked
 from .task import Task
 
 # Shapes that may stand side by side in several data sets: each has a question and an answer.

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from .bars import progress
 from .shapes import Example
-from .spool import progress
 
 _MOST = 100
 

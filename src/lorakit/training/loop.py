@@ -45,6 +45,7 @@ from .spool import as_dataset
 from .start import TRAINING, Start, decided, start_of
 from .sweep_settings import swept
 from .task import Task, write_labels
+from .terminal import to_width
 from .tokens import encode, encode_text
 
 if TYPE_CHECKING:
@@ -79,9 +80,9 @@ def train(config: TrainConfig) -> Path:
         out = start.folder(OutputFolder(config.output_dir, TRAINING))
         _say(f"{out} holds this run, finished after {record['steps']} steps: nothing remains to be done.")
         return out.path
-    _say(start_block(prepared))
+    _say(start_block(prepared, printed=True))
     for line in start.said:
-        _say(line)
+        _say(to_width(line))
     refuse_large_run(prepared)
     if config.dry_run:
         return Path(config.output_dir)
@@ -491,13 +492,13 @@ def _end_block(
     peak = f"peak memory {_peak(progress.peak_bytes, prepared.plan.peak_bytes)}"
     if progress.loading_bytes > progress.peak_bytes:
         peak += f"; {size(progress.loading_bytes)} while the model was loaded"
-    lines = [report.heading("done"), f"trained in {duration(progress.seconds)}; {peak}"]
+    lines = [report.heading("done"), to_width(f"trained in {duration(progress.seconds)}; {peak}")]
     if result is not None and result.rows:
         lines.append(report.comparison(result))
     if general is not None:
         lines.append(report.comparison(general, rows=f"rows of {prepared.config.general_data}"))
     files = ", ".join(name for name in out.own if (out.path / name).is_file())
-    lines += [report.heading("written"), f"{out}/: {files}"]
+    lines += [report.heading("written"), to_width(f"{out}/: {files}")]
     example = (prepared.data.heldout[1] or prepared.data.train)[0]
     prompt, answers = example.text or question(example) or "TEXT", prepared.data.task == "causal-lm"
     lines.append(report.next_commands(out.path, answers=answers, prompt=prompt, pair=example.text_pair))

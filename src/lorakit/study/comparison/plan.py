@@ -14,6 +14,7 @@ from ...core.errors import LoraError
 from ...core.table import Table
 from ...training.preflight import refuse_more_than_there_is
 from ...training.report import heading
+from ...training.terminal import to_width
 from ..methods.baselines import Applied, Method, PrefixEmbedding, PrefixLayer
 from ..methods.naming import name_of
 from ..methods.structure import positions_of
@@ -123,13 +124,16 @@ def plan_block(config: CompareConfig, plans: Sequence[TaskPlan]) -> str:
         rows = ", ".join(f"{name} {count:,}" for name, count in task.rows.items())
         steps = sorted({steps_of(task, method.training) for method in plan.methods})
         lines.append(heading(f"task {task.name}"))
-        lines.append(f"{task.source}: {task.kind}; rows: {rows}; {' or '.join(map(str, steps))} steps a run")
-        lines.append(f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows")
+        said = [
+            f"{task.source}: {task.kind}; rows: {rows}; {' or '.join(map(str, steps))} steps a run",
+            f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows",
+        ]
         table = Table((), tuple((name, str(cost)) for name, cost in costs.items()), left=frozenset({0, 1}))
-        lines += [f"  {line}" for line in table.lines()]
+        lines += map(to_width, (*said, *(f"  {line}" for line in table.lines())))
     most = most_runs_of(plans, config.seeds, config.trials)
     given = all(method.training.learning_rate is not None for plan in plans for method in plan.methods)
     rates = "learning rates given" if given else f"at most {config.trials} learning rates for a method on a task"
     lines.append(heading("runs"))
-    lines.append(f"at most {most}: {config.seeds} seeds, {rates}")
+    seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
+    lines.append(to_width(f"at most {most}: {seeds}, {rates}"))
     return "\n".join(lines)

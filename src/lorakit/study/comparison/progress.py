@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Any
 
-from tqdm.auto import tqdm
-
+from ...training.bars import Bar, progress_bar
+from ...training.terminal import is_watched
 from .results import Run
 
 
@@ -18,11 +17,11 @@ class RunsProgress:
     """Two bars on a terminal; otherwise a line for each finished run."""
 
     def __init__(self) -> None:
-        self._runs: tqdm[Any] | None = None
-        self._steps: tqdm[Any] | None = None
+        self._runs: Bar | None = None
+        self._steps: Bar | None = None
         self._expected = 0  # where the bar should be when the current method is done
         self.made = 0  # runs
-        self._silent = not sys.stderr.isatty()
+        self._silent = not is_watched()
 
     def __enter__(self) -> RunsProgress:
         return self
@@ -34,13 +33,13 @@ class RunsProgress:
 
     def begin(self, most: int) -> None:
         """most: the number of runs if every search takes all its trials; the bar skips runs that are not needed."""
-        self._runs = tqdm(total=most, desc="runs", unit="run", dynamic_ncols=True, disable=self._silent)
+        self._runs = progress_bar(total=most, doing="runs", unit="run", leave=True)
 
     def run(self, task: str, method: str, seed: int, rate: float, steps: int) -> None:
         """Show that a run begins."""
         self._close_steps()
         label = f"{task}: {method}, rate {rate:g}, seed {seed}"
-        self._steps = tqdm(total=steps, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=self._silent)
+        self._steps = progress_bar(total=steps, doing=label, unit="step")
 
     def step(self) -> None:
         if self._steps is not None:
