@@ -10,6 +10,7 @@ import array
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,13 +37,24 @@ def hold_out(rows: Sequence[Example], share: float, seed: int, notes: list[str])
     known = _Known(rows)
     chosen = _whole_groups(known, drawn, random.Random(seed)) or set(drawn)
     held = sorted(chosen)
-    left = array.array("q", np.setdiff1d(np.arange(len(rows)), held).tobytes())
+    left = _others(held, len(rows))
     notes.append(f"{len(held)} of {len(rows)} rows held out for evaluation, chosen by the seed (--holdout {share:g})")
-    if len(missing := np.setdiff1d(known.classes[held], known.classes[left])):
-        words = sorted(known.names[own] for own in missing)
+    classes = Counter(known.classes[held].tolist())
+    if words := sorted(known.names[own] for own, many in classes.items() if many == known.sizes[own]):
         notes.append(f"no row is left to train on of the labels {', '.join(words)}; see --holdout")
-    _say_repeats("valid", int(np.isin(known.asked[held], known.asked[left]).sum()), len(held), notes)
+    asked = Counter(known.asked[held].tolist())
+    repeated = sum(many for key, many in asked.items() if many < len(known.places(key)))
+    _say_repeats("valid", repeated, len(held), notes)
     return left, held
+
+
+def _others(indices: Sequence[int], count: int) -> Sequence[int]:
+    """The indices below `count` that are not among these, in order and in eight bytes each."""
+    others = np.ones(count, bool)
+    others[indices] = False
+    found = array.array("q")
+    found.frombytes(memoryview(np.flatnonzero(others)).cast("B"))
+    return found
 
 
 def note_repeats(splits: Mapping[str, Sequence[Example]], notes: list[str]) -> None:
@@ -66,29 +78,35 @@ class _Known:
     """What is known of each row: eight bytes that stand for what it asks, and the number of its class."""
 
     def __init__(self, rows: Sequence[Example]) -> None:
-        asked, classes = array.array("q"), array.array("q")
+        asked, classes = array.array("q"), array.array("i")
         numbers: dict[str, int] = {}
         for row in progress(rows, "looking for repeats"):
             asked.append(_asked(row))
             classes.append(numbers.setdefault(_class(row), len(numbers)))
         self.names = list(numbers)
-        self.asked, self.classes = np.frombuffer(asked, np.int64), np.frombuffer(classes, np.int64)
+        self.asked, self.classes = np.frombuffer(asked, np.int64), np.frombuffer(classes, np.intc)
+        self.sizes = np.bincount(self.classes)  # rows of each class
         self._order = np.argsort(self.asked, kind="stable")
-        self._sorted = self.asked[self._order]
 
-    def group(self, index: int) -> list[int]:
-        """The rows that ask the same as a row, in order."""
-        own = self.asked[index]
-        start, stop = (int(np.searchsorted(self._sorted, own, side=side)) for side in ("left", "right"))
-        return list(self._order[start:stop].tolist())
+    def places(self, asked: int) -> range:
+        """Where the rows that ask this stand among all rows when these are in order of what they ask."""
+        start, stop = (
+            int(np.searchsorted(self.asked, asked, side=side, sorter=self._order)) for side in ("left", "right")
+        )
+        return range(start, stop)
+
+    def group(self, asked: int) -> list[int]:
+        """The rows that ask this, in order."""
+        places = self.places(asked)
+        return list(self._order[places.start : places.stop].tolist())
 
 
 def _whole_groups(known: _Known, drawn: Sequence[int], order: random.Random) -> set[int]:
     """The rows to hold out, as many as were drawn if possible: whole groups of rows that ask the same, of each class
     its share, and of no class its last row. Rows without a class count as one class. The result may be empty.
     """
-    share = _shares(np.bincount(known.classes), len(drawn))
-    held, left = np.zeros_like(share), np.bincount(known.classes)
+    share = _shares(known.sizes, len(drawn))
+    held, left = np.zeros_like(share), known.sizes.copy()
     chosen: set[int] = set()
 
     def take(groups: Iterable[list[int]], limit: int, over: bool = False) -> None:
@@ -103,13 +121,13 @@ def _whole_groups(known: _Known, drawn: Sequence[int], order: random.Random) -> 
             if len(chosen) == limit:
                 return
 
-    mixed = _mixed(drawn, len(known.asked), order)
+    mixed = _Mixed(drawn, len(known.asked), order)
     take(_groups(known, mixed, held, share), len(drawn))
     if len(chosen) < len(drawn):
         take(_groups(known, mixed, held, share), len(drawn), over=True)
     if not chosen:  # every group is larger than the share: take the smallest, if it is not much larger
         share[:] = len(known.classes)
-        mixed = _mixed(drawn, len(known.asked), order)
+        mixed = _Mixed(drawn, len(known.asked), order)
         for group in sorted(_groups(known, mixed, held, share), key=len):
             take([group], 0 if chosen else 2 * len(drawn))
     return chosen
@@ -130,11 +148,19 @@ def _shares(sizes: Any, count: int) -> Any:
     return share
 
 
-def _mixed(drawn: Sequence[int], count: int, order: random.Random) -> Sequence[int]:
-    """The indices of all rows: those that were drawn, then all others in a random order."""
-    rest = array.array("q", np.setdiff1d(np.arange(count), drawn).tobytes())
-    order.shuffle(rest)
-    return array.array("q", drawn) + rest
+class _Mixed:
+    """The indices of all rows: those that were drawn, then all others in a random order, made when they are needed."""
+
+    def __init__(self, drawn: Sequence[int], count: int, order: random.Random) -> None:
+        self._drawn, self._count, self._order = drawn, count, order
+        self._rest: Any = None
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._drawn
+        if self._rest is None:
+            self._rest = _others(self._drawn, self._count)
+            self._order.shuffle(self._rest)
+        yield from self._rest
 
 
 def _groups(known: _Known, indices: Iterable[int], held: Any, share: Any) -> Iterator[list[int]]:
@@ -146,7 +172,7 @@ def _groups(known: _Known, indices: Iterable[int], held: Any, share: Any) -> Ite
         own = known.classes[index]
         if held[own] < share[own] and (key := int(known.asked[index])) not in seen:
             seen.add(key)
-            yield known.group(index)
+            yield known.group(key)
 
 
 def _class(row: Example) -> str:
