@@ -34,7 +34,8 @@ def labelled(counts: dict[str, int], times: int = 1) -> list[Example]:
 )
 def test_each_class_has_its_share(counts: dict[str, int], share: float, seed: int) -> None:
     rows = labelled(counts)
-    left, held = hold_out(rows, share, seed, notes := [])
+    notes: list[str] = []
+    left, held = hold_out(rows, share, seed, notes)
     assert sorted([*left, *held]) == list(range(len(rows)))
     number = min(100, round(share * len(rows)))
     assert len(held) == number and len(notes) == 1
@@ -67,7 +68,8 @@ def test_rows_that_ask_the_same_stay_together_within_a_class(times: int, seed: i
         for label, count in counts.items()
         for i in range(count)
     ]
-    left, held = hold_out(rows, 0.1, seed, notes := [])
+    notes: list[str] = []
+    left, held = hold_out(rows, 0.1, seed, notes)
     assert not {rows[i].text for i in held} & {rows[i].text for i in left} and len(notes) == 1
     found = Counter(rows[index].label for index in held)
     for label, count in counts.items():

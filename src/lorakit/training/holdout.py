@@ -53,7 +53,7 @@ def _others(indices: Sequence[int], count: int) -> Sequence[int]:
     others = np.ones(count, bool)
     others[indices] = False
     found = array.array("q")
-    found.frombytes(memoryview(np.flatnonzero(others)).cast("B"))
+    found.frombytes(np.flatnonzero(others).data.cast("B"))
     return found
 
 
