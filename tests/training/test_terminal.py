@@ -2,11 +2,13 @@
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from lorakit.cli.main import main
+from lorakit.training import generation
 from lorakit.training.bars import Bar
 from lorakit.training.report import Evaluation, Sample, comparison
 from terminals import terminal
@@ -100,7 +102,24 @@ def test_json_is_broken_between_its_items_and_other_text_between_words(width: in
 
 
 def test_an_answer_cannot_command_the_terminal() -> None:
-    sample = Sample("a\x1b]0;title\x07", "b\x1b[2J", "c\x9bd", "e\u202ef")
+    family, persian = "\U0001f469\u200d\U0001f467", "می\u200cخواهم"  # joined and kept apart by characters without width
+    sample = Sample("a\x1b]0;title\x07", "b\x1b[2J", f"c\x9bd {family}", f"e {persian}")
     shown = comparison(Evaluation(1, "valid", {}, (sample,)))
-    assert all(character.isprintable() or character == "\n" for character in shown)
-    assert "b�[2J" in shown
+    assert not any(unicodedata.category(character) == "Cc" for character in shown.replace("\n", ""))
+    assert all(text in shown for text in ("a�]0;title�", "b�[2J", f"c�d {family}", persian))
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_an_answer_that_is_streamed_cannot_either(verb: str, tiny_lm: Path, monkeypatch, capsys) -> None:
+    """A pipe gets the answer as it is."""
+    answer = "on\x1b[2J\n\tand \x07off\r"
+    monkeypatch.setattr(generation, "stream", lambda *_, **__: iter([answer[:4], answer[4:]]))
+    asked = iter(["turn it on", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(asked))
+    words = [verb, "--model", str(tiny_lm), *(["--prompt", "turn it on"] if verb == "generate" else [])]
+    with terminal(80) as screen:
+        assert main(words) == 0
+    assert "on�[2J\n\tand �off�\n" in screen.text and "\x1b[2J" not in screen.text
+    asked = iter(["turn it on", "/quit"])
+    assert main(words) == 0
+    assert answer + "\n" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..core.table import Table
 from .intervals import Ends
-from .terminal import columns, to_width
+from .terminal import columns, to_width, without_commands
 
 _WIDTH = 80  # of a heading, and of answers where no terminal says another width
 _ITEM = re.compile(r'"(?:[^"\\]|\\.)*"?|: (?![{\[])')  # in JSON: a text, perhaps cut, or what joins it to its key
@@ -153,7 +153,7 @@ def _beside(label: str, text: str) -> list[str]:
 
     A text is broken between words, and JSON after a comma. What would command the terminal is shown as �.
     """
-    line = "".join(character if character.isprintable() else "�" for character in one_line(text, 220))
+    line = without_commands(one_line(text, 220))
     if is_json := line.startswith(("{", "[")):
         line = _ITEM.sub(lambda item: item[0].replace(" ", _HELD), line)
     found = textwrap.wrap(

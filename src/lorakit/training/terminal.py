@@ -7,11 +7,13 @@ Where the output is no terminal, but a file or a pipe, lines keep their length a
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
 
 _ENDLESS = 1 << 30
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 and C1 without line feed and tab
 
 
 def columns(otherwise: int) -> int:
@@ -34,6 +36,16 @@ def to_width(line: str) -> str:
     return textwrap.fill(
         line, columns(_ENDLESS), subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
     )
+
+
+def without_commands(text: str) -> str:
+    """The text with � for each character that a terminal obeys, as it does for colours. Line ends and tabs stay."""
+    return _COMMANDS.sub("�", text)
+
+
+def streamed(piece: str) -> str:
+    """A piece of an answer as it is printed: on a terminal without commands, and elsewhere as it is."""
+    return without_commands(piece) if sys.stdout.isatty() else piece
 
 
 def _is_dumb() -> bool:
