@@ -321,7 +321,7 @@ def without(base: Path, end: str, instead: torch.Tensor | None = None) -> None:
 
 
 def other_adapter(base: Path, adapter: Path, config: dict[str, int]) -> None:
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY | config))
+    model = models.llama(**config)
     lorakit.attach(model, ["q_proj"], rank=2)
     shutil.rmtree(adapter)
     lorakit.save(model, adapter)

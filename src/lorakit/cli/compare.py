@@ -45,6 +45,7 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
     from ..study.comparison.time_left import TimeLeft
     from ..training.preflight import check_output
     from ..training.settings import to_yaml
+    from ..training.terminal import to_width
 
     out = OutputFolder(config.output_dir, COMPARISON)
     check_output(out.path)
@@ -79,4 +80,4 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
         out.end("finished" if found.finished else "unfinished")
     print(table.as_json(found) if as_json else table.tables_text(found), end="" if as_json else "\n")
     if not as_json:
-        print(f"\nwritten: {', '.join(str(out.path / name) for name in names)}")
+        print("\n" + to_width(f"written: {', '.join(str(out.path / name) for name in names)}"))

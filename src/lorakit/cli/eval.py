@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.prepare import fields_of
     from ..training.report import comparison, comparison_of_several
     from ..training.several import load_several, named_adapters
+    from ..training.terminal import to_width
 
     if args.json:
         check_result(Path(args.json), "--json")
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
     )
     for note in (*data.notes, *several.notes(list(named.folders))):
-        print(f"note: {note}")
+        print(to_width(f"note: {note}"))
     rows = f"rows of {args.data}" + (f" ({split})" if len([own for own in splits.values() if own]) > 1 else "")
     if result.alone is not None:
         print(comparison(result.alone, shown=args.show, rows=rows, adapted=bool(named.folders)))

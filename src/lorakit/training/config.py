@@ -218,7 +218,9 @@ class TrainConfig:
         at_least=1,
     )
     report_to: tuple[str, ...] | None = setting(
-        None, help="trackers to report to, by transformers' names: tensorboard, wandb, …", group=_OUTPUT
+        None,
+        help="trackers to report to, by transformers' names: tensorboard (events in OUT/runs), wandb, …",
+        group=_OUTPUT,
     )
     resume: str | None = setting(
         None,

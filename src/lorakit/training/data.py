@@ -21,6 +21,7 @@ from pathlib import Path
 from ..core.paths import expanded
 from .adapter_names import NONE, unknown
 from .at_hub import HubKind, id_at_hub
+from .bars import progress
 from .by_adapter import hold_out_of_each, learner, learners
 from .conversations import BadRow, TrainOn
 from .folders import no_split, passed_over, split_files
@@ -31,7 +32,7 @@ from .mixing import Source, sources, weighted
 from .rows import DataError, Findings, Row, read_file, suffixes
 from .shapes import Example as Example
 from .shapes import parse
-from .spool import Spool, picked, progress
+from .spool import Spool, picked
 from .task import Task
 
 # Shapes that may stand side by side in several data sets: each has a question and an answer.

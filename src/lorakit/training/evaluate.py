@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..bank.bank import Bank
 from ..core.attach import adapted_layers
 from ..core.switching import disabled
+from .bars import progress_bar
 from .data import Data, Example
 from .generation import Within, answers, as_it_is
 from .intervals import Ends, bootstrap, wilson
@@ -127,7 +126,7 @@ def compare_rows(
 
     def generate(label: str, within: Within) -> list[str]:
         found = answers(loaded, asked.prompts, max_new_tokens=asked.max_new_tokens, within=within)
-        return list(_progress(found, len(asked.prompts), f"answering with the {label}"))
+        return list(progress_bar(found, total=len(asked.prompts), doing=f"answering with the {label}"))
 
     return _both("exact match", loaded, asked.rows, asked.expected, asked.notes, generate, bank, known)
 
@@ -238,7 +237,7 @@ def _compare_texts(
 
     def losses(label: str, within: Within) -> list[float]:
         found = []
-        for index, ids in enumerate(_progress(rows, len(rows), f"reading with the {label}")):
+        for index, ids in enumerate(progress_bar(rows, total=len(rows), doing=f"reading with the {label}")):
             tokens = torch.tensor([ids], device=loaded.device)
             with within([index]), torch.inference_mode():
                 logits = loaded.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, :-1].float()
@@ -309,7 +308,7 @@ def outputs(
     found: dict[int, Tensor] = {}
     size = 32
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    for batch in _progress(batches, len(batches), doing):
+    for batch in progress_bar(batches, total=len(batches), doing=doing):
         rows = [encoded[index] for index in batch]
         inputs = loaded.tokenizer.pad(rows, return_tensors="pt").to(loaded.device)
         with within(batch):
@@ -325,7 +324,3 @@ def question(example: Example) -> str:
         asked = [message["content"] for message in example.messages if message["role"] == "user"]
         return asked[-1] if asked else ""
     return example.prompt or ""
-
-
-def _progress(items: Any, total: int, label: str) -> Any:
-    return tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())

@@ -45,6 +45,7 @@ from .record import base_fingerprint, refuse_differences, run_record
 from .settings import settings_table, to_command, to_yaml
 from .start import TRAINING, Start, decided, start_of
 from .task import Task, write_labels
+from .terminal import to_width
 from .tried import Tried
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ def train(config: TrainConfig) -> Path:
         out = start.folder(OutputFolder(config.output_dir, TRAINING))
         say(f"{out} holds this run, finished after {record['steps']} steps: nothing remains to be done.")
         return out.path
-    say(start_block(prepared))
+    say(start_block(prepared, printed=True))
     for line in start.said:
-        say(line)
+        say(to_width(line))
     refuse_large_run(prepared)
     if config.dry_run:
         return Path(config.output_dir)
@@ -395,7 +396,7 @@ def _end_block(prepared: Prepared, out: OutputFolder, ended: _Ended) -> str:
     peak = f"peak memory {_peak(progress.peak_bytes, prepared.plan.peak_bytes)}"
     if progress.loading_bytes > progress.peak_bytes:
         peak += f"; {size(progress.loading_bytes)} while the model was loaded"
-    lines = [report.heading("done"), f"trained in {duration(progress.seconds)}; {peak}"]
+    lines = [report.heading("done"), to_width(f"trained in {duration(progress.seconds)}; {peak}")]
     if ended.several is not None:
         lines.append(report.comparison_of_several(ended.several, rows="held-out rows"))
     elif result is not None and result.rows:
@@ -403,7 +404,7 @@ def _end_block(prepared: Prepared, out: OutputFolder, ended: _Ended) -> str:
     if general is not None:
         lines.append(report.comparison(general, rows=f"rows of {prepared.config.general_data}"))
     files = ", ".join(name for name in out.own if (out.path / name).is_file())
-    lines += [report.heading("written"), f"{out}/: {files}"]
+    lines += [report.heading("written"), to_width(f"{out}/: {files}")]
     example = (prepared.data.heldout[1] or prepared.data.train)[0]
     prompt, answers = example.text or question(example) or "TEXT", prepared.data.task == "causal-lm"
     lines.append(report.next_commands(out.path, answers=answers, prompt=prompt, pair=example.text_pair))

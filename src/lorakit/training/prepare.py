@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
 from .auto_settings import AutoSearch, auto_search
+from .bars import progress
 from .class_weights import class_weights
 from .config import Quantize, TrainConfig, warnings_for
 from .continuing import begin_with, in_names_of, planned, taken_over
@@ -39,10 +38,11 @@ from .preflight import check_metric, check_reporters, exceeds_memory
 from .quantize import heads, weight_bytes
 from .rows import DataError
 from .settings import UsageError
-from .spool import Spool, picked, progress, viewed
+from .spool import Spool, picked, viewed
 from .style import Style
 from .sweep_settings import refuse_unshared, swept
 from .task import in_model_order, model_task
+from .terminal import takes_colours, to_width
 from .tokens import Tokens, encode_all, encode_text, preview
 
 if TYPE_CHECKING:
@@ -223,29 +223,40 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     )
 
 
-def start_block(prepared: Prepared) -> str:
-    """What a person reads before training: the data, one row with its loss-bearing tokens, the model, the plan."""
+def start_block(prepared: Prepared, *, printed: bool = False) -> str:
+    """What a person reads before training: the data, one row with its loss-bearing tokens, the model, the plan.
+
+    printed: in the width of the terminal and with its colours; otherwise as a page holds it.
+    """
     config, data, plan = prepared.config, prepared.data, prepared.plan
     splits = {"train": data.train, "valid": data.valid, "test": data.test}
     counts = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items() if rows)
     each = " for each adapter" if prepared.learners else ""
+
+    def sentences(*lines: str) -> list[str]:
+        return [to_width(line) for line in lines] if printed else [*lines]
+
     lines = [
-        report.heading("data"),
-        f"{config.data}: {data.shape}; rows: {counts}; {prepared.tokens:,} tokens to train on",
-        *prepared.notes,
-        *(f"warning: {warning}" for warning in warnings_for(config)),
+        report.heading("data", printed),
+        *sentences(
+            f"{config.data}: {data.shape}; rows: {counts}; {prepared.tokens:,} tokens to train on",
+            *prepared.notes,
+            *(f"warning: {warning}" for warning in warnings_for(config)),
+        ),
         "",
-        *_example_lines(prepared),
-        report.heading("model"),
-        f"{config.model}: {_weights(prepared)} on {best_device()}",
+        *_example_lines(prepared, printed),
+        report.heading("model", printed),
+        *sentences(f"{config.model}: {_weights(prepared)} on {best_device()}"),
         *([f"goes on with the adapter {config.from_adapter}"] if config.from_adapter else []),
         str(prepared.attached),
-        report.heading("plan"),
-        f"{plan.steps} steps of {_rows_a_step(config)} rows{each}, {plan.tokens:,} tokens; "
-        f"learning rate {_rate(prepared)}, {config.scheduler}; seed {config.seed}",
-        *prepared.fit,
-        f"{_memory(plan)}; the time is told after the first steps of training",
-        *_search_lines(prepared),
+        report.heading("plan", printed),
+        *sentences(
+            f"{plan.steps} steps of {_rows_a_step(config)} rows{each}, {plan.tokens:,} tokens; "
+            f"learning rate {_rate(prepared)}, {config.scheduler}; seed {config.seed}",
+            *prepared.fit,
+            f"{_memory(plan)}; the time is told after the first steps of training",
+            *_search_lines(prepared),
+        ),
     ]
     return "\n".join(lines)
 
@@ -458,7 +469,7 @@ def _limit(config: TrainConfig, limit: int) -> str:
     return f"{limit} tokens ({why})"
 
 
-def _example_lines(prepared: Prepared) -> list[str]:
+def _example_lines(prepared: Prepared, printed: bool) -> list[str]:
     if prepared.data.task != "causal-lm":
         several = "any number of: " if prepared.data.task == MULTI_LABEL else ""
         return [f"predicts: {several}{', '.join(prepared.data.labels) or 'a number'}"]
@@ -471,10 +482,12 @@ def _example_lines(prepared: Prepared) -> list[str]:
         system=style.system,
         chat=style.chat,
     ).rows
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    how = "in green" if colour else "between ⟦ ⟧"
-    lines = [f"one row as the model reads it; it learns to write what is {how}, the rest is masked out of the loss:"]
-    return lines + [report.marked(preview(row, prepared.tokenizer), colour) for row in rows]
+    coloured = printed and takes_colours()
+    how = "in green" if coloured else "between ⟦ ⟧"
+    said = f"one row as the model reads it; it learns to write what is {how}, the rest is masked out of the loss:"
+    return [to_width(said) if printed else said] + [
+        report.marked(preview(row, prepared.tokenizer), coloured) for row in rows
+    ]
 
 
 def _longest(rows: Rows, count: int) -> list[dict[str, Any]]:

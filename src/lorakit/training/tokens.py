@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import LoraError
+from .bars import progress
 from .chat import Messages, Tools, opening, prints_date, refuse_unprinted_tools, unprinted
 from .conversations import BadRow
 from .data import Example
 from .rows import DataError
-from .spool import Spool, progress
+from .spool import Spool
 from .turns import rendered
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from ...core.errors import LoraError
 from ...core.table import Table
 from ...training.preflight import refuse_more_than_there_is
 from ...training.report import heading
+from ...training.terminal import to_width
 from ..methods.baselines import Applied, Method, PrefixEmbedding, PrefixLayer
 from ..methods.naming import name_of
 from ..methods.structure import positions_of
@@ -126,16 +127,19 @@ def plan_block(config: CompareConfig, plans: Sequence[TaskPlan], left: TimeLeft)
         rows = ", ".join(f"{name} {count:,}" for name, count in task.rows.items())
         steps = sorted({steps_of(task, method.training) for method in plan.methods})
         lines.append(heading(f"task {task.name}"))
-        lines.append(f"{task.source}: {task.kind}; rows: {rows}; {' or '.join(map(str, steps))} steps a run")
-        lines.append(f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows")
+        said = [
+            f"{task.source}: {task.kind}; rows: {rows}; {' or '.join(map(str, steps))} steps a run",
+            f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows",
+        ]
         table = Table((), tuple((name, str(cost)) for name, cost in costs.items()), left=frozenset({0, 1}))
-        lines += [f"  {line}" for line in table.lines()]
+        lines += map(to_width, (*said, *(f"  {line}" for line in table.lines())))
     given = all(method.training.learning_rate is not None for plan in plans for method in plan.methods)
     rates = "learning rates given" if given else f"at most {config.trials} learning rates for a method on a task"
     lines.append(heading("runs"))
-    lines.append(f"at most {left.most}: {config.seeds} seeds, {rates}")
+    seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
+    lines.append(to_width(f"at most {left.most}: {seeds}, {rates}"))
     if left.seconds()[1] == left.runs() > 0:
         lines.append("how long they take is told after the first steps")
     else:
-        lines.append(left.told() or "all are finished")
+        lines.append(to_width(left.told() or "all are finished"))
     return "\n".join(lines)

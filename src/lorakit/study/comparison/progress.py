@@ -9,11 +9,10 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Any
 
-from tqdm.auto import tqdm
-
+from ...training.bars import Bar, progress_bar
 from ...training.pace import StepTimes
+from ...training.terminal import is_watched
 from .results import Run
 from .time_left import RunSeconds, TimeLeft
 
@@ -24,12 +23,12 @@ class RunsProgress:
     """Two bars on a terminal; otherwise a line for each finished run."""
 
     def __init__(self) -> None:
-        self._runs: tqdm[Any] | None = None
-        self._steps: tqdm[Any] | None = None
+        self._runs: Bar | None = None
+        self._steps: Bar | None = None
         self._left: TimeLeft | None = None
         self._first: _FirstSteps | None = None  # of a run of a method that no run is known of
         self.made = 0  # runs
-        self._silent = not sys.stderr.isatty()
+        self._silent = not is_watched()
 
     def __enter__(self) -> RunsProgress:
         return self
@@ -42,14 +41,10 @@ class RunsProgress:
     def begin(self, left: TimeLeft) -> None:
         """left: what is to be made. A search may end early; the bar then moves over the runs that are not needed."""
         self._left = left
-        self._runs = tqdm(
-            total=left.runs(),
-            desc="runs",
-            dynamic_ncols=True,
-            disable=self._silent or not left.runs(),
-            bar_format=_BAR,
-        )
-        self._runs.set_postfix_str(left.told())
+        if left.runs():
+            self._runs = progress_bar(total=left.runs(), doing="runs", unit="run", leave=True)
+            self._runs.bar_format = _BAR
+            self._runs.set_postfix_str(left.told())
 
     def run(self, task: str, method: str, seed: int, rate: float, steps: int) -> None:
         """Show that a run begins."""
@@ -58,7 +53,7 @@ class RunsProgress:
         if self._left is not None and not self._left.knows(task, method):
             self._first = _FirstSteps(task, method)
         label = f"{task}: {method}, rate {rate:g}, seed {seed}"
-        self._steps = tqdm(total=steps, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=self._silent)
+        self._steps = progress_bar(total=steps, doing=label, unit="step")
 
     def step(self) -> None:
         if self._steps is not None:

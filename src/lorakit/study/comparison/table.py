@@ -15,22 +15,24 @@ from ...core.numbers import NONE, duration, learning_rate, rounded, size
 from ...core.table import Table, escaped, folded
 from ...training.report import heading
 from ...training.scores import METRICS
+from ...training.terminal import columns
 from .results import Comparison, Interval, MethodRow, TaskFacts
 
 UNFINISHED = "Unfinished: some runs are still to be made."
 
-_WIDTH = 120  # columns of a terminal
+_WIDTH = 120  # characters of a line, or those of a narrower terminal
 _NAME = 40  # columns for a method's name; a longer name continues in the next line
 
 
 def tables_text(comparison: Comparison) -> str:
-    """The tables for a terminal of 120 columns; a wider table continues below."""
+    """The tables in lines of 120 characters, or of a narrower terminal; a wider table continues below."""
+    width = _width()
     lines = [] if comparison.finished else [UNFINISHED]
     lines += _wrapped(about(comparison))
     if len(comparison.tasks) > 1:
         lines += [
             heading("all tasks"),
-            *summary(comparison).lines(_WIDTH, _NAME),
+            *summary(comparison).lines(width, _NAME),
             "",
             *_wrapped(summary_notes(comparison, "*")),
         ]
@@ -39,7 +41,7 @@ def tables_text(comparison: Comparison) -> str:
             heading(task.name),
             *_wrapped(facts(task)),
             "",
-            *task_table(comparison, task).lines(_WIDTH, _NAME),
+            *task_table(comparison, task).lines(width, _NAME),
             "",
         ]
         lines += _wrapped(notes(comparison, task, "*"))
@@ -284,7 +286,11 @@ def _decimals(column: Iterable[Interval | None]) -> int:
 
 
 def _wrapped(lines: Iterable[str]) -> list[str]:
-    return [part for line in lines for part in folded(line, _WIDTH)]
+    return [part for line in lines for part in folded(line, _width())]
+
+
+def _width() -> int:
+    return min(_WIDTH, columns(_WIDTH))
 
 
 def _listed(lines: Iterable[str]) -> str:
