@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapted import MERGED, AdaptedLayer
+from .adapted import AdaptedLayer
 from .errors import LoraError
 from .hooked import follow_class
+from .mergeable import MERGED
 from .names import unwrapped
 
 NOTE, ADAPTED = "_lorakit_undo", "_lorakit_adapted"
