@@ -186,11 +186,6 @@ class LayerWithUpdate(LoRALayer, Mergeable):
         assert init.take is not None
         return init.take(self.matrix(self.own_weight), rank, self.scaling)
 
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the weight's dtype and device."""
-        return self.own_weight
-
     def size(self) -> tuple[int, int]:
         """(out, in), as the update sees the layer."""
         outputs, inputs = self.matrix(self.own_weight).shape[-2:]

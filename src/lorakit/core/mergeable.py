@@ -94,6 +94,11 @@ class Mergeable(StoredWeight):
         """A parameter of the update: one that a merged layer leaves without a gradient."""
         raise NotImplementedError
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the weight's dtype and device."""
+        return self.own_weight
+
     def adapted_weight(self) -> Tensor:
         """The changed weight, laid out as the stored one and rounded once to its dtype."""
         raise NotImplementedError

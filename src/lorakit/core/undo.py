@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLayer
 from .errors import LoraError
 from .hooked import follow_class
 from .mergeable import MERGED
 from .names import unwrapped
+from .switchable import Switchable
 
 NOTE, ADAPTED = "_lorakit_undo", "_lorakit_adapted"
 
@@ -106,7 +106,7 @@ def own_tensor(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def remember(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
+def remember(model: nn.Module, layers: Mapping[str, Switchable]) -> None:
     """Note on `model` which modules are adapted, by name."""
     unwrapped(model).__dict__[ADAPTED] = dict(layers)
 
@@ -125,11 +125,11 @@ def replaced(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for prefix, module in model.named_modules():
         for name, layer in module.__dict__.get(ADAPTED, {}).items():
-            if id(layer) in present or not (isinstance(layer, AdaptedLayer) and layer.has_update):
+            if id(layer) in present or not (isinstance(layer, Switchable) and layer.has_update):
                 continue
             with contextlib.suppress(AttributeError):
                 now = module.get_submodule(name)
-                if not isinstance(now, AdaptedLayer):
+                if not isinstance(now, Switchable):
                     found[f"{prefix}.{name}" if prefix else name] = now
     return found
 

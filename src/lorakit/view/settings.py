@@ -36,6 +36,7 @@ _HEADS = {
 _OF_NEW_ONES = {
     "velora_config": "the gradient of A is computed from compressed inputs (VeLoRA)",
     "ensure_weight_tying": "the updates of tied modules are tied",
+    "trainable_token_indices": "rows of the embedding's table are trained by themselves",
 }
 
 
