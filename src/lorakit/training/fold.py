@@ -154,7 +154,10 @@ class Fold:
         for name, token_rows in adapter.token_rows.items():
             own = self.stored.shapes.get(f"{name}.weight")
             if own is not None and token_rows.tokens[-1] >= own[0]:
-                found[f"{name}.weight"] = token_rows.tokens[-1] + 1
+                raise LoraError(
+                    f"row {token_rows.tokens[-1]} of {name}.weight was trained, and the base's files have {own[0]} "
+                    "rows: tokens were added. Merge in memory: lorakit merge without --shard-by-shard."
+                )
         for name, rows in found.items():
             own = self.stored.shapes.get(name)
             if own is not None and own[0] != rows:

@@ -46,6 +46,7 @@ from .start import TRAINING, Start, decided, start_of
 from .sweep_settings import swept
 from .task import Task, write_labels
 from .tokens import encode, encode_text
+from .vocabulary import grow
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -96,7 +97,7 @@ def train(config: TrainConfig) -> Path:
     if config.packing:
         check_packing(loaded.model)
     if config.sweep is None:
-        adapt(config, loaded.model, new_head=prepared.data.task != "causal-lm")
+        adapt(config, loaded.model, prepared.new_tokens, new_head=prepared.data.task != "causal-lm")
     out = OutputFolder(config.output_dir, TRAINING)
     folder = start.folder(out)
     with out.held() if is_main() else contextlib.nullcontext():
@@ -207,8 +208,12 @@ def _load(prepared: Prepared) -> Loaded:
         dtype=weights_dtype(config, prepared.data), quantize=config.quantize, tokenizer=prepared.tokenizer
     )
     if labels is None:
-        return load_causal_lm(config.model, **how)
-    return load_classifier(config.model, labels=labels, multi_label=prepared.data.task == MULTI_LABEL, **how)
+        loaded = load_causal_lm(config.model, **how)
+    else:
+        several = prepared.data.task == MULTI_LABEL
+        loaded = load_classifier(config.model, labels=labels, multi_label=several, **how)
+    grow(loaded.model, max(prepared.new_tokens, default=-1) + 1)
+    return loaded
 
 
 def _fit(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]) -> Progress:

@@ -35,8 +35,8 @@ def swept(config: TrainConfig) -> dict[str, TrainConfig]:
         values[name] = [_FLAGS.get(value, value) for value in listed.split(",")]
     if config.dora:
         raise UsageError("--sweep trains all adapters in one batch, which DoRA cannot share: leave --dora out.")
-    if config.bias != "none" or config.also_train:
-        raise UsageError("--sweep trains factors alone: leave --bias and --also-train out.")
+    if config.bias != "none" or config.also_train or config.new_tokens:
+        raise UsageError("--sweep trains factors alone: leave --bias, --also-train and --new-tokens out.")
     if config.resume is not None:
         raise UsageError("--sweep has no checkpoints, so there is nothing to --resume.")
     if config.metric != "loss" or config.patience is not None or config.keep != "last":
