@@ -121,6 +121,10 @@ class Adaptation:
             return token_tables(self._model)
         return {name: module for name, module in self._as_on().items() if isinstance(module, TrainedRows)}
 
+    def mergeable(self) -> dict[str, Mergeable]:
+        """The adapted layers and the tables with trained rows, in the same way."""
+        return {**self.layers(), **self.tables()}
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that the adapter trains: its own that are not frozen, and what it trains beside them."""
         own = {id(tensor): tensor for tensor in (*self._factors(), *self.trained().values())}
@@ -160,7 +164,7 @@ class Adaptation:
         return self._shown
 
     def _factors(self) -> Iterator[nn.Parameter]:
-        for layer in (*self.layers().values(), *self.tables().values()):
+        for layer in self.mergeable().values():
             for name, parameter in layer.named_parameters():
                 if name.startswith("lora_"):
                     yield parameter

@@ -36,7 +36,7 @@ _ADAPTER_NAME = re.compile(
 _OF_A_LAYER = re.compile(r"lora_([A-Z]|embedding_[A-Z]|magnitude_vector|diag|arrow|velora_\w+|monteclora_\w+)")
 _UNUSED = (".lora_velora_embed",)  # these serve only the backward pass
 ROWS = ".token_adapter.trainable_tokens_delta"  # PEFT's name for rows of a token table, which are no difference
-_AROUND_ROWS = ".token_adapter.base_layer."
+AROUND_ROWS = ".token_adapter.base_layer"  # what PEFT puts around the table
 _COPIES = ".original_module."  # with bias="all" PEFT also saves the untrained copy of a head's bias
 
 
@@ -61,7 +61,7 @@ def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: C
     for path, key in sorted(keys.items()):
         if _COPIES in path or path.endswith(_UNUSED):
             continue
-        path = path.replace(_AROUND_ROWS, ".")
+        path = path.replace(f"{AROUND_ROWS}.", ".")
         if path.endswith(ROWS):
             found.rows[path.removesuffix(ROWS)] = tensors[key]
             continue

@@ -36,7 +36,6 @@ _HEADS = {
 _OF_NEW_ONES = {
     "velora_config": "the gradient of A is computed from compressed inputs (VeLoRA)",
     "ensure_weight_tying": "the updates of tied modules are tied",
-    "trainable_token_indices": "rows of the embedding's table are trained by themselves",
 }
 
 
@@ -76,6 +75,7 @@ def settings_of(config: LoraConfig, model: nn.Module) -> LoRASettings:
         alpha_pattern=alphas,
         bias=fields.bias,
         also_train=whole,
+        trainable_tokens=config.trainable_token_indices or {},
     )
 
 
