@@ -119,6 +119,29 @@ def test_a_resized_models_file_of_peft_is_read_whole(tmp_path: Path) -> None:
     assert list(lorakit.extract(model).token_rows) == ["model.embed_tokens"]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    "settings", [{"trainable_token_indices": [60]}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_a_table_in_the_file_is_the_same_whether_the_model_is_merged(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    plain: Any = ARCHITECTURES[name].make()
+    config = peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **settings})
+    theirs = peft.get_peft_model(plain, config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = ARCHITECTURES[name].make()
+    stored = lorakit.load(model, tmp_path).trained
+    lorakit.merge(model)
+    found = lorakit.extract(model).trained
+    assert found and all(torch.equal(tensor, stored[key]) for key, tensor in found.items())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -68,6 +68,11 @@ class StoredWeight(Switchable):
     def weight(self) -> None:
         del self.__dict__["weight"]
 
+    @property
+    def base_weight(self) -> Tensor:
+        """The stored weight without what `merge` changed in it."""
+        return self.own_weight
+
     def read(self) -> Tensor:
         """The changed weight, for code that computes with it."""
         raise NotImplementedError
@@ -231,6 +236,10 @@ class Mergeable(StoredWeight):
         return y
 
     # --- state: independent of the mode it is taken or loaded in ----------------------------------------------------
+
+    @property
+    def base_weight(self) -> Tensor:
+        return self.own_weight if self._base_weight is None else self.base_state()[0]
 
     def base_state(self) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The base weight of a merged layer, and the tensors of the update that differ because of what was written."""

@@ -190,6 +190,10 @@ class TiedRows(UsesRows):
     def active(self) -> bool:
         return self.rows.active
 
+    @property
+    def base_weight(self) -> Tensor:
+        return self.rows.base_weight
+
     def disable(self) -> None:
         self.rows.disable()
 
@@ -198,9 +202,8 @@ class TiedRows(UsesRows):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.rows._base_weight is not None:
-            base, _ = self.rows.base_state()
-            destination[f"{prefix}weight"] = base if keep_vars else base.detach()
+        if self.rows.merged:
+            destination[f"{prefix}weight"] = self.base_weight if keep_vars else self.base_weight.detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with unmerged(self.rows):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .errors import LoraError
 from .hooked import follow_class
-from .mergeable import MERGED
+from .mergeable import MERGED, StoredWeight
 from .names import unwrapped
 from .switchable import Switchable
 
@@ -38,7 +38,7 @@ class Undo:
 
     def values(self, module: nn.Module) -> dict[str, Tensor]:
         """The trained values of the module's own tensors, also inside `disabled`."""
-        return dict(self.trained) if self.swapped else {name: own_tensor(module, name) for name in self.trained}
+        return dict(self.trained) if self.swapped else {name: _unmerged(module, name) for name in self.trained}
 
     def swap(self, module: nn.Module) -> None:
         """Exchange the values of the tensors trained whole with those they had before."""
@@ -104,6 +104,13 @@ def own_tensor(module: nn.Module, name: str) -> Tensor:
     tensor = buffer if parameter is None else parameter
     assert tensor is not None
     return tensor
+
+
+def _unmerged(module: nn.Module, name: str) -> Tensor:
+    """The module's own tensor of this name, without what `merge` changed in it."""
+    if name == "weight" and isinstance(module, StoredWeight):
+        return module.base_weight
+    return own_tensor(module, name)
 
 
 def remember(model: nn.Module, layers: Mapping[str, Switchable]) -> None:
