@@ -47,7 +47,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_the_folder_has_the_tokens_and_their_rows(
+def test_problem_31_the_folder_has_the_tokens_and_their_rows(
     trained: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     size = AutoModelForCausalLM.from_pretrained(base).config.vocab_size
