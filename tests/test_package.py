@@ -21,7 +21,7 @@ ORDER = ["core", "formats", "bank", "view", "training", "study", "cli"]
 
 PUBLIC = {
     *("attach", "detach", "merge", "unmerge", "disabled", "extract", "insert", "save", "load", "diagnose"),
-    *("Adapter", "Bank", "Update", "Report", "combine"),
+    *("Adapter", "Bank", "TokenRows", "Update", "Report", "combine"),
     *("AdaptedLayer", "Beside", "adapts", "add_init", "Format", "add_format", "LoRASettings", "LoraError"),
     *("adapted_layers", "parameters", "parameter_groups", "bake", "dequantize", "merge_files"),
     *("peft_view", "get_peft_model"),

@@ -148,7 +148,7 @@ def test_an_interrupted_sweep_starts_over(config: TrainConfig, monkeypatch: pyte
         ("rank=4,x", {}, "rank: .*'x'"),
         ("rank=0,4", {}, "rank: expected at least 1"),
         ("rank=4,8", {"dora": True}, "which DoRA cannot share"),
-        ("rank=4,8", {"bias": "all"}, "leave --bias and --also-train out"),
+        ("rank=4,8", {"bias": "all"}, "leave --bias, --also-train and --new-tokens out"),
         ("rank=4,8", {"resume": "auto"}, "nothing to --resume"),
     ],
 )

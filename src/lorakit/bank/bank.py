@@ -53,8 +53,8 @@ class Bank(MutableMapping[str, Adapter]):
     right. The bank freezes nothing and holds no copy of the base: with `use(None)` the model is what it was.
 
     Adapters may differ in rank, scale, targets and kind. `rows` serves linear layers (quantised ones too), fused
-    blocks, embeddings and convolutions. It refuses DoRA, parameters that are read, single experts, and tensors trained
-    whole.
+    blocks, embeddings and convolutions. It refuses DoRA, parameters that are read, single experts, tensors trained
+    whole, and trained rows of a token table.
 
     rank, room: for a model that is compiled. Room for so many adapters of so high a rank is held ready in tensors whose
     shapes never change, so other adapters, of other ranks and targets, compile nothing again (without gradients). `use`
@@ -307,6 +307,9 @@ class Bank(MutableMapping[str, Adapter]):
             if trained := ", ".join(list(adaptation.trained())[:3]):
                 why = f"{name!r} has tensors trained whole ({trained}), which all rows share. Use it alone."
                 self._refused[name] = why
+            if tables := ", ".join(adaptation.tables()):
+                why = f"{name!r} has trained rows of token tables ({tables}), which all rows share. Use it alone."
+                self._refused.setdefault(name, why)
             for layer_name, layer in adaptation.layers().items():
                 if reason := rows_refusal(layer_name, layer, self.model):
                     why = f"{name!r} cannot be one of several in a batch: {layer_name} {reason}. Use it alone."

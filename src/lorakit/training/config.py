@@ -132,6 +132,12 @@ class TrainConfig:
     )
     bias: Literal["none", "lora_only", "all"] = setting("none", help="which biases to train", group=_ADAPTER)
     also_train: tuple[str, ...] = setting((), help="modules to train in full, separated by commas", group=_ADAPTER)
+    new_tokens: tuple[str, ...] = setting(
+        (),
+        help="tokens to add to the vocabulary, separated by commas; their rows of the embedding and of the head are "
+        "trained",
+        group=_ADAPTER,
+    )
 
     epochs: float = setting(
         3.0, help="passes over the data", group=_TRAINING, aliases=("num-train-epochs",), above=0, at_most=1e6

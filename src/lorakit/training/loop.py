@@ -47,6 +47,7 @@ from .start import TRAINING, Start, decided, start_of
 from .task import Task, write_labels
 from .terminal import to_width
 from .tried import Tried
+from .vocabulary import grow
 
 if TYPE_CHECKING:
     from .progress import Progress
@@ -98,7 +99,7 @@ def train(config: TrainConfig) -> Path:
     if config.packing:
         check_packing(loaded.model)
     if not (config.sweep or config.auto or prepared.learners):
-        adapt(config, loaded.model, new_head=prepared.data.task != "causal-lm")
+        adapt(config, loaded.model, prepared.new_tokens, new_head=prepared.data.task != "causal-lm")
     out = OutputFolder(config.output_dir, TRAINING)
     folder = start.folder(out)
     with out.held() if is_main() else contextlib.nullcontext():
@@ -284,8 +285,12 @@ def _load(prepared: Prepared) -> Loaded:
         dtype=weights_dtype(config, prepared.data), quantize=config.quantize, tokenizer=prepared.tokenizer
     )
     if labels is None:
-        return load_causal_lm(config.model, **how)
-    return load_classifier(config.model, labels=labels, multi_label=prepared.data.task == MULTI_LABEL, **how)
+        loaded = load_causal_lm(config.model, **how)
+    else:
+        several = prepared.data.task == MULTI_LABEL
+        loaded = load_classifier(config.model, labels=labels, multi_label=several, **how)
+    grow(loaded.model, max(prepared.new_tokens, default=-1) + 1)
+    return loaded
 
 
 def _settings(config: TrainConfig) -> str:

@@ -286,6 +286,9 @@ def _digest(adapter: Adapter | Path) -> str:
         for name, tensor in adapter.trained.items():
             digest.update(name.encode())
             digest.update(raw_bytes(tensor.detach().cpu().contiguous()))
+        for name, rows in adapter.token_rows.items():
+            digest.update(repr((name, rows.tokens)).encode())
+            digest.update(raw_bytes(rows.values.detach().cpu().contiguous()))
         return digest.hexdigest()
     names = (*peft.FILES, LABELS, STYLE, "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
     for path in [adapter] if adapter.is_file() else [adapter / name for name in names if (adapter / name).is_file()]:

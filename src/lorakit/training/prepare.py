@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,7 @@ from .sweep_settings import refuse_unshared, swept
 from .task import in_model_order, model_task
 from .terminal import takes_colours, to_width
 from .tokens import Tokens, encode_all, encode_text, preview
+from .vocabulary import add_tokens, grow, trained_tables, trained_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,6 +68,7 @@ class Prepared:
     weights: tuple[int, int]  # bytes of the base as it is loaded, and of the same with no layer quantised
     fit: tuple[str, ...]  # what --fit chose and why
     class_weights: tuple[float, ...] | None  # of each class in the loss; None: all count alike
+    new_tokens: tuple[int, ...]  # the tokens whose rows are trained
     learners: Mapping[str, OwnRun]  # of each adapter, if rows name the one that learns them
     search: AutoSearch | None = None
 
@@ -103,12 +105,20 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     weights_of_classes = class_weights(config.class_weights, data)
     general = _general(config, data)
     tokenizer = load_tokenizer(config.model)
+    new_tokens = add_tokens(tokenizer, config.new_tokens)
+    if adapter is not None and sorted(new_tokens) != trained_tokens(adapter):
+        raise LoraError(
+            f"--from-adapter {config.from_adapter}: the tokenizer of {config.model} has other numbers for "
+            f"{', '.join(config.new_tokens)}, so the adapter was trained on another base."
+        )
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
     dtype = weights_dtype(config, data)
 
     def laid_out(quantize: Quantize) -> PreTrainedModel:
         several = data.task == MULTI_LABEL
-        return skeleton(config.model, labels=labels_of(data), multi_label=several, dtype=dtype, quantize=quantize)
+        made = skeleton(config.model, labels=labels_of(data), multi_label=several, dtype=dtype, quantize=quantize)
+        grow(made, max(new_tokens, default=-1) + 1)
+        return made
 
     with FakeTensorMode() as fake:
         model = laid_out(config.quantize)
@@ -129,6 +139,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         if limit == config.max_seq_length:
             remedy = f"raise --max-seq-length {limit}"
         raise LoraError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
+    notes += _new_tokens(config.new_tokens, new_tokens, train)
     check_vocabulary(itertools.chain(train, valid), model, tokenizer)
     check_metric(config, data, len(valid))
     if search and not valid:
@@ -169,7 +180,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
             return planned(own, model, adapter, given)
         # The init does not change shapes, but may double the work here (some decompose each weight).
         plain = dataclasses.replace(largest, init="kaiming")
-        return own, attach_as(plain, model, new_head=data.task != "causal-lm")
+        return own, attach_as(plain, model, new_tokens, new_head=data.task != "causal-lm")
 
     quantised = config.quantize
     with fake:
@@ -218,6 +229,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         weights,
         said,
         weights_of_classes,
+        new_tokens,
         learners,
         search,
     )
@@ -299,22 +311,26 @@ def _memory(plan: Plan) -> str:
     return f"about {size(plan.peak_bytes)} of memory{each} at the peak of training"
 
 
-def adapt(config: TrainConfig, model: nn.Module, *, new_head: bool) -> None:
+def adapt(config: TrainConfig, model: nn.Module, new_tokens: Sequence[int], *, new_head: bool) -> None:
     """Adapt the model as the run begins: with new factors, or with those of an adapter.
 
-    new_head: as for `attach_as`.
+    new_tokens, new_head: as for `attach_as`.
     """
     if config.from_adapter is not None:
         begin_with(config, model)
     else:
-        attach_as(config, model, new_head=new_head)
+        attach_as(config, model, new_tokens, new_head=new_head)
 
 
-def attach_as(config: TrainConfig, model: nn.Module, *, new_head: bool) -> Report:
-    """`attach` with a run's settings. new_head: also train the modules beside the base model (a head) in full."""
+def attach_as(config: TrainConfig, model: nn.Module, new_tokens: Sequence[int], *, new_head: bool) -> Report:
+    """`attach` with a run's settings. new_tokens: tokens whose rows are trained. new_head: also train the modules
+    beside the base model (a head) in full.
+    """
     whole = [*config.also_train, *(heads(model) if new_head else [])]
+    rows = trained_tables(model, new_tokens)
     # The configuration's dtype is that of the base weights.
-    return attach(model, dataclasses.replace(LoRASettings.of(config), dtype=None, also_train=whole))
+    settings = dataclasses.replace(LoRASettings.of(config), dtype=None, also_train=whole, trainable_tokens=rows)
+    return attach(model, settings)
 
 
 def weights_dtype(config: TrainConfig, data: Data) -> str:
@@ -462,6 +478,21 @@ def target(example: Example, data: Data) -> int | float | list[float]:
     if isinstance(example.label, tuple):
         return [float(label in example.label) for label in data.labels]
     return data.labels.index(str(example.label)) if data.labels else float(example.label or 0.0)
+
+
+def _new_tokens(texts: Sequence[str], tokens: Sequence[int], rows: Rows) -> list[str]:
+    """Notes on the tokens that are added: their numbers, and which of them no row holds."""
+    if not tokens:
+        return []
+    listed = ", ".join(f"{text} {token}" for text, token in zip(texts, tokens, strict=True))
+    notes = [f"tokens whose rows are trained: {listed}"]
+    missing = set(tokens)
+    for row in rows:
+        missing.difference_update(row["input_ids"])
+        if not missing:
+            return notes
+    absent = ", ".join(text for text, token in zip(texts, tokens, strict=True) if token in missing)
+    return [*notes, f"warning: no row holds {absent}, so nothing says what it means"]
 
 
 def _limit(config: TrainConfig, limit: int) -> str:

@@ -25,6 +25,7 @@ from .config import Quantize
 from .models import Loaded, load_base, load_tokenizer, structure
 from .style import Style, longest_text, trained_on
 from .task import Task, model_task
+from .vocabulary import grow, rows_needed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -213,6 +214,7 @@ def _refuse_misfits(named: NamedAdapters) -> None:
     labels = None if named.task.answers else named.task.labels
     task = named.task
     made = structure(named.base, labels=labels, multi_label=task.several, named=task.named, speaks=task.answers)
+    grow(made, rows_needed(peft.stored_adapter(folder) for folder in named.folders.values()))
     bank = Bank(made)
     for name, folder in named.folders.items():
         try:

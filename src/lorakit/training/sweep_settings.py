@@ -54,8 +54,8 @@ def refuse_unshared(config: TrainConfig, what: str) -> None:
     """
     if config.dora:
         raise UsageError(f"{what} trains several adapters in one batch, which DoRA cannot share: leave --dora out.")
-    if config.bias != "none" or config.also_train:
-        raise UsageError(f"{what} trains factors alone: leave --bias and --also-train out.")
+    if config.bias != "none" or config.also_train or config.new_tokens:
+        raise UsageError(f"{what} trains factors alone: leave --bias, --also-train and --new-tokens out.")
     if config.metric != "loss" or config.patience is not None or config.keep != "last":
         raise UsageError(f"{what} keeps the adapter with the lowest last loss: leave --metric, --patience, --keep out.")
     if config.packing or config.from_adapter is not None:

@@ -95,4 +95,6 @@ def _notes(adapter: Adapter, base: str | None) -> tuple[str, ...]:
     if adapter.trained:
         shown = ", ".join(list(adapter.trained)[:4]) + (", …" if len(adapter.trained) > 4 else "")
         notes.append(f"trained whole, with no low rank to analyze: {shown}.")
+    if adapter.token_rows:
+        notes.append(f"trained rows of token tables, with no low rank to analyze: {', '.join(adapter.token_rows)}.")
     return tuple(notes)
