@@ -23,6 +23,14 @@ def few_objects() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture
+def runs_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lorakit compare` makes its runs here, where a test can change what they call, and without a process for each."""
+    from lorakit.study.comparison.runner import ThisProcess
+
+    monkeypatch.setattr("lorakit.study.comparison.processes.OwnProcess", ThisProcess)
+
+
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The folder of the package that holds SmolLM2-135M-Instruct as one GGUF file."""

@@ -10,16 +10,9 @@ import yaml
 
 from lorakit.cli.main import main
 from lorakit.study.comparison import one_run as module
-from lorakit.study.comparison.runner import ThisProcess
 from lorakit.training import preflight
 
-pytestmark = pytest.mark.usefixtures("few_objects")
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs take no process of their own, which `tests/study/comparison/test_processes.py` is about."""
-    monkeypatch.setattr("lorakit.study.comparison.processes.OwnProcess", ThisProcess)
+pytestmark = pytest.mark.usefixtures("few_objects", "runs_in_this_process")
 
 
 @pytest.fixture

@@ -71,11 +71,9 @@ class TimeLeft:
         if unknown == runs:
             return told
         about = f"about {duration(seconds)}"
-        return (
-            f"{told}, {about}"
-            if not unknown
-            else f"{told}; {runs - unknown} of them: {about}, the others not timed yet"
-        )
+        if not unknown:
+            return f"{told}, {about}"
+        return f"{told}; {runs - unknown} of them: {about}, the others not timed yet"
 
     def finished(self, run: Run) -> None:
         """A run was made; the ledger holds it."""
