@@ -1,10 +1,14 @@
 import gc
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# What is printed has no width unless a test gives it one; pytest-xdist's processes would have 80 columns.
+os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(autouse=True)

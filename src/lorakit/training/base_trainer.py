@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -84,8 +85,8 @@ class BaseTrainer(Trainer):
         """The mean loss of a batch, or its share of the mean over `num_items_in_batch` labels."""
         raise NotImplementedError
 
-    def timed(self, tokens: int) -> contextlib.AbstractContextManager[None]:
-        """Around the forward pass of a batch of so many tokens, for those who time it."""
+    def timed(self, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Around the forward pass of a batch, for those who time it."""
         return contextlib.nullcontext()
 
     def no_number(self, inputs: dict[str, Any], loss: Tensor) -> Exception:

@@ -164,7 +164,7 @@ class OnePass(BaseTrainer):
         for batch in batches:
             torch.set_rng_state(state)  # a run draws the masks of dropout that it would draw alone
             self._bank.assign([self._names[place] for place in batch["runs"].tolist()])
-            with self.timed(batch["input_ids"].numel()), self.compute_loss_context_manager():
+            with self.timed(batch), self.compute_loss_context_manager():
                 own = self._losses(model, batch) / labels.to(self.args.device).clamp(min=1)
             going = torch.tensor([name not in self.diverged for name in self._names], device=own.device)
             found = own.detach().to("cpu", torch.float64)

@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,11 +156,11 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
     ) -> Any:
         if self.model.training:
             self._recent.append(dict(inputs))
-        with self.timed(inputs["input_ids"].numel()):
+        with self.timed(inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def timed(self, tokens: int) -> contextlib.AbstractContextManager[None]:
-        return self.pace.forward(tokens) if self.pace else contextlib.nullcontext()
+    def timed(self, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        return self.pace.forward(inputs["input_ids"].numel()) if self.pace else contextlib.nullcontext()
 
     def no_number(self, inputs: dict[str, Any], loss: Tensor) -> Exception:
         plain = self.accelerator.unwrap_model(self.model)

@@ -38,7 +38,7 @@ LINE = (
     '{"key": "k", "task": "reviews", "method": "lora rank=8", "seed": 0, "learning_rate": 0.001, "steps": 10, '
     '"parameters": 2048, "head": 66, "diverged": false, "valid": {"loss": 0.5, "accuracy": 80.0}, '
     '"test": {"accuracy": 75.0}, "seconds": 1.5, "peak_bytes": 1000, "file_bytes": 8456, "latency": [0.002, 0.003], '
-    '"base_latency": [0.001, 0.001], "other_seconds": 0.0, "alone": false}\n'
+    '"base_latency": [0.001, 0.001], "other_seconds": 0.0, "alone": false, "together": 1}\n'
 )
 
 

@@ -91,13 +91,24 @@ def _result(pipe: connection.Connection, watch: Watch) -> Any:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold back Ctrl-C in this thread. A process that is started meanwhile never gets it: it inherits the mask."""
+    """Hold back Ctrl-C until the end of the block. A process that is started meanwhile never gets it.
+
+    It inherits the mask. That alone does not hold it back here: another thread takes the signal, and Python then calls
+    the handler in this one.
+    """
     resource_tracker.ensure_running()  # if it had to be started within the block, it would end the mask
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    came: list[Any] = []
+    in_main = threading.current_thread() is threading.main_thread()  # only there a handler can be set
+    handler = signal.signal(signal.SIGINT, lambda *now: came.append(now)) if in_main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+    if came and callable(handler):
+        handler(*came[0])
 
 
 @contextlib.contextmanager
