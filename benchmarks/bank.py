@@ -8,8 +8,10 @@ weights; every linear layer but the head is adapted, rank 16.
 
 answer, 64 ÷ 1: a forward pass of 64 rows with 64 adapters (`bank.rows`) over one of the same rows with one adapter
 (`bank.use`). train, 8 ÷ 8 × 1: a step that trains 8 adapters in one pass over the sum of 8 steps, one for each adapter
-on its own rows; each with its optimizer. kept: what a training pass keeps beyond one with a single adapter on the same
-rows, over the bytes of the adapters. Times are minima, taken in turns.
+on its own rows; each with its optimizer. On a CPU the pass is divided into batches of at most 512 tokens, as `lorakit
+train` does it. base ÷ 8 × 1: forward and backward pass of the base alone, on all rows at once, over the
+same sum: the least that one batch for all can take. kept: what a training pass keeps beyond one with a single adapter
+on the same rows, over the bytes of the adapters. Times are minima, taken in turns.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorakit
+from lorakit.training.own_run import most_tokens
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
@@ -31,7 +34,7 @@ WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_va
 SIZES: dict[str, Any] = dict(zip(WIDTHS, (4096, 14336, 32, 8, 4) if GPU else (576, 1536, 9, 3, 6), strict=True))
 VOCABULARY, RANK = 4096, 16
 ANSWERED = [16, 64, 128]  # tokens of each of the 64 rows
-TRAINED = [(1, 32), (1, 64), (2, 64), (4, 128)]  # rows of each of the 8 adapters, tokens of each row
+TRAINED = [(1, 8), (1, 16), (1, 32), (1, 64), (2, 64), (4, 128)]  # rows of each of the 8 adapters, tokens of each row
 
 
 def bank_of(count: int) -> lorakit.Bank:
@@ -111,8 +114,18 @@ def training(bank: lorakit.Bank, each: int, tokens: int) -> dict[str, Any]:
     optimizers = {name: torch.optim.AdamW(bank.parameters(name), lr=1e-4) for name in names}
     rows = [name for name in names for _ in range(each)]
 
+    most = max(1, most_tokens(torch.device(DEVICE)) // (each * tokens))  # adapters in a batch
+    parts = [slice(start, start + most) for start in range(0, len(names), most)]
+    batches = [
+        (rows[part.start * each : part.stop * each], ids[part.start * each : part.stop * each]) for part in parts
+    ]
+    model: Any = bank.model
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+
     def together() -> None:
-        loss_of(bank, ids, each).backward()
+        for own, batch in batches:
+            bank.assign(own)
+            loss_of(bank, batch, each).backward()
         for optimizer in optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
@@ -127,6 +140,14 @@ def training(bank: lorakit.Bank, each: int, tokens: int) -> dict[str, Any]:
         with bank.rows(rows):
             return wall(together)
 
+    def base() -> None:
+        logits = bank.model(inputs_embeds=embedded).logits[:, :-1].float()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+
+    def timed_base() -> float:
+        bank.use(None)
+        return wall(base)
+
     def timed_alone() -> float:
         total = 0.0
         for index, name in enumerate(names):
@@ -134,7 +155,7 @@ def training(bank: lorakit.Bank, each: int, tokens: int) -> dict[str, Any]:
             total += wall(partial(alone, name, ids[index * each : (index + 1) * each]))
         return total
 
-    ways = {"together": timed_together, "alone": timed_alone}
+    ways = {"together": timed_together, "alone": timed_alone, "base": timed_base}
     times = measure.minima(ways, seconds=2.0, clock=lambda way: way())
     constants = [own for name in names for own in bank.parameters(name)] + list(bank.model.parameters())
     bank.use(names[0])
@@ -146,6 +167,7 @@ def training(bank: lorakit.Bank, each: int, tokens: int) -> dict[str, Any]:
     return {
         "batch": f"8 × {each} × {tokens}",
         "train, 8 ÷ 8 × 1": times["together"] / times["alone"],
+        "base ÷ 8 × 1": times["base"] / times["alone"],
         "kept beyond one ÷ adapters": (many - one) / size,
     }
 

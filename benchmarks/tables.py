@@ -3,8 +3,9 @@
     python benchmarks/tables.py            writes them
     python benchmarks/tables.py --check    names the pages whose tables do not match the results, and fails
 
-A table stands between <!-- layer --> and <!-- end -->: benchmarks/results/layer.json, or, in docs/results.md, what
-`lorakit compare` wrote to benchmarks/experiments/results/NAME.
+A table stands between <!-- layer --> and <!-- end -->: benchmarks/results/layer.json, or, in docs/results.md, the
+tables of benchmarks/experiments/results/NAME. These are made again from the runs in that folder, as is all else that
+`lorakit compare` writes there, so they are what today's code makes of runs that an earlier one made.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from typing import Any
 
 import measure
 
+from lorakit.study.comparison import table as comparison_table
+from lorakit.study.comparison.files import write_results
+from lorakit.study.comparison.results import Comparison, Ledger, MethodRow, TaskFacts, row_of
+
 DOCS = measure.ROOT / "docs"
 EXPERIMENTS = measure.ROOT / "benchmarks" / "experiments" / "results"
 _TABLE = re.compile(r"<!-- (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
@@ -29,8 +34,40 @@ def measured(name: str) -> str:
 
 
 def compared(name: str) -> str:
-    """The tables that a comparison wrote, with headings one level lower."""
-    return re.sub(r"^## ", "### ", (EXPERIMENTS / name / "compare.md").read_text(encoding="utf-8"), flags=re.M).rstrip()
+    """The tables of a comparison, with headings one level lower."""
+    return re.sub(r"^## ", "### ", comparison_table.markdown(remade(EXPERIMENTS / name)), flags=re.M).rstrip()
+
+
+def remade(folder: Path) -> Comparison:
+    """The comparison of a folder: its rows from runs.jsonl, and from compare.json what does not come from runs."""
+    said = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    tasks = {task["name"]: TaskFacts(**{**task, "metrics": tuple(task["metrics"])}) for task in said["tasks"]}
+    runs = list(Ledger(folder / "runs.jsonl"))
+
+    def row(old: dict[str, Any]) -> MethodRow:
+        own = [run for run in runs if (run.task, run.method) == (old["task"], old["method"])]
+        seeds = sorted((run for run in own if run.learning_rate == old["learning_rate"]), key=lambda run: run.seed)
+        tried = {float(rate) for rate in old["tried"]}
+        searched = [run for run in own if run.seed == 0 and run.learning_rate in tried]
+        return row_of(seeds, searched, tasks[old["task"]].chosen_by)
+
+    return Comparison(
+        model=said["model"],
+        tasks=tuple(tasks.values()),
+        rows=tuple(map(row, said["rows"])),
+        left_out=tuple((one["task"], one["method"], one["reason"]) for one in said["left_out"]),
+        seeds=tuple(said["seeds"]),
+        trials=said["trials"],
+        machine=said["machine"],
+        finished=said["finished"],
+    )
+
+
+def stale(folder: Path) -> bool:
+    """Whether the tables in the folder are not those of its runs."""
+    found = remade(folder)
+    made = {"compare.md": comparison_table.markdown(found), "compare.json": comparison_table.as_json(found)}
+    return any((folder / name).read_text(encoding="utf-8") != content for name, content in made.items())
 
 
 PAGES: dict[Path, Callable[[str], str]] = {DOCS / "performance.md": measured, DOCS / "results.md": compared}
@@ -56,19 +93,24 @@ def filled(page: str, content: Callable[[str], str]) -> str:
 
 
 def main(words: list[str]) -> int:
-    stale = []
+    wrong = []
+    for folder in sorted(path.parent for path in EXPERIMENTS.glob("*/compare.json")):
+        if words == ["--check"]:
+            wrong += [folder.name] if stale(folder) else []
+        else:
+            write_results(remade(folder), folder)
     for path, content in PAGES.items():
         page = path.read_text(encoding="utf-8")
         wanted = filled(page, content)
         if page == wanted:
             continue
         if words == ["--check"]:
-            stale.append(path.name)
+            wrong.append(path.name)
         else:
             path.write_text(wanted, encoding="utf-8")
-    if stale:
-        print(f"{', '.join(stale)} does not show the results: run python benchmarks/tables.py")
-    return int(bool(stale))
+    if wrong:
+        print(f"{', '.join(wrong)} does not show the results: run python benchmarks/tables.py")
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def row(
     tried: dict[float, float | None] | None = None,
     diverged: int = 0,
     latency: float = 1.0,
+    latency_ends: tuple[float, float] | None = None,
 ) -> MethodRow:
     intervals = {metric: Interval(mean, half, (mean,)) for metric, (mean, half) in scores.items()}
     return MethodRow(
@@ -48,8 +49,10 @@ def row(
         diverged=diverged,
         seconds=400.0,
         peak_bytes=1_830_000_000,
+        alone=True,
         file_bytes=4 * parameters,
         latency=latency,
+        latency_ends=latency_ends,
     )
 
 
@@ -62,7 +65,14 @@ ROWS = (
     row("sst<&>2", "mine<&> size=3", 7_000, {}, head=1538, diverged=5),
     row("e2e", "full", 354_920_000, {"ter": (41.26, 0.31), "bleu": (66.52, 0.44)}),
     row("e2e", "bitfit", 301_056, {"ter": (45.0, 0.9), "bleu": (60.12, 1.25)}),
-    row("e2e", "lora rank=2", 200_000, {"ter": (40.08, 0.24), "bleu": (67.74, 0.28)}, latency=1.043),
+    row(
+        "e2e",
+        "lora rank=2",
+        200_000,
+        {"ter": (40.08, 0.24), "bleu": (67.74, 0.28)},
+        latency=1.043,
+        latency_ends=(1.021, 1.066),
+    ),
     row("e2e", "lora rank=8", 800_000, {"ter": (40.98, 0.24), "bleu": (68.04, 0.28)}),
 )
 COMPARISON = Comparison(

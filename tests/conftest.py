@@ -1,10 +1,14 @@
 import gc
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# What is printed has no width unless a test gives it one; pytest-xdist's processes would have 80 columns.
+os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +25,14 @@ def few_objects() -> Iterator[None]:
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def runs_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`lorakit compare` makes its runs here, where a test can change what they call, and without a process for each."""
+    from lorakit.study.comparison.runner import ThisProcess
+
+    monkeypatch.setattr("lorakit.study.comparison.processes.OwnProcess", ThisProcess)
 
 
 @pytest.fixture(scope="session")
@@ -68,25 +80,15 @@ def tiny_tokenizer(chat_template: str | None = CHATML, bos: bool = False):
 @pytest.fixture(scope="session")
 def tiny_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a causal language model of a few thousand parameters, with tokenizer and chat template."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
+
+    from models import llama_config
 
     folder = tmp_path_factory.mktemp("tiny-lm")
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(llama_config(tokenizer, tie_word_embeddings=True)).save_pretrained(folder)
     return folder
 
 

@@ -1,23 +1,37 @@
 """Tiny random models of real architectures, the same weights on every call."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-def llama() -> nn.Module:
+# of a Llama and of models that are configured as one
+SIZES: dict[str, Any] = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def llama(**settings: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    ).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES | settings)).eval()
+
+
+def llama_config(tokenizer: "PreTrainedTokenizerBase", **settings: Any) -> "LlamaConfig":
+    """The configuration of a Llama that reads a tokenizer's tokens."""
+    from transformers import LlamaConfig
+
+    tokens = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    return LlamaConfig(**SIZES | tokens | dict(intermediate_size=64, bos_token_id=None) | settings)
 
 
 def gpt2() -> nn.Module:
@@ -48,21 +62,10 @@ def qwen_moe(**settings) -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-        decoder_sparse_step=1,
-        **settings,
+    experts: dict[str, Any] = dict(
+        moe_intermediate_size=24, head_dim=8, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1
     )
-    return Qwen3MoeForCausalLM(config).eval()
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts, **settings)).eval()
 
 
 def gpt_oss(**settings) -> nn.Module:
@@ -70,19 +73,8 @@ def gpt_oss(**settings) -> nn.Module:
     from transformers import GptOssConfig, GptOssForCausalLM
 
     torch.manual_seed(0)
-    config = GptOssConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        **settings,
-    )
-    model = GptOssForCausalLM(config).eval()
+    experts: dict[str, Any] = dict(intermediate_size=24, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+    model = GptOssForCausalLM(GptOssConfig(**SIZES | experts, **settings)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "experts" in name:

@@ -1,5 +1,6 @@
 """The three kinds of page, each made with one word in every place."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from lorakit.study.comparison import page as comparison_page
 from lorakit.training import page as run_page
 from lorakit.training.changes import Change
 from lorakit.training.report import Evaluation, Sample
+from lorakit.training.tried import Trial, Tried
 
 
 def run(word: str) -> str:
@@ -29,6 +31,7 @@ def run(word: str) -> str:
         history=[{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.0}],
         result=Evaluation(1, word, {word: (0.0, 1.0)}, samples, (True,)),
         changes=[Change(word, 0.5, 1.0)],
+        tried=Tried(word, (Trial(word, 2, 1.5, 1.0), Trial("other", 2, math.inf, math.inf, word))),
     )
 
 

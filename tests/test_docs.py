@@ -201,6 +201,7 @@ def test_the_tables_of_the_pages_are_those_of_the_results() -> None:
         shown[path.name] = set(re.findall(r"<!-- ([\w-]+) -->\n", page)) - {"end"}
     assert shown["performance.md"] == {path.stem for path in (ROOT / "benchmarks/results").glob("*.json")}
     assert shown["results.md"] == {path.parent.name for path in tables.EXPERIMENTS.glob("*/compare.md")}
+    assert not any(tables.stale(tables.EXPERIMENTS / name) for name in shown["results.md"])
 
 
 def test_each_problem_has_tests_and_the_page_names_their_files() -> None:

@@ -21,7 +21,7 @@ ORDER = ["core", "formats", "bank", "view", "training", "study", "cli"]
 
 PUBLIC = {
     *("attach", "detach", "merge", "unmerge", "disabled", "extract", "insert", "save", "load", "diagnose"),
-    *("Adapter", "Bank", "Update", "Report", "combine"),
+    *("Adapter", "Bank", "TokenRows", "Update", "Report", "combine"),
     *("AdaptedLayer", "Beside", "adapts", "add_init", "Format", "add_format", "LoRASettings", "LoraError"),
     *("adapted_layers", "parameters", "parameter_groups", "bake", "dequantize", "merge_files"),
     *("peft_view", "get_peft_model"),
@@ -96,21 +96,25 @@ def test_core_and_formats_import_torch_and_safetensors_alone() -> None:
 
 
 def test_problem_35_importing_lorakit_costs_little_over_torch() -> None:
-    """At most 0.1 s of the processor beyond torch; the best of three, in new interpreters."""
-    script = (
-        "import torch, time; began = time.process_time(); import lorakit; lorakit.attach; lorakit.save;"
-        "print(time.process_time() - began)"
-    )
-    runs = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True) for _ in range(3)
-    ]
-    assert min(float(run.stdout) for run in runs) <= 0.1
-    heavy = (
-        "import sys, lorakit; lorakit.attach; lorakit.save;"
-        "print([m for m in ('transformers', 'datasets', 'peft', 'numpy.testing', 'yaml') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    """0.1 s, of which a clock says little on a busy machine. What is counted is the same each time: calls of functions,
+    33,000 with Python 3.11. Importing yaml makes 16,000, jinja2 39,000, matplotlib 176,000, datasets 600,000.
+    """
+    script = """
+import sys, torch
+before, calls = set(sys.modules), 0
+def count(frame, event, argument):
+    global calls
+    calls += event in ("call", "c_call")
+sys.setprofile(count)
+import lorakit
+lorakit.attach, lorakit.save
+sys.setprofile(None)
+print(calls, *sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    calls, *packages = done.stdout.split()
+    assert set(packages) - sys.stdlib_module_names == {"lorakit", "safetensors"}
+    assert 10_000 < int(calls) < 45_000  # fewer: not all was imported
 
 
 def test_the_pages_speak_of_the_project_alone() -> None:

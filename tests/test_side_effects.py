@@ -96,7 +96,7 @@ def test_of_a_training_that_fails(tiny_lm: Path, tmp_path: Path, monkeypatch: py
     def fails(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lorakit.training.loop._fit", fails)
+    monkeypatch.setattr("lorakit.training.loop.train_one", fails)
     with unchanged(), pytest.raises(KeyboardInterrupt, match="interrupted"):
         train(config(tiny_lm, tmp_path))
 

@@ -20,6 +20,7 @@ from lorakit.study.comparison import table
 from lorakit.study.comparison.config import CompareConfig, MethodConfig
 from lorakit.study.comparison.files import write_results
 from lorakit.study.comparison.plan import TaskPlan
+from lorakit.study.comparison.processes import OwnProcess
 from lorakit.study.comparison.run import compare
 from lorakit.study.comparison.tasks import Loss, StudyTask, digest_of
 from lorakit.study.methods.baselines import Applied
@@ -82,6 +83,7 @@ def main() -> None:
         RESULTS,
         seeds=SEEDS,
         trials=TRIALS,
+        runner=OwnProcess(),
     )
     print(table.tables_text(found))
     print("written:", ", ".join(path.name for path in write_results(found, RESULTS)))

@@ -18,6 +18,7 @@ from typing import Any as _Any
 if _TYPE_CHECKING:
     from .bank.bank import Bank as Bank
     from .core.adapted import AdaptedLayer as AdaptedLayer
+    from .core.adapter import TokenRows as TokenRows
     from .core.adapter import Update as Update
     from .core.attach import adapted_layers as adapted_layers
     from .core.attach import attach as attach
@@ -66,7 +67,7 @@ _HOME = {
     "bank.bank": ("Bank",),
     "core.adapted": ("AdaptedLayer",),
     "core.lora_layer": ("LoRALayer",),
-    "core.adapter": ("Update",),
+    "core.adapter": ("TokenRows", "Update"),
     "core.attach": ("adapted_layers", "attach", "detach"),
     "core.beside": ("Beside",),
     "core.combine": ("combine",),

@@ -480,3 +480,22 @@ def test_a_training_pass_keeps_x_and_one_thin_tensor() -> None:
     with bank.rows(NAMES):
         kept = kept_bytes(lambda: model(x), constants)
     assert kept == 8 * (6 * 9 * 50 + 6 * 9 * 4)
+
+
+def test_the_next_batch_may_have_other_adapters() -> None:
+    model = llama().double()
+    bank = filled(model, three())
+    orders = (NAMES, NAMES[::-1], ["c", None])
+    expected = []
+    for names in orders:
+        with bank.rows(names):
+            expected.append(model(IDS).logits)
+    with bank.rows(orders[0]):
+        for names, own in zip(orders, expected, strict=True):
+            bank.assign(names)
+            assert torch.equal(model(IDS).logits, own)
+    assert not torch.equal(expected[0], expected[1])
+    with pytest.raises(lorakit.LoraError, match="bank.assign is for the inside of bank.rows"):
+        bank.assign(NAMES)
+    with pytest.raises(lorakit.LoraError, match="expected a name, or None"), bank.rows(NAMES):
+        bank.assign([])

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from lorakit.cli.main import main
-from lorakit.study.comparison import run as module
+from lorakit.study.comparison import one_run as module
 from lorakit.training import preflight
 
-pytestmark = pytest.mark.usefixtures("few_objects")
+pytestmark = pytest.mark.usefixtures("few_objects", "runs_in_this_process")
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(
         "reported: accuracy, matthews; rates chosen by loss on validation rows",
         "  lora rank=2           512 parameters and 66 of the head",
         "at most 6: 2 seeds, at most 2 learning rates for a method on a task",
+        "how long they take is told after the first steps",
     ):
         assert line in ran.out.splitlines()
     assert [path.name for path in tmp_path.iterdir()] == [data.name]
@@ -118,7 +119,9 @@ def test_a_whole_comparison_and_the_same_again(
             of_table = text.replace("</tr>", "\n").splitlines()
             assert any(all(cell in line for cell in cells) for line in of_table)
     assert table.rstrip().splitlines()[-1].startswith("written: ")
-    assert len(ran.err.splitlines()) == 6  # one line for each run
+    told = ran.err.splitlines()  # one line for each run
+    assert len(told) == 6 and all(re.search(r" s; at most \d more runs?, about ", line) for line in told[:-1]), told
+    assert told[-1].endswith(" s")
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["data"], config["methods"], config["seeds"]) == (str(data), ["bitfit", "lora rank=2"], 2)
 
@@ -126,7 +129,8 @@ def test_a_whole_comparison_and_the_same_again(
     monkeypatch.setattr(module, "fit", never)
     for again in (command, [*command, "--so-far"], ["-c", out / "config.yaml"], [out / "config.yaml"]):
         second = Ran(capsys, *again)
-        assert (second.code, second.out, second.err) == (0, ran.out, "")
+        assert (second.code, second.err) == (0, "") and second.out.endswith(table)
+        assert "at most 6: 2 seeds" in second.out and "\nall are finished\n" in second.out
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 

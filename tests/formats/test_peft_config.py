@@ -50,7 +50,6 @@ OTHER_FUNCTIONS: dict[str, Any] = {
     "arrow_config": {"top_k": 2},
     "layer_replication": [[0, 1], [0, 1]],
     "megatron_config": {"tensor_model_parallel_size": 2},
-    "trainable_token_indices": {"embed_tokens": [1]},
     "use_bdlora": {"nblocks": 2},
     "monteclora_config": {"num_samples": 4},
     "kasa_config": {"beta": 1e-4},

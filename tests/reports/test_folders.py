@@ -11,7 +11,7 @@ import lorakit
 import models
 from lorakit.cli.main import main
 
-pytestmark = pytest.mark.usefixtures("few_objects")
+pytestmark = pytest.mark.usefixtures("few_objects", "runs_in_this_process")
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -74,6 +74,16 @@ def test_the_card_of_a_repository_says_how_to_load_it_there() -> None:
     assert "from huggingface_hub import snapshot_download" in block
 
 
+def test_the_card_of_a_classifier_says_what_its_logits_are() -> None:
+    """A reader has the folder's card alone: without the problem type, transformers takes one class for each text."""
+    one, several = card(labels=("no", "yes")), card(labels=("no", "yes"), multi_label=True)
+    assert 'num_labels=2, problem_type="multi_label_classification")' in several and "problem_type" not in one
+    assert "classes `no`, `yes`, in this order. Of a text these are all classes whose logit is at least 0." in several
+    assert "classes `no`, `yes`, in this order. The largest logit decides." in one
+    assert "logits" not in card() + card(labels=())
+    assert 'from_pretrained("owner/b", num_labels=2, problem_type=' in hub_card(several, "owner/b", "me/adapter")
+
+
 def test_a_card_without_front_matter_gets_one() -> None:
     text = hub_card("# Mine\n", "owner/base", "me/adapter")
     assert ModelCard(text).data.to_dict()["base_model"] == "owner/base" and text.endswith("# Mine\n")

@@ -60,8 +60,8 @@ def test_a_run_begins_with_the_factors_of_the_adapter(first: TrainConfig, tmp_pa
     begins: dict[str, torch.Tensor] = {}
     from lorakit.training.prepare import adapt
 
-    def noted(config, model, **options) -> None:
-        adapt(config, model, **options)
+    def noted(config, model, new_tokens, **options) -> None:
+        adapt(config, model, new_tokens, **options)
         begins.update({k: v.detach().clone() for k, v in model.named_parameters() if v.requires_grad})
 
     monkeypatch.setattr(loop, "adapt", noted)

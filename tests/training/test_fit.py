@@ -167,6 +167,35 @@ def test_where_nothing_fits_the_smallest_plan_is_named() -> None:
         assert "nf4" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "fit", "batch", "times", "said"),
+    [  # 10 + 4 n GB for n rows, and 10 + n with gradient checkpointing; n divides the rows of a step
+        ({"batch_size": 12, "can_checkpoint": False}, "30GB", 4, 3, "4 rows, 3 times: 26.00 GB"),
+        ({"batch_size": 12, "can_checkpoint": False}, "34GB", 6, 2, "6 rows, twice: 34.00 GB"),
+        ({"batch_size": 7, "can_checkpoint": False}, "30GB", 1, 7, "1 row, 7 times: 14.00 GB"),
+        (
+            {"batch_size": 9, "gradient_accumulation_steps": 2, "can_checkpoint": False},
+            "40GB",
+            6,
+            3,
+            "6 rows, 3 times: 34.00 GB",
+        ),
+        ({"gradient_accumulation_steps": 5}, "16GB", 1, 40, "1 row, 40 times: 14.00 GB"),
+        ({"batch_size": 64}, "12GB", 2, 32, "2 rows, 32 times, with gradient checkpointing: 12.00 GB"),
+    ],
+)
+def test_a_batch_that_was_given_stays_and_the_largest_that_fits_is_named(
+    settings: dict[str, Any], fit: str, batch: int, times: int, said: str
+) -> None:
+    with pytest.raises(LoraError, match="given and not changed") as error:
+        choose(fit, can_quantise=False, **settings)
+    flags = f"--batch-size {batch} --gradient-accumulation-steps {times}"
+    assert f" It fits with {flags}, and a step has the same rows ({said}). " in str(error.value)
+    named = settings | {"batch_size": batch, "gradient_accumulation_steps": times}
+    own, _ = choose(fit, can_quantise=False, given=frozenset({"batch_size"}), **named)
+    assert (own.batch_size, own.gradient_accumulation_steps) == (batch, times)
+
+
 def test_nf4_without_its_package_is_named_and_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(LoraError, match=r"needs about 11.00 GB. Less is needed with nf4 \(pip install"):

@@ -14,6 +14,7 @@ from lorakit.training.generation import answers, end_tokens, room, stream
 from lorakit.training.models import Loaded, load_causal_lm
 from lorakit.training.positions import positions
 from lorakit.training.tokens import prompt_ids
+from models import llama_config
 
 TEXTS = ("on", "turn the light off and on", "system user assistant")
 
@@ -21,17 +22,14 @@ TEXTS = ("on", "turn the light off and on", "system user assistant")
 @pytest.fixture(scope="module")
 def lively(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model whose likeliest tokens vary."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("lively")
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        pad_token_id=0, eos_token_id=3, bos_token_id=None, initializer_range=0.5, max_position_embeddings=48,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    varied: dict[str, Any] = dict(num_key_value_heads=4, initializer_range=0.5, max_position_embeddings=48)
+    LlamaForCausalLM(llama_config(tokenizer, **varied)).save_pretrained(folder)
     return folder
 
 

@@ -1,7 +1,6 @@
 """The life of a run without the command line: how it begins, is interrupted, resumed, replaced, and how it ends."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shlex
@@ -16,7 +15,7 @@ import yaml
 
 from lorakit.cli.main import main
 from lorakit.formats.folder import OutputFolder
-from lorakit.training import loop
+from lorakit.training import fitting, loop
 from lorakit.training.checkpoints import checkpoints
 from lorakit.training.config import TrainConfig
 from lorakit.training.divergence import Diverged
@@ -372,17 +371,53 @@ def test_a_row_that_was_cut_to_the_models_positions_is_named_too(
     prepared = prepare(dataclasses.replace(config, **changed, targets=("all-linear",), too_long="truncate"))
     assert {len(row["input_ids"]) for row in prepared.train} == {prepared.limit} != {10_000}
     for number, row in enumerate(prepared.train):
-        found = loop._where(prepared, {"input_ids": torch.tensor([row["input_ids"]])})
+        found = fitting._where(prepared, {"input_ids": torch.tensor([row["input_ids"]])})
         assert found == f"long.jsonl:{number + 1}"
 
 
-@pytest.mark.parametrize("name", ["no_such_tracker", "comet_ml", "wandb"])
-def test_a_tracker_that_is_not_there_is_told_before_anything_is_made(name: str, config: TrainConfig) -> None:
-    if importlib.util.find_spec(name):
-        pytest.skip("it is there")
-    with pytest.raises(ValueError, match=f"--report-to {name}: "):
-        train(dataclasses.replace(config, report_to=(name,)))
-    assert not Path(config.output_dir).exists()
+# --- TensorBoard ---
+
+
+def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The scalars by tag, each with its step, of all event files in a folder, read by TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for path in sorted(folder.rglob("events.out.tfevents.*")):
+        reader = EventAccumulator(str(path)).Reload()
+        for tag in reader.Tags()["scalars"]:
+            found.setdefault(tag, []).extend((event.step, event.value) for event in reader.Scalars(tag))
+    return found
+
+
+def test_tensorboard_shows_the_numbers_of_metrics_jsonl(config: TrainConfig, tmp_path: Path, monkeypatch) -> None:
+    """A resumed run adds its event file. OUT/runs belongs to the run: --overwrite replaces it, and a run that failed at
+    its first step leaves none.
+    """
+    config = dataclasses.replace(config, report_to=("tensorboard",), holdout=0.25, eval_steps=1)
+    out = Path(config.output_dir)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1, RuntimeError("at the first step"))
+        with pytest.raises(RuntimeError, match="at the first step"):
+            train(config)
+    assert not out.exists()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, signal.SIGINT)
+        with pytest.raises(Interrupted, match="checkpoint-2 is saved"):
+            train(config)
+    before = list((out / "runs").rglob("events.*"))
+    train(dataclasses.replace(config, resume="auto"))
+    assert set(before) < set((out / "runs").rglob("events.*"))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = events(out)
+    for key, tag in (("loss", "train/loss"), ("eval_loss", "eval/loss"), ("learning_rate", "train/learning_rate")):
+        expected = [(line["step"], line[key]) for line in lines if key in line]
+        assert [step for step, _ in expected] == [1, 2, 3, 4]
+        assert [step for step, _ in found[tag]] == [1, 2, 3, 4]
+        # metrics.jsonl has six digits, an event has float32
+        assert [value for _, value in found[tag]] == pytest.approx([value for _, value in expected], rel=1e-5)
+    train(dataclasses.replace(config, overwrite=True, report_to=None))
+    assert not (out / "runs").exists()
 
 
 # --- one folder, several runs ---

@@ -61,8 +61,7 @@ def test_chunks_of_a_frozen_head(count: int, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_head_is_used_alone_only_where_its_output_is_what_the_model_returns() -> None:
     from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
-    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    sizes = models.SIZES | dict(num_hidden_layers=1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     plain = models.llama().requires_grad_(False)
     assert frozen_head(plain) is plain.lm_head
     assert frozen_head(models.llama()) is None  # trained

@@ -89,6 +89,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any]]] = {
     "a shared layer": (albert, ["query", "value"], {}),
     "grouped convolution, weights that are read": (mamba, ["conv1d", "dt_proj"], {}),
     "tied embeddings that stay as they are": (t5, ["q", "wo"], {}),
+    "rows of a tied table": (models.gpt2, ["c_attn"], {"trainable_tokens": [3, 60]}),
+    "rows of two tables": (models.llama, ["q_proj"], {"trainable_tokens": {"embed_tokens": [3], "lm_head": [60, 0]}}),
 }  # fmt: skip
 
 
@@ -321,7 +323,7 @@ def without(base: Path, end: str, instead: torch.Tensor | None = None) -> None:
 
 
 def other_adapter(base: Path, adapter: Path, config: dict[str, int]) -> None:
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY | config))
+    model = models.llama(**config)
     lorakit.attach(model, ["q_proj"], rank=2)
     shutil.rmtree(adapter)
     lorakit.save(model, adapter)
@@ -413,14 +415,24 @@ def test_a_tie_that_no_setting_undoes_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.parametrize(("targets", "whole"), [(["q_proj"], ["embed_tokens"]), (["embed_tokens"], [])])
-def test_a_vocabulary_that_was_resized_is_refused(targets: list[str], whole: list[str], tmp_path: Path) -> None:
+_RESIZED = r"embed_tokens\.weight has 70 rows, .* 64: .*resize_token_embeddings\(70\)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"targets": ["q_proj"], "also_train": ["embed_tokens"]}, _RESIZED),
+        ({"targets": ["embed_tokens"]}, _RESIZED),
+        ({"trainable_tokens": [69]}, r"row 69 of model\.embed_tokens\.weight .* 64 rows: .*without --shard-by-shard"),
+    ],
+)
+def test_a_vocabulary_that_was_resized_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     model: Any = models.llama()
     model.save_pretrained(tmp_path / "base")
     model.resize_token_embeddings(70)
-    lorakit.attach(model, targets, rank=2, also_train=whole)
+    lorakit.attach(model, rank=2, **settings)
     lorakit.save(model, tmp_path / "adapter")
-    with pytest.raises(LoraError, match=r"embed_tokens\.weight has 70 rows, .* 64: .*resize_token_embeddings\(70\)"):
+    with pytest.raises(LoraError, match=message):
         lorakit.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
 

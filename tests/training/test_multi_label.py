@@ -176,7 +176,7 @@ def test_a_run_goes_on_with_a_multi_label_adapter(
     ("more", "message"),
     [
         (["--class-weights", "balanced"], "rows that have one class each; these are for multi-label"),
-        (["--metric", "accuracy"], "no metrics for the task 'multi-label'"),
+        (["--metric", "accuracy"], "accuracy is for classes; this task is multi-label. It has: micro-f1, exact-set."),
     ],
 )
 def test_what_multi_label_rows_do_not_take(
@@ -185,11 +185,18 @@ def test_what_multi_label_rows_do_not_take(
     assert message in said(capsys, "check", "--model", tiny_encoder, "--data", trained / "d.jsonl", *more, code=1)
 
 
-def test_compare_does_not_take_multi_label_rows(
+def test_a_run_is_judged_by_the_scores_that_eval_gives(
     trained: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model", tiny_encoder, "--data", trained / "d.jsonl", "-o", tmp_path / "out", "--methods", "bitfit"]
-    assert "no metrics for the task 'multi-label'" in said(capsys, "compare", *words, code=1)
+    words = ["--model", tiny_encoder, "--data", trained / "d.jsonl", "-o", tmp_path / "out", "--dtype", "float32"]
+    words += ["--epochs", "1", "--holdout", "0.25", "--metric", "micro-f1", "--lr", "0.01"]
+    said(capsys, "train", *words)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    judged = [line["eval_micro_f1"] for line in lines if "eval_micro_f1" in line]
+    scores = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]
+    assert judged and judged[-1] == pytest.approx(100 * scores["micro-F1"]["adapter"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'num_labels=2, problem_type="multi_label_classification"' in card
 
 
 @pytest.mark.parametrize("text", ['{"problem_type": "x", "labels": ["a"]}', '{"labels": []}'])

@@ -1,5 +1,6 @@
 """report.html and the other pages, opened in a browser: all parts are there, they work, and nothing is cut off."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,17 @@ from lorakit.study.comparison import page as comparison_page
 from lorakit.training import page as run_page
 from lorakit.training.changes import Change
 from lorakit.training.report import Evaluation, Sample
+from lorakit.training.tried import Trial, Tried
 from pages import PAGES
 
+TRIED = Tried.of(
+    "learning_rate=0.0003 rank=64",
+    [
+        Trial(f"learning_rate={rate:g} rank={rank}", 1500, 0.2 + rate, 0.3 + rate)
+        for rate, rank in ((1e-3, 16), (3e-4, 64), (3e-4, 16))
+    ]
+    + [Trial("learning_rate=0.003 rank=16", 1500, math.inf, math.inf, "diverged at step 1204")],
+)
 ROWS = 12
 WRONG = (3, 5, 8)
 COMMAND = "lorakit train --model models/a-model-with-a-long-name --data data/requests --output-dir runs/lights --rank 8"
@@ -48,6 +58,7 @@ def report() -> str:
         history=[{"step": s, "loss": 3.0 / s} for s in range(1, 200)] + [{"step": 199, "eval_loss": 0.25}],
         result=Evaluation(ROWS, "test", {"exact match": score}, samples, right, ("a note",), {"exact match": ends}),
         changes=[Change(name, 0.01 * (1 + i % 7), 1.0) for i, name in enumerate(names)],
+        tried=TRIED,
     )
 
 
@@ -88,6 +99,7 @@ def test_the_page_of_a_run_has_all_its_parts(width: int, dark: bool, tmp_path: P
             "2026-01-31",
             "0.3.0",
         ),
+        *("Settings tried", "The held-out loss chose learning_rate=0.0003 rank=64.", "diverged at step 1204"),
         *("training: 0.0151 at the end", "held-out: 0.250 at the end", "self_attn.q_proj", "mlp.down_proj"),
     ):
         assert text in found["text"]

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from lorakit.cli.main import main
+from lorakit.core.errors import LoraError
 from lorakit.training import memory, preflight
 from lorakit.training.memory import memory_of
-from lorakit.training.preflight import check_file, check_output, check_result
+from lorakit.training.preflight import check_file, check_output, check_reporters, check_result
 from lorakit.training.report import Evaluation
 
 
@@ -85,6 +88,7 @@ def test_memory_of_the_machine_is_that_of_its_tightest_limit(monkeypatch: pytest
     ("words", "message"),
     [
         (["--report-to", "wandb"], "--report-to wandb: wandb is not installed. Install it (pip install wandb)"),
+        (["--report-to", "azure_ml"], "azure_ml is not installed. Install it (pip install azureml-core)"),
         (["--report-to", "wadnb"], "--report-to wadnb: expected one of "),
         (["--report-to", "none,tensorbord"], "Did you mean 'tensorboard'?"),
         (["--lr", "inf"], "--learning-rate: expected a finite number, found 'inf'"),
@@ -109,6 +113,41 @@ def test_what_is_known_before_training_makes_no_folder(
     err = capsys.readouterr().err
     assert message.format(data=data) in err and err.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+class _WandbError(Exception):
+    """As wandb.Error."""
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize("name", ["wandb", "all"])
+def test_a_tracker_that_cannot_begin_is_refused_before_a_model_is_loaded(
+    name: str, tiny_lm: Path, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """W&B itself raises when training begins. wandb 0.24 has these words, without a key and without a terminal."""
+    from transformers.integrations import integration_utils
+
+    def login() -> None:
+        raise _WandbError("No API key configured. Use `wandb login` to log in.")
+
+    wandb = types.SimpleNamespace(login=login, Error=_WandbError)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: True)
+    words = ["train", "--model", str(tiny_lm), "--data", str(data), "--output-dir", str(tmp_path / "out")]
+    assert main([*words, "--report-to", name]) == 1
+    expected = "error: --report-to wandb: No API key configured. Use `wandb login` to log in. WANDB_MODE=offline "
+    assert capsys.readouterr().err.startswith(expected)
+    assert not (tmp_path / "out").exists()
+    wandb.login = lambda: False  # offline
+    assert main([*words, "--report-to", name, "--dry-run"]) == 0
+
+
+def test_a_tracker_that_is_installed_and_not_set_up_is_not_said_to_be_missing(tmp_path: Path, monkeypatch) -> None:
+    """transformers counts Comet as available only with its key."""
+    (tmp_path / "comet_ml.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(LoraError, match="--report-to comet_ml: comet_ml is installed and not set up"):
+        check_reporters(["comet_ml"])
 
 
 @pytest.mark.parametrize("words", [["--also-train", "lm_head"], ["--bias", "lora_only"], ["classes"]], ids=str)

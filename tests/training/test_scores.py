@@ -32,7 +32,7 @@ def score(name: str, predicted: object, expected: object) -> float:
 
 def test_names_in_order_and_which_way_is_better() -> None:
     assert list(METRICS) == [
-        *("accuracy", "matthews", "f1", "pearson", "spearman"),
+        *("accuracy", "matthews", "f1", "micro-f1", "exact-set", "pearson", "spearman"),
         *("exact-match", "bleu", "chrf", "rouge-l", "ter", "perplexity"),
     ]
     assert all(name == metric.name for name, metric in METRICS.items())
@@ -89,6 +89,22 @@ def test_f1_of_more_classes_is_their_mean() -> None:
 def test_many_classes_in_few_rows_are_no_reason_to_warn(name: str) -> None:
     classes = [f"class {i}" for i in range(30)]
     assert score(name, classes, classes) == pytest.approx(100)
+
+
+# --- class lists ---------------------------------------------------------------------------------------------------
+
+
+def test_the_scores_of_class_lists_are_scikit_learns() -> None:
+    from sklearn.metrics import accuracy_score, f1_score
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    predicted = [("a", "b"), ("a",), (), ("c",), ("a", "c"), ()]
+    expected = [("a", "b"), ("b",), ("a",), ("c",), ("a", "b", "c"), ()]
+    of = MultiLabelBinarizer(classes=["a", "b", "c"])
+    sides = of.fit_transform(expected), of.transform(predicted)
+    assert score("micro-f1", predicted, expected) == pytest.approx(100 * f1_score(*sides, average="micro"))
+    assert score("exact-set", predicted, expected) == pytest.approx(100 * accuracy_score(*sides)) == 50
+    assert score("micro-f1", [(), ()], [(), ()]) == 0
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
@@ -273,7 +289,7 @@ def test_perplexity() -> None:
 def test_no_rows_or_too_few(name: str) -> None:
     with pytest.raises(ValueError, match="a score of no rows"):
         score(name, [], [])
-    one = {"classes": "a", "numbers": 1.0, "texts": ("a",), "loss": 1}[METRICS[name].of]
+    one = {"classes": "a", "class lists": ("a",), "numbers": 1.0, "texts": ("a",), "loss": 1}[METRICS[name].of]
     with pytest.raises(ValueError, match="1 predictions for 2 rows"):
         score(name, ["a"] if METRICS[name].of != "loss" else [1.0], [one, one])
 
@@ -286,13 +302,15 @@ def test_a_question_without_reference(name: str) -> None:
 
 def test_default_metrics_fit_their_task() -> None:
     assert default_metrics("classification", False) == ("accuracy", "matthews")
+    assert default_metrics("multi-label", False) == ("micro-f1", "exact-set")
     assert default_metrics("regression", False) == ("pearson", "spearman")
     assert default_metrics("causal-lm", True) == ("exact-match", "bleu", "chrf", "rouge-l", "perplexity")
     assert default_metrics("causal-lm", False) == ("perplexity",)
-    for task, answers in [("classification", False), ("regression", False), ("causal-lm", True), ("causal-lm", False)]:
+    tasks = ("classification", "multi-label", "regression", "causal-lm")
+    for task, answers in [*((task, False) for task in tasks), ("causal-lm", True)]:
         names = default_metrics(task, answers)
         assert metrics_for(names, task, answers) == [METRICS[name] for name in names]
-    with pytest.raises(ValueError, match="no metrics for the task 'images', only for: classification, regression, ca"):
+    with pytest.raises(ValueError, match="no metrics for the task 'images', only for: classification, multi-label, "):
         default_metrics("images", False)
 
 
@@ -350,6 +368,7 @@ def test_bleu_of_a_tokenized_corpus_says_nothing_to_the_log(caplog: pytest.LogCa
 
 PERFECT: dict[str, tuple[Any, Any]] = {
     "classes": (["a", "b", "c", "a"], ["a", "b", "c", "a"]),
+    "class lists": ([("a", "b"), (), ("b",)], [("a", "b"), (), ("b",)]),
     "numbers": ([1.0, 2.0, 4.0], [1.0, 2.0, 4.0]),
     "texts": (["one two three four five"] * 2, [("one two three four five",)] * 2),
     "loss": ([0.0, 0.0], [3, 4]),

@@ -15,9 +15,9 @@ import lorakit
 from lorakit.training.config import TrainConfig
 from lorakit.training.interrupt import Interrupted
 from lorakit.training.loop import train
+from lorakit.training.one_pass_trainer import OnePassTrainer
 from lorakit.training.settings import UsageError
 from lorakit.training.sweep_settings import swept
-from lorakit.training.trainers import CausalTrainer
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 
@@ -70,7 +70,13 @@ def test_each_adapter_is_what_its_settings_give_alone(config: TrainConfig, accum
         torch.testing.assert_close(factors(out)[name], value, rtol=0, atol=2e-4)
     kept, own = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (out, best))
     assert {**kept, "output_dir": own["output_dir"]} == own
-    assert f"best: {found['best']}" in said and "exact match" in said
+    assert f"The held-out loss chose {found['best']}." in said and "exact match" in said
+    told = (out / "report.html").read_text(), (out / "README.md").read_text()
+    assert all(row["name"] in text for row in found["rows"] for text in told)
+    # The score is on the rows that chose the settings, and every place says so.
+    assert all("the settings were chosen by the loss on these rows" in text for text in (said, *told))
+    counts = [json.loads((folder / "results.json").read_text())["trained_parameters"] for folder in (out, best)]
+    assert counts[0] == counts[1]
 
 
 def test_one_that_diverges_leaves_the_others_alone(config: TrainConfig) -> None:
@@ -99,8 +105,23 @@ def test_dropout_pissa_and_rslora_are_swept_too(config: TrainConfig) -> None:
     assert len({row["loss"] for row in found["rows"]}) == 8
 
 
+def test_dropout_draws_the_masks_that_each_adapter_draws_alone(config: TrainConfig) -> None:
+    config = dataclasses.replace(config, eval_samples=0, learning_rate=1e-2)
+    out = Path(config.output_dir)
+    train(dataclasses.replace(config, sweep="dropout=0.05,0.3,0"))
+    ends = []
+    for rate in ("0.05", "0.3", "0"):
+        alone = out.parent / f"alone {rate}"
+        train(dataclasses.replace(config, dropout=float(rate), output_dir=str(alone)))
+        got = factors(out / "sweep" / f"dropout={rate}")
+        for name, value in factors(alone).items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=2e-4)
+        ends.append(torch.cat([value.flatten() for value in got.values()]))
+    assert (ends[0] - ends[2]).abs().max() > 1e-2 and (ends[1] - ends[2]).abs().max() > 1e-2
+
+
 def test_an_interrupted_sweep_starts_over(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    training_step = CausalTrainer.training_step
+    training_step = OnePassTrainer.training_step
 
     def stopped(self: Any, *args: Any, **named: Any) -> Any:
         if self.state.global_step == 2:
@@ -109,7 +130,7 @@ def test_an_interrupted_sweep_starts_over(config: TrainConfig, monkeypatch: pyte
 
     swept = dataclasses.replace(config, sweep="rank=1,2", eval_samples=0)
     with monkeypatch.context() as patch:
-        patch.setattr(CausalTrainer, "training_step", stopped)
+        patch.setattr(OnePassTrainer, "training_step", stopped)
         with pytest.raises(Interrupted, match="before the first checkpoint: the same command starts over"):
             train(swept)
     train(swept)
@@ -127,7 +148,7 @@ def test_an_interrupted_sweep_starts_over(config: TrainConfig, monkeypatch: pyte
         ("rank=4,x", {}, "rank: .*'x'"),
         ("rank=0,4", {}, "rank: expected at least 1"),
         ("rank=4,8", {"dora": True}, "which DoRA cannot share"),
-        ("rank=4,8", {"bias": "all"}, "leave --bias and --also-train out"),
+        ("rank=4,8", {"bias": "all"}, "leave --bias, --also-train and --new-tokens out"),
         ("rank=4,8", {"resume": "auto"}, "nothing to --resume"),
     ],
 )

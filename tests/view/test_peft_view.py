@@ -45,6 +45,14 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "saved whole": (llama, dict(target_modules=["q_proj"], modules_to_save=["lm_head"])),
     "classifier": (bert, dict(target_modules=["value"], task_type="SEQ_CLS")),
     "Conv1D": (gpt2, dict(target_modules=["c_attn"], fan_in_fan_out=True)),
+    "token rows": (
+        llama,
+        dict(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3], "lm_head": [5]}),
+    ),
+    "rows of a tied table": (
+        gpt2,
+        dict(target_modules=["c_attn"], fan_in_fan_out=True, trainable_token_indices=[3, 5]),
+    ),
     "biases": (bert, dict(target_modules=["attention.self.value"], bias="lora_only")),
     "experts": (
         qwen_moe,
@@ -426,7 +434,7 @@ def test_weighted_sums_are_exact_or_the_nearest_of_their_rank() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "lora_bias": (dict(lora_bias=True), "B has a bias of its own"),
     "layer_replication": (dict(layer_replication=[[0, 1]]), "layers are used several times"),
-    "trainable_token_indices": (dict(trainable_token_indices=[1, 2]), "rows of the embedding"),
+    "trainable_token_indices": (dict(trainable_token_indices=[1, 64]), "row 64 of 'model.embed_tokens'"),
     "init": (dict(init_lora_weights="eva"), "lorakit.add_init"),
     "velora": (dict(velora_config=peft.VeloraConfig(num_groups=2)), "VeLoRA"),
     "tied": (dict(ensure_weight_tying=True), "tied"),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -30,6 +30,7 @@ from trl import (
 import lorakit
 from conftest import tiny_tokenizer
 from lorakit.training.gradient_checkpointing import checkpointing
+from models import llama_config
 from quantised import four_bits
 
 pytestmark = [
@@ -85,20 +86,8 @@ BY_TRAINER = pytest.mark.parametrize("kind", TRAINERS)
 
 
 def base(kind: str) -> nn.Module:
-    tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        num_labels=1,
-    )
+    config = llama_config(tiny_tokenizer(), num_labels=1)
     model: nn.Module = (LlamaForSequenceClassification if kind == "reward" else LlamaForCausalLM)(config)
     return model
 

@@ -19,8 +19,10 @@ from ..core.adapted import AdaptedLayer
 from ..core.attach import adapted_layers
 from ..core.errors import LoraError
 from ..core.hooked import follow_class
+from ..core.mergeable import Mergeable
 from ..core.names import named_modules
 from ..core.parameters import AdaptedParameter
+from ..core.token_rows import TrainedRows, token_tables
 from ..core.undo import ADAPTED, NOTE, Undo, note, own_tensor, restore
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -47,7 +49,7 @@ class Adaptation:
         self._model = model
         self._changed: list[_Changed] = []
         self._adapted: list[tuple[nn.Module, Any]] = []
-        self._shown: dict[str, AdaptedLayer] | None = None
+        self._shown: dict[str, nn.Module] | None = None
         self.is_on = True
         self.take_off()
 
@@ -60,7 +62,7 @@ class Adaptation:
         if not noted:
             return  # detached meanwhile: what was taken off before is what there is
         for module in list(self._model.modules()):
-            if isinstance(module, AdaptedLayer):
+            if isinstance(module, Mergeable):
                 module.unmerge()
         adapted = [(module, own) for module in self._model.modules() if (own := module.__dict__.get(ADAPTED))]
         self._changed = [_changed(name, module, undo) for name, module, undo in noted]
@@ -90,7 +92,7 @@ class Adaptation:
                 own_tensor(module, local).requires_grad = flag
             for child in changed.registered["_modules"].values():
                 child.train(module.training)
-            if isinstance(module, AdaptedLayer):
+            if isinstance(module, Mergeable):
                 _follow(module)
         for module, adapted in self._adapted:
             module.__dict__[ADAPTED] = adapted
@@ -103,21 +105,28 @@ class Adaptation:
         """
         if self.is_on:
             return adapted_layers(self._model)
-        if self._shown is not None:
-            return self._shown
-        found = self._shown = {}
-        for changed in self._changed:
-            module = _shown(changed)
-            prefix = f"{changed.name}." if changed.name else ""
+        found: dict[str, AdaptedLayer] = {}
+        for own, module in self._as_on().items():
+            prefix = f"{own}." if own else ""
             if isinstance(module, AdaptedLayer) and module.has_update:
-                found[changed.name] = module
+                found[own] = module
             for name, child in module._modules.items():
                 if isinstance(child, AdaptedParameter):
                     found[child.public_name(prefix + name)] = child
         return found
 
+    def tables(self) -> dict[str, TrainedRows]:
+        """The tables with trained rows, by module name, in the same way."""
+        if self.is_on:
+            return token_tables(self._model)
+        return {name: module for name, module in self._as_on().items() if isinstance(module, TrainedRows)}
+
+    def mergeable(self) -> dict[str, Mergeable]:
+        """The adapted layers and the tables with trained rows, in the same way."""
+        return {**self.layers(), **self.tables()}
+
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that the adapter trains: factors that are not frozen, and what it trains beside them."""
+        """The parameters that the adapter trains: its own that are not frozen, and what it trains beside them."""
         own = {id(tensor): tensor for tensor in (*self._factors(), *self.trained().values())}
         flags = {} if self.is_on else self._flags()
         for key, parameter in own.items():
@@ -148,8 +157,14 @@ class Adaptation:
             return [(name, module, undo, {}) for name, module in named_modules(self._model) if (undo := note(module))]
         return [(changed.name, changed.module, changed.undo, changed.own) for changed in self._changed]
 
+    def _as_on(self) -> dict[str, nn.Module]:
+        """The changed modules, off the model, as they are with the adapter."""
+        if self._shown is None:
+            self._shown = {changed.name: _shown(changed) for changed in self._changed}
+        return self._shown
+
     def _factors(self) -> Iterator[nn.Parameter]:
-        for layer in self.layers().values():
+        for layer in self.mergeable().values():
             for name, parameter in layer.named_parameters():
                 if name.startswith("lora_"):
                     yield parameter
@@ -196,8 +211,8 @@ def _shown(changed: _Changed) -> nn.Module:
     return shown
 
 
-def _follow(layer: AdaptedLayer) -> None:
-    """Move the factors to where the weight is."""
+def _follow(layer: Mergeable) -> None:
+    """Move the factors, or the trained rows, to where the weight is."""
     device = layer.like.device
     own = [*layer._parameters.items(), *layer._buffers.items()]
     if any(name.startswith("lora_") and value is not None and value.device != device for name, value in own):

@@ -53,8 +53,8 @@ class Bank(MutableMapping[str, Adapter]):
     right. The bank freezes nothing and holds no copy of the base: with `use(None)` the model is what it was.
 
     Adapters may differ in rank, scale, targets and kind. `rows` serves linear layers (quantised ones too), fused
-    blocks, embeddings and convolutions. It refuses DoRA, parameters that are read, single experts, and tensors trained
-    whole.
+    blocks, embeddings and convolutions. It refuses DoRA, parameters that are read, single experts, tensors trained
+    whole, and trained rows of a token table.
 
     rank, room: for a model that is compiled. Room for so many adapters of so high a rank is held ready in tensors whose
     shapes never change, so other adapters, of other ranks and targets, compile nothing again (without gradients). `use`
@@ -171,7 +171,8 @@ class Bank(MutableMapping[str, Adapter]):
         The batch has a row for each name, or a multiple of them next to each other, as `generate` makes for beams and
         num_return_sequences. Gradients reach each adapter from its own rows alone; call `backward` inside if the model
         checkpoints its activations. A loss that is a mean over the batch divides by all rows; for the gradients of
-        training alone add up the means of each adapter's rows. Afterwards the model is as before.
+        training alone add up the means of each adapter's rows. `assign` gives the next batch other adapters.
+        Afterwards the model is as before.
         """
         self._refuse_in_rows()
         if not names:
@@ -190,6 +191,15 @@ class Bank(MutableMapping[str, Adapter]):
                 self._switch(on)
             else:
                 self._enter([before])
+
+    def assign(self, names: Sequence[str | None]) -> None:
+        """Inside `rows`, give the rows of the coming batches these adapters. Does nothing if they have them already."""
+        if not self._in_rows:
+            raise LoraError("bank.assign is for the inside of bank.rows, which begins and ends what rows do.")
+        if not names:
+            raise LoraError("bank.assign([]): expected a name, or None, for each row of the batch.")
+        if list(names) != list(self._entered):
+            self._enter(names)
 
     def written(self) -> None:
         """Say that factors were written to in a way that leaves no note: `parameter.data`, a kernel of one's own.
@@ -297,6 +307,9 @@ class Bank(MutableMapping[str, Adapter]):
             if trained := ", ".join(list(adaptation.trained())[:3]):
                 why = f"{name!r} has tensors trained whole ({trained}), which all rows share. Use it alone."
                 self._refused[name] = why
+            if tables := ", ".join(adaptation.tables()):
+                why = f"{name!r} has trained rows of token tables ({tables}), which all rows share. Use it alone."
+                self._refused.setdefault(name, why)
             for layer_name, layer in adaptation.layers().items():
                 if reason := rows_refusal(layer_name, layer, self.model):
                     why = f"{name!r} cannot be one of several in a batch: {layer_name} {reason}. Use it alone."

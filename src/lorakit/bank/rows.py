@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from ..core.adapted import AdaptedLayer
 from ..core.autograd import is_transformed, without_autocast
+from ..core.dropout import QuickDropout, draw_mask, mask_seed
 from ..core.errors import LoraError
 from ..core.layers import ConvLoRA, Embedding
 from ..core.layouts import Kernel
@@ -154,7 +155,8 @@ class Part:
     def dropped(self, x: Tensor) -> Tensor:
         """x (groups, m, …) after each adapter's dropout, in training.
 
-        The mask follows from torch's generator and the adapter's seed, and not from the other adapters of the batch.
+        The mask follows from torch's generator and the adapter's seed, and not from the other adapters of the batch. On
+        a CPU, with the seed 0, a linear layer's is the one that the adapter would draw alone.
         """
         rates = [_rate(layer) for layer in self.layers]
         if not any(rates):
@@ -163,15 +165,25 @@ class Part:
             by_group = torch.tensor([[*rates, 0.0][place] for place in self.index], dtype=x.dtype, device=x.device)
             by_group = by_group.view(-1, *(1,) * (x.dim() - 1))
             return x * (torch.rand_like(x) >= by_group) / (1 - by_group)
-        drawn = int(torch.randint(2**31, ()))
+        drawn = mask_seed()
         keep = torch.ones_like(x)
-        for place, (rate, seed) in enumerate(zip(rates, self.seeds, strict=True)):
+        for place, (rate, salt) in enumerate(zip(rates, self.seeds, strict=True)):
             mine = [group for group, own in enumerate(self.index) if own == place]
             if rate and mine:
-                generator = torch.Generator(x.device).manual_seed((seed << 31) + drawn)
-                chance = torch.rand((len(mine), *x.shape[1:]), generator=generator, device=x.device)
-                keep[mine] = (chance >= rate).to(x.dtype) / (1 - rate)
+                ones = torch.ones_like(x[mine])
+                keep[mine] = self._mask(ones, self.layers[place], (salt << 31) + drawn) / (1 - rate)
         return x * keep
+
+    @staticmethod
+    def _mask(ones: Tensor, layer: AdaptedLayer, seed: int) -> Tensor:
+        """Zeros where the layer's dropout drops, in place of the ones (groups, m, …, in)."""
+        dropout: Any = layer.lora_dropout
+        if ones.device.type == "cpu" and type(dropout) is QuickDropout:
+            rows = ones.view(-1, ones.shape[-1])
+            kept: Tensor = draw_mask(rows, dropout, len(layer.lora_A), seed).masked(rows)
+            return kept.view(ones.shape)
+        generator = torch.Generator(ones.device).manual_seed(seed)
+        return (torch.rand(ones.shape, generator=generator, device=ones.device) >= float(dropout.p)).to(ones.dtype)
 
 
 class RowsLayer(Switchable):

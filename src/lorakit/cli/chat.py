@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.adapter_names import shown_path, shown_use, use_of
     from ..training.generation import room, stream
     from ..training.several import load_several, named_adapters
+    from ..training.terminal import streamed, to_width
 
     named = named_adapters(args.model, args.adapter)
     names = list(named.folders)
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     listed = "\n".join(f"  {name:<14}{what}" for name, what in commands.items())
     hints = ["/help lists the commands"]
     hints += [f"{name} {what}" for name, what in commands.items() if name in ("/base", "/tool TEXT")]
-    print(f"({', '.join(hints)}, /quit ends)")
+    print(to_width(f"({', '.join(hints)}, /quit ends)"))
     messages: list[dict[str, str]] = []
     base_only = False
     while True:
@@ -150,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             with disabled(loaded.model) if base_only else contextlib.nullcontext():
                 for piece in stream(loaded, ids, max_new_tokens=limit, temperature=args.temperature, top_p=args.top_p):
-                    print(piece, end="", flush=True)
+                    print(streamed(piece), end="", flush=True)
                     answer += piece
         except KeyboardInterrupt:
             print(" (stopped)", end="")  # Ctrl-C ends the answer, not the conversation

@@ -27,5 +27,5 @@ def run(args: argparse.Namespace) -> None:
 
     with quiet_libraries():
         prepared = prepare(config)
-    print(start_block(prepared))
+    print(start_block(prepared, printed=True))
     refuse_large_run(prepared)

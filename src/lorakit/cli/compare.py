@@ -39,9 +39,13 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
     from ..study.comparison import table
     from ..study.comparison.files import COMPARISON, comparison_record, refuse_other, write_results
     from ..study.comparison.plan import plan_block, plans_of, refuse_large_comparison
-    from ..study.comparison.run import compare
+    from ..study.comparison.processes import OwnProcess
+    from ..study.comparison.results import Ledger
+    from ..study.comparison.run import RUNS, compare
+    from ..study.comparison.time_left import TimeLeft
     from ..training.preflight import check_output
     from ..training.settings import to_yaml
+    from ..training.terminal import to_width
 
     out = OutputFolder(config.output_dir, COMPARISON)
     check_output(out.path)
@@ -50,7 +54,8 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
     record = comparison_record(config.model, plans)
     refuse_other(out, record)
     if not as_json or config.dry_run:
-        print(plan_block(config, plans), flush=True)
+        left = TimeLeft(plans, config.seeds, config.trials, Ledger(out.path / RUNS))
+        print(plan_block(config, plans, left), flush=True)
     if not config.so_far:
         refuse_large_comparison(config, plans)
     if config.dry_run:
@@ -60,10 +65,19 @@ def _compare(config: CompareConfig, *, as_json: bool) -> None:
         if not config.so_far:  # config.yaml holds the settings of the folder's runs, and --so-far makes no run
             with out.writing() as part:
                 (part / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        found = compare(config.model, plans, out.path, seeds=config.seeds, trials=config.trials, so_far=config.so_far)
+        found = compare(
+            config.model,
+            plans,
+            out.path,
+            seeds=config.seeds,
+            trials=config.trials,
+            so_far=config.so_far,
+            runner=OwnProcess(),
+            one_pass=config.one_pass,
+        )
         with out.writing() as part:
             names = [path.name for path in write_results(found, part)]
         out.end("finished" if found.finished else "unfinished")
     print(table.as_json(found) if as_json else table.tables_text(found), end="" if as_json else "\n")
     if not as_json:
-        print(f"\nwritten: {', '.join(str(out.path / name) for name in names)}")
+        print("\n" + to_width(f"written: {', '.join(str(out.path / name) for name in names)}"))

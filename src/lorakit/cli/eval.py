@@ -44,17 +44,20 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from ..formats.files import replacing
+    from ..training.adapter_folder import adapters_in
     from ..training.data import read_data
     from ..training.evaluate_several import evaluate_several
     from ..training.preflight import check_result
     from ..training.prepare import fields_of
     from ..training.report import comparison, comparison_of_several
     from ..training.several import load_several, named_adapters
+    from ..training.terminal import to_width
 
     if args.json:
         check_result(Path(args.json), "--json")
     named = named_adapters(args.model, args.adapter)
-    names = [name for name, _ in args.adapter]  # only those that were given a name are meant by rows
+    # Only those that have a name are meant by rows.
+    names = [name for name, _ in args.adapter] or list(adapters_in(args.model))
     data = read_data(args.data, fields=fields_of(args), holdout=0.0, model=named.task, adapters=names)
     if data.task != named.task.kind:
         who = args.model or args.adapter[0][1]
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         max_new_tokens=args.max_new_tokens,
     )
     for note in (*data.notes, *several.notes(list(named.folders))):
-        print(f"note: {note}")
+        print(to_width(f"note: {note}"))
     rows = f"rows of {args.data}" + (f" ({split})" if len([own for own in splits.values() if own]) > 1 else "")
     if result.alone is not None:
         print(comparison(result.alone, shown=args.show, rows=rows, adapted=bool(named.folders)))

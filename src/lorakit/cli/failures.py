@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 
+from ..core.errors import module_that_raised
 from ..core.words import first_line
 from ..training.settings import UsageError
 
@@ -49,7 +50,4 @@ def _message(error: BaseException) -> str:
 
 def _is_ours(error: BaseException) -> bool:
     """Whether it was raised by lorakit rather than by a library underneath."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is None or str(trace.tb_frame.f_globals.get("__name__")).partition(".")[0] == "lorakit"
+    return module_that_raised(error).partition(".")[0] in ("lorakit", "")

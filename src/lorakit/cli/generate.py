@@ -164,6 +164,7 @@ def _stream(asking: Asking, prompt: str, args: argparse.Namespace) -> None:
     import torch
 
     from ..training.generation import room, stream
+    from ..training.terminal import streamed
     from ..training.tokens import prompt_ids
 
     loaded, style = asking.loaded, asking.style
@@ -173,7 +174,7 @@ def _stream(asking: Asking, prompt: str, args: argparse.Namespace) -> None:
     if args.seed is not None:
         torch.manual_seed(args.seed)
     for piece in stream(loaded, ids, max_new_tokens=limit, temperature=args.temperature, top_p=args.top_p):
-        print(piece, end="", flush=True)
+        print(streamed(piece), end="", flush=True)
     print()
 
 

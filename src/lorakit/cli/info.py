@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> None:
     updates = adapter.updates
     count = sum(tensor.numel() for update in updates.values() for tensor in update.tensors().values())
     whole = sum(tensor.numel() for tensor in adapter.trained.values())
+    in_rows = sum(rows.values.numel() for rows in adapter.token_rows.values())
     settings = Counter(
         (update.kind, update.rank, f"{update.alpha:g}", f"{update.scale:g}", update.magnitude is not None)
         for update in updates.values()
@@ -38,7 +39,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"targets       {', '.join(f'{name} ×{count}' if count > 1 else name for name, count in alike.items())}")
     for (kind, rank, alpha, scale, dora), modules in settings.items():
         print(f"{modules:>4} × {kind:<7} rank {rank}, alpha {alpha}, scale {scale}{', DoRA' if dora else ''}")
-    print(f"parameters    {count:,} in factors, {whole:,} trained whole; dtype {_dtypes(adapter)}")
+    for name, own_rows in adapter.token_rows.items():
+        shown = ", ".join(map(str, own_rows.tokens[:8])) + (" …" if len(own_rows.tokens) > 8 else "")
+        print(f"tokens        {shown}: their rows of {name} are trained")
+    of_tables = f", {in_rows:,} in rows of token tables" if in_rows else ""
+    print(f"parameters    {count:,} in factors, {whole:,} trained whole{of_tables}; dtype {_dtypes(adapter)}")
     groups: dict[tuple[str, int], list[int]] = {}
     for name, update in updates.items():
         own = sum(tensor.numel() for tensor in update.tensors().values())
@@ -46,6 +51,10 @@ def run(args: argparse.Namespace) -> None:
     rows = [
         (name, f"×{len(own)}" if len(own) > 1 else "", str(rank), f"{sum(own):,}")
         for (name, rank), own in groups.items()
+    ]
+    rows += [
+        (name, "", "1 row" if len(own.tokens) == 1 else f"{len(own.tokens)} rows", f"{own.values.numel():,}")
+        for name, own in adapter.token_rows.items()
     ]
     rows += [(name, "", "whole", f"{tensor.numel():,}") for name, tensor in adapter.trained.items()]
     for line in Table(("module", "", "rank", "parameters"), tuple(rows)).lines():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ..core.words import suggestion
 from ..training.settings import UsageError
+from ..training.terminal import columns
 
 
 class Exit(Exception):
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     """The parser of one command. elsewhere(flag): the other commands that have this flag."""
 
     def __init__(self, elsewhere: Callable[[str], Sequence[str]] = lambda flag: (), **settings: Any) -> None:
-        width = min(100, shutil.get_terminal_size().columns)
+        width = min(100, columns(80))
 
         def formatter(prog: str) -> argparse.HelpFormatter:
             return argparse.HelpFormatter(prog, max_help_position=32, width=width)

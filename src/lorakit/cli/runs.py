@@ -21,9 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import shutil
-
     from ..training.runs import common_lines, runs_in, runs_json, runs_table
+    from ..training.terminal import columns
 
     found = runs_in(args.folders or ["."])
     if args.json:
@@ -31,4 +30,4 @@ def run(args: argparse.Namespace) -> None:
         return
     if common := common_lines(found):
         print("\n".join(common), end="\n\n")
-    print("\n".join(runs_table(found).lines(shutil.get_terminal_size().columns)))
+    print("\n".join(runs_table(found).lines(columns(80))))

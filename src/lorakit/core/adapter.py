@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .format import format_of
@@ -67,12 +68,25 @@ class Update:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """Rows of a token table that take the place of the base's: values (k, dim), for k tokens in rising order."""
+
+    tokens: tuple[int, ...]
+    values: Tensor
+
+    def equals(self, other: TokenRows | None) -> bool:
+        """Whether these are the same rows with the same values."""
+        return other is not None and self.tokens == other.tokens and torch.equal(self.values, other.values)
+
+
+@dataclass(frozen=True)
 class Adapter:
     """Updates by module name, tensors trained whole by parameter name, and what a reader needs to know of them."""
 
     updates: dict[str, Update]
     trained: dict[str, Tensor] = field(default_factory=dict)  # heads, biases: full parameter name → value
     also_train: tuple[str, ...] = ()  # the modules that were trained whole
+    token_rows: dict[str, TokenRows] = field(default_factory=dict)  # by the name of the table's module
     bias: Literal["none", "lora_only", "all"] = "none"
     dropout: float = 0.0
     targets: tuple[str, ...] = ()  # the shortest names that select exactly `updates` in the model

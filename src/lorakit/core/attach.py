@@ -2,7 +2,7 @@
 
 `attach` turns an `nn.Linear` into a `lorakit.Linear`: the same object, the same weight tensor, hooks, keys, device and
 dtype, with `lora_A` and `lora_B` beside the weight. There is no wrapper model and no renamed key, so whatever worked
-with the model before (Trainer, generate, FSDP, torch.compile, state_dict) works with it after. `detach` gives back the
+with the model before (Trainer, generate, FSDP2, torch.compile, state_dict) works with it after. `detach` gives back the
 model that `attach` was given.
 
 What was changed is noted on each module (`undo.py`), so all of this works on a part of a model, on copies, and after
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .adapted import AdaptedLayer
+from .adapter import TokenRows
 from .dropout import QuickDropout
 from .errors import LoraError
 from .kinds import class_of, layer_class
 from .layouts import Layout
 from .lora_layer import LoRALayer
+from .mergeable import Mergeable
 from .names import named_modules, named_parameters, unwrapped
 from .parameters import AdaptedParameter, adapt_parameter
 from .record import Record
@@ -34,6 +36,7 @@ from .shares import shares_of
 from .statistics import freeze_statistics, persistent_buffers, thaw_statistics
 from .targets import Selection, Target, closest, matching, select
 from .tied import held_refusal, held_tables, untie
+from .token_rows import UsesRows, adopt_rows, chosen_rows, tied_modules, token_tables
 from .trainable import Bias, bias_names
 from .undo import change_class, note, own_tensor, remember, restore, unchanged_on_error, undo_of
 
@@ -67,6 +70,9 @@ def attach(
     selection = select(model, wanted.targets, wanted.exclude)
     shares = shares_of(wanted, selection)
     whole = _modules_trained_whole(model, wanted.also_train, selection)
+    rows = chosen_rows(model, wanted.trainable_tokens)
+    for name in rows:
+        _refuse_other_ways(model, name, selection, whole)
     bias_names(model, wanted.bias)  # refuses an unknown word before anything changes
 
     with unchanged_on_error(model):
@@ -81,6 +87,10 @@ def attach(
                 init=wanted.init,
                 dtype=wanted.dtype or factor_dtype(layer.like),
             )
+        for name, tokens in rows.items():
+            table = model.get_submodule(name).get_parameter("weight")
+            values = TokenRows(tokens, table.detach()[list(tokens)])
+            adopt_rows(model, name, values, wanted.dtype or factor_dtype(table))
         trained = choose_trainable(model, whole, wanted.bias, freeze=freeze)
         note_adapted(model)
         return _report(model, selection, trained)
@@ -182,12 +192,18 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     }
 
 
+def mergeable_layers(model: nn.Module) -> dict[str, Mergeable]:
+    """All that `merge` folds into the weights, by name: the adapted layers, and the tables with trained rows."""
+    return {**adapted_layers(model), **token_tables(model)}
+
+
 def note_adapted(model: nn.Module) -> None:
     """Keep on the model what is adapted now, and the base's statistics, to tell later what is gone or has moved."""
     layers = adapted_layers(model)
     for layer in layers.values():
         layer.forget()
-    remember(model, layers)
+    using = {name: module for name, module in named_modules(model) if isinstance(module, UsesRows)}
+    remember(model, {**layers, **using})
     Record.note(model)
 
 
@@ -213,8 +229,11 @@ def detach(model: nn.Module) -> None:
 
     A merged model stays merged: `merge(model); detach(model)` leaves a plain model with W + ΔW and no second copy.
     """
-    stays_merged = any(layer.merged for layer in adapted_layers(model).values())
-    for module in model.modules():
+    stays_merged = any(layer.merged for layer in mergeable_layers(model).values())
+    using = [module for module in model.modules() if isinstance(module, UsesRows)]
+    # Tied modules elsewhere would be left with rows that are gone, where `model` is a part of a model.
+    tied = [holder for module in using for holder in module.rows.holders]
+    for module in (*model.modules(), *tied):
         restore(module, keep_trained=stays_merged)
     Record.drop(model)
 
@@ -246,6 +265,17 @@ def _modules_trained_whole(model: nn.Module, also_train: Iterable[str], selectio
     return chosen
 
 
+def _refuse_other_ways(model: nn.Module, table: str, selection: Selection, whole: Iterable[str]) -> None:
+    """Raise LoraError if a module with this table's weight is also to be adapted by A and B, or trained whole."""
+    for name in tied_modules(model, table):
+        if name in selection.targets:
+            raise LoraError(f"trainable_tokens trains rows of {name!r}, and targets adapts it. Choose one of them.")
+        if outer := [module for module in whole if f"{name}.".startswith(f"{module}.")]:
+            raise LoraError(
+                f"trainable_tokens trains rows of {name!r}, and also_train all of {outer[0]!r}. Choose one."
+            )
+
+
 def _report(model: nn.Module, selection: Selection, trained: tuple[str, ...]) -> Report:
     layers = adapted_layers(model)
     rows = []
@@ -257,4 +287,5 @@ def _report(model: nn.Module, selection: Selection, trained: tuple[str, ...]) ->
     sized = [p for p in model.parameters() if not is_lazy(p)]
     trainable = sum(p.numel() for p in sized if p.requires_grad)
     total = sum(p.numel() for p in sized)
-    return Report(tuple(rows), trained, selection.skipped, trainable, total)
+    tables = {name: (*table.lora_rows.shape, len(table.own_weight)) for name, table in token_tables(model).items()}
+    return Report(tuple(rows), trained, selection.skipped, trainable, total, tables)

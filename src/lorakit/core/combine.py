@@ -20,7 +20,7 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     update.
 
     Raises LoraError for DoRA, whose magnitudes do not add up, for updates of one module that differ in kind, and for
-    tensors trained whole that are not the same in all adapters.
+    tensors trained whole and rows of token tables that are not the same in all adapters.
     """
     if not adapters or len(adapters) != len(weights):
         raise LoraError(f"combine: {len(adapters)} adapters and {len(weights)} weights; expected one for each.")
@@ -30,6 +30,10 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
             parts.setdefault(name, []).append((update, weight))
     updates = {name: _sum(name, own) for name, own in parts.items()}
     first = adapters[0]
+    for name in sorted({name for adapter in adapters for name in adapter.token_rows}):
+        rows = [adapter.token_rows.get(name) for adapter in adapters]
+        if any(own is None or not own.equals(rows[0]) for own in rows):
+            raise LoraError(f"rows of {name} were trained and are not the same in all adapters: they have no sum.")
     for name in sorted({name for adapter in adapters for name in adapter.trained}):
         values = [adapter.trained.get(name) for adapter in adapters]
         if any(value is None or values[0] is None or not torch.equal(value, values[0]) for value in values):

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .adapted import AdaptedLayer
 from .attach import adapted_layers, trained_whole
 from .errors import LoraError
+from .mergeable import Mergeable
 from .names import unwrapped
-from .parameters import AdaptedParameter
 from .record import Record, is_statistic
 from .undo import replaced
 from .unused import is_used, listed, unused, without_dropout
@@ -112,7 +111,7 @@ def _not_saved(model: nn.Module) -> tuple[str, ...]:
     inside = {
         id(parameter)
         for module in model.modules()
-        if isinstance(module, AdaptedLayer | AdaptedParameter)
+        if isinstance(module, Mergeable)
         for name, parameter in module.named_parameters(recurse=False)
         if name.startswith("lora_")
     }

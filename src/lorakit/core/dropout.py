@@ -29,6 +29,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import kernels
 
@@ -87,11 +88,21 @@ class Mask:
         return dS.T @ self.masked(x)
 
 
-def draw_mask(x: Tensor, dropout: nn.Dropout, rank: int) -> Mask:
+def mask_seed() -> int:
+    """A seed of the masks of one call of a layer, from torch's generator; any number among fake tensors."""
+    drawn = torch.randint(2**31, ())
+    return 0 if isinstance(drawn, FakeTensor) else int(drawn)
+
+
+def draw_mask(x: Tensor, dropout: nn.Dropout, rank: int, seed: int | None = None) -> Mask:
     """A mask over x (…, in), seen as rows, each element dropped with probability p.
 
     For `nn.Dropout` itself it is the mask that `F.dropout` would draw now. A `QuickDropout` uses the GPU kernels if
-    they run for this rank. On a CPU it draws fewer random numbers than torch, which draws one for each element.
+    they run for this rank. On a CPU it draws fewer random numbers than torch, which draws one for each element, and
+    from a generator of its own. So torch's generator moves by one number, whatever p and the size of x are, and each of
+    several adapters in a batch has the mask that it has alone.
+
+    seed: of a QuickDropout's mask on a CPU; None draws one.
     """
     p = dropout.p
     if type(dropout) is QuickDropout and kernels.available(x, rank):
@@ -100,10 +111,12 @@ def draw_mask(x: Tensor, dropout: nn.Dropout, rank: int) -> Mask:
         dense = torch.native_dropout(x, p, True)[1].to(x.dtype)
     elif type(dropout) is nn.Dropout:
         dense = torch.empty_like(x).bernoulli_(1 - p)
-    elif p <= _MOST_FOR_GAPS and p * x.numel() >= _LEAST_FOR_GAPS:
-        return Gaps.draw(x.numel(), p)
     else:
-        dense = (_random(x.numel(), torch.int16).view(x.shape) >= round(p * 65536) - 32768).to(x.dtype)
+        generator = torch.Generator().manual_seed(mask_seed() if seed is None else seed)
+        if p <= _MOST_FOR_GAPS and p * x.numel() >= _LEAST_FOR_GAPS:
+            return Gaps.draw(x.numel(), p, generator)
+        drawn = _random(x.numel(), torch.int16, generator)
+        dense = (drawn.view(x.shape) >= round(p * 65536) - 32768).to(x.dtype)
     return Bits.of(dense.reshape(-1, x.shape[-1]), p)
 
 
@@ -139,7 +152,7 @@ class Gaps(Mask):
     _positions: Tensor | None = None
 
     @classmethod
-    def draw(cls, size: int, p: float) -> Gaps:
+    def draw(cls, size: int, p: float, generator: torch.Generator | None = None) -> Gaps:
         """Draw a mask with `size` elements.
 
         A gap is 1 + ⌊ln u / ln(1 − p)⌋, with u uniform in [0, 1]. Fewer than one gap in 100,000 is too large for its
@@ -150,7 +163,7 @@ class Gaps(Mask):
         dtype = next(own for own in dtypes if torch.iinfo(own).max * log_keep < math.log(1e-5) or own == dtypes[-1])
         expected = p * size
         count = math.ceil(expected + 6 * math.sqrt(expected)) + 6  # too few for one mask in 10⁹: its end is kept
-        uniform = _random(count, torch.int32).to(torch.float32).mul_(2**-32).add_(0.5)
+        uniform = _random(count, torch.int32, generator).to(torch.float32).mul_(2**-32).add_(0.5)
         gaps = uniform.log_().mul_(1 / log_keep)
         gaps = gaps.clamp_max_(torch.iinfo(dtype).max - 1).to(dtype).add_(1)
         return cls(gaps.mul_(gaps.cumsum(0, dtype=torch.int64) <= size), p)
@@ -205,9 +218,10 @@ class Seeded(Mask):
         return kernels.mask(self.packed, self.p, x.shape[0], x.shape[1], x.device).to(x.dtype)
 
 
-def _random(count: int, dtype: torch.dtype) -> Tensor:
+def _random(count: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
     """Uniform integers over all of `dtype`, cut from 64-bit words, because torch draws a word for each number."""
-    words = torch.empty(-(-count * dtype.itemsize // 8), dtype=torch.int64).random_(-(1 << 63), None)
+    words = torch.empty(-(-count * dtype.itemsize // 8), dtype=torch.int64)
+    words = words.random_(-(1 << 63), None, generator=generator)
     return words.view(dtype)[:count]
 
 

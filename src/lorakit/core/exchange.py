@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .adapted import AdaptedLayer
-from .adapter import Adapter, Update
+from .adapter import Adapter, TokenRows, Update
 from .attach import adapted_layers, adopt, choose_trainable, factor_dtype, keep_values, note_adapted, trained_whole
 from .errors import LoraError
-from .layouts import Layout, Stack
+from .layouts import Layout, Lookup, Stack
 from .lora_layer import copied
 from .names import named_modules, unwrapped
 from .parameters import parameter_layout
@@ -24,6 +24,15 @@ from .report import numberless
 from .sharded import sharded_refusal
 from .targets import Target, candidates, closest, matching, refusal
 from .task import task_type
+from .token_rows import (
+    TrainedRows,
+    adopt_rows,
+    checked_tokens,
+    first_name,
+    rows_refusal_of,
+    tied_modules,
+    token_tables,
+)
 from .trainable import bias_names, tensors_by_name
 from .undo import refuse_replaced, unchanged_on_error
 
@@ -39,7 +48,8 @@ def extract(model: nn.Module, *, force: bool = False) -> Adapter:
         refuse_replaced(model)
     layers = adapted_layers(model)
     parameters, whole = trained_whole(model)
-    if not layers and not parameters:
+    tables = token_tables(model)
+    if not layers and not parameters and not tables:
         raise LoraError(f"{type(model).__name__} has no adapter to extract: call lorakit.attach first.")
     own = {name for name in parameters if any(name.startswith(f"{module}.") for module in whole)}
     frozen_bias = bias_names(model, "all") & parameters.keys() - own
@@ -54,6 +64,7 @@ def extract(model: nn.Module, *, force: bool = False) -> Adapter:
         targets=_shortest_targets(model, list(layers)),
         base_model=getattr(config, "_name_or_path", None) or None,
         task_type=task_type(model, parameters, layers),
+        token_rows={name: table.to_rows() for name, table in tables.items()},
     )
 
 
@@ -66,16 +77,16 @@ def insert(model: nn.Module, adapter: Adapter, *, dtype: torch.dtype | None = No
     fit is left out instead of refused. Raises LoraError listing every misfit, before anything is changed.
     """
     model = unwrapped(model)
-    layers, targets = adapted_layers(model), candidates(model)
-    for name, layer in layers.items():
+    layers, targets, tables = adapted_layers(model), candidates(model), token_tables(model)
+    for name, layer in {**layers, **tables}.items():
         if reason := sharded_refusal(layer):
             raise LoraError(f"{name!r} cannot take an adapter: {reason}.")
-    problems = _misfits(model, adapter, layers, targets)
+    problems = _misfits(model, adapter, layers, targets) | _rows_misfits(model, adapter, tables)
     if problems and not force:
         made_for = f", it was made for {adapter.base_model}" if adapter.base_model else ""
         listed = "\n".join(_listed(problems.values()))
         raise LoraError(f"the adapter does not fit {type(model).__name__}{made_for}:\n{listed}")
-    if set(adapter.updates) | set(adapter.trained) <= set(problems):
+    if {*adapter.updates, *adapter.trained, *adapter.token_rows} <= set(problems):
         raise LoraError(f"nothing in the adapter fits {type(model).__name__}: its modules have other names or shapes.")
 
     trained = {name: value for name, value in adapter.trained.items() if name not in problems}
@@ -85,6 +96,9 @@ def insert(model: nn.Module, adapter: Adapter, *, dtype: torch.dtype | None = No
         for name, update in adapter.updates.items():
             if name not in problems:
                 _insert_update(layers.get(name), targets[name], update, adapter.dropout, dtype)
+        for name, rows in adapter.token_rows.items():
+            if name not in problems and first_name(model, name) == name:
+                _insert_rows(model, tables.get(name), name, rows, dtype)
         choose_trainable(model, whole, adapter.bias, freeze=True)
         keep_values(model, trained)
         own = tensors_by_name(model)  # a tied module that is trained whole has its own copy now
@@ -118,6 +132,15 @@ def _insert_update(
         layer.take_update(update, dtype or factor_dtype(layer.like))
 
 
+def _insert_rows(
+    model: nn.Module, table: TrainedRows | None, name: str, rows: TokenRows, dtype: torch.dtype | None
+) -> None:
+    if table is not None:
+        table.take_rows(rows, dtype or table.lora_rows.dtype)
+    else:
+        adopt_rows(model, name, rows, dtype or factor_dtype(model.get_submodule(name).get_parameter("weight")))
+
+
 def _misfits(
     model: nn.Module, adapter: Adapter, layers: dict[str, AdaptedLayer], targets: dict[str, Target]
 ) -> dict[str, str]:
@@ -127,7 +150,8 @@ def _misfits(
     for name, update in adapter.updates.items():
         reason = _misfit(layers.get(name), targets.get(name), update)
         if reason:
-            problems[name] = f"{name}: {reason}"
+            rows = update.A.shape[1] if isinstance(update.layout, Lookup) else update.B.shape[0]
+            problems[name] = f"{name}: {reason}{_other_vocabulary(model, name, rows)}"
     if len(problems) == len(adapter.updates) and adapter.updates:
         hint = closest(next(iter(adapter.updates)), [name for name, target in targets.items() if not refusal(target)])
         first = next(iter(problems))
@@ -136,13 +160,74 @@ def _misfits(
         if name not in parameters:
             problems[name] = f"{name}: the model has no such parameter"
         elif parameters[name].shape != value.shape:
-            problems[name] = f"{name}: shape {tuple(value.shape)}, the model has {tuple(parameters[name].shape)}"
+            resized = _other_vocabulary(model, name.rpartition(".")[0], len(value)) if value.dim() else ""
+            shapes = f"shape {tuple(value.shape)}, the model has {tuple(parameters[name].shape)}"
+            problems[name] = f"{name}: {shapes}{resized}"
     fitting = {name: value for name, value in adapter.trained.items() if name not in problems}
     problems |= _torn(model, fitting, adapter.also_train)
     for name in layers:
         if name not in adapter.updates:
             problems[name] = f"{name}: adapted in the model, missing in the adapter"
     return problems
+
+
+def _rows_misfits(model: nn.Module, adapter: Adapter, tables: Mapping[str, TrainedRows]) -> dict[str, str]:
+    """Why the trained rows of each table have no place in `model`, by name."""
+    problems = {}
+    for name, rows in adapter.token_rows.items():
+        try:
+            reason = _rows_misfit(model, name, rows, adapter, tables.get(name))
+        except LoraError as error:
+            reason = str(error)
+        if reason:
+            problems[name] = f"{name}: {reason}"
+    missing = {name: f"{name}: rows of it are trained in the model, and none in the adapter" for name in tables}
+    return problems | {name: why for name, why in missing.items() if name not in adapter.token_rows}
+
+
+def _rows_misfit(
+    model: nn.Module, name: str, rows: TokenRows, adapter: Adapter, table: TrainedRows | None
+) -> str | None:
+    if name not in dict(named_modules(model)):
+        return "the model has no such module"
+    if (first := first_name(model, name)) != name and rows.equals(adapter.token_rows.get(first)):
+        return None  # PEFT may write those of a tied head too
+    module = model.get_submodule(name)
+    if table is None and (reason := rows_refusal_of(module)):
+        return f"its rows cannot be trained: {reason}"
+    weight = module.get_parameter("weight")
+    if rows.values.shape != (len(rows.tokens), weight.shape[1]):
+        found = tuple(rows.values.shape)
+        return f"{len(rows.tokens)} rows are stored as {found}, and the model's table is {tuple(weight.shape)}"
+    if table is not None:
+        given, own = set(rows.tokens), set(table.tokens)
+        other = sorted(given ^ own)[:3]
+        return (
+            f"the adapter and the model train other rows: {', '.join(map(str, other))} in one of them"
+            if other
+            else None
+        )
+    checked_tokens(name, rows.tokens, len(weight))
+    if first != name:
+        return f"its own rows are in the adapter, and in the model it is tied to {first}. Untie them first"
+    for tied in tied_modules(model, name):
+        if tied in adapter.updates or any(f"{tied}.".startswith(f"{whole}.") for whole in adapter.also_train):
+            return f"the adapter trains rows of it, and all of {tied}, which has the same weight in the model"
+    return None
+
+
+def _other_vocabulary(model: nn.Module, name: str, rows: int) -> str:
+    """What to do about a table of tokens that has another number of rows in the model; empty for other modules."""
+    module = dict(named_modules(model, remove_duplicate=False)).get(name)
+    get_output = getattr(model, "get_output_embeddings", None)
+    is_table = isinstance(module, nn.Embedding) or (callable(get_output) and module is get_output())
+    weight = None if module is None else module._parameters.get("weight")
+    if not is_table or weight is None or len(weight) == rows:
+        return ""
+    return (
+        f". The adapter was made for a table of {rows} rows, and the model's has {len(weight)}: call "
+        f"model.resize_token_embeddings({rows}) before loading"
+    )
 
 
 def _torn(model: nn.Module, trained: Mapping[str, Tensor], whole: Sequence[str]) -> dict[str, str]:

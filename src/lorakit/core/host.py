@@ -84,8 +84,7 @@ class Host:
         if module is None or is_quantised(module):
             return None
         if isinstance(module, AdaptedLayer):
-            weight = module.weight if module._base_weight is None else module._base_weight
-            return module.matrix(weight) if isinstance(module, Linear) else None
+            return module.matrix(module.base_weight) if isinstance(module, Linear) else None
         if not issubclass(layer_class(module) or nn.Module, Linear):
             return None
         return plain_matrix(module)

@@ -18,6 +18,7 @@ from .adapted import AdaptedLayer
 from .beside import AddsBeside, Beside, BesideConv1d, BesideConv2d, BesideConv3d
 from .joined import joined
 from .layers import TRANSFORMERS_CONV1D, Conv1d, Conv2d, Conv3d, Embedding, Linear
+from .mergeable import StoredWeight
 from .quantised import has_weight_of_a_class, is_known
 
 _kinds: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
@@ -57,7 +58,7 @@ def layer_class(module: nn.Module) -> type[AdaptedLayer] | None:
     stores_weight = "weight" in module._parameters and not has_weight_of_a_class(module)
     if kind is not None and (cls not in _beside or stores_weight):
         return kind
-    if isinstance(module, AdaptedLayer | LazyModuleMixin):
+    if isinstance(module, StoredWeight | LazyModuleMixin):
         return None
     beside = next((beside for base, beside in _beside.items() if isinstance(module, base)), None)
     return Beside if beside is None and is_known(module) else beside

@@ -32,9 +32,8 @@ from .factored import Factored
 from .init import Init, init_of
 from .layouts import Layout, Matrix
 from .matrix import add_product, dense_update, dora_gain, precise, row_norm
-from .running import model_is_running
-from .sharded import gathered, is_sharded
-from .switchable import Switchable
+from .mergeable import Mergeable
+from .sharded import gathered
 
 
 def no_dropout(x: Tensor) -> Tensor:
@@ -63,7 +62,7 @@ class LoRALayer:
         self.merge_weights = merge_weights
 
 
-class LayerWithUpdate(LoRALayer, Switchable):
+class LayerWithUpdate(LoRALayer, Mergeable):
     """The update of one layer as parameters, and its sums and products with the weight.
 
     Parameters named `lora_*` are the adapter: `lora_A`, `lora_B`, with DoRA `lora_magnitude` (out,), and with the
@@ -80,45 +79,12 @@ class LayerWithUpdate(LoRALayer, Switchable):
     plain_class: ClassVar[Any] = None  # what a joined class has behind it
     takes_weight: ClassVar[bool] = True  # whether DoRA and the inits that look at the weight find it
     read_whole: bool = False  # the model computes with the whole weight and looks nothing up in it
-    read_as_sum: bool = False  # whether a model that reads `weight` gets W + ΔW: `attach` sets it
-    inside: bool = False  # while a forward pass that is not lorakit's computes with the weight itself
     was_called: bool = False  # since `attach`, or since `forget`: the forward pass of the layer,
     was_read: bool = False  # the weight, by a model that computes with it,
     was_recorded: bool = False  # and either of them where gradients are recorded
     _forgotten: tuple[Any, ...] = ()  # the state of the factors at that time
 
     # --- the weight -----------------------------------------------------------------------------------------------
-
-    @property
-    def own_weight(self) -> Tensor:
-        """The stored weight: W, or what took its place in `merge`."""
-        if "weight" in self.__dict__:  # a tensor put there by data parallelism or pruning
-            put: Tensor = self.__dict__["weight"]
-            return put
-        if "weight" not in self._parameters:
-            return self._computed_weight()
-        weight = self._parameters["weight"]
-        return weight  # type: ignore[return-value]
-
-    def _computed_weight(self) -> Tensor:
-        """The weight of a layer that stores none."""
-        raise AttributeError("weight")
-
-    @property
-    def weight(self) -> Tensor:
-        """The stored weight; for a model that computes with it instead of calling the layer, W + ΔW."""
-        if self.read_as_sum and not self.inside and self.active and model_is_running():
-            # FSDP2 looks at its own parts inside the first forward pass. A model sees the whole weight.
-            return self.own_weight if is_sharded(self.own_weight) else self.read()
-        return self.own_weight
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        self.__dict__["weight"] = value  # no Parameter: nn.Module keeps those
-
-    @weight.deleter
-    def weight(self) -> None:
-        del self.__dict__["weight"]
 
     def read(self) -> Tensor:
         """g ⊙ (W + s·ΔW) for code that computes with it, in the weight's layout.
@@ -220,21 +186,10 @@ class LayerWithUpdate(LoRALayer, Switchable):
         assert init.take is not None
         return init.take(self.matrix(self.own_weight), rank, self.scaling)
 
-    @property
-    def like(self) -> Tensor:
-        """A tensor of the weight's dtype and device."""
-        return self.own_weight
-
     def size(self) -> tuple[int, int]:
         """(out, in), as the update sees the layer."""
         outputs, inputs = self.matrix(self.own_weight).shape[-2:]
         return outputs, inputs
-
-    def merge_refusal(self) -> str | None:
-        """Why the update cannot be folded into the weight, or None where it can."""
-        if is_sharded(self.own_weight):
-            return "its weight is sharded (FSDP2 or tensor parallelism). Save the adapter, and merge it in one process"
-        return None
 
     # --- the update -----------------------------------------------------------------------------------------------
 
@@ -243,9 +198,8 @@ class LayerWithUpdate(LoRALayer, Switchable):
         return self._parameters.get("lora_A") is not None
 
     @property
-    def active(self) -> bool:
-        """Whether the forward pass adds the update to what the weight gives."""
-        return not self.disabled_by and not self.merged and self.has_update
+    def witness(self) -> nn.Parameter:
+        return self.lora_A
 
     @property
     def acting_dropout(self) -> Dropout | None:

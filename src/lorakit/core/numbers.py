@@ -42,6 +42,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def seconds_in(text: str) -> float:
+    """The seconds of a time as people write it: 90s, 30 min, 1.5h. Raises LoraError for anything else, and for 0."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|m|min|h)", text.strip(), re.IGNORECASE)
+    if not found:
+        raise LoraError(f"{text!r} is no time such as 90s, 30m or 2h")
+    seconds = float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2][0].lower()]
+    if not seconds:
+        raise LoraError(f"{text!r} is no time above 0")
+    return seconds
+
+
 def short_number(value: float | None, digits: int = 3) -> str:
     """A number to a few significant digits: 0.120, 12.3, 1.23e+03. A dash where there is none."""
     if value is None:

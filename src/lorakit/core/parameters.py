@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from . import layouts
-from .adapted import AdaptedLayer, unmerged
+from .adapted import AdaptedLayer
 from .factored import Factored
 from .init import Init
 from .layouts import Layout, Stored
 from .lora_layer import LoRALayer
 from .matrix import precise
+from .mergeable import unmerged
 from .running import model_is_running
 
 _PREFIX = "lora_"

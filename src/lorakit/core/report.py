@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .table import Table
 
@@ -29,6 +30,7 @@ class Report:
     skipped: dict[str, str]
     trainable: int
     total: int
+    tables: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)  # trained rows, their width, all rows
 
     def __str__(self) -> str:
         groups: dict[tuple[str, str, tuple[int, int], int], list[ModuleRow]] = {}
@@ -40,6 +42,10 @@ class Report:
             cells.append((pattern, f"×{len(rows)}", kind, f"{inputs} → {outputs}", str(rank), f"{count:,}"))
         head = ("module", "", "kind", "in → out", "rank", "parameters")
         lines = Table(head, tuple(cells), left=frozenset({0, 2})).lines()
+        lines += [
+            f"rows trained: {name}  {rows:,} of {length:,}  × {width:,}"
+            for name, (rows, width, length) in self.tables.items()
+        ]
         counts = Counter(numberless(name) for name in self.trained)
         lines += [f"trained whole: {name}  ×{count}" for name, count in counts.items()]
         counts = Counter(f"{numberless(name)}: {reason}" for name, reason in self.skipped.items())

@@ -39,6 +39,9 @@ class LoRASettings:
         and dora.
     bias: train no biases ("none"), those of the adapted layers ("lora_only"), or all ("all"). also_train: modules to
         train whole, named like targets (a new classifier head).
+    trainable_tokens: tokens whose rows of the input embedding are trained, while the rest of the table stays frozen
+        ([32000, 32001], after resize_token_embeddings); a tied head computes with the same rows. Or tokens by module:
+        {"embed_tokens": [32000], "lm_head": [32000]} (see `token_rows.py`).
     dtype: of the factors; by default the weight's, or float32 beside float16 and bfloat16 weights.
 
     Raises LoraError for an invalid value.
@@ -57,10 +60,11 @@ class LoRASettings:
     splits: Mapping[str, Sequence[int]] = field(default_factory=dict)
     bias: Bias = "none"
     also_train: str | Iterable[str] = ()
+    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = ()
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rank_pattern", "alpha_pattern", "splits"):
+        for name in ("rank_pattern", "alpha_pattern", "splits", "trainable_tokens"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, {})
         check_scale(self.rank, self.alpha)

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .adapted import AdaptedLayer
-from .attach import adapted_layers, detach
+from .attach import adapted_layers, detach, mergeable_layers
 from .errors import LoraError
+from .mergeable import Mergeable
 from .switchable import Switchable
 from .undo import note, refuse_replaced
 from .unused import refuse_silent
@@ -77,20 +77,20 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
                     layer.enable()
 
 
-def _mergeable(model: nn.Module, force: bool) -> dict[str, AdaptedLayer]:
-    """The adapted layers. Raises LoraError if one of them cannot be merged, or should not be without force."""
+def _mergeable(model: nn.Module, force: bool) -> dict[str, Mergeable]:
+    """What can be merged. Raises LoraError if one of them cannot be merged, or should not be without force."""
     layers = _layers_or_error(model)
     if not force:
         refuse_replaced(model)
-        refuse_silent(model, layers, "Leave them out of the targets, or merge with force=True.")
+        refuse_silent(model, adapted_layers(model), "Leave them out of the targets, or merge with force=True.")
     for name, layer in layers.items():
         if reason := layer.merge_refusal():
             raise LoraError(f"{name!r} cannot be merged: {reason}. Leave the model unmerged.")
     return layers
 
 
-def _layers_or_error(model: nn.Module) -> dict[str, AdaptedLayer]:
-    layers = adapted_layers(model)
+def _layers_or_error(model: nn.Module) -> dict[str, Mergeable]:
+    layers = mergeable_layers(model)
     if not layers:
         raise LoraError(f"{type(model).__name__} has no adapted layer: call lorakit.attach or lorakit.load first.")
     return layers

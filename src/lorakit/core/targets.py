@@ -32,6 +32,7 @@ from .kinds import layer_class
 from .layers import Linear
 from .layouts import Layout
 from .lora_layer import weight_refusal
+from .mergeable import StoredWeight
 from .names import named_modules
 from .parameters import AdaptedParameter, adapted_parameters, parameter_factor_shapes, parameter_layout
 from .settings import Filter
@@ -216,7 +217,7 @@ def refusal(target: Target) -> str | None:
     module, kind = target.module, type(target.module).__name__
     if isinstance(module, AdaptedLayer) and not module.has_update:
         return f"it is a {kind} made with r=0"
-    if isinstance(module, AdaptedLayer) or target.parameter in adapted_parameters(module):
+    if isinstance(module, StoredWeight) or target.parameter in adapted_parameters(module):
         return "it is adapted already; call lorakit.detach(model) first"
     if isinstance(module, nn.RNNBase):
         return f"{kind} hands over its weights from a list of its own, so an adapter would do nothing"

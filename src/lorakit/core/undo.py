@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapted import MERGED, AdaptedLayer
 from .errors import LoraError
 from .hooked import follow_class
+from .mergeable import MERGED, StoredWeight
 from .names import unwrapped
+from .switchable import Switchable
 
 NOTE, ADAPTED = "_lorakit_undo", "_lorakit_adapted"
 
@@ -37,7 +38,7 @@ class Undo:
 
     def values(self, module: nn.Module) -> dict[str, Tensor]:
         """The trained values of the module's own tensors, also inside `disabled`."""
-        return dict(self.trained) if self.swapped else {name: own_tensor(module, name) for name in self.trained}
+        return dict(self.trained) if self.swapped else {name: _unmerged(module, name) for name in self.trained}
 
     def swap(self, module: nn.Module) -> None:
         """Exchange the values of the tensors trained whole with those they had before."""
@@ -105,7 +106,14 @@ def own_tensor(module: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def remember(model: nn.Module, layers: Mapping[str, AdaptedLayer]) -> None:
+def _unmerged(module: nn.Module, name: str) -> Tensor:
+    """The module's own tensor of this name, without what `merge` changed in it."""
+    if name == "weight" and isinstance(module, StoredWeight):
+        return module.base_weight
+    return own_tensor(module, name)
+
+
+def remember(model: nn.Module, layers: Mapping[str, Switchable]) -> None:
     """Note on `model` which modules are adapted, by name."""
     unwrapped(model).__dict__[ADAPTED] = dict(layers)
 
@@ -124,11 +132,11 @@ def replaced(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for prefix, module in model.named_modules():
         for name, layer in module.__dict__.get(ADAPTED, {}).items():
-            if id(layer) in present or not (isinstance(layer, AdaptedLayer) and layer.has_update):
+            if id(layer) in present or not (isinstance(layer, Switchable) and layer.has_update):
                 continue
             with contextlib.suppress(AttributeError):
                 now = module.get_submodule(name)
-                if not isinstance(now, AdaptedLayer):
+                if not isinstance(now, Switchable):
                     found[f"{prefix}.{name}" if prefix else name] = now
     return found
 

@@ -30,7 +30,7 @@ from .peft import FILES as PEFTS
 name = "loralib"
 limits = (
     "It holds neither alpha, which `load` must be given, nor the kinds of the layers, which the model tells. It has "
-    "no DoRA, no factored convolution and no parameter that is read; all layers have one alpha."
+    "no DoRA, no factored convolution, no parameter that is read, no rows of a token table; all layers have one alpha."
 )
 _SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -46,6 +46,11 @@ def write(adapter: Adapter, path: str | Path) -> None:
     if len(alphas) > 1:
         raise LoraError(
             f"{path}: such a file is read with one alpha, and these layers have {', '.join(f'{a:g}' for a in alphas)}. "
+            "Save into a folder (PEFT's format)."
+        )
+    if adapter.token_rows:
+        raise LoraError(
+            f"rows of {next(iter(adapter.token_rows))} were trained by themselves, and such a file does not say which. "
             "Save into a folder (PEFT's format)."
         )
     tensors: dict[str, Tensor] = {}

@@ -5,6 +5,7 @@
     convolution                    .lora_A.weight (r, in, *k)    .lora_B.weight (out, r, 1, …)
     DoRA                           .lora_magnitude_vector (out); convolution (1, out, 1, …)
     trained whole                  <parameter>;  a bias of an adapted layer: .base_layer.bias
+    rows of a token table          .token_adapter.trainable_tokens_delta (k, dim), whose tokens the configuration has
 
 Every key begins with `base_model.model.`. Parameters that are adapted without a layer have other names there
 (`peft_names.py`). Some updates are written as the PEFT layer that computes the same. A MergedLinear is one pair with a
@@ -28,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import Adapter, Update
+from ..core.adapter import Adapter, TokenRows, Update
 from ..core.errors import LoraError
 from ..core.host import Host
 from ..core.init import olora, pissa
@@ -38,7 +39,7 @@ from .foreign import refuse
 from .peft_config import CONFIG as CONFIG
 from .peft_config import PeftConfig, first_match, read_config
 from .peft_experts import VERSIONS, Era, FileOfStacks, flattened, stacked, turned
-from .peft_keys import PREFIX, Sorted, saved_whole, sort
+from .peft_keys import PREFIX, ROWS, Sorted, saved_whole, sort
 from .peft_names import Names, Place, places, target_names, wrapped
 from .tensors import write_tensors
 
@@ -118,6 +119,7 @@ def _read(path: str | Path, host: Host | None, *, as_stored: bool) -> Adapter:
         if host is not None:
             _check_saved(config, found.trained, host)
         updates = _updates(found, config, host, as_stored)
+        rows = _token_rows(found, config)
     except ValueError as error:
         raise LoraError(f"{path}: {error}") from None
     targets = config.target_modules
@@ -132,6 +134,7 @@ def _read(path: str | Path, host: Host | None, *, as_stored: bool) -> Adapter:
         else tuple(sorted((*targets, *config.target_parameters))),
         base_model=config.base_model,
         task_type=config.task_type,
+        token_rows=rows,
     )
 
 
@@ -169,6 +172,7 @@ def _tensors(
         module, _, local = name.rpartition(".")
         path = inside.get(module, module)
         tensors[f"{PREFIX}{path}.{local}" if path else PREFIX + local] = value
+    tensors |= {f"{PREFIX}{name}{ROWS}": rows.values for name, rows in adapter.token_rows.items()}
     check_tensors(tensors, f"{folder} is not saved: ")
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
@@ -183,6 +187,7 @@ def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: 
     rank, rank_pattern = _default_and_pattern({where[name].key: update.rank for name, update in updates.items()})
     alpha, alpha_pattern = _default_and_pattern({where[name].key: alpha for name, alpha in alphas.items()})
     parameters = target_names("target_parameters", where, adapter.targets)
+    tokens = {name: list(rows.tokens) for name, rows in adapter.token_rows.items()}
     return {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
@@ -198,6 +203,7 @@ def _config(updates: Mapping[str, Update], where: Mapping[str, Place], adapter: 
         "fan_in_fan_out": any(update.fan_in_fan_out for update in updates.values()),
         "bias": adapter.bias,
         "modules_to_save": sorted(adapter.also_train) or None,
+        **({"trainable_token_indices": tokens} if tokens else {}),
         "init_lora_weights": True,
         "inference_mode": True,
         # The version whose layout the stacks have: it tells W from Wᵀ where the matrices are square.
@@ -262,6 +268,27 @@ def _updates(found: Sorted, config: PeftConfig, host: Host | None, as_stored: bo
     if config.residual and not as_stored:
         updates = {name: _at_the_base(name, update, config, host) for name, update in updates.items()}
     return updates
+
+
+def _token_rows(found: Sorted, config: PeftConfig) -> dict[str, TokenRows]:
+    rows: dict[str, TokenRows] = {}
+    for name, values in found.rows.items():
+        tokens = config.tokens_of(name)
+        if values.dim() != 2 or len(values) != len(tokens):
+            raise LoraError(
+                f"{name} has trained rows {tuple(values.shape)}, and trainable_token_indices in {CONFIG} names "
+                f"{len(tokens)} tokens for it."
+            )
+        order = sorted(range(len(tokens)), key=tokens.__getitem__)
+        rows[name] = TokenRows(tuple(tokens[place] for place in order), values[order])
+    # Of tied tables PEFT writes one.
+    held = {frozenset(own.tokens) for own in rows.values()}
+    for table, tokens in config.token_indices.items():
+        if frozenset(tokens) not in held:
+            raise LoraError(
+                f"it has no trained rows of {table or 'a token table'}, which trainable_token_indices names."
+            )
+    return rows
 
 
 def _update(

@@ -53,6 +53,9 @@ FIELDS: Mapping[str, Rule] = {
     "modules_to_save": Rule("honoured", "the modules trained whole, by the ends of their names as PEFT compares them"),
     "target_modules": Rule("honoured", "named in reports; the tensors say which modules are adapted"),
     "target_parameters": Rule("honoured", "which parameters the experts' tensors belong to"),
+    "trainable_token_indices": Rule(
+        "honoured", "the tokens whose rows of the embedding, or of other tables, are trained"
+    ),
     "init_lora_weights": Rule(
         "honoured",
         "true, false, gaussian, eva, orthogonal, mica: where A and B began. pissa, olora: the update counts from W "
@@ -83,7 +86,6 @@ FIELDS: Mapping[str, Rule] = {
     "arrow_config": Rule("refused", "a router mixes several adapters (Arrow)"),
     "layer_replication": Rule("refused", "the base model's layers are used several times"),
     "megatron_config": Rule("refused", "the factors belong to Megatron's parallel layers"),
-    "trainable_token_indices": Rule("refused", "rows of the embedding's table were trained by themselves"),
     "use_bdlora": Rule("refused", "A or B is block-diagonal and stored as its blocks (BD-LoRA)"),
     "monteclora_config": Rule("refused", "the factors are drawn at random (MonteCLoRA)"),
     "kasa_config": Rule("refused", "the base weight is truncated and the update has a diagonal (KaSA)"),
@@ -113,6 +115,7 @@ class PeftConfig:
     modules_to_save: tuple[str, ...] = ()
     target_modules: tuple[str, ...] | str = ()
     target_parameters: tuple[str, ...] = ()
+    token_indices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # "" for every table in the file
     residual: Residual = ""  # the update is added to W − s·B₀A₀, with the B₀ and A₀ of this init
     base_model: str | None = None
     task_type: str | None = None
@@ -126,6 +129,10 @@ class PeftConfig:
     def alpha_of(self, name: str) -> float:
         """α of the module of this name."""
         return first_match(self.alpha_pattern, name, self.lora_alpha)
+
+    def tokens_of(self, name: str) -> tuple[int, ...]:
+        """The trained tokens of this table, in the file's order. PEFT compares the ends of names as texts."""
+        return next((tokens for end, tokens in self.token_indices.items() if name.endswith(end)), ())
 
 
 def read_config(folder: str | Path) -> PeftConfig:
@@ -169,6 +176,7 @@ def checked(path: Path, fields: Mapping[str, Any]) -> PeftConfig:
         modules_to_save=values.names("modules_to_save"),
         target_modules=values.targets("target_modules"),
         target_parameters=values.names("target_parameters"),
+        token_indices=values.tokens("trainable_token_indices"),
         residual=_residual(values),
         base_model=values.text("base_model_name_or_path"),
         task_type=values.text("task_type"),
@@ -248,6 +256,17 @@ class _Values:
     def targets(self, name: str) -> tuple[str, ...] | str:
         value = self.fields.get(name)
         return value if isinstance(value, str) else self.names(name)
+
+    def tokens(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Tokens by the name of their table; a list, which names none, under the empty name."""
+        value = self.fields.get(name)
+        by_table = value if isinstance(value, dict) else {} if value is None else {"": value}
+        for own in by_table.values():
+            if not isinstance(own, list) or any(type(token) is not int or token < 0 for token in own):
+                raise self.wrong(name, value, "a list of tokens, or an object of such lists by module")
+            if len(set(own)) < len(own):
+                raise self.wrong(name, value, "each token once")
+        return {table: tuple(own) for table, own in by_table.items() if own}
 
     def patterns(self, name: str, read: Any) -> dict[str, Any]:
         value = self.fields.get(name)

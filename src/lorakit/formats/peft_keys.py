@@ -31,9 +31,12 @@ _ADAPTER_NAME = re.compile(
     r"(\.lora_(?:A|B|magnitude_vector))\.([^.]+)(?=\.weight$|\.bias$)"
     r"|(\.lora_(?:embedding_A|embedding_B|magnitude_vector))\.(?!weight$)([^.]+)$"
     r"|(\.modules_to_save)\.([^.]+)(?=\.)"
+    r"|(\.token_adapter\.trainable_tokens_delta)\.([^.]+)$"
 )
 _OF_A_LAYER = re.compile(r"lora_([A-Z]|embedding_[A-Z]|magnitude_vector|diag|arrow|velora_\w+|monteclora_\w+)")
 _UNUSED = (".lora_velora_embed",)  # these serve only the backward pass
+ROWS = ".token_adapter.trainable_tokens_delta"  # PEFT's name for rows of a token table, which are no difference
+AROUND_ROWS = ".token_adapter.base_layer"  # what PEFT puts around the table
 _COPIES = ".original_module."  # with bias="all" PEFT also saves the untrained copy of a head's bias
 
 
@@ -44,6 +47,7 @@ class Sorted:
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # path → A, B, magnitude
     embeddings: set[str] = field(default_factory=set)  # the paths among them that are embeddings
     trained: dict[str, Tensor] = field(default_factory=dict)  # full parameter name → value
+    rows: dict[str, Tensor] = field(default_factory=dict)  # path of a token table → its trained rows
 
 
 def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: Collection[str] | None) -> Sorted:
@@ -56,6 +60,10 @@ def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: C
     homeless: list[str] = []
     for path, key in sorted(keys.items()):
         if _COPIES in path or path.endswith(_UNUSED):
+            continue
+        path = path.replace(f"{AROUND_ROWS}.", ".")
+        if path.endswith(ROWS):
+            found.rows[path.removesuffix(ROWS)] = tensors[key]
             continue
         suffix = next((end for end in _FACTORS if path.endswith(end)), None)
         if suffix is not None and path != suffix:
@@ -71,7 +79,7 @@ def sort(tensors: Mapping[str, Tensor], config: PeftConfig, where: str, known: C
         if not {"A", "B"} <= parts.keys():
             homeless.append(f"{name}.lora_*")
     theirs = None if found.factors else format_by_keys(tensors)
-    if homeless or theirs or not (found.factors or found.trained):
+    if homeless or theirs or not (found.factors or found.trained or found.rows):
         listed = "\n".join(f"  {key}" for key in (homeless or sorted(tensors))[:20]) or "  (no tensor at all)"
         foreign = f"\nSuch keys are of {theirs}." if theirs else ""
         raise LoraError(f"{where}: keys that no LoRA layer of lorakit has:\n{listed}{foreign}")

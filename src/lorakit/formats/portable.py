@@ -76,6 +76,8 @@ def _problems(adapter: Adapter, target: Target) -> list[str]:
     if adapter.trained:
         names = ", ".join(sorted(adapter.trained)[:3]) + (" …" if len(adapter.trained) > 3 else "")
         problems.append(f"tensors that were trained whole ({names}): {merge}")
+    if adapter.token_rows:
+        problems.append(f"rows of token tables that were trained ({', '.join(adapter.token_rows)}): {merge}")
     rank = max((update.rank for update in adapter.updates.values()), default=0)
     if target == "vllm" and rank > VLLM_RANKS[-1]:
         problems.append(f"rank {rank}, and its largest is {VLLM_RANKS[-1]}: {merge}")

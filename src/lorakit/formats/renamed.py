@@ -43,7 +43,7 @@ def translated(adapter: Adapter, host: Host) -> Adapter:
     """
     known = {*host.modules, *host.parameters}
     routers = {name for name in adapter.updates if "weight" in host.matrices.get(name, ())}
-    if not routers and known.issuperset(adapter.updates) and known.issuperset(adapter.trained):
+    if not routers and known.issuperset({*adapter.updates, *adapter.trained, *adapter.token_rows}):
         return adapter
     adapter = dataclasses.replace(
         adapter, updates={_own_weight(name, host): update for name, update in adapter.updates.items()}
@@ -70,6 +70,10 @@ def translated(adapter: Adapter, host: Host) -> Adapter:
         updates=updates,
         trained={moved[name]: value for name, value in adapter.trained.items()},
         also_train=tuple(sorted({_moved_module(module, moved) for module in adapter.also_train})),
+        token_rows={
+            name if name in known else rename(name + _WEIGHT)[0].removesuffix(_WEIGHT): rows
+            for name, rows in adapter.token_rows.items()
+        },
     )
 
 

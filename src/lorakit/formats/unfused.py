@@ -54,6 +54,7 @@ def unfused(adapter: Adapter, host: Host) -> Adapter:
         trained={older(name): value for name, value in adapter.trained.items()},
         also_train=tuple(older(f"{module}{_WEIGHT}").removesuffix(_WEIGHT) for module in adapter.also_train),
         targets=tuple(sorted(targets | ends)),
+        token_rows={older(f"{name}{_WEIGHT}").removesuffix(_WEIGHT): rows for name, rows in adapter.token_rows.items()},
     )
 
 

@@ -15,6 +15,16 @@ from ..core.reading import json_of, missing
 from ..formats import peft
 from .locating import locate
 
+ADAPTERS = "adapters"  # in a run's folder: a folder for each adapter, if its rows named them
+
+
+def adapters_in(folder: str | Path) -> dict[str, str]:
+    """The adapters of a run whose rows named them, by name: their folders. Empty for another folder."""
+    path = Path(expanded(folder))
+    if is_adapter(path) or not (path / ADAPTERS).is_dir():
+        return {}
+    return {own.name: str(own) for own in sorted((path / ADAPTERS).iterdir()) if is_adapter(own)}
+
 
 def is_adapter(path: str | Path) -> bool:
     """Whether `path` is an adapter's folder rather than a model's."""
@@ -93,7 +103,12 @@ def _refuse_no_model(name: str) -> None:
 
 
 def _unfinished(folder: Path) -> str | None:
-    """What to do with the folder of a training run that has not written its adapter; None for other folders."""
+    """What to do with the folder of a training run that has not written its adapter, or that wrote several; None for
+    other folders.
+    """
+    if several := adapters_in(folder):
+        first = next(iter(several.values()))
+        return f"{folder} holds several adapters: {', '.join(several)}. Name the folder of one, such as {first}"
     settings = folder / "config.yaml"
     whole = [path for path in folder.glob("checkpoint-*") if is_adapter(path) and (path / peft.TENSORS).is_file()]
     newest = max(whole, key=lambda path: (len(path.name), path.name), default=None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -83,6 +84,10 @@ class BaseTrainer(Trainer):
     def loss_of(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The mean loss of a batch, or its share of the mean over `num_items_in_batch` labels."""
         raise NotImplementedError
+
+    def timed(self, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        """Around the forward pass of a batch, for those who time it."""
+        return contextlib.nullcontext()
 
     def no_number(self, inputs: dict[str, Any], loss: Tensor) -> Exception:
         """The error for a batch whose loss is NaN or infinite."""

@@ -14,6 +14,7 @@ from ..core.numbers import duration
 from ..core.table import Table
 from .config import TrainConfig
 from .report import Evaluation, Sample, metrics_table, one_line, telling
+from .tried import Tried
 from .values import value_text
 
 _PATHS = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["path"]}
@@ -41,16 +42,21 @@ def model_card(
     result: Evaluation | None,
     seconds: float,
     labels: tuple[str, ...] | None = None,
+    multi_label: bool = False,
+    tried: Tried | None = None,
 ) -> str:
     """README.md of an output folder: what it is, how it was made, what it does, how to use it.
 
-    labels: the classes of a classifier (none for a regression); None for a language model.
+    labels: the classes of a classifier (none for a regression); None for a language model. multi_label: a text has any
+    number of them. tried: the settings among which those of the run were chosen.
     """
     front = front_matter(public(base_model), data=data, answers=labels is None)
     base_model, data = public(base_model), public(data)
     auto, head = "AutoModelForCausalLM", ""
     if labels is not None:
         auto, head = "AutoModelForSequenceClassification", f", num_labels={len(labels) or 1}"
+    if multi_label:
+        head += ', problem_type="multi_label_classification"'
     body = [
         f"# LoRA adapter for {Path(base_model).name}",
         "",
@@ -71,11 +77,20 @@ def model_card(
         f'The folder is PEFT\'s format: `PeftModel.from_pretrained(model, "{_FOLDER}")` reads it too.',
         "",
     ]
+    if labels:
+        named = ", ".join(f"`{label}`" for label in labels)
+        meant = (
+            "Of a text these are all classes whose logit is at least 0" if multi_label else "The largest logit decides"
+        )
+        body += [f"The logits are those of the classes {named}, in this order. {meant}.", ""]
     if result is not None:
         body += ["## Results", "", f"On {result.rows} held-out rows ({result.split}):", ""]
         body += [metrics_table(result).markdown(), ""]
+        body += [line for note in result.notes for line in (f"Note: {note}.", "")]
         if result.samples:
             body += [_samples_table(telling(result.samples)[:5]).markdown(), ""]
+    if tried is not None:
+        body += ["## Settings tried", "", tried.choice, "", tried.table().markdown(), ""]
     values = (
         (name, public(value) if name in _PATHS and isinstance(value, str) else value_text(value))
         for name, value in settings.items()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..core.attach import adapted_layers
+from ..core.token_rows import token_tables
 
 _NUMBERED = re.compile(r"(?:^|.*?\.)(\d+)(?:\.|$)")  # a name up to its first number, which is the layer's
 
@@ -38,12 +39,16 @@ class Change:
 
 @torch.no_grad()
 def weight_changes(model: nn.Module) -> list[Change]:
-    """The change of each adapted layer's weight, in the model's order."""
+    """The change of each adapted layer's weight, in the model's order, and then of tables with trained rows."""
     changes = []
     for name, layer in adapted_layers(model).items():
         weight = layer.base_matrix()
         moved = (layer.adapted_matrix() - weight).double().norm()
         changes.append(Change(name, float(moved), float(weight.double().norm())))
+    for name, table in token_tables(model).items():
+        weight = table.own_weight.double()
+        tokens, values = table.tokens_and_values(weight)
+        changes.append(Change(name, float((values - weight[tokens]).norm()), float(weight.norm())))
     return changes
 
 

@@ -20,6 +20,8 @@ STATE = "adapter_state.safetensors"  # in a checkpoint: the adapter's tensors as
 BEST = "best_state.safetensors"  # the same, after the best evaluation so far, with --keep best
 RUN = "run.json"  # in a checkpoint: the record of the run that it belongs to
 TRAINER_STATE = "trainer_state.json"
+SEARCH = "auto"  # beside checkpoints: the folder of what `--auto` has come to so far
+SEARCHED = "search.json"  # in it: what was tried
 
 
 def step_of(checkpoint: str | Path) -> int:
@@ -32,6 +34,12 @@ def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
     found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and step_of(path) >= 0]
     return sorted(found, key=step_of)
+
+
+def search_in(folder: Path) -> Path | None:
+    """What an unfinished search of `--auto` left in `folder`; None if there is nothing."""
+    found = folder / SEARCH
+    return found if (found / SEARCHED).is_file() else None
 
 
 def fault_of(checkpoint: Path) -> str | None:

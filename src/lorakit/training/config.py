@@ -17,7 +17,7 @@ _DATA, _ADAPTER, _TRAINING, _OUTPUT = "model and data", "adapter", "training", "
 
 Quantize = Literal["none", "nf4", "int8", "gguf"]
 # By what held-out rows are judged. `scores.py` has all but the loss, and some more.
-Judged = Literal["loss", "exact-match", "bleu", "rouge-l", "accuracy", "f1", "pearson"]
+Judged = Literal["loss", "exact-match", "bleu", "rouge-l", "accuracy", "f1", "micro-f1", "exact-set", "pearson"]
 QUANTIZE = "quantise the frozen weights: nf4 (4 bits) or int8 by bitsandbytes; gguf: keep the blocks of a GGUF file"
 
 
@@ -132,6 +132,12 @@ class TrainConfig:
     )
     bias: Literal["none", "lora_only", "all"] = setting("none", help="which biases to train", group=_ADAPTER)
     also_train: tuple[str, ...] = setting((), help="modules to train in full, separated by commas", group=_ADAPTER)
+    new_tokens: tuple[str, ...] = setting(
+        (),
+        help="tokens to add to the vocabulary, separated by commas; their rows of the embedding and of the head are "
+        "trained",
+        group=_ADAPTER,
+    )
 
     epochs: float = setting(
         3.0, help="passes over the data", group=_TRAINING, aliases=("num-train-epochs",), above=0, at_most=1e6
@@ -159,6 +165,12 @@ class TrainConfig:
     sweep: str | None = setting(
         None,
         help="settings to train all at once, and keep the best of: 'learning_rate=1e-4,3e-4 rank=4,16'",
+        group=_TRAINING,
+    )
+    auto: str | None = setting(
+        None,
+        help="budget in which to search the learning rate and the rank, as far as they are not given, by the held-out "
+        "loss: 30m, 2h, or '12 runs'",
         group=_TRAINING,
     )
     weight_decay: float = setting(0.0, help="weight decay of AdamW", group=_TRAINING, at_least=0, at_most=1000)
@@ -212,7 +224,9 @@ class TrainConfig:
         at_least=1,
     )
     report_to: tuple[str, ...] | None = setting(
-        None, help="trackers to report to, by transformers' names: tensorboard, wandb, …", group=_OUTPUT
+        None,
+        help="trackers to report to, by transformers' names: tensorboard (events in OUT/runs), wandb, …",
+        group=_OUTPUT,
     )
     resume: str | None = setting(
         None,

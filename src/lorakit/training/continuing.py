@@ -23,8 +23,10 @@ from ..core.settings import LoRASettings
 from ..core.targets import matching, select
 from ..formats import peft, read_for
 from ..formats.renamed import translated
-from .adapter_folder import check_adapter
+from .adapter_folder import beside, check_adapter
 from .config import TrainConfig, is_given
+from .models import load_tokenizer
+from .vocabulary import trained_tokens
 
 _NAMED = 3  # modules in a message
 
@@ -48,6 +50,10 @@ def taken_over(config: TrainConfig) -> tuple[TrainConfig, Adapter | None]:
         lines.append(f"  --init {config.init}: the factors begin as those of the adapter")
     _refuse(config, lines)
     kept = {name: value for name, value in found.items() if name != "also_train"}
+    kept["new_tokens"] = _tokens_of(adapter, config.from_adapter)
+    if is_given(config, "new_tokens") and set(config.new_tokens) != set(kept["new_tokens"]):
+        given, own = (", ".join(tokens) or "none" for tokens in (config.new_tokens, kept["new_tokens"]))
+        _refuse(config, [f"  --new-tokens {given}: the adapter has {own}"])
     if not is_given(config, "dropout"):
         kept["dropout"] = adapter.dropout
     # The head of a classifier is trained whole in any case, and named by no setting.
@@ -84,6 +90,7 @@ def planned(config: TrainConfig, model: nn.Module, adapter: Adapter, given: Trai
         dora=config.dora,
         bias=config.bias,
         also_train=adapter.also_train,
+        trainable_tokens={name: rows.tokens for name, rows in adapter.token_rows.items()},
     )
     targets = adapter.targets if set(_selected(model, adapter.targets)) == set(names) else tuple(names)
     return dataclasses.replace(config, targets=targets, exclude=()), attach(model, settings)
@@ -116,6 +123,20 @@ def _settings_of(adapter: Adapter) -> dict[str, Any]:
         "bias": adapter.bias,
         "also_train": adapter.also_train,
     }
+
+
+def _tokens_of(adapter: Adapter, folder: str) -> tuple[str, ...]:
+    """The tokens whose rows an adapter has, by the tokenizer in its folder."""
+    numbers = trained_tokens(adapter)
+    if not numbers:
+        return ()
+    own = beside(folder, "tokenizer_config.json")
+    if own is None:
+        raise LoraError(
+            f"--from-adapter {folder} has trained rows of tokens, and no tokenizer that says which they are: put the "
+            "files of its tokenizer into the folder."
+        )
+    return tuple(load_tokenizer(str(own.parent)).convert_ids_to_tokens(numbers))
 
 
 def _selected(model: nn.Module, targets: tuple[str, ...]) -> list[str]:

@@ -21,16 +21,18 @@ from pathlib import Path
 from ..core.paths import expanded
 from .adapter_names import NONE, unknown
 from .at_hub import HubKind, id_at_hub
+from .bars import progress
+from .by_adapter import hold_out_of_each, learner, learners
 from .conversations import BadRow, TrainOn
 from .folders import no_split, passed_over, split_files
-from .holdout import hold_out, note_repeats
+from .holdout import note_repeats
 from .hub import Hub, is_cached, read_hub
 from .labels import MULTI_LABEL, classes_of, with_labels
 from .mixing import Source, sources, weighted
 from .rows import DataError, Findings, Row, read_file, suffixes
 from .shapes import Example as Example
 from .shapes import parse
-from .spool import Spool, picked, progress
+from .spool import Spool, picked
 from .task import Task
 
 # Shapes that may stand side by side in several data sets: each has a question and an answer.
@@ -48,6 +50,7 @@ class Data:
     test: Sequence[Example]
     labels: tuple[str, ...] = ()  # of a classification or a multi-label task
     notes: list[str] = field(default_factory=list)
+    adapters: tuple[str, ...] = ()  # that the rows name, each of which learns its own rows
 
     @property
     def heldout(self) -> tuple[str, Sequence[Example]]:
@@ -65,7 +68,7 @@ def read_data(
     hub: Hub | None = None,
     model: Task | None = None,
     train_on: TrainOn = "all",
-    adapters: Sequence[str] = (),
+    adapters: Sequence[str] | None = (),
 ) -> Data:
     """Read and check all rows of `data`: a file, a folder with train|valid|test files, or a hub id.
 
@@ -78,6 +81,7 @@ def read_data(
     model: the task of the model that is scored on the rows. Its labels are then used, and a row cannot name a new one.
     train_on: which of the assistant's turns are learnt.
     adapters: the names that a row may give under the key "adapter", to be answered by that one ("none": by the base).
+    None: rows are trained on, and may name any. Then all of them name one, and each adapter's rows are held out alone.
     holdout: the share of train that is held out, at random by `seed`, when there is no other split; at most 100 rows.
 
     Raises DataError listing every bad row, and FileNotFoundError if nothing is found at `data`.
@@ -97,11 +101,12 @@ def read_data(
         )
         examples = dict(found)
     train = examples["train"]
+    named = learners(examples, findings.notes) if adapters is None else ()
     left: Sequence[int] = range(len(train))
     if examples["valid"] or examples["test"]:
         note_repeats(examples, findings.notes)
     else:
-        left, held = hold_out(train, holdout, seed, findings.notes)
+        left, held = hold_out_of_each(train, named, holdout, seed, findings.notes)
         examples["valid"] = [train[index] for index in held]
     if kind == MULTI_LABEL and model is None:
         learnt = {label for index in left for label in classes_of(train[index])}
@@ -111,7 +116,7 @@ def read_data(
         left = _shares(parts, left, counts, seed, findings.notes)
     if len(left) != len(train) or not isinstance(left, range):
         train = picked(train, left)
-    return Data(shape, kind, train, examples["valid"], examples["test"], labels, findings.notes)
+    return Data(shape, kind, train, examples["valid"], examples["test"], labels, findings.notes, named)
 
 
 read = read_data  # its name until 0.2, by which programs import it
@@ -122,7 +127,7 @@ def _mixed(
     hub: Hub,
     fields: Mapping[str, str],
     train_on: TrainOn,
-    adapters: Sequence[str],
+    adapters: Sequence[str] | None,
     findings: Findings,
 ) -> tuple[str, dict[str, Sequence[Example]], list[int]]:
     """The shape or shapes of all data sets, their examples by split, and how many training rows each data set has."""
@@ -167,7 +172,7 @@ def _read_examples(
     splits: Mapping[str, Iterable[Row]],
     fields: Mapping[str, str],
     train_on: TrainOn,
-    adapters: Sequence[str],
+    adapters: Sequence[str] | None,
     findings: Findings,
     into: Mapping[str, Spool[Example]],
     place: str,
@@ -182,8 +187,9 @@ def _read_examples(
         for row in progress(rows, f"reading {split}"):
             try:
                 shape, example, beside = parse(row, fields, train_on)
-                if adapters and "adapter" in beside:
-                    example = replace(example, adapter=_named_adapter(row, adapters))
+                if (adapters is None or adapters) and "adapter" in beside:
+                    named = learner(row) if adapters is None else _named_adapter(row, adapters)
+                    example = replace(example, adapter=named)
                     beside.discard("adapter")
             except BadRow as bad:
                 findings.problems.append(f"{row.where}: {bad}")

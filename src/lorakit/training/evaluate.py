@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,16 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..bank.bank import Bank
 from ..core.attach import adapted_layers
 from ..core.switching import disabled
+from .bars import progress_bar
 from .data import Data, Example
 from .generation import Within, answers, as_it_is
 from .intervals import Ends, bootstrap, wilson
 from .labels import MULTI_LABEL
-from .metrics import accuracy, exact_match, pearson
+from .metrics import accuracy, class_counts, exact_match, f1_of_counts, pearson
 from .models import Loaded
 from .positions import longest_row, positions
 from .report import Evaluation, Sample
@@ -127,7 +126,7 @@ def compare_rows(
 
     def generate(label: str, within: Within) -> list[str]:
         found = answers(loaded, asked.prompts, max_new_tokens=asked.max_new_tokens, within=within)
-        return list(_progress(found, len(asked.prompts), f"answering with the {label}"))
+        return list(progress_bar(found, total=len(asked.prompts), doing=f"answering with the {label}"))
 
     return _both("exact match", loaded, asked.rows, asked.expected, asked.notes, generate, bank, known)
 
@@ -195,9 +194,7 @@ def _scored(metric: str, found: Sequence[Any], expected: Sequence[Any]) -> tuple
             share = sum(map(exact_match, found, expected)) / len(expected)
         return share, wilson(share, len(expected))
     if metric == MICRO_F1:
-        pairs = [(set(one), set(other)) for one, other in zip(found, expected, strict=True)]
-        right, named = zip(*((len(one & other), len(one) + len(other)) for one, other in pairs), strict=True)
-        columns = [torch.tensor(column, dtype=torch.float64) for column in (right, named)]
+        columns = [torch.tensor(column, dtype=torch.float64) for column in class_counts(found, expected)]
         return micro_f1(*columns), bootstrap(micro_f1, *columns)
     score = perplexity if metric == "perplexity" else _correlation
     columns = [torch.tensor(column, dtype=torch.float64) for column in (found, expected)]
@@ -205,11 +202,8 @@ def _scored(metric: str, found: Sequence[Any], expected: Sequence[Any]) -> tuple
 
 
 def micro_f1(right: Tensor, named: Tensor) -> float:
-    """2 Σ right / Σ named: F1 over all classes of all rows together; 0 where neither side names a class.
-
-    right (rows,): the classes that are both predicted and expected   named (rows,): those predicted plus those expected
-    """
-    return 2 * float(right.sum()) / max(float(named.sum()), 1.0)
+    """F1 over all classes of all rows together.   right (rows,), named (rows,): `class_counts`"""
+    return f1_of_counts(float(right.sum()), float(named.sum()))
 
 
 def perplexity(losses: Tensor, counts: Tensor) -> float:
@@ -243,7 +237,7 @@ def _compare_texts(
 
     def losses(label: str, within: Within) -> list[float]:
         found = []
-        for index, ids in enumerate(_progress(rows, len(rows), f"reading with the {label}")):
+        for index, ids in enumerate(progress_bar(rows, total=len(rows), doing=f"reading with the {label}")):
             tokens = torch.tensor([ids], device=loaded.device)
             with within([index]), torch.inference_mode():
                 logits = loaded.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, :-1].float()
@@ -314,7 +308,7 @@ def outputs(
     found: dict[int, Tensor] = {}
     size = 32
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    for batch in _progress(batches, len(batches), doing):
+    for batch in progress_bar(batches, total=len(batches), doing=doing):
         rows = [encoded[index] for index in batch]
         inputs = loaded.tokenizer.pad(rows, return_tensors="pt").to(loaded.device)
         with within(batch):
@@ -330,7 +324,3 @@ def question(example: Example) -> str:
         asked = [message["content"] for message in example.messages if message["role"] == "user"]
         return asked[-1] if asked else ""
     return example.prompt or ""
-
-
-def _progress(items: Any, total: int, label: str) -> Any:
-    return tqdm(items, total=total, desc=label, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())

@@ -5,15 +5,17 @@
     3. gradient checkpointing, which takes more time, again from the whole batch down
     4. nf4, which changes the weights that are trained on, again from the whole batch down
 
-What a flag or a file gives stays as it is. A run that is resumed keeps what was chosen when it began, because less may
-be free now. Several processes take the choice of the first one.
+What a flag or a file gives stays as it is. If a given batch does not fit, the error names the largest one that does. A
+run that is resumed keeps what was chosen when it began, because less may be free now. Several processes take the choice
+of the first one.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from ..core.errors import LoraError
@@ -26,6 +28,7 @@ from .preflight import sharing, ways_to_need_less
 from .processes import of_main
 
 _CHOSEN = ("batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "quantize")
+_BATCH = {"batch_size", "gradient_accumulation_steps"}  # one is not changed without the other
 
 
 def fitted(
@@ -76,6 +79,8 @@ def fitted(
         ways.insert(0, "nf4 (pip install 'lorakit[quantize]')")
     kept = [f"--{name.replace('_', '-')}" for name in _CHOSEN if is_given(given, name)]
     stays = f" {', '.join(kept)} {'was' if len(kept) == 1 else 'were'} given and not changed." if kept else ""
+    if not free >= _BATCH:
+        stays += _would_fit([own for _, own in tried], lambda own: _needed(plan_with(own)), limit)
     raise LoraError(
         f"--fit {given.fit}: no plan is within {size(limit)}. The smallest, {_said(smallest)}, needs about "
         f"{size(least)}.{stays} Less is needed with {', '.join(ways[:-1])} or {ways[-1]}."
@@ -101,12 +106,12 @@ def _needed(plan: Plan) -> int:
     return peak * sharing()
 
 
-def _in_order(config: TrainConfig, free: Collection[str], with_nf4: bool) -> Iterator[TrainConfig]:
+def _in_order(config: TrainConfig, free: Set[str], with_nf4: bool) -> Iterator[TrainConfig]:
     """The settings to try, those that cost least first."""
 
     def batches(own: TrainConfig) -> Iterator[TrainConfig]:
         yield own
-        while own.batch_size % 2 == 0 and {"batch_size", "gradient_accumulation_steps"} <= set(free):
+        while own.batch_size % 2 == 0 and free >= _BATCH:
             own = dataclasses.replace(
                 own,
                 batch_size=own.batch_size // 2,
@@ -120,6 +125,22 @@ def _in_order(config: TrainConfig, free: Collection[str], with_nf4: bool) -> Ite
         yield from batches(config)
     if with_nf4:
         yield from batches(dataclasses.replace(config, quantize="nf4"))
+
+
+def _would_fit(tried: Sequence[TrainConfig], needed: Callable[[TrainConfig], int], limit: int) -> str:
+    """A sentence on the largest batch with which a step of as many rows fits, of the first settings that allow one."""
+    for own in tried:
+        rows = own.batch_size * own.gradient_accumulation_steps
+        fewer = [
+            dataclasses.replace(own, batch_size=batch, gradient_accumulation_steps=rows // batch)
+            for batch in range(1, own.batch_size)
+            if rows % batch == 0
+        ]
+        if count := bisect.bisect_right(fewer, limit, key=needed):
+            most = fewer[count - 1]
+            flags = f"--batch-size {most.batch_size} --gradient-accumulation-steps {most.gradient_accumulation_steps}"
+            return f" It fits with {flags}, and a step has the same rows ({_said(most)}: {size(needed(most))})."
+    return ""
 
 
 def _said(config: TrainConfig) -> str:

@@ -28,7 +28,7 @@ from ..core.layouts import Lookup
 from ..core.matrix import add_product, dora_gain, precise
 from ..core.parameters import AdaptedParameter, adapted_parameters
 from ..formats.shards import Entry
-from .merge_check import Rows, Weight
+from .merge_check import Rows, Weight, check_token_rows
 from .stored import Stored, StoredHost, Unit, part_of
 
 
@@ -49,8 +49,9 @@ class Folded:
 class Fold:
     """What an adapter changes in the files of its base.
 
-    updates: by the name of the weight. values: tensors that are replaced as a whole, by their name. untied: parameters
-    that the model ties, and that are different ones now.
+    updates: by the name of the weight. values: tensors that are replaced as a whole, by their name. rows: those of
+    token tables that are replaced, by the name of each parameter that holds them. untied: parameters that the model
+    ties, and that are different ones now.
     """
 
     def __init__(self, stored: Stored, adapter: Adapter | str | Path) -> None:
@@ -74,13 +75,14 @@ class Fold:
             self._refuse_unmergeable(weight, layer)
             self.updates[stored.names[weight]] = Folded(layer, update)
         self.values = {stored.names[name]: value for name, value in adapter.trained.items()}
+        self.rows = {own: rows for name, rows in adapter.token_rows.items() for own in self._tie_of(f"{name}.weight")}
         self.untied = self._untied(heads)
         self._refuse_homeless()
 
     @property
     def changed(self) -> set[str]:
         """The parameters that differ from the base's."""
-        return {*self.updates, *self.values}
+        return {*self.updates, *self.values, *self.rows}
 
     def changes(self, unit: Unit) -> bool:
         return not self.changed.isdisjoint(unit.targets)
@@ -99,6 +101,9 @@ class Fold:
             if name in self.updates:
                 own = self.updates[name]
                 parameters[name] = _merged(own.layer, part_of(unit, own.update), parameters[name])
+            if name in self.rows:
+                values = self.rows[name].values.to(parameters[name].dtype)
+                parameters[name][list(self.rows[name].tokens)] = values
         return unit.to_files(parameters)
 
     def check(self, unit: Unit, written: Mapping[str, Entry], dtype: torch.dtype | None) -> dict[str, bool]:
@@ -109,7 +114,10 @@ class Fold:
         moved: dict[str, bool] = {}
         for name in self.changed.intersection(unit.targets):
             after = self._rows(unit, name, written, None)
-            if name in self.updates:
+            if name in self.rows:
+                before = self._rows(unit, name, self.stored.shards.tensors, dtype)
+                check_token_rows(name, self.rows[name], self.stored.shapes[name][0], before, after)
+            elif name in self.updates:
                 own = self.updates[name]
                 before = self._rows(unit, name, self.stored.shards.tensors, dtype)
                 if name in self.values:
@@ -132,12 +140,24 @@ class Fold:
         value = self.values[name]
         return value if unit.part is None else value[unit.part : unit.part + 1]
 
+    def _tie_of(self, name: str) -> frozenset[str]:
+        """The names of the parameters that are this one: files hold one of them."""
+        own = self.stored.names[name]
+        return next((tie for tie in self.stored.ties if own in tie), frozenset({own}))
+
     def _refuse_other_vocabulary(self, adapter: Adapter, heads: frozenset[str]) -> None:
         """Rows of new tokens are drawn at random where the adapter does not bring them, so a model must make them."""
         found = {name: len(value) for name, value in adapter.trained.items() if name in heads}
         for name, update in adapter.updates.items():
             if isinstance(update.layout, Lookup):
                 found[f"{name}.weight"] = update.A.shape[1]
+        for name, token_rows in adapter.token_rows.items():
+            own = self.stored.shapes.get(f"{name}.weight")
+            if own is not None and token_rows.tokens[-1] >= own[0]:
+                raise LoraError(
+                    f"row {token_rows.tokens[-1]} of {name}.weight was trained, and the base's files have {own[0]} "
+                    "rows: tokens were added. Merge in memory: lorakit merge without --shard-by-shard."
+                )
         for name, rows in found.items():
             own = self.stored.shapes.get(name)
             if own is not None and own[0] != rows:
@@ -172,7 +192,7 @@ class Fold:
     def _untied(self, heads: frozenset[str]) -> frozenset[str]:
         untied: set[str] = set()
         for tie in self.stored.ties:
-            if changed := tie & self.changed:
+            if changed := tie & (self.changed - self.rows.keys()):
                 if not tie <= heads:
                     name = min(changed)
                     others = ", ".join(sorted(tie - {name}))

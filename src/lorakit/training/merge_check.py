@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.adapter import Update
+from ..core.adapter import TokenRows, Update
 from ..core.errors import LoraError
 from ..core.layouts import LoralibKernel, Stack
 
@@ -26,6 +26,21 @@ _BLOCK = 256  # rows that are read at once where all are needed
 _SUM = 64
 
 Rows = Callable[[int, int], Tensor]  # (first, count) → rows of a stored weight
+
+
+def check_token_rows(name: str, rows: TokenRows, length: int, before: Rows, after: Rows) -> None:
+    """Raise LoraError unless the trained rows of a token table are in the file, and the base's beside them."""
+    for token, value in zip(rows.tokens, rows.values, strict=True):
+        if not torch.equal(after(token, 1)[0], value.to(after(token, 1).dtype)):
+            raise LoraError(f"{name}: row {token} is not the one that was trained. Nothing was put in place.")
+    for row in _spread(length):
+        if row not in rows.tokens and not torch.equal(after(row, 1), before(row, 1)):
+            raise LoraError(f"{name}: row {row} is not the base's. Nothing was put in place.")
+
+
+def _spread(length: int) -> list[int]:
+    """Some rows of so many."""
+    return sorted({round(i * (length - 1) / max(ROWS - 1, 1)) for i in range(ROWS)})
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Weight:
         """
         moved = False
         gains = self._gains(before)
-        for row in sorted({round(i * (self.shape[0] - 1) / max(ROWS - 1, 1)) for i in range(ROWS)}):
+        for row in _spread(self.shape[0]):
             base, found = before(row, 1), after(row, 1)
             expected, bound = self._sum(base, row)
             if self.update.magnitude is not None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..core.attach import adapted_layers, detach, trained_whole
+from ..core.attach import detach, mergeable_layers, trained_whole
 from ..core.dequantize import dequantize
 from ..core.errors import LoraError
 from ..core.quantised import is_quantised
@@ -140,7 +140,7 @@ def merged_model(
     heldout = heldout_rows(trained, folder, data, model_task(base, folder)) if asks else random_rows(trained)
     reference = Reference(trained, heldout)
     tried: dict[Onto, Difference] = {}
-    updates, whole = len(adapted_layers(trained.model)), bool(trained_whole(trained.model)[0])
+    updates, whole = len(mergeable_layers(trained.model)), bool(trained_whole(trained.model)[0])
     unmoved: dict[Onto, int] = {}
 
     def original() -> Loaded:
@@ -179,7 +179,7 @@ def bake_layers(model: PreTrainedModel) -> int:
 
     Returns how many updates changed no number of their weight.
     """
-    *others, last = adapted_layers(model).values()
+    *others, last = mergeable_layers(model).values()
     unmoved = 0
     for layer in (*others, last):
         before = layer.own_weight

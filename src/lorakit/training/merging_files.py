@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.adapter import Adapter
 from ..core.errors import LoraError
@@ -41,6 +39,7 @@ from ..formats.shards import (
     total_size,
 )
 from .adapter_folder import is_adapter
+from .bars import Bar, progress_bar
 from .fold import as_dtype
 from .locating import locate
 from .merge_plan import MergePlan, Output
@@ -162,15 +161,16 @@ def _merged(plan: MergePlan, resumed: int, unmoved: int) -> MergedFiles:
 def _write(new: OutputFolder, plan: MergePlan, written: list[str]) -> None:
     """Write the safetensors files that are not there yet, and all others, into the new folder."""
     left = [file for file in plan.files if file not in written]
-    with _bar("merging", sum(total_size(plan.tensors(file).values()) for file in left)) as bar:
+    size_left = sum(total_size(plan.tensors(file).values()) for file in left)
+    with progress_bar(total=size_left, doing="merging", unit="B", leave=True) as shown:
         for file in left:
             with new.writing() as part:
-                _write_file(part / file, plan, file, bar)
+                _write_file(part / file, plan, file, shown)
     with new.writing() as part:
         carry_rest(plan, part)
 
 
-def _write_file(path: Path, plan: MergePlan, file: str, bar: Any) -> None:
+def _write_file(path: Path, plan: MergePlan, file: str, shown: Bar) -> None:
     outputs, tensors = plan.outputs[file], plan.tensors(file)
     ready: dict[str, Tensor] = {}  # of a unit whose other tensors come later in this file
     with ShardWriter(path, tensors, plan.shards.metadata[file]) as writer:
@@ -189,7 +189,7 @@ def _write_file(path: Path, plan: MergePlan, file: str, bar: Any) -> None:
                 writer.carry(name, plan.shards.tensors[output.source])
             else:
                 writer.write(name, as_dtype(plan.shards.tensors[output.source].read(), DTYPES[planned.dtype]))
-            bar.update(planned.size)
+            shown.update(planned.size)
 
 
 def _check(folder: Path, plan: MergePlan) -> int:
@@ -203,7 +203,7 @@ def _check(folder: Path, plan: MergePlan) -> int:
         raise LoraError(f"{folder}: its files hold other tensors than were to be written. Nothing was put in place.")
     moved: dict[str, bool] = {}
     checked: set[int] = set()  # units
-    with _bar("checking", len(outputs), unit="tensor") as bar:
+    with progress_bar(total=len(outputs), doing="checking", unit="tensor", leave=True) as shown:
         for name, output in outputs.items():
             if output.unit is None:
                 _check_kept(name, written[name], output, plan)
@@ -212,7 +212,7 @@ def _check(folder: Path, plan: MergePlan) -> int:
                 here = {own: written[own] for own in output.unit.names} | {output.source: written[name]}
                 for target, rows in plan.fold.check(output.unit, here, plan.dtype_of(output.unit)).items():
                     moved[target] = moved.get(target, False) or rows
-            bar.update()
+            shown.update()
     return list(moved.values()).count(False)
 
 
@@ -286,6 +286,9 @@ def _digest(adapter: Adapter | Path) -> str:
         for name, tensor in adapter.trained.items():
             digest.update(name.encode())
             digest.update(raw_bytes(tensor.detach().cpu().contiguous()))
+        for name, rows in adapter.token_rows.items():
+            digest.update(repr((name, rows.tokens)).encode())
+            digest.update(raw_bytes(rows.values.detach().cpu().contiguous()))
         return digest.hexdigest()
     names = (*peft.FILES, LABELS, STYLE, "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
     for path in [adapter] if adapter.is_file() else [adapter / name for name in names if (adapter / name).is_file()]:
@@ -312,8 +315,3 @@ def _refuse_full(out: OutputFolder, plan: MergePlan, written: list[str]) -> None
             f"--output-dir {out} needs {size(needed)} more, and {size(free)} are free there. Nothing was written. "
             "Choose another disk, or make room."
         )
-
-
-def _bar(what: str, total: int, unit: str = "B") -> Any:
-    watched = sys.stderr.isatty()
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", dynamic_ncols=True, disable=not watched)

@@ -1,10 +1,10 @@
-"""How good the answers are: exact match of generated text, accuracy of classes, correlation of numbers."""
+"""How good the answers are: exact match of text, accuracy of classes, F1 of sets of classes, correlation of numbers."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 
@@ -22,6 +22,19 @@ def exact_match(answer: str, expected: str) -> bool:
 def accuracy(predicted: Sequence[Any], expected: Sequence[Any]) -> float:
     """The share of equal pairs, in [0, 1]."""
     return sum(bool(p == e) for p, e in zip(predicted, expected, strict=True)) / len(expected)
+
+
+def class_counts(
+    predicted: Sequence[Collection[str]], expected: Sequence[Collection[str]]
+) -> tuple[list[int], list[int]]:
+    """For each multi-label row: its classes that are both predicted and expected, and those predicted plus expected."""
+    pairs = [(set(one), set(other)) for one, other in zip(predicted, expected, strict=True)]
+    return [len(one & other) for one, other in pairs], [len(one) + len(other) for one, other in pairs]
+
+
+def f1_of_counts(right: float, named: float) -> float:
+    """2 right / named, in [0, 1]; 0 if neither side names a class. right, named: `class_counts`, summed over rows."""
+    return 2 * right / named if named else 0.0
 
 
 def pearson(predicted: Sequence[float], expected: Sequence[float]) -> float:

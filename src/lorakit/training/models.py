@@ -27,6 +27,7 @@ from .quiet import quietly
 from .style import trained_on
 from .task import LABELS as LABELS
 from .task import Task, model_task
+from .vocabulary import grow, rows_needed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -218,13 +219,18 @@ def load_base(
 ) -> Loaded:
     """The base model that these adapters' folders will be loaded into, for their task. Their files are read first.
 
-    Raises LoraError for a language model whose files lack weights that not all of the adapters hold.
+    Its tables of tokens get rows where the adapters have trained rows beyond them. Raises LoraError for a language
+    model whose files lack weights that not all of the adapters hold.
     """
-    trained = [peft.stored_adapter(folder).trained for folder in adapters]
+    stored = [peft.stored_adapter(folder) for folder in adapters]
+    trained = [adapter.trained for adapter in stored]
     options: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "device": device, "tokenizer": tokenizer}
     if not task.answers:
-        return load_classifier(base, labels=task.labels, multi_label=task.several, named=task.named, **options)
+        loaded = load_classifier(base, labels=task.labels, multi_label=task.several, named=task.named, **options)
+        grow(loaded.model, rows_needed(stored))
+        return loaded
     loaded = load_causal_lm(base, **options)
+    grow(loaded.model, rows_needed(stored))
     missing = [name for name in loaded.new_parameters if not trained or any(name not in own for own in trained)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

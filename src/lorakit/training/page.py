@@ -21,6 +21,7 @@ from .colours import LIGHT
 from .differences import Piece, word_differences
 from .report import Evaluation, Sample, interval, is_share, metric_value
 from .svg import new_figure, styled, svg
+from .tried import Tried
 
 _LONGEST = 4000  # characters of a text that are shown
 _LINES = (("loss", "training", "blue", ""), ("eval_loss", "held-out", "orange", "o"))
@@ -58,9 +59,11 @@ def render(
     history: Sequence[Mapping[str, float]],
     result: Evaluation | None,
     changes: Sequence[Change],
+    tried: Tried | None = None,
 ) -> str:
     """The page as HTML. facts: what is known of the run, by name. command: what makes it again. settings: all of them.
-    summary: the text that a run starts with. history: the lines of metrics.jsonl.
+    summary: the text that a run starts with. history: the lines of metrics.jsonl. tried: the settings among which those
+    of the run were chosen.
     """
     answered = answers_of(result) if result is not None else []
     return html.fill_template(
@@ -79,6 +82,7 @@ def render(
         kinds=by_kind(changes),
         layers=layer_bars(by_layer(changes)),
         whole=together("", changes) if changes else None,
+        tried=tried,
     )
 
 

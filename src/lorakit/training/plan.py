@@ -42,6 +42,14 @@ class Plan:
         return replace(self, peak_bytes=self.peak_bytes + count * size)
 
 
+def length_of(
+    rows: int, *, batch_size: int, accumulation: int, epochs: float, max_steps: int | None
+) -> tuple[int, int]:
+    """The steps of an epoch over so many rows, and those of the run, as Trainer counts them."""
+    steps_an_epoch = math.ceil(math.ceil(rows / batch_size) / accumulation)
+    return steps_an_epoch, max_steps or math.ceil(steps_an_epoch * epochs)
+
+
 def make_plan(
     model: nn.Module,
     loss: Callable[[], Tensor],
@@ -55,11 +63,12 @@ def make_plan(
 ) -> Plan:
     """Plan for a model of fake tensors, adapted and in the mode that it will be trained in.
 
-    loss: computes it for the largest batch, as training will. rows, tokens: in the training data. Under torchrun each
-    process takes its share of the rows.
+    loss: computes it for the largest batch, as training will. rows, tokens: in the training data; of several runs in
+    one pass, the rows of the longest, and the tokens of all. Under torchrun each process takes its share of the rows.
     """
-    steps_an_epoch = math.ceil(math.ceil(rows / (batch_size * processes())) / accumulation)
-    steps = max_steps or math.ceil(steps_an_epoch * epochs)
+    steps_an_epoch, steps = length_of(
+        rows, batch_size=batch_size * processes(), accumulation=accumulation, epochs=epochs, max_steps=max_steps
+    )
     seen = round(tokens * steps / steps_an_epoch)
     try:
         # torch logs the traceback of what fake tensors cannot do before it raises it.

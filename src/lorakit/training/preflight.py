@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import LoraError
 from ..core.numbers import size
 from ..core.reading import json_of
-from ..core.words import suggestion
+from ..core.words import first_line, suggestion
 from . import report
 from .memory import memory_of
 from .models import best_device
+from .processes import is_main
 from .scores import metrics_for
 
 if TYPE_CHECKING:
     from .config import TrainConfig
     from .data import Data
+    from .plan import Plan
     from .prepare import Prepared
+
+_PACKAGES = {"azure_ml": "azureml-core", "flyte": "flytekit"}  # of trackers whose name is not their package's
 
 
 def check_output(path: Path, flag: str = "--output-dir") -> None:
@@ -68,21 +73,40 @@ def _is_result(path: Path) -> bool:
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """Raise ValueError for a program of --report-to that transformers does not know, or that is not installed."""
+    """Raise LoraError for a program of --report-to that transformers does not know, that is not installed, or that
+    cannot begin: W&B asks for a key on a terminal, and without one it needs a login.
+    """
     from transformers.integrations.integration_utils import (
         INTEGRATION_TO_CALLBACK,
         get_available_reporting_integrations,
     )
 
-    known, installed = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
+    known, usable = sorted(INTEGRATION_TO_CALLBACK), get_available_reporting_integrations()
     for name in names:
-        if name in ("all", "none") or name in installed:
+        if name in ("all", "none") or name in usable:
             continue
-        if name in known:
-            raise LoraError(
-                f"--report-to {name}: {name} is not installed. Install it (pip install {name}), or leave it out."
-            )
-        raise LoraError(f"--report-to {name}: expected one of {', '.join(known)}.{suggestion(name, known)}")
+        if name not in known:
+            raise LoraError(f"--report-to {name}: expected one of {', '.join(known)}.{suggestion(name, known)}")
+        if importlib.util.find_spec(name) is not None:  # comet_ml without its key, for example
+            raise LoraError(f"--report-to {name}: {name} is installed and not set up. Set it up, or leave it out.")
+        package = _PACKAGES.get(name, name)
+        raise LoraError(
+            f"--report-to {name}: {name} is not installed. Install it (pip install {package}), or leave it out."
+        )
+    if "wandb" in usable and {"wandb", "all"} & set(names) and is_main():
+        _log_in_to_wandb()
+
+
+def _log_in_to_wandb() -> None:
+    """Raise LoraError without a login, as W&B would after the model was loaded. Offline it needs none."""
+    import wandb
+
+    try:
+        wandb.login()
+    except wandb.Error as error:
+        raise LoraError(
+            f"--report-to wandb: {first_line(error)} WANDB_MODE=offline keeps the run on this machine."
+        ) from None
 
 
 def check_metric(config: TrainConfig, data: Data, held_out: int) -> None:
@@ -106,6 +130,7 @@ def check_metric(config: TrainConfig, data: Data, held_out: int) -> None:
     same: dict[str, tuple[list[Any], list[Any]]] = {
         "texts": (["a b c d"], [("a b c d",)]),
         "classes": (["a", "b"], ["a", "b"]),
+        "class lists": ([("a", "b")], [("a", "b")]),
         "numbers": ([0.0, 1.0], [0.0, 1.0]),
     }
     metric.score(*same[metric.of])  # imports what it needs
@@ -117,6 +142,14 @@ def refuse_large_run(prepared: Prepared) -> None:
     if config.ignore_memory or peak is None:
         return
     refuse_more_than_there_is(peak * sharing(), "the plan needs about", ways_to_need_less(config))
+
+
+def exceeds_memory(plan: Plan) -> bool:
+    """Whether a plan needs more memory than the machine has, as far as both are known."""
+    there = memory_of(best_device())
+    if not there or plan.peak_bytes is None:
+        return False
+    return plan.peak_bytes * sharing() > there
 
 
 def sharing() -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,8 @@ from ..core.numbers import size
 from ..core.report import Report
 from ..core.settings import LoRASettings
 from . import report
+from .auto_settings import AutoSearch, auto_search
+from .bars import progress
 from .class_weights import class_weights
 from .config import Quantize, TrainConfig, warnings_for
 from .continuing import begin_with, in_names_of, planned, taken_over
@@ -30,24 +30,24 @@ from .gradient_checkpointing import begin_checkpointing
 from .labels import MULTI_LABEL
 from .loss import Labelled, frozen_head, label_losses, labelled
 from .models import best_device, has_fast_bfloat16, load_tokenizer, skeleton
+from .own_run import OwnRun, Rows, most_tokens
 from .packing import packed
 from .plan import Plan, make_plan, processes
 from .positions import check_vocabulary, longest_row
-from .preflight import check_metric, check_reporters
+from .preflight import check_metric, check_reporters, exceeds_memory
 from .quantize import heads, weight_bytes
 from .rows import DataError
 from .settings import UsageError
-from .spool import Spool, progress, viewed
+from .spool import Spool, picked, viewed
 from .style import Style
-from .sweep_settings import swept
+from .sweep_settings import refuse_unshared, swept
 from .task import in_model_order, model_task
-from .tokens import encode_all, encode_text, preview
+from .terminal import takes_colours, to_width
+from .tokens import Tokens, encode_all, encode_text, preview
+from .vocabulary import add_tokens, grow, trained_tables, trained_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,9 @@ class Prepared:
     weights: tuple[int, int]  # bytes of the base as it is loaded, and of the same with no layer quantised
     fit: tuple[str, ...]  # what --fit chose and why
     class_weights: tuple[float, ...] | None  # of each class in the loss; None: all count alike
+    new_tokens: tuple[int, ...]  # the tokens whose rows are trained
+    learners: Mapping[str, OwnRun]  # of each adapter, if rows name the one that learns them
+    search: AutoSearch | None = None
 
     @property
     def tokens(self) -> int:
@@ -81,7 +84,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     DataError listing every bad row, and ValueError for settings that do not fit the model or the data.
     """
     check_reporters(config.report_to or ())
-    choices = swept(config)
+    choices, search = swept(config), auto_search(config)
     given, (config, adapter) = config, taken_over(config)
     data = read_data(
         config.data,
@@ -91,7 +94,10 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         seed=config.seed,
         train_on=config.train_on,
         model=None if config.from_adapter is None else model_task(config.model, config.from_adapter),
+        adapters=None,
     )
+    if data.adapters:
+        _refuse_learners(config)
     check_task(config, data)
     _refuse_float16(config, data)
     if data.labels and config.from_adapter is None:
@@ -99,12 +105,20 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     weights_of_classes = class_weights(config.class_weights, data)
     general = _general(config, data)
     tokenizer = load_tokenizer(config.model)
+    new_tokens = add_tokens(tokenizer, config.new_tokens)
+    if adapter is not None and sorted(new_tokens) != trained_tokens(adapter):
+        raise LoraError(
+            f"--from-adapter {config.from_adapter}: the tokenizer of {config.model} has other numbers for "
+            f"{', '.join(config.new_tokens)}, so the adapter was trained on another base."
+        )
     style = Style.of_rows(data.train, tokenizer, plain=config.plain, system=config.system)
     dtype = weights_dtype(config, data)
 
     def laid_out(quantize: Quantize) -> PreTrainedModel:
         several = data.task == MULTI_LABEL
-        return skeleton(config.model, labels=labels_of(data), multi_label=several, dtype=dtype, quantize=quantize)
+        made = skeleton(config.model, labels=labels_of(data), multi_label=several, dtype=dtype, quantize=quantize)
+        grow(made, max(new_tokens, default=-1) + 1)
+        return made
 
     with FakeTensorMode() as fake:
         model = laid_out(config.quantize)
@@ -125,10 +139,24 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         if limit == config.max_seq_length:
             remedy = f"raise --max-seq-length {limit}"
         raise LoraError(f"no row of {config.data} is left to train on: all are over {limit} tokens; {remedy}.")
+    notes += _new_tokens(config.new_tokens, new_tokens, train)
     check_vocabulary(itertools.chain(train, valid), model, tokenizer)
     check_metric(config, data, len(valid))
-    if choices and (data.task != "causal-lm" or processes() > 1):
-        raise UsageError("--sweep is for language models, in one process: a classifier's head is shared by all rows.")
+    if search and not valid:
+        raise LoraError(
+            f"--auto compares held-out losses, and {config.data} has no held-out rows; add a valid file, or --holdout "
+            "above 0."
+        )
+    if (choices or search or data.adapters) and (data.task != "causal-lm" or processes() > 1):
+        what = "rows that name their adapter are" if data.adapters else "--auto is" if search else "--sweep is"
+        raise UsageError(f"{what} for language models, in one process: a classifier's head is shared by all rows.")
+    learners = {}
+    for name in data.adapters:
+        learners[name] = own_run = OwnRun(
+            config, config.learning_rate, config.seed, _rows_of(train, name), _rows_of(valid, name)
+        )
+        if not own_run.train:
+            raise LoraError(f"no row of {config.data} is left for {name}: all are over {limit} tokens.")
     if config.packing:
         if data.task != "causal-lm":
             raise LoraError("--packing is for language models: a classifier gives one answer for each text.")
@@ -139,9 +167,11 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     from . import trainers  # noqa: F401  planned memory includes the libraries that training needs
 
     longest = _longest(train, config.batch_size)
-    counts = len(train), _tokens(train)
-    copies = max(len(choices), 1)
+    counts = max((len(own.train) for own in learners.values()), default=len(train)), _tokens(train)
+    together = search.at_once if search else len(choices) or len(learners)
     largest = max(choices.values(), key=lambda own: own.rank, default=config)
+    if search:
+        largest = dataclasses.replace(config, rank=search.largest)
     if adapter is not None:
         adapter = in_names_of(model, adapter)
 
@@ -150,7 +180,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
             return planned(own, model, adapter, given)
         # The init does not change shapes, but may double the work here (some decompose each weight).
         plain = dataclasses.replace(largest, init="kaiming")
-        return own, attach_as(plain, model, new_head=data.task != "causal-lm")
+        return own, attach_as(plain, model, new_tokens, new_head=data.task != "causal-lm")
 
     quantised = config.quantize
     with fake:
@@ -158,7 +188,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
 
     def plan_with(own: TrainConfig) -> Plan:
         nonlocal model, weights, attached, quantised
-        batch = _largest_batch(own, data, longest[: own.batch_size], copies)
+        batch = _largest_batch(own, data, longest[: own.batch_size], together)
         with fake:
             if own.quantize != quantised:  # all else is planned on the same model
                 quantised = own.quantize
@@ -166,11 +196,15 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
                 weights = weight_bytes(model)
                 _, attached = adapted(own, model)
             plan = _plan(own, data, counts, model, _faked(batch, fake))
-            return plan.with_adapters(model, len(choices) - 1) if choices else plan
+            return plan.with_adapters(model, max(together - 1, 0))
 
     said: tuple[str, ...] = ()
     if config.fit is None:
         plan = plan_with(config)
+        while search and search.at_once > 1 and exceeds_memory(plan):
+            together -= 1
+            search = dataclasses.replace(search, at_once=together)
+            plan = plan_with(config)
     else:
         config, plan, said = fitted(
             config,
@@ -195,32 +229,66 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         weights,
         said,
         weights_of_classes,
+        new_tokens,
+        learners,
+        search,
     )
 
 
-def start_block(prepared: Prepared) -> str:
-    """What a person reads before training: the data, one row with its loss-bearing tokens, the model, the plan."""
+def start_block(prepared: Prepared, *, printed: bool = False) -> str:
+    """What a person reads before training: the data, one row with its loss-bearing tokens, the model, the plan.
+
+    printed: in the width of the terminal and with its colours; otherwise as a page holds it.
+    """
     config, data, plan = prepared.config, prepared.data, prepared.plan
     splits = {"train": data.train, "valid": data.valid, "test": data.test}
     counts = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items() if rows)
+    each = " for each adapter" if prepared.learners else ""
+
+    def sentences(*lines: str) -> list[str]:
+        return [to_width(line) for line in lines] if printed else [*lines]
+
     lines = [
-        report.heading("data"),
-        f"{config.data}: {data.shape}; rows: {counts}; {prepared.tokens:,} tokens to train on",
-        *prepared.notes,
-        *(f"warning: {warning}" for warning in warnings_for(config)),
+        report.heading("data", printed),
+        *sentences(
+            f"{config.data}: {data.shape}; rows: {counts}; {prepared.tokens:,} tokens to train on",
+            *prepared.notes,
+            *(f"warning: {warning}" for warning in warnings_for(config)),
+        ),
         "",
-        *_example_lines(prepared),
-        report.heading("model"),
-        f"{config.model}: {_weights(prepared)} on {best_device()}",
+        *_example_lines(prepared, printed),
+        report.heading("model", printed),
+        *sentences(f"{config.model}: {_weights(prepared)} on {best_device()}"),
         *([f"goes on with the adapter {config.from_adapter}"] if config.from_adapter else []),
         str(prepared.attached),
-        report.heading("plan"),
-        f"{plan.steps} steps of {_rows_a_step(config)} rows, {plan.tokens:,} tokens; "
-        f"learning rate {config.learning_rate:g}, {config.scheduler}; seed {config.seed}",
-        *prepared.fit,
-        f"{_memory(plan)}; the time is told after the first steps of training",
+        report.heading("plan", printed),
+        *sentences(
+            f"{plan.steps} steps of {_rows_a_step(config)} rows{each}, {plan.tokens:,} tokens; "
+            f"learning rate {_rate(prepared)}, {config.scheduler}; seed {config.seed}",
+            *prepared.fit,
+            f"{_memory(plan)}; the time is told after the first steps of training",
+            *_search_lines(prepared),
+        ),
     ]
     return "\n".join(lines)
+
+
+def _rate(prepared: Prepared) -> str:
+    searched = prepared.search is not None and "learning_rate" in prepared.search.axes
+    return "searched" if searched else f"{prepared.config.learning_rate:g}"
+
+
+def _search_lines(prepared: Prepared) -> list[str]:
+    if (search := prepared.search) is None:
+        return []
+    adapters = "1 adapter" if search.at_once == 1 else f"{search.at_once} adapters"
+    searched = " and ".join(name.replace("_", " ") for name in search.axes)
+    return [
+        report.heading("search"),
+        f"{searched}: begins with {search.name(search.start)}, and goes to what has a lower loss on the "
+        f"{len(prepared.valid)} held-out rows; budget {search.budget.text}",
+        f"memory is planned for {adapters} of rank {search.largest} in one pass",
+    ]
 
 
 def _weights(prepared: Prepared) -> str:
@@ -243,22 +311,26 @@ def _memory(plan: Plan) -> str:
     return f"about {size(plan.peak_bytes)} of memory{each} at the peak of training"
 
 
-def adapt(config: TrainConfig, model: nn.Module, *, new_head: bool) -> None:
+def adapt(config: TrainConfig, model: nn.Module, new_tokens: Sequence[int], *, new_head: bool) -> None:
     """Adapt the model as the run begins: with new factors, or with those of an adapter.
 
-    new_head: as for `attach_as`.
+    new_tokens, new_head: as for `attach_as`.
     """
     if config.from_adapter is not None:
         begin_with(config, model)
     else:
-        attach_as(config, model, new_head=new_head)
+        attach_as(config, model, new_tokens, new_head=new_head)
 
 
-def attach_as(config: TrainConfig, model: nn.Module, *, new_head: bool) -> Report:
-    """`attach` with a run's settings. new_head: also train the modules beside the base model (a head) in full."""
+def attach_as(config: TrainConfig, model: nn.Module, new_tokens: Sequence[int], *, new_head: bool) -> Report:
+    """`attach` with a run's settings. new_tokens: tokens whose rows are trained. new_head: also train the modules
+    beside the base model (a head) in full.
+    """
     whole = [*config.also_train, *(heads(model) if new_head else [])]
+    rows = trained_tables(model, new_tokens)
     # The configuration's dtype is that of the base weights.
-    return attach(model, dataclasses.replace(LoRASettings.of(config), dtype=None, also_train=whole))
+    settings = dataclasses.replace(LoRASettings.of(config), dtype=None, also_train=whole, trainable_tokens=rows)
+    return attach(model, settings)
 
 
 def weights_dtype(config: TrainConfig, data: Data) -> str:
@@ -346,7 +418,7 @@ def _causal_rows(
         dropped += encoded.dropped
         truncated += encoded.truncated
         said += encoded.notes
-        parts.append(viewed(encoded.rows, lambda row: {"input_ids": row.input_ids, "labels": row.labels}))
+        parts.append(viewed(encoded.rows, _row_of))
     if problems:
         raise DataError(problems)
     over = f"{_limit(config, limit)}, --too-long {config.too_long}"
@@ -357,6 +429,30 @@ def _causal_rows(
     notes += dict.fromkeys(said)
     train, valid = parts
     return train, valid
+
+
+def _row_of(row: Tokens) -> dict[str, Any]:
+    own = {"input_ids": row.input_ids, "labels": row.labels}
+    return own if row.adapter is None else {**own, "adapter": row.adapter}
+
+
+def _rows_of(rows: Rows, adapter: str) -> Rows:
+    """The rows that name this adapter."""
+    places = [place for place, row in enumerate(rows) if row["adapter"] == adapter]
+    return viewed(picked(rows, places), lambda row: {name: value for name, value in row.items() if name != "adapter"})
+
+
+def _refuse_learners(config: TrainConfig) -> None:
+    """Raise UsageError for settings that rows which name their adapters cannot have."""
+    what = 'a row that names its adapter ("adapter": …)'
+    if config.sweep is not None or config.auto is not None:
+        flag = "--auto" if config.sweep is None else "--sweep"
+        raise UsageError(f"{flag} trains every adapter on all rows, and {config.data} holds {what}; leave it out.")
+    if config.general_data is not None:
+        raise UsageError(f"--general-data is read by one adapter, and {config.data} holds {what}; leave it out.")
+    if config.resume is not None:
+        raise UsageError(f"a run with {what} has no checkpoints, so there is nothing to --resume.")
+    refuse_unshared(config, what)
 
 
 def _labelled_rows(
@@ -384,12 +480,27 @@ def target(example: Example, data: Data) -> int | float | list[float]:
     return data.labels.index(str(example.label)) if data.labels else float(example.label or 0.0)
 
 
+def _new_tokens(texts: Sequence[str], tokens: Sequence[int], rows: Rows) -> list[str]:
+    """Notes on the tokens that are added: their numbers, and which of them no row holds."""
+    if not tokens:
+        return []
+    listed = ", ".join(f"{text} {token}" for text, token in zip(texts, tokens, strict=True))
+    notes = [f"tokens whose rows are trained: {listed}"]
+    missing = set(tokens)
+    for row in rows:
+        missing.difference_update(row["input_ids"])
+        if not missing:
+            return notes
+    absent = ", ".join(text for text, token in zip(texts, tokens, strict=True) if token in missing)
+    return [*notes, f"warning: no row holds {absent}, so nothing says what it means"]
+
+
 def _limit(config: TrainConfig, limit: int) -> str:
     why = "--max-seq-length" if limit == config.max_seq_length else "all that the model has positions for"
     return f"{limit} tokens ({why})"
 
 
-def _example_lines(prepared: Prepared) -> list[str]:
+def _example_lines(prepared: Prepared, printed: bool) -> list[str]:
     if prepared.data.task != "causal-lm":
         several = "any number of: " if prepared.data.task == MULTI_LABEL else ""
         return [f"predicts: {several}{', '.join(prepared.data.labels) or 'a number'}"]
@@ -402,10 +513,12 @@ def _example_lines(prepared: Prepared) -> list[str]:
         system=style.system,
         chat=style.chat,
     ).rows
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    how = "in green" if colour else "between ⟦ ⟧"
-    lines = [f"one row as the model reads it; it learns to write what is {how}, the rest is masked out of the loss:"]
-    return lines + [report.marked(preview(row, prepared.tokenizer), colour) for row in rows]
+    coloured = printed and takes_colours()
+    how = "in green" if coloured else "between ⟦ ⟧"
+    said = f"one row as the model reads it; it learns to write what is {how}, the rest is masked out of the loss:"
+    return [to_width(said) if printed else said] + [
+        report.marked(preview(row, prepared.tokenizer), coloured) for row in rows
+    ]
 
 
 def _longest(rows: Rows, count: int) -> list[dict[str, Any]]:
@@ -415,12 +528,13 @@ def _longest(rows: Rows, count: int) -> list[dict[str, Any]]:
     return [rows[index] for index, _ in largest]
 
 
-def _largest_batch(config: TrainConfig, data: Data, longest: Rows, copies: int) -> dict[str, Any]:
+def _largest_batch(config: TrainConfig, data: Data, longest: Rows, adapters: int) -> dict[str, Any]:
     """The largest batch that training can meet: the longest rows together, with their real labels.
 
-    longest: as `_longest` returns them. copies: how often each row is in the batch, once for each adapter.
+    longest: as `_longest` returns them. adapters: of how many there may be rows in a batch; 0 for a run of one.
     """
-    longest = [*reversed(longest)] * copies
+    together = most_tokens(best_device()) // (len(longest) * len(longest[0]["input_ids"])) if adapters else 1
+    longest = [*reversed(longest)] * int(min(max(together, 1), max(adapters, 1)))
     lengths = [len(row["input_ids"]) for row in longest]
     ids = torch.ones(len(longest), lengths[-1], dtype=torch.long)
     # Without padding, models skip the attention mask. With fake tensors they always make one, so the plan is a little

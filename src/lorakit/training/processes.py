@@ -26,3 +26,9 @@ def of_main(value: Value) -> Value:
     shared = [value]
     broadcast_object_list(shared)
     return shared[0]
+
+
+def say(text: str) -> None:
+    """Print in the first process."""
+    if is_main():
+        print(text, flush=True)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..core.numbers import duration
 from ..formats.files import naming, replacing
+from .bars import Bar, progress_bar
 from .memory import forget_peak, peak_memory
 from .outcome import logged_lines
 from .pace import Pace
@@ -35,12 +34,18 @@ class Progress(TrainerCallback):
         self.seconds = 0.0
         self.loading_bytes = 0  # the peak before training began
         self.peak_bytes = 0  # the peak of training alone, if the system can tell the two apart
-        self._bar: tqdm[Any] | None = None
+        self._bar: Bar | None = None
         self._began = 0.0
 
     def take(self, step: int) -> None:
         """Read the lines of a run that has nothing left to train."""
         self.history = _read_lines(self.path, up_to=step)
+
+    def become(self, lines: list[dict[str, float]]) -> None:
+        """Take these lines in the place of all that there are."""
+        self.history = lines
+        with replacing(self.path) as path:
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def note(self, line: dict[str, float]) -> None:
         """Add a line that is no step of the training."""
@@ -54,16 +59,9 @@ class Progress(TrainerCallback):
         self._began = time.perf_counter()
         if not state.is_world_process_zero:
             return
-        self.history = _read_lines(self.path, up_to=state.global_step)
-        with replacing(self.path) as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in self.history), encoding="utf-8")
-        self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+        self.become(_read_lines(self.path, up_to=state.global_step))
+        self._bar = progress_bar(
+            total=state.max_steps, initial=state.global_step, doing="training", unit="step", leave=True
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
+
+from .terminal import is_watched
 
 
 @contextlib.contextmanager
@@ -40,7 +41,7 @@ def quietly() -> Iterator[None]:
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
-    unseen = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    unseen = contextlib.nullcontext() if is_watched() else contextlib.redirect_stderr(io.StringIO())
     try:
         with warnings.catch_warnings(), unseen:
             warnings.simplefilter("ignore")

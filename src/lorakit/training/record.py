@@ -41,6 +41,7 @@ def run_record(prepared: Prepared) -> dict[str, Any]:
     """The record of a run, without its base model's weights."""
     config, data = prepared.config, prepared.data
     settings = dataclasses.asdict(config)
+    settings["auto"] = None if config.auto is None else "a search"  # its budget may change
     settings["dtype"] = str(resolve_dtype(weights_dtype(config, data), best_device())).removeprefix("torch.")
     rows = ({**dataclasses.asdict(example), "where": None} for example in data.train)
     return {

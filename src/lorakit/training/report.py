@@ -5,6 +5,7 @@ The functions only return text; the caller prints it.
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import sys
@@ -16,6 +17,11 @@ from pathlib import Path
 
 from ..core.table import Table
 from .intervals import Ends
+from .terminal import columns, to_width, without_commands
+
+_WIDTH = 80  # of a heading, and of answers where no terminal says another width
+_ITEM = re.compile(r'"(?:[^"\\]|\\.)*"?|: (?![{\[])')  # in JSON: a text, perhaps cut, or what joins it to its key
+_HELD = "\ue000"  # a space at which no line ends; the character is for private use
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,10 @@ class SeveralEvaluations:
         return next(iter(self.by_adapter.values())) if self.all is None and len(self.by_adapter) == 1 else None
 
 
-def heading(title: str) -> str:
-    return f"\n── {title} " + "─" * max(4, 76 - len(title))
+def heading(title: str, printed: bool = True) -> str:
+    """A line of 80 characters. printed: or of fewer, if the terminal has fewer."""
+    width = min(_WIDTH, columns(_WIDTH)) if printed else _WIDTH
+    return f"\n── {title} " + "─" * max(4, width - 4 - len(title))
 
 
 def marked(pieces: Sequence[tuple[str, bool]], colour: bool) -> str:
@@ -87,8 +95,8 @@ def comparison(result: Evaluation, shown: int = 3, *, rows: str = "", adapted: b
         gained = f" → {metric_value(name, after)}" if adapted else ""
         ends = interval(result, name)
         within = f"   95 % interval {ends[adapted]}" if ends else ""
-        lines.append(f"{name:<16} {metric_value(name, before):>9}{gained}{within}")
-    lines += [f"note: {note}" for note in result.notes]
+        lines.append(to_width(f"{name:<16} {metric_value(name, before):>9}{gained}{within}"))
+    lines += [to_width(f"note: {note}") for note in result.notes]
     for sample in telling(result.samples)[:shown]:
         lines += ["", *_beside("  ", sample.prompt)]
         lines += _beside("    base      ", sample.base) if adapted else []
@@ -111,7 +119,9 @@ def comparison_of_several(result: SeveralEvaluations, shown: int = 3, *, rows: s
             for name, (count, (base, adapted)) in scores.items()
         )
         text += Table((metric, "rows", "base", "adapter"), tuple(cells)).lines()
-    text += [f"note: {note}" for note in dict.fromkeys(note for own in evaluations.values() for note in own.notes)]
+    text += [
+        to_width(f"note: {note}") for note in dict.fromkeys(note for own in evaluations.values() for note in own.notes)
+    ]
     answers = list(_side_by_side(lines) if whole is None else _by_their_own(lines))
     for asked, said, _ in sorted(answers, key=lambda answer: not answer[2])[:shown]:
         width = max(map(len, said))
@@ -139,16 +149,21 @@ def _by_their_own(lines: Mapping[str, Evaluation]) -> Iterator[tuple[str, dict[s
 
 
 def _beside(label: str, text: str) -> list[str]:
-    """The text beside its label, broken between words at the width of the terminal, so that lines stay under it."""
-    width = max(40, shutil.get_terminal_size().columns)
+    """The text beside its label, broken at the width of the terminal, so that lines stay under it.
+
+    A text is broken between words, and JSON after a comma. What would command the terminal is shown as �.
+    """
+    line = without_commands(one_line(text, 220))
+    if is_json := line.startswith(("{", "[")):
+        line = _ITEM.sub(lambda item: item[0].replace(" ", _HELD), line)
     found = textwrap.wrap(
-        one_line(text, 220),
-        width,
+        line,
+        max(40, columns(_WIDTH)),
         initial_indent=label,
         subsequent_indent=" " * len(label),
         break_on_hyphens=False,
     )
-    return found or [label.rstrip()]
+    return [own.replace(_HELD, " ") if is_json else own for own in found] or [label.rstrip()]
 
 
 def next_commands(

@@ -4,6 +4,7 @@ Shares and correlations are times 100 (an accuracy of 95.1). BLEU, chrF and TER 
 not scaled. A score is one number for all rows together. It is computed from
 
     classes, numbers    predicted and expected: one of each for a row
+    class lists         predicted and expected: all classes of a row, in the order of the task's classes
     texts               the answers; and for each question a tuple of all its references
     loss                Σ −log p of each row, in nats; and the number of tokens in that sum
 
@@ -23,6 +24,7 @@ from typing import Any, Literal
 from ..core.errors import LoraError
 from ..core.words import suggestion
 from . import metrics
+from .labels import MULTI_LABEL
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Metric:
     """A score: its name, what it is computed from, whether higher is better, and its least and greatest value."""
 
     name: str
-    of: Literal["classes", "numbers", "texts", "loss"]
+    of: Literal["classes", "class lists", "numbers", "texts", "loss"]
     score: Callable[[Sequence[Any], Sequence[Any]], float]  # predicted, expected
     higher_is_better: bool = True
     bounds: tuple[float | None, float | None] = (0.0, 100.0)
@@ -44,6 +46,8 @@ def default_metrics(task: str, answers: bool) -> tuple[str, ...]:
     _scored(task, answers)
     if task == "classification":
         return "accuracy", "matthews"
+    if task == MULTI_LABEL:
+        return "micro-f1", "exact-set"
     if task == "regression":
         return "pearson", "spearman"
     return ("exact-match", "bleu", "chrf", "rouge-l", "perplexity") if answers else ("perplexity",)
@@ -71,7 +75,7 @@ def _scored(task: str, answers: bool) -> tuple[str, ...]:
     """The outputs of a model for this task that can be scored."""
     if task == "causal-lm":
         return ("texts", "loss") if answers else ("loss",)
-    kinds = {"classification": ("classes",), "regression": ("numbers",)}
+    kinds = {"classification": ("classes",), MULTI_LABEL: ("class lists",), "regression": ("numbers",)}
     if task not in kinds:
         raise LoraError(f"no metrics for the task {task!r}, only for: {', '.join(kinds)}, causal-lm.")
     return kinds[task]
@@ -116,6 +120,15 @@ def _many_classes() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")
         yield
+
+
+# --- class lists ---------------------------------------------------------------------------------------------------
+
+
+def _micro_f1(predicted: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]) -> float:
+    """F1 over all classes of all rows together."""
+    _check(predicted, expected)
+    return 100 * metrics.f1_of_counts(*map(sum, metrics.class_counts(predicted, expected)))
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------
@@ -249,6 +262,8 @@ METRICS: dict[str, Metric] = {
         Metric("accuracy", "classes", _accuracy),
         Metric("matthews", "classes", _matthews, bounds=(-100.0, 100.0)),
         Metric("f1", "classes", _f1),
+        Metric("micro-f1", "class lists", _micro_f1),
+        Metric("exact-set", "class lists", _accuracy),  # the share of the rows whose classes are all right
         Metric("pearson", "numbers", _pearson, bounds=(-100.0, 100.0)),
         Metric("spearman", "numbers", _spearman, bounds=(-100.0, 100.0)),
         Metric("exact-match", "texts", _exact_match),

@@ -19,12 +19,13 @@ from ..core.combine import combine
 from ..core.errors import LoraError
 from ..core.paths import expanded
 from ..formats import peft, read_for
-from .adapter_folder import base_and_adapter, base_named_by, beside
+from .adapter_folder import adapters_in, base_and_adapter, base_named_by, beside
 from .adapter_names import NONE, folder_name, shown_use
 from .config import Quantize
 from .models import Loaded, load_base, load_tokenizer, structure
 from .style import Style, longest_text, trained_on
 from .task import Task, model_task
+from .vocabulary import grow, rows_needed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,9 +114,12 @@ class Several:
 def named_adapters(model: str | None, given: Sequence[tuple[str, str]]) -> NamedAdapters:
     """The base and the adapters that "--model MODEL --adapter NAME=PATH …" means.
 
-    model: a base, or without `given` an adapter's folder; None: the base that the adapters name. Raises
+    model: a base, or without `given` an adapter's folder, or the folder of a run with several; None: the base that the
+    adapters name. Raises
     FileNotFoundError for what is not there, LoraError for adapters that do not go together.
     """
+    if not given and model is not None and (inside := adapters_in(model)):
+        return named_adapters(None, list(inside.items()))
     if not given:
         assert model is not None
         base, adapter = base_and_adapter(model, None)
@@ -210,6 +214,7 @@ def _refuse_misfits(named: NamedAdapters) -> None:
     labels = None if named.task.answers else named.task.labels
     task = named.task
     made = structure(named.base, labels=labels, multi_label=task.several, named=task.named, speaks=task.answers)
+    grow(made, rows_needed(peft.stored_adapter(folder) for folder in named.folders.values()))
     bank = Bank(made)
     for name, folder in named.folders.items():
         try:

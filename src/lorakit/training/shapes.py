@@ -57,7 +57,7 @@ class Example:
     label: Label | None = None
     tools: tuple[dict[str, Any], ...] = ()  # the tools that the assistant may call
     unlearnt: frozenset[int] = frozenset()  # indices of assistant turns that are read, not learnt
-    adapter: str | None = None  # the one of several adapters that answers this row
+    adapter: str | None = None  # the one of several adapters that learns or answers this row
 
 
 def parse(row: Row, fields: Mapping[str, str], train_on: TrainOn = "all") -> tuple[str, Example, set[str]]:

@@ -10,13 +10,10 @@ import array
 import contextlib
 import os
 import pickle
-import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar, overload
-
-from tqdm.auto import tqdm
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -162,14 +159,3 @@ def as_dataset(rows: Sequence[dict[str, Any]]) -> Iterator[Any]:
 def picked(rows: Sequence[T], indices: Sequence[int]) -> Sequence[T]:
     """The rows at these indices: a list of a list, and a view of a spool."""
     return [rows[index] for index in indices] if isinstance(rows, list) else Picked(rows, indices)
-
-
-def progress(rows: Iterable[T], doing: str, total: int | None = None) -> Iterable[T]:
-    """The rows, with a bar on a terminal if they take longer than a second."""
-    if total is None and isinstance(rows, Sequence):
-        total = len(rows)
-    bar: Iterable[T] = tqdm(
-        rows, desc=doing, total=total, unit=" rows", leave=False, delay=1, dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
-    )  # fmt: skip
-    return bar

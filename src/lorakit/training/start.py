@@ -18,7 +18,8 @@ from typing import Any
 
 from ..formats import peft
 from ..formats.folder import OutputFolder, OutputKind
-from .checkpoints import checkpoints, fault_of, newest_whole, record_in, step_of
+from .adapter_folder import adapters_in
+from .checkpoints import checkpoints, fault_of, newest_whole, record_in, search_in, step_of
 from .config import TrainConfig
 from .preflight import check_output
 from .record import record_of_released
@@ -102,8 +103,9 @@ def decided(config: TrainConfig, out: OutputFolder) -> Start:
     if _nothing_to_keep(out):
         out.refuse_others()
         return Start(anew=True, said=(f"{out} holds a run that came to nothing; a new one takes its place.",))
-    finished = (out.path / peft.CONFIG).is_file()
-    holds = "a finished run" if finished else "an interrupted run" if checkpoints(out.path) else "an adapter"
+    finished = (out.path / peft.CONFIG).is_file() or bool(adapters_in(out.path))
+    begun = checkpoints(out.path) or search_in(out.path)
+    holds = "a finished run" if finished else "an interrupted run" if begun else "an adapter"
     beside = " A new run beside it was interrupted: --resume auto goes on with that." if out.new.own else ""
     raise FileExistsError(
         f"--output-dir {out} is not empty: it holds {holds}.{beside} Add --resume auto to go on with it, or "
@@ -126,6 +128,8 @@ def _resumed(config: TrainConfig, out: OutputFolder) -> Start:
     note = here.note
     products = {name for name in note.files if step_of(name) < 0} if note else set()
     whole = note is not None and note.state == "finished" and products <= set(here.own)
+    if not whole and note is not None and (tried := search_in(here.path)) is not None:
+        return Start(beside, record=note.record, said=(*passed, f"goes on with the search of which {tried} tells."))
     if checkpoint is None and not whole:
         if (here.path / peft.TENSORS).is_file():
             raise FileNotFoundError(
@@ -178,6 +182,6 @@ def _from_given(config: TrainConfig, out: OutputFolder, here: OutputFolder, give
 def _nothing_to_keep(out: OutputFolder) -> bool:
     """Whether the run in a folder failed, or ended before its first checkpoint."""
     note = out.note
-    if note is None or (out.path / peft.TENSORS).is_file():
+    if note is None or (out.path / peft.TENSORS).is_file() or adapters_in(out.path):
         return False
-    return note.state == "failed" or not checkpoints(out.path)
+    return note.state == "failed" or not (checkpoints(out.path) or search_in(out.path))

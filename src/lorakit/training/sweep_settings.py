@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from ..core.words import suggestion
@@ -33,25 +34,34 @@ def swept(config: TrainConfig) -> dict[str, TrainConfig]:
         if name not in SWEPT:
             raise UsageError(f"--sweep cannot vary {name!r}, only {', '.join(SWEPT)}.{suggestion(name, SWEPT)}")
         values[name] = [_FLAGS.get(value, value) for value in listed.split(",")]
-    if config.dora:
-        raise UsageError("--sweep trains all adapters in one batch, which DoRA cannot share: leave --dora out.")
-    if config.bias != "none" or config.also_train:
-        raise UsageError("--sweep trains factors alone: leave --bias and --also-train out.")
+    refuse_unshared(config, "--sweep")
     if config.resume is not None:
         raise UsageError("--sweep has no checkpoints, so there is nothing to --resume.")
-    if config.metric != "loss" or config.patience is not None or config.keep != "last":
-        raise UsageError("--sweep keeps the adapter with the lowest last loss: leave --metric, --patience, --keep out.")
-    if config.packing or config.from_adapter is not None:
-        raise UsageError("--sweep begins with new adapters and rows that are not packed: leave --packing, --from out.")
     found = {}
     for combination in itertools.product(*values.values()):
         given = dict(zip(values, combination, strict=True))
         own = dataclasses.replace(config, sweep=None, **given)
-        found[" ".join(f"{name}={_text(getattr(own, name))}" for name in values)] = own
+        found[setting_name({name: getattr(own, name) for name in values})] = own
     if len(found) < 2:
         raise UsageError(f"--sweep {config.sweep!r} is one setting: give at least two values.")
     return found
 
 
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def refuse_unshared(config: TrainConfig, what: str) -> None:
+    """Raise UsageError for settings with which several adapters cannot be trained in one batch.
+
+    what: asks for several.
+    """
+    if config.dora:
+        raise UsageError(f"{what} trains several adapters in one batch, which DoRA cannot share: leave --dora out.")
+    if config.bias != "none" or config.also_train or config.new_tokens:
+        raise UsageError(f"{what} trains factors alone: leave --bias, --also-train and --new-tokens out.")
+    if config.metric != "loss" or config.patience is not None or config.keep != "last":
+        raise UsageError(f"{what} keeps the adapter with the lowest last loss: leave --metric, --patience, --keep out.")
+    if config.packing or config.from_adapter is not None:
+        raise UsageError(f"{what} begins with new adapters and rows that are not packed: leave --packing, --from out.")
+
+
+def setting_name(values: Mapping[str, Any]) -> str:
+    """Settings as the name of what they give: "learning_rate=0.0001 rank=4"."""
+    return " ".join(f"{name}={f'{value:g}' if isinstance(value, float) else value}" for name, value in values.items())

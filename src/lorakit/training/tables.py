@@ -6,6 +6,7 @@ so it is an error at its line.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,11 +26,47 @@ def read_cells(
 
     lines: of the file, with their ends. whole: the file's text, for a message.
     """
-    limit = csv.field_size_limit(_LONGEST)
-    try:
-        yield from _rows(name, lines, delimiter, problems, notes, whole)
-    finally:
-        csv.field_size_limit(limit)
+    with _long_cells():
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        swallowed: list[str] = []
+        while True:
+            start = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                every = list(io.StringIO(whole(), newline=""))
+                problems.append(_misplaced(name, every, delimiter, start, reader.line_num, error))
+                if header is None:
+                    return
+                continue
+            if not cells:
+                continue
+            where = f"{name}:{start}"
+            if header is None:
+                header = [cell.strip() for cell in cells]
+                if problem := _bad_header(header):
+                    problems.append(f"{where}: {problem}")
+                    return
+            elif len(cells) != len(header):
+                spans = (
+                    f", in the lines {start} to {reader.line_num} (is a quotation mark missing?)"
+                    if reader.line_num > start
+                    else ""
+                )
+                problems.append(f"{where}: {len(cells)} cells{spans}, but the header has {len(header)}")
+            else:
+                if any(_looks_like_rows(cell, delimiter, len(header)) for cell in cells):
+                    swallowed.append(where)
+                yield where, {key: cell if cell != "" else None for key, cell in zip(header, cells, strict=True)}
+        if swallowed:
+            more = f" and {len(swallowed) - 3} more" if len(swallowed) > 3 else ""
+            notes.append(
+                f"cells that span lines which look like rows themselves ({', '.join(swallowed[:3])}{more}): is a "
+                "quotation mark missing there?"
+            )
 
 
 def twice(names: Sequence[str]) -> str | None:
@@ -37,54 +74,14 @@ def twice(names: Sequence[str]) -> str | None:
     return next((name for index, name in enumerate(names) if name in names[:index]), None)
 
 
-def _rows(
-    name: str,
-    lines: Iterable[str],
-    delimiter: str,
-    problems: list[str],
-    notes: list[str],
-    whole: Callable[[], str],
-) -> Iterator[tuple[str, dict[str, str | None]]]:
-    reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    swallowed: list[str] = []
-    while True:
-        start = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            break
-        except csv.Error as error:
-            every = list(io.StringIO(whole(), newline=""))
-            problems.append(_misplaced(name, every, delimiter, start, reader.line_num, error))
-            if header is None:
-                return
-            continue
-        if not cells:
-            continue
-        where = f"{name}:{start}"
-        if header is None:
-            header = [cell.strip() for cell in cells]
-            if problem := _bad_header(header):
-                problems.append(f"{where}: {problem}")
-                return
-        elif len(cells) != len(header):
-            spans = (
-                f", in the lines {start} to {reader.line_num} (is a quotation mark missing?)"
-                if reader.line_num > start
-                else ""
-            )
-            problems.append(f"{where}: {len(cells)} cells{spans}, but the header has {len(header)}")
-        else:
-            if any(_looks_like_rows(cell, delimiter, len(header)) for cell in cells):
-                swallowed.append(where)
-            yield where, {key: cell if cell != "" else None for key, cell in zip(header, cells, strict=True)}
-    if swallowed:
-        more = f" and {len(swallowed) - 3} more" if len(swallowed) > 3 else ""
-        notes.append(
-            f"cells that span lines which look like rows themselves ({', '.join(swallowed[:3])}{more}): is a quotation "
-            "mark missing there?"
-        )
+@contextlib.contextmanager
+def _long_cells() -> Iterator[None]:
+    """Within the block, csv reads cells of any length. The limit is that of the whole process."""
+    limit = csv.field_size_limit(_LONGEST)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _bad_header(header: list[str]) -> str | None:

@@ -10,15 +10,16 @@ Generation starts from `prompt_ids`, which are exactly the tokens before the fir
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import LoraError
+from .bars import progress
 from .chat import Messages, Tools, opening, prints_date, refuse_unprinted_tools, unprinted
 from .conversations import BadRow
 from .data import Example
 from .rows import DataError
-from .spool import Spool, progress
+from .spool import Spool
 from .turns import rendered
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Tokens:
     input_ids: list[int]
     labels: list[int]
     changed: int = 0  # assistant turns that the chat template changes later on: they bear no loss
+    adapter: str | None = None  # the one of several adapters that learns the row
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def encode_all(
             continue
         changed += row.changed
         if len(row.input_ids) > max_length:
-            row = Tokens(row.input_ids[:max_length], row.labels[:max_length])
+            row = replace(row, input_ids=row.input_ids[:max_length], labels=row.labels[:max_length])
             if too_long == "drop" or all(label == IGNORED for label in row.labels):
                 dropped += 1
                 continue
@@ -262,7 +264,8 @@ def _many(
     part: list[tuple[Example, _Text]] = []
 
     def converted() -> Iterator[tuple[Example, Tokens]]:
-        yield from zip((own for own, _ in part), _encoded([text for _, text in part], tokenizer), strict=True)
+        for (example, _), row in zip(part, _encoded([text for _, text in part], tokenizer), strict=True):
+            yield example, replace(row, adapter=example.adapter)
         part.clear()
 
     for example in progress(examples, "checking rows"):

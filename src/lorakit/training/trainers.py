@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
     ) -> None:
         """folder: where checkpoints go. record: the run's record, kept in each. pace: times the forward passes."""
         super().__init__(*args, **kwargs)
-        self._folder, self._record, self._pace = folder, record, pace
+        self._folder, self._record, self.pace = folder, record, pace
         self._saving: Path | None = None  # while a checkpoint is made
         self._held_out = [0.0, 0.0]  # the sum of the losses, and of how many labels or rows, or of their weights
         self._best: dict[str, Tensor] | None = None  # the state after the best evaluation
@@ -156,8 +156,11 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
     ) -> Any:
         if self.model.training:
             self._recent.append(dict(inputs))
-        with self._pace.forward(inputs["input_ids"].numel()) if self._pace else contextlib.nullcontext():
+        with self.timed(inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def timed(self, inputs: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+        return self.pace.forward(inputs["input_ids"].numel()) if self.pace else contextlib.nullcontext()
 
     def no_number(self, inputs: dict[str, Any], loss: Tensor) -> Exception:
         plain = self.accelerator.unwrap_model(self.model)

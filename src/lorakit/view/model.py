@@ -33,6 +33,7 @@ from ..core.adapter import Adapter
 from ..core.attach import adapted_layers
 from ..core.errors import LoraError
 from ..core.layouts import Lookup
+from ..core.mergeable import Mergeable
 from ..core.names import VIEWED
 from ..core.switching import bake, disabled, merge, unmerge
 from ..formats import read_for
@@ -93,10 +94,9 @@ class Adapters(BaseTuner):
 
     def _train(self, name: str, train: bool) -> None:
         adaptation = self.bank.adaptation(name)
-        for layer in adaptation.layers().values():
-            for local, parameter in layer._parameters.items():
-                if local.startswith("lora_") and parameter is not None:
-                    parameter.requires_grad_(train)
+        for layer in adaptation.mergeable().values():
+            for parameter in _factors(layer).values():
+                parameter.requires_grad_(train)
         if adaptation.is_on:
             for tensor in adaptation.trained().values():
                 if isinstance(tensor, nn.Parameter):
@@ -147,10 +147,16 @@ class Adapters(BaseTuner):
         """Copy the values of `adapter` into the tensors of the one of this name, if all of them fit."""
         adaptation = self.bank.adaptation(name)
         layers, own = adaptation.layers(), adaptation.values()
+        tables = adaptation.tables()
         if layers.keys() != adapter.updates.keys() or own.keys() != adapter.trained.keys():
             return False
-        into: dict[str, Tensor] = dict(own)
+        if {table: rows.tokens for table, rows in tables.items()} != {
+            table: rows.tokens for table, rows in adapter.token_rows.items()
+        }:
+            return False
+        into: dict[str, Tensor] = dict(own) | {f"{table}.lora_rows": rows.lora_rows for table, rows in tables.items()}
         given: dict[str, Tensor] = dict(adapter.trained)
+        given |= {f"{table}.lora_rows": rows.values for table, rows in adapter.token_rows.items()}
         for layer_name, layer in layers.items():
             update = adapter.updates[layer_name]
             if update.scale != layer.scaling or "lora_A0" in layer._buffers:
@@ -182,7 +188,7 @@ class Adapters(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Without autocast, PEFT wants the factors in the weights' own dtype."""
         if not autocast_adapter_dtype:
-            for layer in self.bank.adaptation(adapter_name).layers().values():
+            for layer in self.bank.adaptation(adapter_name).mergeable().values():
                 for factor in _factors(layer).values():
                     if layer.like.dtype.is_floating_point:
                         factor.data = factor.data.to(layer.like.dtype)
@@ -347,7 +353,7 @@ class Adapters(BaseTuner):
         yield from own
         for name in self.bank:
             adaptation = self.bank.adaptation(name)
-            for layer in adaptation.layers().values() if not adaptation.is_on else ():
+            for layer in adaptation.mergeable().values() if not adaptation.is_on else ():
                 yield from (own for own in _factors(layer).values() if id(own) not in seen)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -579,7 +585,8 @@ def _unmerge_if_any(model: nn.Module) -> None:
         unmerge(model)
 
 
-def _factors(layer: AdaptedLayer) -> dict[str, nn.Parameter]:
+def _factors(layer: Mergeable) -> dict[str, nn.Parameter]:
+    """Its own parameters that belong to the adapter: factors, magnitude, trained rows."""
     return {name: own for name, own in layer._parameters.items() if name.startswith("lora_") and own is not None}
 
 

@@ -75,6 +75,7 @@ def settings_of(config: LoraConfig, model: nn.Module) -> LoRASettings:
         alpha_pattern=alphas,
         bias=fields.bias,
         also_train=whole,
+        trainable_tokens=config.trainable_token_indices or {},
     )
 
 

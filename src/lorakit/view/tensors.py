@@ -6,6 +6,8 @@
     embed.lora_A                          embed.lora_embedding_A.<adapter>
     q_proj.lora_magnitude                 q_proj.lora_magnitude_vector.<adapter>.weight
     score.weight, trained whole           score.modules_to_save.<adapter>.weight, score.original_module.weight
+    embed.lora_rows                       embed.token_adapter.trainable_tokens_delta.<adapter>
+    embed.weight, with trained rows       embed.token_adapter.base_layer.weight; so of a head that is tied to it
 
 They are the same tensors, those of adapters not in use too. Their shapes are lorakit's.
 """
@@ -26,7 +28,9 @@ from ..core.errors import LoraError
 from ..core.layouts import Lookup
 from ..core.names import named_modules, unwrapped_name
 from ..core.parameters import AdaptedParameter
+from ..core.token_rows import TrainedRows
 from ..core.undo import note
+from ..formats.peft_keys import AROUND_ROWS, ROWS
 from ..formats.peft_names import places, wrapped
 
 
@@ -106,7 +110,10 @@ class PeftTensors:
         self._layers = {name: bank.adaptation(name).layers() for name in bank}
         updates = {own: _update(layer) for layers in self._layers.values() for own, layer in layers.items()}
         self._where = places(updates)
-        self._paths = wrapped(self._where)
+        # The modules that compute with trained rows, by adapter.
+        self._tables = {name: list(_with_rows(bank, name)) for name in bank}
+        with_rows = {module for tables in self._tables.values() for module, _ in tables}
+        self._paths = wrapped(self._where) | {module: f"{module}{AROUND_ROWS}" for module in with_rows}
         self._saved = {name: list(_whole(bank, name)) for name in bank}
         self._whole = sorted({module for modules in self._saved.values() for module in modules})
 
@@ -161,6 +168,9 @@ class PeftTensors:
                 for local in ("lora_A0", "lora_B0"):
                     if module in layers and (start := layers[module]._buffers.get(local)) is not None:
                         yield f"{place.path}.{local}.{adapter}", start
+        for adapter, tables in self._tables.items():
+            for module, rows in tables:
+                yield f"{module}{ROWS}.{adapter}", rows.lora_rows
         for adapter, modules in self._saved.items():
             for name, tensor in self._bank.adaptation(adapter).values().items():
                 for module in modules:
@@ -205,6 +215,15 @@ def _whole(bank: Bank, name: str) -> Iterator[str]:
     for module, _, undo, _ in bank.adaptation(name).noted():
         if undo.whole:
             yield module
+
+
+def _with_rows(bank: Bank, name: str) -> Iterator[tuple[str, TrainedRows]]:
+    """The modules that compute with an adapter's trained rows, each with the table that holds them."""
+    names = {id(module): own for own, module in named_modules(bank.model)}
+    for table, rows in bank.adaptation(name).tables().items():
+        yield table, rows
+        for tied in rows.ties:
+            yield names[id(tied)], rows
 
 
 def _update(layer: AdaptedLayer) -> Update:

@@ -123,10 +123,10 @@ def test_what_the_output_folder_holds_reads_back_as_the_same_settings(tmp_path: 
 
 def test_every_setting_that_a_method_takes_changes_its_runs() -> None:
     """Every setting that a method's mapping takes is part of the key of its runs."""
-    from lorakit.study.comparison.run import _DECIDES
+    from lorakit.study.comparison.plan import DECIDES
 
     training = [own.name for own in dataclasses.fields(CompareConfig) if own.metadata["group"] == "training"]
-    assert {*training} == {*_DECIDES, "learning_rate"}
+    assert {*training} == {*DECIDES, "learning_rate"}
 
 
 @pytest.mark.parametrize(

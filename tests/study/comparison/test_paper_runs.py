@@ -29,6 +29,8 @@ from lorakit.study.comparison.tasks import Answers, Sequences
 from lorakit.study.methods.naming import method_of, name_of
 from lorakit.training import hub
 
+pytestmark = pytest.mark.usefixtures("runs_in_this_process")
+
 FOLDER = Path(__file__).parents[3] / "benchmarks" / "experiments" / "paper"
 GLUE = ["glue-roberta-base", "glue-roberta-large", "glue-deberta-v2-xxlarge"]
 GPT2 = [f"{data}-gpt2-{size}" for data in ("e2e", "dart", "webnlg") for size in ("medium", "large")]

@@ -28,8 +28,8 @@ def run(key: str = "k", **changes: Any) -> Run:
         seconds=1.5,
         peak_bytes=1000,
         file_bytes=8456,
-        latency=0.002,
-        base_latency=0.001,
+        latency=(0.002, 0.003),
+        base_latency=(0.001, 0.001),
     )
     return dataclasses.replace(usual, **changes)
 
@@ -37,8 +37,8 @@ def run(key: str = "k", **changes: Any) -> Run:
 LINE = (
     '{"key": "k", "task": "reviews", "method": "lora rank=8", "seed": 0, "learning_rate": 0.001, "steps": 10, '
     '"parameters": 2048, "head": 66, "diverged": false, "valid": {"loss": 0.5, "accuracy": 80.0}, '
-    '"test": {"accuracy": 75.0}, "seconds": 1.5, "peak_bytes": 1000, "file_bytes": 8456, "latency": 0.002, '
-    '"base_latency": 0.001}\n'
+    '"test": {"accuracy": 75.0}, "seconds": 1.5, "peak_bytes": 1000, "file_bytes": 8456, "latency": [0.002, 0.003], '
+    '"base_latency": [0.001, 0.001], "other_seconds": 0.0, "alone": false, "together": 1}\n'
 )
 
 
@@ -75,12 +75,24 @@ def test_a_line_that_was_cut_off_costs_that_run_alone(tmp_path: Path, kept: int)
     assert again.get("k") == ledger.get("k")
 
 
+def test_a_line_with_the_shortest_turn_alone_is_read_and_has_no_interval(tmp_path: Path) -> None:
+    """As lorakit wrote it before it kept every turn."""
+    path, line = tmp_path / "runs.jsonl", json.loads(LINE)
+    path.write_text(json.dumps({**line, "latency": 0.006, "base_latency": 0.004}) + "\n")
+    (found,) = Ledger(path)
+    assert found == run(latency=(0.006,), base_latency=(0.004,))
+    row = row_of([found, run(latency=tuple(range(1, 10)), base_latency=(1.0,) * 9)], [], "loss")
+    assert row.latency_ends is None
+
+
 def test_lines_of_another_version_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     more, fewer = json.loads(LINE), json.loads(LINE)
     more["colour"] = "red"
     del fewer["seconds"]
-    lines: list[Any] = [more, fewer, [], 7, None]
+    timeless = {**json.loads(LINE), "latency": None}
+    del timeless["base_latency"]
+    lines: list[Any] = [more, fewer, timeless, [], 7, None]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + "\n" + LINE)
     assert len(Ledger(path)) == 1
 
@@ -119,9 +131,13 @@ def test_an_interval_ends_where_the_score_does() -> None:
 
 def test_a_row_sums_up_its_runs() -> None:
     runs = [
-        run(test={"accuracy": 70.0, "f1": 60.0}, seconds=1.0, peak_bytes=5, latency=4.0, base_latency=2.0),
-        run(seed=1, diverged=True, test={}, valid={}, seconds=0.5, peak_bytes=9, latency=3.0, base_latency=2.5),
-        run(seed=2, test={"accuracy": 74.0, "f1": 66.0}, seconds=6.0, peak_bytes=7, latency=6.0, base_latency=2.0),
+        run(
+            test={"accuracy": 70.0, "f1": 60.0}, seconds=1.0, peak_bytes=5, latency=(3.0, 4.0), base_latency=(2.0,) * 2
+        ),
+        run(seed=1, diverged=True, test={}, valid={}, seconds=0.5, peak_bytes=9),  # ratios of 2 and 3
+        run(
+            seed=2, test={"accuracy": 74.0, "f1": 66.0}, seconds=6.0, peak_bytes=7, latency=(9.0,), base_latency=(2.0,)
+        ),
     ]
     searched = [runs[0], run(learning_rate=3e-3, diverged=True, valid={})]
     row = row_of(runs, searched, "loss")
@@ -130,7 +146,8 @@ def test_a_row_sums_up_its_runs() -> None:
     assert row.tried == {1e-3: 0.5, 3e-3: None}
     assert [*row.scores] == ["accuracy", "f1"]
     assert row.scores["accuracy"].values == (70.0, 74.0) and row.scores["f1"].mean == 63.0
-    assert (row.seconds, row.peak_bytes, row.file_bytes, row.latency) == (1.0, 9, 8456, 1.5)
+    assert (row.seconds, row.peak_bytes, row.file_bytes) == (1.0, 9, 8456)
+    assert (row.latency, row.latency_ends) == (2.0, None)  # of 1.5, 2, 2, 3, 4.5
 
 
 def test_a_row_of_diverged_runs_has_no_scores() -> None:

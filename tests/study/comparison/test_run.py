@@ -3,26 +3,28 @@
 import dataclasses
 import itertools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lorakit.study.comparison import run as module
+from lorakit.study.comparison import one_run as module
 from lorakit.study.comparison import table
 from lorakit.study.comparison.config import CompareConfig
 from lorakit.study.comparison.fit import fit
 from lorakit.study.comparison.plan import plan_block, plans_of
-from lorakit.study.comparison.results import Comparison, Run
+from lorakit.study.comparison.results import Comparison, Ledger, Run
 from lorakit.study.comparison.run import compare
 from lorakit.study.comparison.tasks import Answers, Sequences
+from lorakit.study.comparison.time_left import TimeLeft
 from lorakit.study.machine import machine, release
 from lorakit.study.methods.baselines import Applied
 
 pytestmark = pytest.mark.usefixtures("few_objects")
 HIDDEN, LAYERS, INNER = 32, 2, 64  # of the tiny models
-TIMES = ("seconds", "peak_bytes", "latency", "base_latency")
+TIMES = ("seconds", "other_seconds", "peak_bytes", "latency", "base_latency")
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 def without_times(found: Comparison) -> Comparison:
-    rows = [dataclasses.replace(row, seconds=0.0, peak_bytes=0, latency=0.0) for row in found.rows]
+    rows = [dataclasses.replace(row, seconds=0.0, peak_bytes=0, latency=0.0, latency_ends=None) for row in found.rows]
     return dataclasses.replace(found, rows=tuple(rows))
 
 
@@ -123,7 +125,9 @@ def test_every_row_is_what_its_runs_say(tiny_encoder: Path, classes: Path, tmp_p
             assert row.scores[metric].mean == pytest.approx(sum(values) / 3)
         assert row.seconds == min(run["seconds"] for run in final)
         assert row.peak_bytes == max(run["peak_bytes"] for run in final) > 2**20
-        assert row.latency == min(r["latency"] for r in final) / min(r["base_latency"] for r in final) > 0
+        turns = [zip(run["latency"], run["base_latency"], strict=True) for run in final]
+        assert row.latency == statistics.median([one / other for own in turns for one, other in own])
+        assert row.latency_ends is not None and 0 < row.latency_ends[0] <= row.latency <= row.latency_ends[1]
         assert (row.seeds, row.diverged) == (3, 0)
         # 40 rows, 8 for each step
         assert {run["steps"] for run in runs} == {5}
@@ -298,18 +302,24 @@ def test_a_method_that_does_not_apply_is_left_out_with_its_reason(
     (task, first, why), (_, second, _) = found.left_out
     assert (task, first, why) == ("classes", "top-layers k=9", "k=9: BertForSequenceClassification has 2 blocks.")
     assert second == "lora rank=8 targets=*.q_prj"
+
+    def block_of(config: CompareConfig) -> str:
+        plans = plans_of(config)
+        left = TimeLeft(plans, config.seeds, config.trials, Ledger(tmp_path / "nothing.jsonl"))
+        return plan_block(config, plans, left)
+
     config = CompareConfig(
         model=str(tiny_encoder), output_dir="", data=str(classes), seeds=4, trials=3,
         methods=(*methods, {"method": "bitfit", "learning_rate": 1e-3}),
     )  # fmt: skip
-    block = plan_block(config, plans_of(config))
+    block = block_of(config)
     assert "left out: k=9: BertForSequenceClassification has 2 blocks." in block
     assert "                0 parameters and 66 of the head" in block
     assert (
         "at most 10: 4 seeds, at most 3 learning rates for a method on a task" in block
     )  # (4 + 2) + 4: two are left out
     given = dataclasses.replace(config, learning_rate=1e-3)
-    assert plan_block(given, plans_of(given)).endswith("at most 8: 4 seeds, learning rates given")  # 2 · 4
+    assert "at most 8: 4 seeds, learning rates given" in block_of(given)  # 2 · 4
 
 
 @pytest.mark.parametrize("kind", ["learnt", "computed"])
@@ -364,7 +374,9 @@ def test_a_run_that_diverges_has_no_scores_and_the_next_method_does_not_see_it(
     row = both.rows[0]
     assert (row.diverged, row.seeds, row.scores) == (2, 2, {})
     assert all(run["diverged"] and not run["test"] and not run["valid"] for run in lines(tmp_path / "both")[:2])
-    assert all(run["latency"] > 0 and run["steps"] == (2 if run["diverged"] else 4) for run in lines(tmp_path / "both"))
+    assert all(
+        min(run["latency"]) > 0 and run["steps"] == (2 if run["diverged"] else 4) for run in lines(tmp_path / "both")
+    )
 
 
 def test_a_run_whose_last_step_breaks_the_weights_has_diverged(

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from lorakit.study.comparison.search import best_rate, next_rate, start
+from lorakit.study.comparison.search import next_rate, start
 from lorakit.study.methods.baselines import METHODS, BitFit, Full, LoRA, Method, PrefixLayer
+from lorakit.training.ladder import best_tried
 
 LADDER = [float(f"{digit}e{power}") for power in range(-12, 7) for digit in (1, 3)]
 Loss = Callable[[float], float | None]
@@ -71,7 +72,7 @@ def test_one_valley_is_found_from_any_distance(away: int) -> None:
         return abs(math.log(rate / lowest))
 
     tried = walk(BitFit(), loss, trials=20)
-    assert best_rate(tried) == lowest
+    assert best_tried(tried) == lowest
     # Every rung on the way and both neighbours of the best, the higher one first.
     way = [*range(begin, begin + away, 1 if away > 0 else -1), begin + away]
     if away < 0:
@@ -91,22 +92,22 @@ def test_divergence_is_worse_than_any_score() -> None:
     assert list(walk(BitFit(), lambda rate: None, 4)) == [1e-3, 3e-4, 1e-4, 3e-5]
     assert list(walk(BitFit(), lambda rate: None if rate > 1e-4 else 1e9, 4)) == [1e-3, 3e-4, 1e-4, 3e-5]
     assert list(walk(BitFit(), lambda rate: None if rate > 1e-3 else -rate, 9)) == [1e-3, 3e-3, 3e-4]
-    assert best_rate({1e-3: None, 3e-4: math.inf}) == 3e-4
-    assert best_rate({1e-3: None, 3e-4: None}) is None
-    assert best_rate({}) is None
+    assert best_tried({1e-3: None, 3e-4: math.inf}) == 3e-4
+    assert best_tried({1e-3: None, 3e-4: None}) is None
+    assert best_tried({}) is None
 
 
 def test_a_score_that_is_no_number_counts_as_diverged() -> None:
     """Only validation finds weights that the last step made NaN."""
     for rates in itertools.permutations([1e-3, 3e-4, 1e-4]):
         scores = {1e-3: math.nan, 3e-4: 0.7, 1e-4: 0.5}
-        assert best_rate({rate: scores[rate] for rate in rates}) == 1e-4
-    assert best_rate({1e-3: math.nan}) is None
+        assert best_tried({rate: scores[rate] for rate in rates}) == 1e-4
+    assert best_tried({1e-3: math.nan}) is None
     assert next_rate(BitFit(), {1e-3: math.nan}, 4) == 3e-4
 
 
 def test_of_equals_the_lower_rate_is_best() -> None:
-    assert best_rate({1e-3: 0.5, 3e-4: 0.5, 3e-3: 0.5}) == 3e-4
+    assert best_tried({1e-3: 0.5, 3e-4: 0.5, 3e-3: 0.5}) == 3e-4
     assert list(walk(BitFit(), lambda rate: 0.5, 5)) == [1e-3, 3e-3, 3e-4, 1e-4, 3e-5]
 
 

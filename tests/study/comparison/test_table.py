@@ -10,7 +10,7 @@ import pytest
 from comparisons import COMPARISON, E2E, ROWS, SST, row
 from lorakit.core.numbers import learning_rate
 from lorakit.study.comparison.results import Comparison, Interval
-from lorakit.study.comparison.table import as_json, markdown, score, summary, tables_text, task_table
+from lorakit.study.comparison.table import as_json, latency, markdown, score, summary, tables_text, task_table
 
 SST_CELLS = [
     ["method", "trainable", "accuracy", "rate", "train time", "peak memory", "file", "latency"],
@@ -26,7 +26,17 @@ E2E_CELLS = [
     ["method", "trainable", "ter ↓", "bleu", "rate", "train time", "peak memory", "file", "latency"],
     ["full", "354,920,000", "41.3 ± 0.3", "66.5 ± 0.4", "2e-4", "7 min", "1.83 GB", "1.42 GB", "×1.00"],
     ["bitfit", "301,056", "45.0 ± 0.9", "60.1 ± 1.2", "2e-4", "7 min", "1.83 GB", "1.2 MB", "×1.00"],
-    ["lora rank=2", "200,000", "*40.1 ± 0.2", "67.7 ± 0.3", "2e-4", "7 min", "1.83 GB", "800 kB", "×1.04"],
+    [
+        "lora rank=2",
+        "200,000",
+        "*40.1 ± 0.2",
+        "67.7 ± 0.3",
+        "2e-4",
+        "7 min",
+        "1.83 GB",
+        "800 kB",
+        "×1.04 (1.02 to 1.07)",
+    ],
     ["lora rank=8", "800,000", "41.0 ± 0.2", "68.0 ± 0.3", "2e-4", "7 min", "1.83 GB", "3.2 MB", "×1.00"],
 ]
 
@@ -181,6 +191,30 @@ def test_an_interval_that_the_scores_bounds_cut_has_two_ends() -> None:
     shown = replace(COMPARISON, tasks=(SST,), rows=(replace(ROWS[0], scores={"accuracy": cut}),))
     assert told in " ".join(tables_text(shown).split()) and told not in " ".join(tables_text(COMPARISON).split())
     assert score(replace(cut, half=1.0), 1) == "97.0 ± 1.0" and score(replace(cut, half=None), 1) == "97.0"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "ends", "shown"),
+    [
+        (1.043, (1.021, 1.066), "×1.04 (1.02 to 1.07)"),
+        (1.013, (0.98, 1.05), "×1 (0.98 to 1.05)"),
+        (0.994, (0.98, 1.05), "×1 (0.98 to 1.05)"),  # no other than the one before
+        (1.013, (1.004, 1.05), "×1 (1.00 to 1.05)"),  # what is shown as 1.00 holds 1
+        (1.013, (1.006, 1.05), "×1.01 (1.01 to 1.05)"),
+        (0.5, (0.4, 0.9949), "×0.50 (0.40 to 0.99)"),
+        (1.5, None, "×1.50"),
+        (math.nan, None, "–"),
+    ],
+)
+def test_a_latency_whose_interval_holds_1_is_1(ratio: float, ends: tuple[float, float] | None, shown: str) -> None:
+    assert latency(row("e2e", "m", 1, {}, latency=ratio, latency_ends=ends)) == shown
+
+
+def test_what_the_latency_is_is_told_below_the_table() -> None:
+    printed = " ".join(tables_text(COMPARISON).split())
+    assert printed.count("the median of turns in which both run, and in brackets its 95 % interval") == 1
+    first, second = printed.split("── e2e")
+    assert "the model's own. The new head" in first and "no difference was found" in second
 
 
 def test_nothing_is_best_where_all_are_equal() -> None:

@@ -241,6 +241,35 @@ def test_the_loss_of_numbers_is_the_mean_square(tiny_encoder: Path, tmp_path: Pa
     assert found == pytest.approx(float((logits[:, 0] - expected).square().mean()), rel=1e-5)
 
 
+def test_a_text_with_any_number_of_classes(tiny_encoder: Path, tmp_path: Path) -> None:
+    """The loss is transformers' own of a multi-label classifier, the scores are scikit-learn's."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    sets: tuple[list[str], ...] = (["light", "on"], ["light"], [])
+    rows = [{"text": row["text"], "label": sets[i % 3]} for i, row in enumerate(sentences(60))]
+    task = make(tiny_encoder, write(tmp_path / "d.jsonl", rows))
+    assert (task.kind, task.metrics, task.data.labels) == ("multi-label", ("micro-f1", "exact-set"), ("light", "on"))
+    model = task.model(0)
+    assert model.config.problem_type == task.blueprint().config.problem_type == "multi_label_classification"
+    batch = task.collate(list(task.train[:7]))
+    targets = torch.tensor([[float(label in e.label) for label in ("light", "on")] for e in task.data.train[:7]])
+    with torch.no_grad():
+        found = {share: float(task.loss(model, share)(batch)) for share in (0.0, 0.1)}
+        theirs = float(model(**{**batch, "labels": targets}).loss)
+        logp = F.logsigmoid(
+            torch.stack([-(out := model(**{n: v for n, v in batch.items() if n != "labels"}).logits), out])
+        )
+    assert found[0.0] == pytest.approx(theirs, rel=1e-5)
+    # 0.1 of each class's probability is spread over its two answers, no and yes.
+    assert found[0.1] == pytest.approx(0.9 * theirs - 0.1 * float(logp.mean()), rel=1e-5)
+    scores = task.test(Full().apply(model))
+    logits = logits_of(model, task.tokenizer, [example.text for example in task.data.test])
+    predicted = (logits >= 0).int().numpy()
+    expected = [[int(label in example.label) for label in ("light", "on")] for example in task.data.test]
+    assert scores["micro-f1"] == pytest.approx(100 * f1_score(expected, predicted, average="micro", zero_division=0.0))
+    assert scores["exact-set"] == pytest.approx(100 * accuracy_score(expected, predicted))
+
+
 def test_a_classifier_is_validated_by_the_loss_of_every_row_and_scored_by_its_classes(
     tiny_encoder: Path, tmp_path: Path
 ) -> None:

@@ -38,11 +38,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...core.adapted import AdaptedLayer, unmerged
+from ...core.adapted import AdaptedLayer
 from ...core.adapter import Adapter, Update
 from ...core.attach import adapted_layers
 from ...core.errors import LoraError
 from ...core.matrix import precise
+from ...core.mergeable import unmerged
 
 TOP, THRESHOLD = 10, 0.5  # of `intruder_cosines`: the directions looked at, and the cosine below which one is new
 _LISTED = 20  # names in an error

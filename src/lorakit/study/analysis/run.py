@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-
-from tqdm.auto import tqdm
 
 from ...core.adapter import Adapter
 from ...core.paths import expanded
 from ...formats import peft, read_for
 from ...formats.folder import OutputKind
 from ...training.adapter_folder import check_adapter
+from ...training.bars import progress_bar
 from ...training.models import load_with_adapter
 from .measures import analyze, factors_of, matched, similarities
 from .report import Study
@@ -53,14 +51,7 @@ def study_of(adapter: str, other: str | None = None, model: str | None = None, *
         loaded = load_with_adapter(base, adapter, dtype=dtype).model
         first = read_for(loaded, adapter)  # some names in a file can be resolved only with the model
         second = None if other is None else read_for(loaded, other)
-    matrices = tqdm(
-        analyze(first, loaded),
-        total=len(factors_of(first)),
-        desc="matrices",
-        leave=False,
-        dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
-    )
+    matrices = progress_bar(analyze(first, loaded), total=len(factors_of(first)), doing="matrices")
     return Study(
         adapter=adapter,
         base=base,
@@ -104,4 +95,6 @@ def _notes(adapter: Adapter, base: str | None) -> tuple[str, ...]:
     if adapter.trained:
         shown = ", ".join(list(adapter.trained)[:4]) + (", …" if len(adapter.trained) > 4 else "")
         notes.append(f"trained whole, with no low rank to analyze: {shown}.")
+    if adapter.token_rows:
+        notes.append(f"trained rows of token tables, with no low rank to analyze: {', '.join(adapter.token_rows)}.")
     return tuple(notes)

@@ -157,6 +157,12 @@ class CompareConfig:
         at_least=1,
         at_most=1000,
     )
+    one_pass: bool = setting(
+        False,
+        help="train several runs of LoRA at once, for language models: less time on a GPU; their own time and memory "
+        "are then unknown",
+        group=_SEARCH,
+    )
     so_far: bool = setting(False, help="show the tables of the finished runs, without starting others", group=_SEARCH)
     dry_run: bool = setting(False, help="show what would be run, without running it", group=_SEARCH)
     ignore_memory: bool = setting(

@@ -59,7 +59,7 @@ def fit(
         args=made,
         train_dataset=list(task.train),
         data_collator=task.collate,
-        callbacks=[_Steps(step)],
+        callbacks=[Steps(step)],
     )
     trainer.loss = task.loss(applied.model, training.label_smoothing)
     trainer.model_accepts_loss_kwargs = False  # so that Trainer divides the loss when it accumulates gradients
@@ -93,7 +93,9 @@ class _Diverged(Exception):
     """The loss is NaN or infinite."""
 
 
-class _Steps(TrainerCallback):
+class Steps(TrainerCallback):
+    """Calls a function after each step."""
+
     def __init__(self, step: Callable[[], None]) -> None:
         self.step = step
 

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,12 +15,21 @@ from ...core.errors import LoraError
 from ...core.table import Table
 from ...training.preflight import refuse_more_than_there_is
 from ...training.report import heading
+from ...training.terminal import to_width
 from ..methods.baselines import Applied, Method, PrefixEmbedding, PrefixLayer
 from ..methods.naming import name_of
 from ..methods.structure import positions_of
 from .config import CompareConfig, MethodConfig, tasks_of
 from .fit import steps_of
-from .tasks import StudyTask, read_task
+from .tasks import StudyTask, digest_of, read_task
+
+if TYPE_CHECKING:
+    from .time_left import TimeLeft
+
+DECIDES = (
+    *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "scheduler", "warmup_ratio", "warmup_steps"),
+    *("weight_decay", "label_smoothing", "gradient_checkpointing"),
+)  # the training settings that change the result, besides the learning rate
 
 
 @dataclass(frozen=True)
@@ -90,19 +100,11 @@ def apply(method: Method, model: nn.Module, task: StudyTask) -> Applied:
     return method.apply(model, task.head)
 
 
-def most_runs(plan: TaskPlan, method: MethodConfig, seeds: int, trials: int) -> int:
-    """The most runs of a method on a task: none if it is left out.
-
-    The search's best run is the run of seed 0; a given rate is not searched.
-    """
-    if plan.costs[name_of(method.method)].left_out:
-        return 0
-    return seeds if method.training.learning_rate is not None else seeds + trials - 1
-
-
-def most_runs_of(plans: Sequence[TaskPlan], seeds: int, trials: int) -> int:
-    """The most runs of all methods on all tasks."""
-    return sum(most_runs(plan, method, seeds, trials) for plan in plans for method in plan.methods)
+def run_key(task: StudyTask, method: MethodConfig, seed: int, rate: float) -> str:
+    """The fingerprint of everything that decides the result of a run."""
+    training = {name: getattr(method.training, name) for name in DECIDES}
+    own = method.method
+    return digest_of(task.fingerprint, task.name, own.name, own.settings, training, seed, rate)
 
 
 def refuse_large_comparison(config: CompareConfig, plans: Sequence[TaskPlan]) -> None:
@@ -115,21 +117,29 @@ def refuse_large_comparison(config: CompareConfig, plans: Sequence[TaskPlan]) ->
             refuse_more_than_there_is(cost.least_bytes, what, ["other --methods", "a smaller model"])
 
 
-def plan_block(config: CompareConfig, plans: Sequence[TaskPlan]) -> str:
-    """The plan as text: rows and steps of each task, methods with their trained parameters, and the number of runs."""
+def plan_block(config: CompareConfig, plans: Sequence[TaskPlan], left: TimeLeft) -> str:
+    """The plan as text: rows and steps of each task, methods with their trained parameters, the number of runs, and how
+    long those take that are still to be made.
+    """
     lines = [heading("model").lstrip("\n"), config.model]
     for plan in plans:
         task, costs = plan.task, plan.costs
         rows = ", ".join(f"{name} {count:,}" for name, count in task.rows.items())
         steps = sorted({steps_of(task, method.training) for method in plan.methods})
         lines.append(heading(f"task {task.name}"))
-        lines.append(f"{task.source}: {task.kind}; rows: {rows}; {' or '.join(map(str, steps))} steps a run")
-        lines.append(f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows")
+        said = [
+            f"{task.source}: {task.kind}; rows: {rows}; {' or '.join(map(str, steps))} steps a run",
+            f"reported: {', '.join(task.metrics)}; rates chosen by {task.chosen_by} on validation rows",
+        ]
         table = Table((), tuple((name, str(cost)) for name, cost in costs.items()), left=frozenset({0, 1}))
-        lines += [f"  {line}" for line in table.lines()]
-    most = most_runs_of(plans, config.seeds, config.trials)
+        lines += map(to_width, (*said, *(f"  {line}" for line in table.lines())))
     given = all(method.training.learning_rate is not None for plan in plans for method in plan.methods)
     rates = "learning rates given" if given else f"at most {config.trials} learning rates for a method on a task"
     lines.append(heading("runs"))
-    lines.append(f"at most {most}: {config.seeds} seeds, {rates}")
+    seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
+    lines.append(to_width(f"at most {left.most}: {seeds}, {rates}"))
+    if left.seconds()[1] == left.runs() > 0:
+        lines.append("how long they take is told after the first steps")
+    else:
+        lines.append(to_width(left.told() or "all are finished"))
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from ...core.errors import LoraError
 from ...core.reading import text_of
 from ...training.scores import bounds_of
+from .latency import Ends, Seconds, ratio_of
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,20 @@ class Run:
     seconds: float  # of training
     peak_bytes: int  # of training: the process on a CPU, tensors on a GPU
     file_bytes: int  # of the trained parameters in a file
-    latency: float  # seconds of a forward pass of the model as it is served: LoRA merged
-    base_latency: float  # seconds for the model without the method, on the same rows
+    latency: Seconds  # of a forward pass of the model as it is served: LoRA merged
+    base_latency: Seconds  # of the model without the method, on the same rows, in the same turns
+    other_seconds: float = 0.0  # of all but training: the start of a process, loading, scores, the latency
+    alone: bool = False  # in a process of its own; otherwise a process on a CPU may hold what earlier runs left
+    together: int = 1  # how many runs were trained in one pass; its time is divided by them, its peak is that of all
+
+    @classmethod
+    def of_line(cls, values: dict[str, Any]) -> Run:
+        """From a line of the ledger. Older lines hold one number for the shortest turn. Raises TypeError, KeyError."""
+        times = {
+            name: tuple(value) if isinstance(value := values[name], list) else (value,)
+            for name in ("latency", "base_latency")
+        }
+        return cls(**{**values, **times})
 
 
 @dataclass(frozen=True)
@@ -98,8 +111,11 @@ class MethodRow:
     diverged: int  # number of seeds that diverged
     seconds: float  # the shortest training time, because other work on the machine only adds to it
     peak_bytes: int  # the largest
+    alone: bool  # whether each run had a process of its own, so that the peak is that of the run
     file_bytes: int
     latency: float  # as a multiple of the model without the method: 1.0 is equally fast
+    latency_ends: Ends | None  # of its 95 % interval; None: too few turns were timed
+    together: int = 1  # the most runs that were trained in one pass with one of these
 
 
 @dataclass(frozen=True)
@@ -142,13 +158,16 @@ class Ledger:
             self._cut = bool(text) and not text.endswith("\n")
             for line in text.splitlines():
                 try:
-                    run = Run(**json.loads(line))
-                except (ValueError, TypeError):
+                    run = Run.of_line(json.loads(line))
+                except (ValueError, TypeError, KeyError):
                     continue  # a line that an interruption cut off, or another version's
                 self._runs[run.key] = run
 
     def __len__(self) -> int:
         return len(self._runs)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._runs.values())
 
     def get(self, key: str) -> Run | None:
         return self._runs.get(key)
@@ -166,6 +185,7 @@ def row_of(runs: Sequence[Run], searched: Iterable[Run], chosen_by: str) -> Meth
     first = runs[0]
     good = [run for run in runs if not run.diverged]
     metrics: Mapping[str, float] = good[0].test if good else {}
+    latency, latency_ends = ratio_of([(run.latency, run.base_latency) for run in runs])
     return MethodRow(
         task=first.task,
         method=first.method,
@@ -178,6 +198,9 @@ def row_of(runs: Sequence[Run], searched: Iterable[Run], chosen_by: str) -> Meth
         diverged=len(runs) - len(good),
         seconds=min(run.seconds for run in good or runs),
         peak_bytes=max(run.peak_bytes for run in runs),
+        alone=all(run.alone for run in runs),
+        together=max(run.together for run in runs),
         file_bytes=first.file_bytes,
-        latency=min(run.latency for run in runs) / min(run.base_latency for run in runs),
+        latency=latency,
+        latency_ends=latency_ends,
     )

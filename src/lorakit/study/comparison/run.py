@@ -3,46 +3,42 @@
 Each finished run is a line of runs.jsonl, and a run that is there is not made again. An interrupted comparison
 therefore continues where it was, and one with more seeds or methods makes only the new runs.
 
-The search's best run is also the run of seed 0. Its weights are kept in memory until the search is over, so that it is
+The search's best run is also the run of seed 0. Its weights are kept in a file until the search is over, so that it is
 not trained twice, and so that no answers are generated for the other runs of the search.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import json
-import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
 
 from ...core.errors import LoraError
 from ...core.reading import json_of
 from ...formats.files import replacing
+from ...formats.folder import HIDDEN
+from ...training.ladder import best_tried
 from ...training.memory import few_kernels
 from ...training.quiet import quiet_libraries
 from ..machine import machine, release
-from ..methods.baselines import Applied, Method
 from ..methods.naming import name_of
 from .config import MethodConfig
-from .fit import fit, steps_of
-from .plan import TaskPlan, apply, most_runs, most_runs_of
+from .fit import steps_of
+from .one_run import NotApplicable, make_run, score_kept
+from .passes import Passes
+from .plan import DECIDES, TaskPlan, run_key
 from .progress import RunsProgress
 from .results import Comparison, Ledger, MethodRow, Run, TaskFacts, row_of
-from .search import best_rate, next_rate
-from .tasks import StudyTask, digest_of, halved, served
+from .runner import Order, Runner, ThisProcess
+from .search import next_rate, next_rates
+from .tasks import StudyTask
+from .time_left import TimeLeft
 
 RUNS, MACHINE = "runs.jsonl", "machine.json"
-_TURNS = 7  # timings of each of the two models, in alternation; the shortest of each counts
-_DECIDES = (
-    *("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "scheduler", "warmup_ratio", "warmup_steps"),
-    *("weight_decay", "label_smoothing", "gradient_checkpointing"),
-)  # the training settings that change the result, besides the learning rate
 
 
 @quiet_libraries()
@@ -56,30 +52,40 @@ def compare(
     trials: int,
     so_far: bool = False,
     progress: RunsProgress | None = None,
+    runner: Runner | None = None,
+    one_pass: bool = False,
 ) -> Comparison:
     """Make the runs that `folder` does not hold yet, and return the results of all of them.
 
-    so_far: make no runs, and return the results of those in the folder. Raises ValueError if no method can be applied.
+    so_far: make no runs, and return the results of those in the folder. runner: where runs are made; None: in this
+    process, whose peak memory then includes what earlier runs left. one_pass: train several runs of LoRA at once, where
+    each is the same as alone; their time and memory are then shared. Raises ValueError if no method can be applied.
     """
+    runner = None if so_far else runner or ThisProcess()
     folder.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(folder / RUNS)
     progress = progress or RunsProgress()
-    progress.begin(most_runs_of(plans, seeds, trials))
+    if runner is not None:
+        progress.begin(TimeLeft(plans, seeds, trials, ledger))
     rows: list[MethodRow] = []
     left_out: list[tuple[str, str, str]] = []
     finished = True
-    with progress:
+    with progress, _scratch(folder) as scratch:
         for plan in plans:
+            passes = Passes(plan.task, scratch) if one_pass and runner is not None else None
             for method in plan.methods:
-                runs = _Runs(plan.task, method, ledger, progress, so_far)
+                name = name_of(method.method)
+                if reason := plan.costs[name].left_out:  # no process has to start to find it
+                    left_out.append((plan.task.name, name, reason))
+                    continue
+                runs = _Runs(plan.task, method, ledger, progress, runner, scratch / "weights", passes)
                 try:
                     rows.append(runs.of_all_seeds(seeds, trials))
-                except _NotApplicable as reason:
-                    left_out.append((plan.task.name, name_of(method.method), str(reason)))
+                except NotApplicable as error:  # for a reason that the weights alone tell
+                    left_out.append((plan.task.name, name, str(error)))
                 except _NotMade:
                     pass
                 finished = finished and runs.complete
-                progress.advance_to_method_end(most_runs(plan, method, seeds, trials))
     if left_out and not rows and finished:
         raise LoraError("no method can be applied. {}: {}: {}".format(*left_out[0]))
     return Comparison(
@@ -94,10 +100,6 @@ def compare(
     )
 
 
-class _NotApplicable(Exception):
-    """Why the method cannot be applied to the model."""
-
-
 class _NotMade(Exception):
     """A run that is needed is not in the ledger, and no runs are to be made."""
 
@@ -106,13 +108,25 @@ class _Runs:
     """The runs of one method on one task. so_far: only those of the ledger."""
 
     def __init__(
-        self, task: StudyTask, config: MethodConfig, ledger: Ledger, progress: RunsProgress, so_far: bool
+        self,
+        task: StudyTask,
+        config: MethodConfig,
+        ledger: Ledger,
+        progress: RunsProgress,
+        runner: Runner | None,
+        weights: Path,
+        passes: Passes | None,
     ) -> None:
-        self.task, self.config, self.ledger, self.progress, self.so_far = task, config, ledger, progress, so_far
+        """runner: where runs are made; None: only those of the ledger. weights: a file for what a best run trained.
+
+        passes: trains several runs at once; None: each is trained alone.
+        """
+        self.task, self.config, self.ledger, self.progress = task, config, ledger, progress
+        self.runner, self.weights, self.passes = runner, weights, passes
         self.complete = True
         self.name = name_of(config.method)
         self._tried: dict[float, float | None] = {}  # in the search: rate → score, None if it diverged
-        self._best: tuple[Run, dict[str, Tensor]] | None = None  # the search's best new run, and what it trained
+        self._best: Order | None = None  # of the best new run of the search, whose weights are in the file
 
     def of_all_seeds(self, seeds: int, trials: int) -> MethodRow:
         rate = self.config.training.learning_rate
@@ -122,7 +136,7 @@ class _Runs:
         runs = []
         for seed in range(seeds):
             with contextlib.suppress(_NotMade):
-                runs.append(self._tested(seed, rate))
+                runs.append(self._tested(seed, rate, range(seed + 1, seeds)))
         if not runs:
             raise _NotMade
         return row_of(runs, searched, self.task.chosen_by)
@@ -131,118 +145,75 @@ class _Runs:
         """The best learning rate, and the runs of the search. If every run diverged, the lowest rate."""
         runs = []
         while (rate := next_rate(self.config.method, self._tried, trials)) is not None:
-            key = self._key(0, rate)
-            run = self.ledger.get(key) or self._made(key, 0, rate, test=False)
+            order = dataclasses.replace(self._order(0, rate), rivals=dict(self._tried))
+            known = self.ledger.get(order.key)
+            run = known or self._made(order, next_rates(self.config.method, self._tried, trials)[1:])
             runs.append(run)
             self._tried[rate] = None if run.diverged else run.valid[self.task.chosen_by]
-        return best_rate(self._tried) or min(self._tried), runs
+            if best_tried(self._tried) == rate:
+                self._best = None if known else order
+        return best_tried(self._tried) or min(self._tried), runs
 
-    def _tested(self, seed: int, rate: float) -> Run:
-        key = self._key(seed, rate)
+    def _tested(self, seed: int, rate: float, later: Sequence[int]) -> Run:
+        order = self._order(seed, rate)
         best, self._best = self._best, None  # the search is over: its weights are kept only for the first seed
-        run = self.ledger.get(key)
+        run = self.ledger.get(order.key)
         if run is not None and (run.test or run.diverged):
             return run
-        if run is not None and best is not None and best[0].key == key:
-            run = self._with_test(*best)
-            self.ledger.add(run)
-            return run
-        return self._made(key, seed, rate, test=True)
+        if run is not None and best is not None and best.key == order.key:
+            return self._with_test(run, order)
+        return self._made(order, seeds=later)
 
-    def _made(self, key: str, seed: int, rate: float, *, test: bool) -> Run:
-        """Train, score, measure the latency, and add the run to the ledger."""
-        if self.so_far:
-            self.complete = False
-            raise _NotMade
-        training = self.config.training
-        self.progress.run(self.task.name, self.name, seed, rate, steps_of(self.task, training))
-        model, applied = self._applied(seed)
-        fitted = fit(applied, self.task, training, seed=seed, learning_rate=rate, step=self.progress.step)
-        diverged = fitted.diverged
-        valid: dict[str, float] = {}
-        scores: dict[str, float] = {}
-        if not diverged:
-            self.progress.says("validation")
-            valid = self.task.validate(applied)
-            if not math.isfinite(
-                valid[self.task.chosen_by]
-            ):  # the last step may have caused it, after the last training loss
-                diverged, valid = True, {}
-            elif test:
-                self.progress.says("test")
-                scores = self.task.test(applied)
-        run = Run(
-            key=key,
-            task=self.task.name,
-            method=self.name,
-            seed=seed,
-            learning_rate=rate,
-            steps=fitted.steps,
-            parameters=applied.parameter_count,
-            head=applied.head_count,
-            diverged=diverged,
-            valid=valid,
-            test=scores,
-            seconds=fitted.seconds,
-            peak_bytes=fitted.peak_bytes,
-            file_bytes=sum(tensor.nbytes for tensor in applied.state_dict().values()),
-            latency=0.0,
-            base_latency=0.0,
+    def _made(self, order: Order, rates: Sequence[float] = (), seeds: Sequence[int] = ()) -> Run:
+        """Make the run and add it to the ledger. rates, seeds: of runs that are wanted next."""
+        runner = self._needed_runner()
+        if self.passes is not None:
+            wanted = [self._order(order.seed, rate) for rate in rates]
+            wanted += [self._order(seed, order.learning_rate) for seed in seeds]
+            wanted = [own for own in wanted if self.ledger.get(own.key) is None]
+            order = self.passes.trained(order, wanted, runner, self.progress)
+        self.progress.run(
+            self.task.name, self.name, order.seed, order.learning_rate, steps_of(self.task, self.config.training)
         )
-        if not test and not diverged:
-            self._keep_if_best(run, applied)
-        latency, base_latency = self._latencies(applied, model)
-        run = dataclasses.replace(run, latency=latency, base_latency=base_latency)
+        began = time.perf_counter()
+        made = runner.do(make_run, self.task, order, self.progress)
+        other = time.perf_counter() - began - made.seconds
+        run = dataclasses.replace(made, alone=runner.alone, other_seconds=other)
         self.ledger.add(run)
         self.progress.finished(run)
         return run
 
-    def _keep_if_best(self, run: Run, applied: Applied) -> None:
-        score = run.valid[self.task.chosen_by]
-        if best_rate({**self._tried, run.learning_rate: score}) == run.learning_rate:
-            self._best = run, {name: tensor.clone() for name, tensor in applied.state_dict().items()}
-
-    def _with_test(self, run: Run, trained: dict[str, Tensor]) -> Run:
+    def _with_test(self, run: Run, order: Order) -> Run:
         """The best run of the search with its scores on the test rows, from the weights that were kept."""
-        _, applied = self._applied(run.seed)
-        applied.load_state_dict(trained)
-        self.progress.says("test")
-        scores = self.task.test(applied)
-        applied.remove()
-        kept = self.ledger.get(run.key)
-        assert kept is not None
-        return dataclasses.replace(kept, test=scores)
+        began = time.perf_counter()
+        scores = self._needed_runner().do(score_kept, self.task, order, self.progress)
+        other = run.other_seconds + time.perf_counter() - began
+        tested = dataclasses.replace(run, test=scores, other_seconds=other)
+        self.ledger.add(tested)
+        return tested
 
-    def _applied(self, seed: int) -> tuple[nn.Module, Applied]:
-        model = self.task.model(seed)
-        torch.manual_seed(seed)
-        try:
-            return model, apply(self.config.method, model, self.task)
-        except ValueError as error:
-            raise _NotApplicable(str(error)) from None
+    def _needed_runner(self) -> Runner:
+        if self.runner is None:
+            self.complete = False
+            raise _NotMade
+        return self.runner
 
-    def _latencies(self, applied: Applied, model: nn.Module) -> tuple[float, float]:
-        """Seconds of a forward pass with the method and, on the same rows, without it.
+    def _order(self, seed: int, rate: float) -> Order:
+        return Order(run_key(self.task, self.config, seed, rate), self.config, seed, rate, self.weights)
 
-        Removes the method from the model.
-        """
-        ours = served(applied, self.task.half)
-        applied.remove()
-        models = (ours, halved(copy.deepcopy(model)) if self.task.half else model)
-        least = [float("inf")] * 2
-        with torch.inference_mode():
-            for _ in range(_TURNS):
-                for index, one in enumerate(models):
-                    began = time.perf_counter()
-                    self.task.serve(one)
-                    _wait()
-                    least[index] = min(least[index], time.perf_counter() - began)
-        return least[0], least[1]
 
-    def _key(self, seed: int, rate: float) -> str:
-        training = {name: getattr(self.config.training, name) for name in _DECIDES}
-        method: Method = self.config.method
-        return digest_of(self.task.fingerprint, self.task.name, method.name, method.settings, training, seed, rate)
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A hidden folder for the time of the comparison; what an earlier one left there when it was killed is removed."""
+    path = folder / HIDDEN / "runs"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds something else
+            path.parent.rmdir()
 
 
 def _made_on(folder: Path, now: bool) -> dict[str, str]:
@@ -259,7 +230,7 @@ def _facts(plan: TaskPlan) -> TaskFacts:
     trainings = [method.training for method in plan.methods]
     shared = {
         name: getattr(trainings[0], name)
-        for name in _DECIDES
+        for name in DECIDES
         if len({getattr(training, name) for training in trainings}) == 1 and getattr(trainings[0], name)
     }
     steps = {steps_of(task, training) for training in trainings}
@@ -275,8 +246,3 @@ def _facts(plan: TaskPlan) -> TaskFacts:
         training=shared,
         published={label: dict(scores) for label, scores in plan.published.items()},
     )
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

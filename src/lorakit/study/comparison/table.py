@@ -15,22 +15,24 @@ from ...core.numbers import NONE, duration, learning_rate, rounded, size
 from ...core.table import Table, escaped, folded
 from ...training.report import heading
 from ...training.scores import METRICS
+from ...training.terminal import columns
 from .results import Comparison, Interval, MethodRow, TaskFacts
 
 UNFINISHED = "Unfinished: some runs are still to be made."
 
-_WIDTH = 120  # columns of a terminal
+_WIDTH = 120  # characters of a line, or those of a narrower terminal
 _NAME = 40  # columns for a method's name; a longer name continues in the next line
 
 
 def tables_text(comparison: Comparison) -> str:
-    """The tables for a terminal of 120 columns; a wider table continues below."""
+    """The tables in lines of 120 characters, or of a narrower terminal; a wider table continues below."""
+    width = _width()
     lines = [] if comparison.finished else [UNFINISHED]
     lines += _wrapped(about(comparison))
     if len(comparison.tasks) > 1:
         lines += [
             heading("all tasks"),
-            *summary(comparison).lines(_WIDTH, _NAME),
+            *summary(comparison).lines(width, _NAME),
             "",
             *_wrapped(summary_notes(comparison, "*")),
         ]
@@ -39,7 +41,7 @@ def tables_text(comparison: Comparison) -> str:
             heading(task.name),
             *_wrapped(facts(task)),
             "",
-            *task_table(comparison, task).lines(_WIDTH, _NAME),
+            *task_table(comparison, task).lines(width, _NAME),
             "",
         ]
         lines += _wrapped(notes(comparison, task, "*"))
@@ -105,7 +107,7 @@ def task_table(comparison: Comparison, task: TaskFacts) -> Table:
         "train time": lambda row: duration(row.seconds),
         "peak memory": lambda row: size(row.peak_bytes),
         "file": lambda row: size(row.file_bytes),
-        "latency": lambda row: f"×{row.latency:.2f}" if math.isfinite(row.latency) else NONE,
+        "latency": latency,
     }
     columns.insert(1, [f"{row.parameters:,}" for row in rows] + [NONE] * len(published))
     columns += [[*map(cell, rows), *[NONE] * len(published)] for cell in ours.values()]
@@ -159,7 +161,14 @@ def notes(comparison: Comparison, task: TaskFacts, mark: str) -> list[str]:
     rows = rows_of(comparison, task)
     lines = [f"{mark} is the best {task.metrics[0]}. {_interval(comparison)} {_choice(comparison, task)}"]
     lines.append("Train time is the shortest of the seeds'.")
+    lines += _memory(comparison, rows)
     lines.append("Latency is that of a forward pass as the method serves, × the model's own.")
+    if any(row.latency_ends for row in rows):
+        lines[-1] = (
+            "Latency is that of a forward pass as the method serves, × the model's own: the median of turns in which "
+            "both run, and in brackets its 95 % interval, which holds those of all seeds. ×1: the interval holds "
+            "1, so no difference was found."
+        )
     head = max((row.head for row in rows), default=0)
     if head:
         lines.append(f"The new head has {head:,} parameters, which every method trains besides.")
@@ -192,6 +201,16 @@ def score(interval: Interval | None, digits: int) -> str:
     return f"{interval.mean:.{digits}f}{half}"
 
 
+def latency(row: MethodRow) -> str:
+    """×ratio (low to high), ×1 (low to high) if the interval holds 1, or ×ratio without an interval."""
+    if not math.isfinite(row.latency):
+        return NONE
+    if row.latency_ends is None:
+        return f"×{row.latency:.2f}"
+    low, high = (round(end, 2) for end in row.latency_ends)
+    return f"×{'1' if low <= 1 <= high else f'{row.latency:.2f}'} ({low:.2f} to {high:.2f})"
+
+
 def higher_is_better(metric: str) -> bool:
     """Whether a higher value of the metric is better; True for a metric that lorakit does not know."""
     return metric not in METRICS or METRICS[metric].higher_is_better
@@ -215,6 +234,30 @@ def _choice(comparison: Comparison, task: TaskFacts) -> str:
     best = f"the best of at most {trials} by {task.chosen_by} on the validation rows"
     beside = f"; that of {', '.join(given)} is given" if given else ""
     return f"The learning rate is {best if trials > 1 else 'the usual one of each method'}{beside}."
+
+
+def _memory(comparison: Comparison, rows: Sequence[MethodRow]) -> list[str]:
+    """A sentence on whose memory the peak is. On a GPU it is that of the run's tensors in any case."""
+    passes = [row for row in rows if row.together > 1]
+    said = []
+    if passes:
+        whose = "" if len(passes) == len(rows) else f" of {', '.join(row.method for row in passes)}"
+        most = max(row.together for row in passes)
+        said = [
+            f"Train time{whose} is that of a pass over up to {most} runs, divided by their number, and peak memory is "
+            "that of the pass."
+        ]
+    rows = [row for row in rows if row.together == 1]
+    shared = [row.method for row in rows if not row.alone]
+    if "gpu" in comparison.machine or not rows:
+        return said
+    if not shared:
+        return [*said, "Peak memory is that of a process which makes a single run."]
+    whose = "" if len(shared) == len(rows) and not said else f" of {', '.join(shared)}"
+    return [
+        *said,
+        f"Peak memory{whose} is that of a process which made several runs, and may hold what earlier ones left.",
+    ]
 
 
 def _with_direction(metric: str) -> str:
@@ -243,7 +286,11 @@ def _decimals(column: Iterable[Interval | None]) -> int:
 
 
 def _wrapped(lines: Iterable[str]) -> list[str]:
-    return [part for line in lines for part in folded(line, _WIDTH)]
+    return [part for line in lines for part in folded(line, _width())]
+
+
+def _width() -> int:
+    return min(_WIDTH, columns(_WIDTH))
 
 
 def _listed(lines: Iterable[str]) -> str:

@@ -36,6 +36,7 @@ from ...training.evaluate import expected_of, predict
 from ...training.folders import no_split, split_files
 from ...training.generation import answers
 from ...training.hub import Hub
+from ...training.labels import MULTI_LABEL
 from ...training.loss import causal_loss, frozen_head
 from ...training.models import (
     Loaded,
@@ -151,7 +152,13 @@ class _Text(StudyTask):
 
     def blueprint(self) -> nn.Module:
         labels = labels_of(self.data)
-        model: nn.Module = skeleton(self._model_name, labels=labels, dtype="float32", quantize=self.settings.quantize)
+        model: nn.Module = skeleton(
+            self._model_name,
+            labels=labels,
+            multi_label=self.kind == MULTI_LABEL,
+            dtype="float32",
+            quantize=self.settings.quantize,
+        )
         return model
 
     @property
@@ -170,7 +177,7 @@ class _Text(StudyTask):
 
 
 class Sequences(_Text):
-    """Classes or numbers for texts.
+    """A class for each text, any number of classes, or a number.
 
     The learning rate is chosen by the loss: on a few hundred rows accuracy is too coarse to distinguish two rates, and
     while a method has hardly begun to learn it does not show which direction is better.
@@ -187,7 +194,8 @@ class Sequences(_Text):
 
     def model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        loaded = load_classifier(self._model_name, labels=self.data.labels, **self.loading)
+        several = self.kind == MULTI_LABEL
+        loaded = load_classifier(self._model_name, labels=self.data.labels, multi_label=several, **self.loading)
         model: nn.Module = loaded.model
         return model
 
@@ -199,6 +207,9 @@ class Sequences(_Text):
             inputs = {name: value for name, value in batch.items() if name != "labels"}
             with self.products():
                 logits = model(**inputs).logits.float()
+            if self.kind == MULTI_LABEL:  # each class is a question of its own, with two answers to smooth over
+                wanted = batch["labels"] * (1 - label_smoothing) + label_smoothing / 2
+                return F.binary_cross_entropy_with_logits(logits, wanted)
             if not self.data.labels:
                 return F.mse_loss(logits.squeeze(-1), batch["labels"].float())
             return F.cross_entropy(logits, batch["labels"], label_smoothing=label_smoothing)

@@ -396,7 +396,8 @@ class LoRA(Method):
     dora: bool = False
     init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"
 
-    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+    def settings_on(self, model: nn.Module) -> LoRASettings:
+        """What `attach` is told on this model."""
         settings = LoRASettings.of(self)
         if self.targets == "query-value":
             found = [query_and_value(block) for block in blocks_of(model)]
@@ -405,7 +406,10 @@ class LoRA(Method):
                 targets=[name for names, _ in found for name in names],
                 rank_pattern={name: (self.rank, 0, self.rank) for names, fused in found if fused for name in names},
             )
-        attach(model, replace(settings, also_train=head))
+        return settings
+
+    def _install(self, model: nn.Module, head: list[str], inserted: _Inserted) -> set[str]:
+        attach(model, replace(self.settings_on(model), also_train=head))
         return lora_names(model)
 
 
