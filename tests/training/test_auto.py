@@ -324,7 +324,7 @@ def test_what_is_given_is_kept_and_the_start_follows_the_method() -> None:
     made = auto_search(config)
     assert made is not None and made.name(Candidate(64, 3e-3)) == "learning_rate=0.003 rank=64"
     chosen = made.settings(config, Candidate(64, 3e-3))
-    assert (chosen.rank, chosen.learning_rate, chosen.alpha, chosen.auto) == (64, 3e-3, None, None)
+    assert (chosen.rank, chosen.learning_rate, chosen.alpha, chosen.auto) == (64, 3e-3, 32.0, None)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
