@@ -131,7 +131,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(lost: str, config: TrainConfig, 
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"rank": 8, "alpha": 8.0}, "--rank: 4 then, 8 now"),
-    ({"alpha": 4.0}, "--alpha: 8 then, 4 now"),
+    ({"alpha": 4.0}, "--alpha: 32 then, 4 now"),
     ({"dropout": 0.0}, "--dropout: 0.1 then, 0 now"),
     ({"rslora": True}, "--rslora: False then, True now"),
     ({"dora": True}, "--dora: False then, True now"),
@@ -210,7 +210,7 @@ def test_what_decides_nothing_may_change_and_files_may_move(config: TrainConfig,
         "data": str(shutil.copy(config.data, tmp_path / "e.jsonl")),
     }
     shutil.move(out, tmp_path / "moved")
-    free: dict[str, Any] = dict(save_steps=2, logging_steps=2, eval_samples=1, alpha=8.0, gradient_checkpointing=True)
+    free: dict[str, Any] = dict(save_steps=2, logging_steps=2, eval_samples=1, alpha=32.0, gradient_checkpointing=True)
     again = dataclasses.replace(config, resume="auto", output_dir=str(tmp_path / "moved"), **moved, **free)
     train(again)
     assert adapter(again) == expected

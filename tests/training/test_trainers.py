@@ -69,9 +69,8 @@ def trainer_of(
     usual.update(settings)
     rows = causal_rows() if kind == "causal" else class_rows()
     model = models.llama() if kind == "causal" else models.bert()
-    lorakit.attach(
-        model, targets if kind == "causal" else "query", rank=2, also_train=[] if kind == "causal" else ["classifier"]
-    )
+    whole = [] if kind == "causal" else ["classifier"]
+    lorakit.attach(model, targets if kind == "causal" else "query", rank=2, alpha=4, also_train=whole)
     common: dict[str, Any] = dict(
         model=model,
         train_dataset=Dataset.from_list(rows),
@@ -377,7 +376,7 @@ def test_a_run_that_learns_has_not(kind: str, rate: float, tmp_path: Path) -> No
 
 def test_the_relative_change_of_all_weights() -> None:
     model = models.llama()
-    lorakit.attach(model, ["q_proj", "up_proj"], rank=2)
+    lorakit.attach(model, ["q_proj", "up_proj"], rank=2, alpha=4)
     models.train_a_little(model)
     change = weights = 0.0
     for name, module in model.named_modules():

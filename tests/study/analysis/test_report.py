@@ -31,7 +31,7 @@ def study() -> Study:
     modules: tuple[Any, ...] = ()
     for rank in (4, 3):
         model = models.llama()
-        lorakit.attach(model, ["q_proj", "down_proj"], rank=rank)
+        lorakit.attach(model, ["q_proj", "down_proj"], rank=rank, alpha=2 * rank)
         torch.manual_seed(rank)
         train_a_little(model)
         with torch.no_grad():
