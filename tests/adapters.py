@@ -33,7 +33,8 @@ def language_adapter(
     from lorakit.training.models import load_causal_lm
 
     loaded = load_causal_lm(str(base), dtype="float32")
-    lorakit.attach(loaded.model, rank=rank, dora=dora)
+    torch.manual_seed(seed)  # a fixture of a module is made before the test's own seed
+    lorakit.attach(loaded.model, rank=rank, alpha=2 * rank, dora=dora)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in loaded.model.parameters():

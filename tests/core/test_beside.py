@@ -151,7 +151,7 @@ def test_output_gradient_merge_and_detach(name: str) -> None:
     model, plain = made(name), made(name)
     x, state = given(model), copy.deepcopy(plain.state_dict())
     base = plain(x)
-    report = lorakit.attach(model, "0", rank=2)
+    report = lorakit.attach(model, "0", rank=2, alpha=4)
     assert type(plain[0]).__name__ in str(report) or name.startswith(("Lazy", "old"))
     assert torch.equal(model(x), base)
     layer = model[0]

@@ -76,7 +76,7 @@ TOKENS = torch.arange(12).view(3, 4)
 @pytest.mark.parametrize("parameter", PARAMETERS)
 def test_a_parameter_by_its_name(parameter: str, tmp_path: Path) -> None:
     model, other, plain = Net().double(), Net().double(), Net().double()
-    report = lorakit.attach(model, parameter, rank=2)
+    report = lorakit.attach(model, parameter, rank=2, alpha=4)
     assert [row.name for row in report.rows] == [parameter]
     assert torch.equal(model(TOKENS), plain(TOKENS))
     layer = next(module for module in model.modules() if isinstance(module, lorakit.LoRALayer))

@@ -71,7 +71,7 @@ def test_problem_43_the_loss_and_gradient_of_packs_are_those_of_rows_alone(make,
     dtype = torch.float32 if make is models.qwen_moe else torch.float64
     model: Any = make().to(dtype)
     model.set_attn_implementation(attention)
-    lorakit.attach(model, rank=2)
+    lorakit.attach(model, rank=2, alpha=4)
     models.train_a_little(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rows = some_rows()
