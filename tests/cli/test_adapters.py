@@ -340,7 +340,7 @@ def test_perplexity_of_rows_that_name_their_adapter(lively, folders, tmp_path, c
             "float32",
         )
         assert found["by_adapter"][name]["metrics"]["perplexity"] == pytest.approx(
-            json.loads(one.read_text())["metrics"]["perplexity"], rel=1e-5
+            json.loads(one.read_text())["metrics"]["perplexity"], rel=1e-4
         )
         model: Any = AutoModelForCausalLM.from_pretrained(lively).eval()
         lorakit.load(model, folders[name])
