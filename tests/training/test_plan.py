@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import plan as benchmark
@@ -23,6 +24,11 @@ from lorakit.training.prepare import prepare, start_block
 def rows(path: Path) -> Path:
     path.write_text("".join(json.dumps({"prompt": f"turn {i % 6}", "completion": "on"}) + "\n" for i in range(24)))
     return path
+
+
+def schedule(**settings: Any) -> Any:
+    usual: dict[str, Any] = dict(batch_size=5, gradient_accumulation_steps=2, epochs=3.0, max_steps=None)
+    return SimpleNamespace(**{**usual, **settings})
 
 
 class Exponents(nn.Module):
@@ -78,13 +84,10 @@ def test_a_fake_step_makes_the_storages_of_a_real_one(dtype: torch.dtype) -> Non
     assert sizes[0] == sizes[1]
 
 
-def plan(loss: Any = None, **settings: Any) -> Plan:
+def plan(loss: Any = None) -> Plan:
     with FakeTensorMode():
         model = Exponents()
-        arguments: dict[str, Any] = dict(
-            rows=100, tokens=1000, batch_size=5, accumulation=2, epochs=3.0, max_steps=None
-        )
-        return make_plan(model, loss or model.loss, **{**arguments, **settings})
+        return make_plan(model, loss or model.loss, schedule(), rows=100, tokens=1000)
 
 
 def test_each_process_takes_its_share_of_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,16 +109,7 @@ def test_what_is_counted_and_what_is_added(monkeypatch: pytest.MonkeyPatch) -> N
     assert added == 100_000_000 + round(0.33 * 404)
     with FakeTensorMode(), torch.device("meta"):
         model = Exponents()
-        on_gpu = make_plan(
-            model,
-            model.loss,
-            rows=100,
-            tokens=1000,
-            batch_size=5,
-            accumulation=2,
-            epochs=3.0,
-            max_steps=None,
-        )
+        on_gpu = make_plan(model, model.loss, schedule(), rows=100, tokens=1000)
     assert on_gpu.peak_bytes == counted
 
 
@@ -138,12 +132,9 @@ def test_experts_in_float32_which_fake_tensors_cannot_multiply(capfd: pytest.Cap
         found = make_plan(
             model,
             lambda: model(input_ids=ids, labels=ids).loss,
+            schedule(batch_size=2, gradient_accumulation_steps=1, epochs=1.0),
             rows=2,
             tokens=8,
-            batch_size=2,
-            accumulation=1,
-            epochs=1.0,
-            max_steps=None,
         )
     assert found.peak_bytes is None and found.unplanned.startswith("RuntimeError: Expected inputs of BF16 type")
     assert capfd.readouterr().err == ""

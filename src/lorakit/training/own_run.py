@@ -39,14 +39,7 @@ class OwnRun:
     @cached_property
     def length(self) -> tuple[int, int]:
         """Its steps in an epoch, and in all."""
-        own = self.schedule
-        return length_of(
-            len(self.train),
-            batch_size=own.batch_size,
-            accumulation=own.gradient_accumulation_steps,
-            epochs=own.epochs,
-            max_steps=own.max_steps,
-        )
+        return length_of(len(self.train), self.schedule)
 
     def batches(self, step: int) -> list[Rows]:
         """The batches of a step, counted from 0; none once the run is over."""

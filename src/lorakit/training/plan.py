@@ -15,11 +15,15 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 from unittest import mock
 
 from torch import Tensor, nn
 
 from .memory import margin, resident_memory, step_storages
+
+if TYPE_CHECKING:
+    from .base_trainer import Schedule
 
 
 @dataclass(frozen=True)
@@ -42,38 +46,28 @@ class Plan:
         return replace(self, peak_bytes=self.peak_bytes + count * size)
 
 
-def length_of(
-    rows: int, *, batch_size: int, accumulation: int, epochs: float, max_steps: int | None
-) -> tuple[int, int]:
-    """The steps of an epoch over so many rows, and those of the run, as Trainer counts them."""
-    steps_an_epoch = math.ceil(math.ceil(rows / batch_size) / accumulation)
-    return steps_an_epoch, max_steps or math.ceil(steps_an_epoch * epochs)
+def length_of(rows: int, schedule: Schedule, processes: int = 1) -> tuple[int, int]:
+    """The steps of an epoch over so many rows, and those of the run, as Trainer counts them, with the same rounding.
+
+    processes: how many take their share of the rows.
+    """
+    batches = math.ceil(rows / (schedule.batch_size * processes))
+    steps_an_epoch = max(1, math.ceil(batches / schedule.gradient_accumulation_steps))
+    return steps_an_epoch, schedule.max_steps or math.ceil(steps_an_epoch * schedule.epochs)
 
 
-def make_plan(
-    model: nn.Module,
-    loss: Callable[[], Tensor],
-    *,
-    rows: int,
-    tokens: int,
-    batch_size: int,
-    accumulation: int,
-    epochs: float,
-    max_steps: int | None,
-) -> Plan:
+def make_plan(model: nn.Module, loss: Callable[[], Tensor], schedule: Schedule, *, rows: int, tokens: int) -> Plan:
     """Plan for a model of fake tensors, adapted and in the mode that it will be trained in.
 
     loss: computes it for the largest batch, as training will. rows, tokens: in the training data; of several runs in
     one pass, the rows of the longest, and the tokens of all. Under torchrun each process takes its share of the rows.
     """
-    steps_an_epoch, steps = length_of(
-        rows, batch_size=batch_size * processes(), accumulation=accumulation, epochs=epochs, max_steps=max_steps
-    )
+    steps_an_epoch, steps = length_of(rows, schedule, processes())
     seen = round(tokens * steps / steps_an_epoch)
     try:
         # torch logs the traceback of what fake tensors cannot do before it raises it.
         with mock.patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True):
-            step = step_storages(model, loss, accumulation)
+            step = step_storages(model, loss, schedule.gradient_accumulation_steps)
     except Exception as error:  # whatever a model does that fake tensors cannot: the run itself may be fine
         why = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         return Plan(steps, steps_an_epoch, seen, None, unplanned=why)

@@ -574,16 +574,7 @@ def _plan(config: TrainConfig, data: Data, counts: tuple[int, int], model: Any, 
             classified: Tensor = model(**batch).loss
             return classified
 
-    return make_plan(
-        model,
-        loss,
-        rows=counts[0],
-        tokens=counts[1],
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        epochs=config.epochs,
-        max_steps=config.max_steps,
-    )
+    return make_plan(model, loss, config, rows=counts[0], tokens=counts[1])
 
 
 def _tokens(rows: Rows) -> int:

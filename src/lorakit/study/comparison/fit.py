@@ -6,7 +6,6 @@ should differ only in the method.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from transformers import TrainerCallback, TrainingArguments
 from ...training.base_trainer import BaseTrainer, arguments
 from ...training.gradient_checkpointing import end_checkpointing
 from ...training.memory import forget_peak, peak_memory
+from ...training.plan import length_of
 from ..methods.baselines import Applied
 from .config import CompareConfig
 from .tasks import Loss, StudyTask
@@ -34,6 +34,23 @@ class Fitted:
     diverged: bool
 
 
+def training_arguments(training: CompareConfig, *, seed: int, learning_rate: float) -> TrainingArguments:
+    """Trainer's arguments for a run that leaves nothing behind but what it trained."""
+    return arguments(
+        TrainingArguments,
+        training,
+        seed=seed,
+        learning_rate=learning_rate,
+        warmup=training.warmup_ratio if training.warmup_steps is None else training.warmup_steps,
+        output_dir=tempfile.gettempdir(),  # nothing is saved
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+    )
+
+
 def fit(
     applied: Applied,
     task: StudyTask,
@@ -44,16 +61,7 @@ def fit(
     step: Callable[[], None],
 ) -> Fitted:
     """Train in place; the model is in eval mode afterwards. step: called after each step."""
-    warmup = training.warmup_ratio if training.warmup_steps is None else training.warmup_steps
-    settings: dict[str, Any] = {
-        "output_dir": tempfile.gettempdir(),  # nothing is saved
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "remove_unused_columns": False,
-    }
-    made = arguments(TrainingArguments, training, seed=seed, learning_rate=learning_rate, warmup=warmup, **settings)
+    made = training_arguments(training, seed=seed, learning_rate=learning_rate)
     trainer = _Trainer(
         model=applied.model,
         args=made,
@@ -82,11 +90,7 @@ def fit(
 
 def steps_of(task: StudyTask, training: CompareConfig) -> int:
     """The number of steps that `fit` will take."""
-    if training.max_steps is not None:
-        return training.max_steps
-    batches = -(-task.rows["train"] // training.batch_size)
-    each = max(1, -(-batches // training.gradient_accumulation_steps))
-    return math.ceil(training.epochs * each)  # as Trainer computes it, with the same rounding
+    return length_of(task.rows["train"], training)[1]
 
 
 class _Diverged(Exception):

@@ -7,7 +7,6 @@ together alone: time is divided by their number, and the peak of memory is that 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,17 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
 
 from ...bank.bank import Bank
-from ...training.base_trainer import arguments
 from ...training.gradient_checkpointing import end_checkpointing
 from ...training.memory import forget_peak, peak_memory
 from ...training.one_pass import OnePass
 from ...training.own_run import OwnRun
 from ..methods.baselines import Applied, LoRA
 from .config import MethodConfig
-from .fit import Fitted, Steps
+from .fit import Fitted, Steps, training_arguments
 from .runner import Order, Watch
 from .tasks import Answers, StudyTask
 
@@ -113,20 +110,10 @@ def fit_together(
 def _trainer(
     task: StudyTask, model: nn.Module, training: Any, bank: Bank, runs: dict[str, OwnRun], step: Callable[[], None]
 ) -> _Trainer:
-    warmup = training.warmup_ratio if training.warmup_steps is None else training.warmup_steps
-    settings: dict[str, Any] = {
-        "output_dir": tempfile.gettempdir(),  # nothing is saved
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "logging_strategy": "no",
-        "report_to": "none",
-        "remove_unused_columns": False,
-    }
-    made = arguments(TrainingArguments, training, seed=0, learning_rate=1.0, warmup=warmup, **settings)
     return _Trainer(
         task=task,
         model=model,
-        args=made,
+        args=training_arguments(training, seed=0, learning_rate=1.0),  # each run has its own seed and rate
         train_dataset=list(task.train),
         data_collator=task.collate,
         callbacks=[Steps(step)],
