@@ -171,3 +171,20 @@ def test_names_follow_the_values() -> None:
     assert list(swept(config)) == ["learning_rate=0.0001 rank=4", "learning_rate=0.0003 rank=4"]
     assert [own.alpha for own in swept(dataclasses.replace(config, sweep="rank=4,8")).values()] == [32.0, 32.0]
     assert swept(dataclasses.replace(config, sweep=None)) == {}
+
+
+def test_batches_that_are_added_up_have_masks_of_their_own(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch of every run by itself, as where a few rows fill a CPU."""
+    config = dataclasses.replace(config, eval_samples=0, learning_rate=1e-2, gradient_accumulation_steps=2, max_steps=3)
+    out = Path(config.output_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr("lorakit.training.own_run._FULL", 1)
+        train(dataclasses.replace(config, sweep="dropout=0.3,0.5"))
+    for rate in ("0.3", "0.5"):
+        alone = out.parent / f"alone {rate}"
+        train(dataclasses.replace(config, dropout=float(rate), output_dir=str(alone)))
+        got = factors(out / "sweep" / f"dropout={rate}")
+        for name, value in factors(alone).items():
+            torch.testing.assert_close(got[name], value, rtol=0, atol=2e-4)

@@ -60,7 +60,7 @@ class _HeldOut(Dataset[list[Batch]]):
         parts = []
         for place, run in enumerate(self.runs):
             size = run.schedule.batch_size
-            if own := [run.valid[row] for row in range(len(run.valid))[size * index : size * (index + 1)]]:
+            if own := run.valid[size * index : size * (index + 1)]:
                 parts.append((place, own))
         return list(_filled(parts, self.most))
 
@@ -160,10 +160,13 @@ class OnePass(BaseTrainer):
         model.train()
         batches = self._prepare_inputs(inputs)["batches"]
         labels = torch.stack([self._labels_of(batch) for batch in batches]).sum(0)
-        seen, state = self._zeros(), torch.get_rng_state()
+        seen, state, begun = self._zeros(), torch.get_rng_state(), set[int]()
         for batch in batches:
-            torch.set_rng_state(state)  # a run draws the masks of dropout that it would draw alone
-            self._bank.assign([self._names[place] for place in batch["runs"].tolist()])
+            places = batch["runs"].tolist()
+            if begun.isdisjoint(places):  # runs of which this is the first batch draw the masks that they draw alone
+                torch.set_rng_state(state)
+            begun.update(places)
+            self._bank.assign([self._names[place] for place in places])
             with self.timed(batch), self.compute_loss_context_manager():
                 own = self._losses(model, batch) / labels.to(self.args.device).clamp(min=1)
             going = torch.tensor([name not in self.diverged for name in self._names], device=own.device)
