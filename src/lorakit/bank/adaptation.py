@@ -50,6 +50,7 @@ class Adaptation:
         self._changed: list[_Changed] = []
         self._adapted: list[tuple[nn.Module, Any]] = []
         self._shown: dict[str, nn.Module] | None = None
+        self._layers: dict[str, AdaptedLayer] | None = None  # of the same
         self.is_on = True
         self.take_off()
 
@@ -58,7 +59,7 @@ class Adaptation:
         if any(undo.swapped for module in self._model.modules() if (undo := note(module))):
             raise LoraError("the model is inside lorakit.disabled, where it is the base model. Leave that first.")
         noted = [(name, module, undo) for name, module in named_modules(self._model) if (undo := note(module))]
-        self.is_on, self._shown = False, None
+        self.is_on, self._shown, self._layers = False, None, None
         if not noted:
             return  # detached meanwhile: what was taken off before is what there is
         for module in list(self._model.modules()):
@@ -105,7 +106,9 @@ class Adaptation:
         """
         if self.is_on:
             return adapted_layers(self._model)
-        found: dict[str, AdaptedLayer] = {}
+        if self._layers is not None:
+            return self._layers
+        found = self._layers = {}
         for own, module in self._as_on().items():
             prefix = f"{own}." if own else ""
             if isinstance(module, AdaptedLayer) and module.has_update:

@@ -55,7 +55,7 @@ class AddsBeside(AdaptedLayer):
         return cls.factor_shapes(module, rank)  # a computed weight is not looked at
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = self._base(x, *args, **kwargs)
+        y = self.plain_output(x, *args, **kwargs)
         if not self.active:
             return self.guard(y)
         if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
@@ -66,15 +66,6 @@ class AddsBeside(AdaptedLayer):
         self.mark()
         dropout = self.acting_dropout
         return y + self._update(x if dropout is None else dropout(x)).to(y.dtype)
-
-    def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the class behind computes, with its own weight."""
-        object.__setattr__(self, "inside", True)
-        try:
-            y: Tensor = self.plain_class.forward(self, x, *args, **kwargs)
-        finally:
-            object.__setattr__(self, "inside", False)
-        return y
 
     def _update(self, x: Tensor) -> Tensor:
         """s · up(down(x))"""
@@ -127,7 +118,7 @@ class AddsBeside(AdaptedLayer):
                 outputs = []
                 for own in (first, second, first + second, torch.zeros_like(weight)):
                     self._parameters["weight"] = nn.Parameter(own, requires_grad=False)
-                    outputs.append(self._base(x))
+                    outputs.append(self.plain_output(x))
                 wanted = self._plain(x, first)
         except Exception as error:  # another program's class may raise anything
             return f"{kind} could not be tried: {type(error).__name__}: {error}"

@@ -76,7 +76,6 @@ class LayerWithUpdate(LoRALayer, Mergeable):
     scaling: float
     rslora: bool = False
     plain_layout: ClassVar[Layout] = Matrix()  # of an update on a plain layer, where nothing else is said
-    plain_class: ClassVar[Any] = None  # what a joined class has behind it
     takes_weight: ClassVar[bool] = True  # whether DoRA and the inits that look at the weight find it
     read_whole: bool = False  # the model computes with the whole weight and looks nothing up in it
     was_called: bool = False  # since `attach`, or since `forget`: the forward pass of the layer,

@@ -15,7 +15,7 @@ The state dict holds the base weight whether the layer is merged or not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ class StoredWeight(Switchable):
     merged: bool = False
     read_as_sum: bool = False  # whether a model that reads `weight` gets the changed one: `attach` sets it
     inside: bool = False  # while a forward pass that is not lorakit's computes with the weight itself
+    plain_class: ClassVar[Any] = None  # what a joined class has behind it
 
     @property
     def own_weight(self) -> Tensor:
@@ -76,6 +77,15 @@ class StoredWeight(Switchable):
     def read(self) -> Tensor:
         """The changed weight, for code that computes with it."""
         raise NotImplementedError
+
+    def plain_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the class behind computes, with the stored weight."""
+        object.__setattr__(self, "inside", True)  # past nn.Module's slow one
+        try:
+            y: Tensor = self.plain_class.forward(self, x, *args, **kwargs)
+        finally:
+            object.__setattr__(self, "inside", False)
+        return y
 
     @property
     def active(self) -> bool:

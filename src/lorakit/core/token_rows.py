@@ -20,7 +20,7 @@ nn.Linear. `rows_refusal_of` says so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,6 @@ Wanted = Sequence[int] | Mapping[str, Sequence[int]]
 class UsesRows(StoredWeight):
     """The base class put before that of a module that computes with trained rows: its own, or a tied table's."""
 
-    plain_class: ClassVar[Any] = None  # what a joined class has behind it
     read_as_sum = True
 
     @property
@@ -56,9 +55,9 @@ class UsesRows(StoredWeight):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rows = self.rows
         if not rows.active:
-            return rows.guard(self._base(x, *args, **kwargs))
+            return rows.guard(self.plain_output(x, *args, **kwargs))
         rows.refit()
-        y = self._base(x, *args, **kwargs)
+        y = self.plain_output(x, *args, **kwargs)
         tokens, values = rows.tokens_and_values(self.own_weight)
         if isinstance(self, nn.Embedding):
             return self._looked_up(x, y, tokens, values)
@@ -69,15 +68,6 @@ class UsesRows(StoredWeight):
 
     def read(self) -> Tensor:
         return self.rows.adapted_weight()
-
-    def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the class behind computes with the stored weight."""
-        object.__setattr__(self, "inside", True)
-        try:
-            y: Tensor = self.plain_class.forward(self, x, *args, **kwargs)
-        finally:
-            object.__setattr__(self, "inside", False)
-        return y
 
     def _looked_up(self, x: Tensor, y: Tensor, tokens: Tensor, values: Tensor) -> Tensor:
         """y (…, dim), the rows of the tokens x (…), with those of `values` (k, dim) where x is one of `tokens` (k,)."""
