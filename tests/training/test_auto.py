@@ -473,5 +473,6 @@ def test_held_out_rows_are_needed(config: TrainConfig) -> None:
 def test_a_dry_run_says_what_would_be_searched(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     train(dataclasses.replace(config, auto="30m", dry_run=True))
     said = capsys.readouterr().out
+    assert "\n── search ──" in said
     assert "learning rate and rank: begins with learning_rate=0.0003 rank=16" in said
     assert "budget 30m" in said and not Path(config.output_dir).exists()

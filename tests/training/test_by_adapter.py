@@ -125,6 +125,9 @@ def test_a_held_out_row_of_an_unknown_adapter_is_refused(tmp_path: Path, rows: l
     written(tmp_path / "data" / "valid.jsonl", [line("fr", 1), line("it", 2)])
     with pytest.raises(DataError, match=r"valid.jsonl:2: no training row is for the adapter 'it'"):
         read_data(str(tmp_path / "data"), adapters=None)
+    written(tmp_path / "data" / "train.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(DataError, match=r"train.jsonl:1: names no adapter, and other rows do"):
+        read_data(str(tmp_path / "data"), adapters=None)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.fit import fitted
 from lorakit.training.memory import free_memory_of
 from lorakit.training.plan import Plan
-from lorakit.training.prepare import prepare, start_block
+from lorakit.training.prepare import prepare
 from lorakit.training.settings import UsageError
+from lorakit.training.start_block import start_block
 
 # GB that a made-up run needs: for its weights, plain and in nf4, and for each row, kept and made again
 WEIGHTS = {"none": 10.0, "nf4": 4.0}

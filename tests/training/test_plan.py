@@ -18,7 +18,8 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.loss import frozen_head, label_losses, labelled
 from lorakit.training.memory import Storages, forget_peak, peak_memory, step_storages
 from lorakit.training.plan import Plan, make_plan
-from lorakit.training.prepare import prepare, start_block
+from lorakit.training.prepare import prepare
+from lorakit.training.start_block import start_block
 
 
 def rows(path: Path) -> Path:

@@ -18,8 +18,9 @@ from lorakit.cli.main import main
 from lorakit.training.config import TrainConfig
 from lorakit.training.merging import merge_to_folder
 from lorakit.training.models import load_causal_lm, load_classifier, load_with_adapter, skeleton
-from lorakit.training.prepare import prepare, start_block
+from lorakit.training.prepare import prepare
 from lorakit.training.quantize import quantise_layers
+from lorakit.training.start_block import start_block
 
 pytestmark = [pytest.mark.usefixtures("few_objects"), pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")]
 CLASSES = {"nf4": "Linear4bit", "int8": "Linear8bitLt"}

@@ -22,8 +22,9 @@ def run(args: argparse.Namespace) -> None:
         args.output_dir = "-"  # nothing is written, so no folder is needed
     config = from_args(TrainConfig, args)
     from ..training.preflight import refuse_large_run
-    from ..training.prepare import prepare, start_block
+    from ..training.prepare import prepare
     from ..training.quiet import quiet_libraries
+    from ..training.start_block import start_block
 
     with quiet_libraries():
         prepared = prepare(config)

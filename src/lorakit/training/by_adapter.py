@@ -28,23 +28,22 @@ def learner(row: Row) -> str:
 
 
 def learners(examples: Mapping[str, Sequence[Example]], notes: list[str]) -> tuple[str, ...]:
-    """The adapters that training rows name, in order; none if no row names one.
+    """The adapters that training rows name, in order, where some row names one.
 
     Raises DataError if some rows name none, or if a row that is held out names one that nothing is learnt for.
     """
     counts = Counter(example.adapter for example in examples["train"])
     names = tuple(name for name in counts if name is not None)
     problems = []
-    for example in itertools.chain.from_iterable(examples.values()) if names else ():
+    for example in itertools.chain.from_iterable(examples.values()):
         if example.adapter is None:
             problems.append(f"{example.where}: names no adapter, and other rows do.")
         elif example.adapter not in counts:
             problems.append(f"{example.where}: no training row is for the adapter {example.adapter!r}.")
     if problems:
         raise DataError(problems)
-    if names:
-        listed = ", ".join(f"{name} {counts[name]}" for name in names)
-        notes.append(f"rows name their adapters, each of which learns its own: {listed}")
+    listed = ", ".join(f"{name} {counts[name]}" for name in names)
+    notes.append(f"rows name their adapters, each of which learns its own: {listed}")
     return names
 
 

@@ -101,7 +101,7 @@ def read_data(
         )
         examples = dict(found)
     train = examples["train"]
-    named = learners(examples, findings.notes) if adapters is None else ()
+    named = learners(examples, findings.notes) if findings.learners else ()
     left: Sequence[int] = range(len(train))
     if examples["valid"] or examples["test"]:
         note_repeats(examples, findings.notes)
@@ -145,6 +145,7 @@ def _mixed(
         shapes.setdefault(shape, part.name)
         findings.problems += [place + problem for problem in own.problems]
         findings.notes += [place + note for note in own.notes]
+        findings.learners |= own.learners
         counts.append(len(together["train"]) - before)
     return " | ".join(filter(None, shapes)), {split: rows.settled() for split, rows in together.items()}, counts
 
@@ -187,9 +188,12 @@ def _read_examples(
         for row in progress(rows, f"reading {split}"):
             try:
                 shape, example, beside = parse(row, fields, train_on)
-                if (adapters is None or adapters) and "adapter" in beside:
-                    named = learner(row) if adapters is None else _named_adapter(row, adapters)
-                    example = replace(example, adapter=named)
+                if "adapter" in beside and adapters is None:
+                    example = replace(example, adapter=learner(row))
+                    findings.learners.add(str(example.adapter))
+                    beside.discard("adapter")
+                elif "adapter" in beside and adapters:
+                    example = replace(example, adapter=_named_adapter(row, adapters))
                     beside.discard("adapter")
             except BadRow as bad:
                 findings.problems.append(f"{row.where}: {bad}")

@@ -38,12 +38,13 @@ from .outcome import RESULTS, Outcome, device_name, last_losses, scores_of, trai
 from .packing import check_packing
 from .plan import processes
 from .preflight import refuse_large_run
-from .prepare import Prepared, adapt, labels_of, prepare, start_block, weights_dtype
+from .prepare import Prepared, adapt, labels_of, prepare, weights_dtype
 from .processes import is_main, of_main, say
 from .quiet import quiet_libraries
 from .record import base_fingerprint, refuse_differences, run_record
 from .settings import settings_table, to_command, to_yaml
 from .start import TRAINING, Start, decided, start_of
+from .start_block import start_block
 from .task import Task, write_labels
 from .terminal import to_width
 from .tried import Tried

@@ -15,14 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..core.attach import attach
 from ..core.errors import LoraError
-from ..core.numbers import size
 from ..core.report import Report
 from ..core.settings import LoRASettings
-from . import report
 from .auto_settings import AutoSearch, auto_search
 from .bars import progress
 from .class_weights import class_weights
-from .config import Quantize, TrainConfig, warnings_for
+from .config import Quantize, TrainConfig
 from .continuing import begin_with, in_names_of, planned, taken_over
 from .data import Data, Example, read_data
 from .fit import fitted
@@ -42,8 +40,7 @@ from .spool import Spool, picked, viewed
 from .style import Style
 from .sweep_settings import refuse_unshared, swept
 from .task import in_model_order, model_task
-from .terminal import takes_colours, to_width
-from .tokens import Tokens, encode_all, encode_text, preview
+from .tokens import Tokens, encode_all, encode_text
 from .vocabulary import add_tokens, grow, trained_tables, trained_tokens
 
 if TYPE_CHECKING:
@@ -235,82 +232,6 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
     )
 
 
-def start_block(prepared: Prepared, *, printed: bool = False) -> str:
-    """What a person reads before training: the data, one row with its loss-bearing tokens, the model, the plan.
-
-    printed: in the width of the terminal and with its colours; otherwise as a page holds it.
-    """
-    config, data, plan = prepared.config, prepared.data, prepared.plan
-    splits = {"train": data.train, "valid": data.valid, "test": data.test}
-    counts = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items() if rows)
-    each = " for each adapter" if prepared.learners else ""
-
-    def sentences(*lines: str) -> list[str]:
-        return [to_width(line) for line in lines] if printed else [*lines]
-
-    lines = [
-        report.heading("data", printed),
-        *sentences(
-            f"{config.data}: {data.shape}; rows: {counts}; {prepared.tokens:,} tokens to train on",
-            *prepared.notes,
-            *(f"warning: {warning}" for warning in warnings_for(config)),
-        ),
-        "",
-        *_example_lines(prepared, printed),
-        report.heading("model", printed),
-        *sentences(f"{config.model}: {_weights(prepared)} on {best_device()}"),
-        *([f"goes on with the adapter {config.from_adapter}"] if config.from_adapter else []),
-        str(prepared.attached),
-        report.heading("plan", printed),
-        *sentences(
-            f"{plan.steps} steps of {_rows_a_step(config)} rows{each}, {plan.tokens:,} tokens; "
-            f"learning rate {_rate(prepared)}, {config.scheduler}; seed {config.seed}",
-            *prepared.fit,
-            f"{_memory(plan)}; the time is told after the first steps of training",
-            *_search_lines(prepared),
-        ),
-    ]
-    return "\n".join(lines)
-
-
-def _rate(prepared: Prepared) -> str:
-    searched = prepared.search is not None and "learning_rate" in prepared.search.axes
-    return "searched" if searched else f"{prepared.config.learning_rate:g}"
-
-
-def _search_lines(prepared: Prepared) -> list[str]:
-    if (search := prepared.search) is None:
-        return []
-    adapters = "1 adapter" if search.at_once == 1 else f"{search.at_once} adapters"
-    searched = " and ".join(name.replace("_", " ") for name in search.axes)
-    return [
-        report.heading("search"),
-        f"{searched}: begins with {search.name(search.start)}, and goes to what has a lower loss on the "
-        f"{len(prepared.valid)} held-out rows; budget {search.budget.text}",
-        f"memory is planned for {adapters} of rank {search.largest} in one pass",
-    ]
-
-
-def _weights(prepared: Prepared) -> str:
-    dtype = weights_dtype(prepared.config, prepared.data)
-    packed, plain = prepared.weights
-    if packed == plain:
-        return dtype
-    how = "quantised" if prepared.config.quantize == "none" else f"in {prepared.config.quantize}"
-    return f"linear layers {how}, the rest in {dtype}; {size(packed)} of weights, {size(plain)} with all in {dtype}"
-
-
-def _rows_a_step(config: TrainConfig) -> int:
-    return config.batch_size * config.gradient_accumulation_steps * processes()
-
-
-def _memory(plan: Plan) -> str:
-    if plan.peak_bytes is None:
-        return f"memory not planned ({plan.unplanned})"
-    each = " in each process" if processes() > 1 else ""
-    return f"about {size(plan.peak_bytes)} of memory{each} at the peak of training"
-
-
 def adapt(config: TrainConfig, model: nn.Module, new_tokens: Sequence[int], *, new_head: bool) -> None:
     """Adapt the model as the run begins: with new factors, or with those of an adapter.
 
@@ -498,27 +419,6 @@ def _new_tokens(texts: Sequence[str], tokens: Sequence[int], rows: Rows) -> list
 def _limit(config: TrainConfig, limit: int) -> str:
     why = "--max-seq-length" if limit == config.max_seq_length else "all that the model has positions for"
     return f"{limit} tokens ({why})"
-
-
-def _example_lines(prepared: Prepared, printed: bool) -> list[str]:
-    if prepared.data.task != "causal-lm":
-        several = "any number of: " if prepared.data.task == MULTI_LABEL else ""
-        return [f"predicts: {several}{', '.join(prepared.data.labels) or 'a number'}"]
-    config, style = prepared.config, prepared.style
-    rows = encode_all(
-        prepared.data.train[:1],
-        prepared.tokenizer,
-        max_length=config.max_seq_length,
-        too_long="truncate",
-        system=style.system,
-        chat=style.chat,
-    ).rows
-    coloured = printed and takes_colours()
-    how = "in green" if coloured else "between ⟦ ⟧"
-    said = f"one row as the model reads it; it learns to write what is {how}, the rest is masked out of the loss:"
-    return [to_width(said) if printed else said] + [
-        report.marked(preview(row, prepared.tokenizer), coloured) for row in rows
-    ]
 
 
 def _longest(rows: Rows, count: int) -> list[dict[str, Any]]:

@@ -50,10 +50,13 @@ class Row:
 
 @dataclass
 class Findings:
-    """What reading found: lines that are not rows ("file:line: what is wrong"), and notes for the user."""
+    """What reading found: lines that are not rows ("file:line: what is wrong"), notes for the user, and the adapters
+    that rows name to learn them.
+    """
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    learners: set[str] = field(default_factory=set)
 
 
 class DataError(LoraError):
