@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models import SIZES
+
 IDS = torch.arange(2, 14)[None] % 60
 PIXELS = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))
 
@@ -50,12 +52,7 @@ def spread(model: nn.Module) -> nn.Module:
 def _decoder(**more: Any) -> dict[str, Any]:
     return (
         dict(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            SIZES,
             max_position_embeddings=32,
             pad_token_id=0,
             bos_token_id=1,
