@@ -92,7 +92,7 @@ class AddsBeside(AdaptedLayer):
     def base_matrix(self) -> Tensor:
         if not is_quantised(self):
             return super().base_matrix()
-        return precise(dequantised_weight(self._base, self.size()[1], self.like))
+        return precise(dequantised_weight(self.plain_output, self.size()[1], self.like))
 
     def fits(self) -> bool:
         return True  # a computed weight has no shape of its own
