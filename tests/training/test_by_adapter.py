@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,12 @@ def test_each_adapter_is_what_its_rows_give_alone(
     said = capsys.readouterr().out
     assert "each of which learns its own: fr 23, de 9, style.2 14" in said and "of 6 rows for each adapter" in said
     newest: dict[str, float] = {}
+    page = (out / "report.html").read_text()
     for logged in (out / "metrics.jsonl").read_text().splitlines():
-        newest |= json.loads(logged)
+        newest |= (found := json.loads(logged))
+        for key in ("loss", "eval_loss"):
+            each = [value for name, value in found.items() if name.startswith(f"{key} ")]
+            assert (key in found) == bool(each) and found.get(key, 0) == pytest.approx(sum(each) / max(len(each), 1), abs=2e-5)
     for name in COUNTS:
         own = [row for row in rows if row["adapter"] == name]
         alone = tmp_path / f"{name} alone"
@@ -76,6 +81,12 @@ def test_each_adapter_is_what_its_rows_give_alone(
         assert newest[f"eval_loss {name}"] == pytest.approx(evaluated[-1], abs=1e-4)
         trained = [found["loss"] for found in lines if "loss" in found]
         assert newest[f"loss {name}"] == pytest.approx(trained[-1], abs=1e-4)
+        cells = re.search(rf">{name}</td>(.*?)</tr>", page, re.DOTALL)
+        assert cells is not None
+        shown = dict(re.findall(r'data-head="([^"]+)">\s*([^<]+?)\s*<', cells[1]))
+        assert float(shown["training loss"]) == pytest.approx(newest[f"loss {name}"], rel=1e-2)
+        assert float(shown["held-out loss"]) == pytest.approx(newest[f"eval_loss {name}"], rel=1e-2)
+        assert int(shown["rows"]) > 0 and "→" in shown["exact match: base → adapter"]
     _used_as_a_folder_of_adapters(out, config, capsys)
 
 

@@ -148,6 +148,23 @@ def test_the_loss_is_drawn_where_its_axes_say() -> None:
         assert points[step - 1] == pytest.approx((across, one - decade * math.log10(4.0 * 0.7**step)), abs=0.1)
 
 
+def test_each_adapter_has_its_own_curves() -> None:
+    names = ["fr", "a-long-name-of-a-style", "_c", *"defg"]
+    history = [
+        {"step": step, **{f"loss {name}": (1.0 + place) / step for place, name in enumerate(names)}}
+        for step in range(1, 11)
+    ]
+    history += [{"step": 10, "loss": 7.0, "eval_loss fr": 0.25, "eval_loss d": 0.5}]
+    drawn = run_page.curves(history, names)
+    assert re.findall(r">([^<>]+)</text>", drawn)[-6:] == ["fr", "a-long-name-o…", "_c", *"def"]  # six have colours
+    assert len(re.findall(r'<g class="training ', drawn)) == 6 and len(re.findall(r'<g class="held-out ', drawn)) == 2
+    for colour, name in (("blue", "fr"), ("violet", "d")):
+        for kind in ("training", "held-out"):
+            line = re.search(rf'<g class="{kind} {name}">.*?</g>', drawn, re.DOTALL)
+            assert line is not None and f"stroke: var(--{colour})" in line[0]
+    assert run_page.curves([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}], ["fr"]) == ""
+
+
 @pytest.mark.parametrize(("low", "high"), [(2.1, 2.6), (0.5, 3.0), (0.01, 3.0), (1e-6, 3.0)])
 def test_the_axis_of_the_loss_has_a_few_numbers(low: float, high: float) -> None:
     drawn = run_page.curves([{"step": 1, "loss": high}, {"step": 2, "loss": low}])

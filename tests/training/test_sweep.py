@@ -75,8 +75,9 @@ def test_each_adapter_is_what_its_settings_give_alone(config: TrainConfig, accum
     assert all(row["name"] in text for row in found["rows"] for text in told)
     # The score is on the rows that chose the settings, and every place says so.
     assert all("the settings were chosen by the loss on these rows" in text for text in (said, *told))
-    counts = [json.loads((folder / "results.json").read_text())["trained_parameters"] for folder in (out, best)]
-    assert counts[0] == counts[1]
+    swept, single = (json.loads((folder / "results.json").read_text()) for folder in (out, best))
+    assert swept["trained_parameters"] == single["trained_parameters"]
+    assert swept["losses"] == pytest.approx(single["losses"], abs=1e-4) and len(single["losses"]) == 2
 
 
 def test_one_that_diverges_leaves_the_others_alone(config: TrainConfig) -> None:

@@ -6,19 +6,23 @@ OUT/README.md       all of them, with their scores
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..bank.bank import Bank
+from ..core.numbers import short_number
 from ..core.table import Table
 from ..formats import save
 from .adapter_folder import ADAPTERS
 from .card import front_matter, public
 from .evaluate_several import evaluate_several
 from .models import Loaded
+from .outcome import last_losses
 from .prepare import Prepared
-from .report import SeveralEvaluations, metric_value
+from .report import Evaluation, SeveralEvaluations, metric_value
 from .several import NamedAdapters, Several
+from .sweep import lines_of
 from .task import Task
 
 
@@ -56,20 +60,37 @@ def score_each(prepared: Prepared, loaded: Loaded, bank: Bank, out: Path) -> Sev
     )
 
 
-def card_of_all(base_model: str, data: str, names: Iterable[str], result: SeveralEvaluations | None) -> str:
-    """README.md of the output folder: which adapters there are, what each came to, how to use them."""
-    scores: Mapping[str, dict[str, tuple[float, float]]] = (
-        {} if result is None else {name: own.metrics for name, own in result.by_adapter.items()}
-    )
-    metrics = list(dict.fromkeys(metric for own in scores.values() for metric in own))
+def table_of(names: Iterable[str], history: Sequence[Mapping[str, float]], result: SeveralEvaluations | None) -> Table:
+    """A line for each adapter: its last losses, its held-out rows and its scores on them, as far as there are any."""
+    found: Mapping[str, Evaluation] = {} if result is None else result.by_adapter
+    names, losses = list(names), ("training", "held-out")
+    metrics = list(dict.fromkeys(metric for name in names if name in found for metric in found[name].metrics))
     rows = []
     for name in names:
-        cells = []
+        last, own = last_losses(lines_of(history, name)), found.get(name)
+        cells = [short_number(last[kind]) if kind in last else "" for kind in losses]
+        cells.append("" if own is None else str(own.rows))
         for metric in metrics:
-            found = scores.get(name, {}).get(metric)
-            cells.append("" if found is None else " → ".join(metric_value(metric, value) for value in found))
-        rows.append((f"{ADAPTERS}/{name}", *cells))
-    table = Table(("adapter", *(f"{metric}: base → adapter" for metric in metrics)), tuple(rows), left=frozenset({0}))
+            values = () if own is None else own.metrics.get(metric, ())
+            cells.append(" → ".join(metric_value(metric, value) for value in values))
+        rows.append((name, *cells))
+    filled = [any(column) for column in zip(*rows, strict=True)]
+    head = (
+        "adapter",
+        *(f"{kind} loss" for kind in losses),
+        "rows",
+        *(f"{metric}: base → adapter" for metric in metrics),
+    )
+    shown = tuple(title if any_ else "" for title, any_ in zip(head, filled, strict=True))
+    return Table(shown, tuple(rows), left=frozenset({0}))
+
+
+def card_of_all(base_model: str, data: str, table: Table) -> str:
+    """README.md of the output folder: which adapters there are, what each came to, how to use them.
+
+    table: what `table_of` gives.
+    """
+    rows = tuple((f"{ADAPTERS}/{name}", *cells) for name, *cells in table.rows)
     return "\n".join(
         (
             front_matter(public(base_model), data=data),
@@ -78,7 +99,7 @@ def card_of_all(base_model: str, data: str, names: Iterable[str], result: Severa
             f"Data: `{public(data)}`. Each adapter was trained on the rows that name it, and is scored on its own",
             "held-out rows.",
             "",
-            table.markdown(),
+            dataclasses.replace(table, rows=rows).markdown(),
             "",
             "`lorakit generate`, `chat` and `eval` take this folder as `--model` and load all of them; each folder",
             "alone is an adapter in PEFT's format.",

@@ -115,6 +115,7 @@ def train_swept(
     with folder.writing() as part:
         sweep.write_sweep(tried, bank, part)
     folder.add(sweep.FILE, sweep.FOLDER)
+    progress.history = sweep.lines_of(progress.history, best)
     return progress, put_on(loaded, bank, choices[best], tried)
 
 
@@ -195,7 +196,7 @@ def _trainer_of(
     from trl import SFTConfig
 
     from .base_trainer import arguments
-    from .one_pass_trainer import OnePassTrainer
+    from .one_pass_trainer import OnePassTrainer, mean_of_finite
     from .progress import Progress
     from .trainers import CausalTrainer, ClassifierTrainer
 
@@ -240,6 +241,7 @@ def _trainer_of(
         settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
         kind = OnePassTrainer if of_several else CausalTrainer
         if of_several:
+            of_several["overall"] = mean_of_finite if prepared.learners else min  # they learn other rows, or the same
             config = dataclasses.replace(config, gradient_accumulation_steps=1)  # each run has its own
         trainer = kind(args=arguments(SFTConfig, config, **settings), **common, **of_several)
     else:

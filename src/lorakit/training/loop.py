@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.numbers import duration, size
+from ..core.table import Table
 from ..formats import peft, save
 from ..formats.files import remove, replacing
 from ..formats.folder import OutputFolder
@@ -128,13 +129,14 @@ def train(config: TrainConfig) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class _Ended:
-    """How a run ended. result: the scores on held-out rows. several: the same for each adapter, if rows name them.
-    general: those on general text. told: what was printed before training. tried: the settings among which those of the
-    run were chosen.
+    """How a run ended. result: the scores on held-out rows. adapters, several: if rows name adapters, a table of
+    what each came to, and the scores of each. general: those on general text. told: what was printed before training.
+    tried: the settings among which those of the run were chosen.
     """
 
     progress: Progress
     result: report.Evaluation | None = None
+    adapters: Table | None = None
     several: report.SeveralEvaluations | None = None
     general: report.Evaluation | None = None
     told: str = ""
@@ -191,7 +193,7 @@ def _run(prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start,
 
 def _run_each(prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]) -> _Ended:
     """Train every adapter on the rows that name it, and write a folder for each."""
-    from .each_adapter import card_of_all, save_each, score_each
+    from .each_adapter import card_of_all, save_each, score_each, table_of
 
     told = start_block(prepared)
     progress, bank = train_each(prepared, loaded, folder, record)
@@ -199,10 +201,11 @@ def _run_each(prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: 
         save_each(bank, list(bank), part, functools.partial(_write_settings, prepared, loaded))
         _write_settings(prepared, loaded, part)
     several = score_each(prepared, loaded, bank, folder.path)
-    ended = _Ended(progress, None if several is None else several.all, several, told=told)
+    table = table_of(bank, progress.history, several)
+    ended = _Ended(progress, None if several is None else several.all, table, several, told=told)
     with folder.writing() as part:
         _write_reports(prepared, loaded, part, ended)
-        card = card_of_all(prepared.config.model, prepared.config.data, list(bank), several)
+        card = card_of_all(prepared.config.model, prepared.config.data, table)
         (part / _CARD).write_text(card, encoding="utf-8")
     for name in bank:
         own = several.by_adapter.get(name) if several is not None else None
@@ -324,6 +327,7 @@ def _write_reports(prepared: Prepared, loaded: Loaded, out: Path, ended: _Ended)
         result=result,
         changes=weight_changes(loaded.model),
         tried=ended.tried,
+        adapters=ended.adapters,
     )
     for name, text in (("report.html", html), (RESULTS, outcome.as_json())):
         (out / name).write_text(text, encoding="utf-8")

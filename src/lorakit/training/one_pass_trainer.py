@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -15,11 +16,19 @@ from .tried import Trial
 from .watch import FirstStep
 
 
+def mean_of_finite(losses: Collection[float]) -> float:
+    """The mean over all runs but those that diverged; infinite if all did."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite) / len(finite) if finite else math.inf
+
+
 class OnePassTrainer(OnePass, CausalTrainer):
     """With the losses of each adapter in the log, in training and on its held-out rows."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, overall: Callable[[Collection[float]], float], **kwargs: Any) -> None:
+        """overall: the loss of all of them, from the loss of each. An infinite one is that of a run that diverged."""
         super().__init__(*args, **kwargs)
+        self._overall = overall
         self.remove_callback(FirstStep)  # `Bank.rows` itself tells of layers that do nothing
         self.heldout: dict[str, float] = {}
         self.last: dict[str, float] = {}  # the mean loss of each in the newest lines of metrics.jsonl
@@ -27,11 +36,11 @@ class OnePassTrainer(OnePass, CausalTrainer):
         self._labels = self._zeros()  # which are of so many labels
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The losses of each adapter. "loss" and "eval_loss" are the lowest ones."""
+        """The losses of each adapter, and what they are together: "loss" and "eval_loss"."""
         if "loss" in logs:
             newest = self._means(self._seen, self._seen_steps)
             self.last |= newest
-            logs["loss"] = min(newest.values(), default=math.nan)
+            logs["loss"] = self._overall(newest.values()) if newest else math.nan
             logs |= {f"loss {name}": value for name, value in newest.items()}
             self._seen, self._seen_steps = self._zeros(), self._zeros()
         super().log(logs, *args, **kwargs)
@@ -40,7 +49,7 @@ class OnePassTrainer(OnePass, CausalTrainer):
         self._evaluated, self._labels = self._zeros(), self._zeros()
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         self.heldout = self._means(self._evaluated, self._labels)
-        found.metrics[f"{metric_key_prefix}_loss"] = min(self.heldout.values())
+        found.metrics[f"{metric_key_prefix}_loss"] = self._overall(self.heldout.values())
         found.metrics.update({f"{metric_key_prefix}_loss {name}": value for name, value in self.heldout.items()})
         return found
 

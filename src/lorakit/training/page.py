@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 from matplotlib.axes import Axes
@@ -19,13 +20,15 @@ from . import html
 from .changes import Change, by_kind, by_layer, together
 from .colours import LIGHT
 from .differences import Piece, word_differences
-from .report import Evaluation, Sample, interval, is_share, metric_value
+from .report import Evaluation, Sample, interval, is_share, metric_value, one_line
 from .svg import new_figure, styled, svg
 from .tried import Tried
 
 _LONGEST = 4000  # characters of a text that are shown
+_LONGEST_NAME, _NAMES_IN_A_ROW = 14, 3  # characters of an adapter's name in a legend, which has two rows
 _LINES = (("loss", "training", "blue", ""), ("eval_loss", "held-out", "orange", "o"))
 _STACKS = ("blue", "orange", "green", "violet")  # the colours of a model's stacks of layers
+_ADAPTERS = ("blue", "orange", "green", "violet", "red", "cyan")  # of the curves of adapters; no more are drawn
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,13 @@ def render(
     result: Evaluation | None,
     changes: Sequence[Change],
     tried: Tried | None = None,
+    adapters: Table | None = None,
 ) -> str:
     """The page as HTML. facts: what is known of the run, by name. command: what makes it again. settings: all of them.
     summary: the text that a run starts with. history: the lines of metrics.jsonl. tried: the settings among which those
-    of the run were chosen.
+    of the run were chosen. adapters: what each came to of those that the rows name.
     """
+    names = [] if adapters is None else [name for name, *_ in adapters.rows]
     answered = answers_of(result) if result is not None else []
     return html.fill_template(
         "report.html.j2",
@@ -73,7 +78,9 @@ def render(
         command=command,
         settings=settings,
         summary=summary,
-        curves=curves(history),
+        curves=curves(history, names),
+        adapters=adapters,
+        drawn=min(len(names), len(_ADAPTERS)),
         result=result,
         metrics=[_shown(result, name) for name in result.metrics] if result is not None else [],
         answered=answered,
@@ -87,28 +94,34 @@ def render(
 
 
 @styled()
-def curves(history: Sequence[Mapping[str, float]]) -> Markup:
+def curves(history: Sequence[Mapping[str, float]], adapters: Sequence[str] = ()) -> Markup:
     """Training and held-out loss over steps, on a logarithmic scale; empty if there are too few points for a curve.
 
-    The last value of each stands in the legend. A loss of 0 has no place on the scale: the line leaves it downwards.
+    adapters: the names of those whose own losses are drawn; of many, the first ones. Otherwise the last value of each
+    line stands in the legend. A loss of 0 has no place on the scale: the line leaves it downwards.
     """
     figure = new_figure(440, 260)
-    axes = figure.add_axes((0.1, 0.155, 0.87, 0.72))
+    axes = figure.add_axes((0.1, 0.155, 0.87, 0.66 if len(adapters) > _NAMES_IN_A_ROW else 0.72))
     points: list[tuple[float, float]] = []
-    for key, name, colour, marker in _LINES:
-        line = [(one["step"], one[key]) for one in history if key in one and math.isfinite(one[key])]
-        points += line
-        if line:
+    named = []
+    for name, colour in zip(adapters, _ADAPTERS, strict=False) if adapters else [("", "")]:
+        own = []
+        for kind, said, usual, marker in _LINES:
+            key = f"{kind} {name}" if name else kind
+            line = [(one["step"], one[key]) for one in history if key in one and math.isfinite(one[key])]
+            points += line
+            if not line:
+                continue
             steps, losses = zip(*line, strict=True)
-            axes.plot(
-                steps,
-                losses,
-                color=LIGHT[colour],
-                marker=marker,
-                markersize=4,
-                label=f"{name}: {short_number(losses[-1])} at the end",
-                gid=f".{name}",
-            )
+            label = one_line(name, _LONGEST_NAME) or f"{said}: {short_number(losses[-1])} at the end"
+            drawn: dict[str, Any] = {
+                "color": LIGHT[colour or usual],
+                "marker": marker,
+                "markersize": 4,
+                "gid": f".{said} {name}".strip(),
+            }
+            own += axes.plot(steps, losses, label=label, **drawn)
+        named += own[:1] if name else own
     if len(points) < 2:
         return Markup()
     axes.set_xlim(0, max(step for step, _ in points))
@@ -116,7 +129,7 @@ def curves(history: Sequence[Mapping[str, float]]) -> Markup:
     axes.set_xlabel("step")
     axes.grid(axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="upper right", ncols=2)
+    figure.legend(handles=named, loc="upper right", ncols=_NAMES_IN_A_ROW if adapters else 2)
     return svg(figure, "Loss over steps")
 
 
