@@ -134,6 +134,36 @@ def test_an_optimizer_stays_right_while_its_adapter_is_off() -> None:
         torch.testing.assert_close(update.A, before.updates[name].A - 0.1)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_of_the_base_is_trained_is_what_it_was_before(tied: bool) -> None:
+    """Whoever freezes or unfreezes the base between two uses finds it so again, and with an adapter it is frozen."""
+    torch.manual_seed(0)
+    model = llama(tie_word_embeddings=tied)
+    bank = lorakit.Bank(model)
+    bank["a"] = lorakit.LoRASettings("q_proj", rank=2)
+    bank["b"] = lorakit.LoRASettings("v_proj", rank=2, also_train="lm_head")
+    bank["c"] = lorakit.LoRASettings("v_proj", rank=2, bias="all")
+    base = dict(model.named_parameters())
+    trained = {"a": set(), "b": {"lm_head.weight"}, "c": set()}
+    for norm, rest in ((True, False), (False, False), (True, True), (False, True)):
+        model.requires_grad_(rest)
+        base["model.norm.weight"].requires_grad = norm
+        before = {name: own.requires_grad for name, own in base.items()}
+        for name in bank:
+            bank.use(name)
+            found = {other for other, own in model.named_parameters() if own.requires_grad and "lora_" not in other}
+            assert found == trained[name]
+            assert {id(own) for own in bank.parameters(name)} == {
+                id(own) for own in model.parameters() if own.requires_grad
+            }
+            bank.use(None)
+            assert {other: own.requires_grad for other, own in model.named_parameters()} == before
+        with bank.rows(["a", "a"]):
+            assert not any(own.requires_grad for own in model.parameters())
+        assert {name: own.requires_grad for name, own in model.named_parameters()} == before
+        assert len(bank.parameters("b")) == 2 * len(bank.adaptation("b").layers()) + 1
+
+
 def test_layers_of_one_that_is_off_have_nothing_of_the_one_in_use() -> None:
     """PiSSA's constant factors, and dropout that is a module for one and none for the other."""
     bank = lorakit.Bank(llama().double())

@@ -65,7 +65,9 @@ def test_each_adapter_is_what_its_rows_give_alone(
         newest |= (found := json.loads(logged))
         for key in ("loss", "eval_loss"):
             each = [value for name, value in found.items() if name.startswith(f"{key} ")]
-            assert (key in found) == bool(each) and found.get(key, 0) == pytest.approx(sum(each) / max(len(each), 1), abs=2e-5)
+            assert (key in found) == bool(each) and found.get(key, 0) == pytest.approx(
+                sum(each) / max(len(each), 1), abs=2e-5
+            )
     for name in COUNTS:
         own = [row for row in rows if row["adapter"] == name]
         alone = tmp_path / f"{name} alone"

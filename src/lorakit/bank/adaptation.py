@@ -4,6 +4,9 @@
 a note of what it was (`core/undo.py`), by which `detach` gives back the base model. Taking off does the same, but keeps
 what it removes. Putting on gives the very same objects back, so an optimizer made for the factors stays right.
 
+Which of the base's parameters are trained changes with it: while it is on, those that were trained with it last; off,
+those that were trained before it was put on.
+
 While it is off, `layers` shows the adapted layers as they would be on the model.
 """
 
@@ -23,7 +26,7 @@ from ..core.mergeable import Mergeable
 from ..core.names import named_modules
 from ..core.parameters import AdaptedParameter
 from ..core.token_rows import TrainedRows, token_tables
-from ..core.undo import ADAPTED, NOTE, Undo, note, own_tensor, restore
+from ..core.undo import ADAPTED, NOTE, Undo, note, own_tensor, restore, undo_of
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
@@ -38,7 +41,6 @@ class _Changed:
     attributes: dict[str, Any]
     registered: dict[str, dict[str, Any]]  # registry → its entries named `lora_*`
     own: dict[str, nn.Parameter | None]  # parameters that took the place of tied ones
-    flags: dict[str, bool]  # requires_grad of the parameters that the note names
     undo: Undo
 
 
@@ -49,6 +51,7 @@ class Adaptation:
         self._model = model
         self._changed: list[_Changed] = []
         self._adapted: list[tuple[nn.Module, Any]] = []
+        self._flags: list[tuple[nn.Module, str, bool]] = []  # requires_grad of the base's parameters while it is on
         self._shown: dict[str, nn.Module] | None = None
         self._layers: dict[str, AdaptedLayer] | None = None  # of the same
         self.is_on = True
@@ -67,6 +70,7 @@ class Adaptation:
                 module.unmerge()
         adapted = [(module, own) for module in self._model.modules() if (own := module.__dict__.get(ADAPTED))]
         self._changed = [_changed(name, module, undo) for name, module, undo in noted]
+        self._flags = [(module, local, own.requires_grad) for module, local, own in self._base_parameters()]
         self._adapted = adapted
         for module, _ in self._adapted:
             module.__dict__.pop(ADAPTED, None)
@@ -79,6 +83,7 @@ class Adaptation:
 
     def put_on(self) -> None:
         """Put it back on the base model. The factors follow the model to another device."""
+        before = {(module, local): own.requires_grad for module, local, own in self._base_parameters()}
         for changed in self._changed:
             module = changed.module
             module.__class__ = changed.cls
@@ -89,12 +94,17 @@ class Adaptation:
             module.__dict__[NOTE] = changed.undo
             follow_class(module)
             changed.undo.swap(module)
-            for local, flag in changed.flags.items():
-                own_tensor(module, local).requires_grad = flag
             for child in changed.registered["_modules"].values():
                 child.train(module.training)
             if isinstance(module, Mergeable):
                 _follow(module)
+        for module, local, flag in self._flags:
+            if (module, local) not in before:
+                continue  # the model has lost it
+            flags = {} if (undo := note(module)) is None else undo.requires_grad
+            if local in flags or before[module, local] != flag:
+                undo_of(module).requires_grad[local] = before[module, local]
+                own_tensor(module, local).requires_grad = flag
         for module, adapted in self._adapted:
             module.__dict__[ADAPTED] = adapted
         self.is_on = True
@@ -131,7 +141,7 @@ class Adaptation:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that the adapter trains: its own that are not frozen, and what it trains beside them."""
         own = {id(tensor): tensor for tensor in (*self._factors(), *self.trained().values())}
-        flags = {} if self.is_on else self._flags()
+        flags = {} if self.is_on else self._flags_by_id()
         for key, parameter in own.items():
             if isinstance(parameter, nn.Parameter) and flags.get(key, parameter.requires_grad):
                 yield parameter
@@ -172,12 +182,19 @@ class Adaptation:
                 if name.startswith("lora_"):
                     yield parameter
 
-    def _flags(self) -> dict[int, bool]:
+    def _base_parameters(self) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+        """Every parameter of the model but the factors: its module, and its name there."""
+        for module in self._model.modules():
+            for local, parameter in module._parameters.items():
+                if parameter is not None and not local.startswith("lora_"):
+                    yield module, local, parameter
+
+    def _flags_by_id(self) -> dict[int, bool]:
         """requires_grad of the base's parameters, by id, as it is while the adapter is on."""
+        own = {changed.module: changed.own for changed in self._changed}
         return {
-            id(changed.own.get(local, changed.module._parameters.get(local))): flag
-            for changed in self._changed
-            for local, flag in changed.flags.items()
+            id(own.get(module, {}).get(local, module._parameters.get(local))): flag
+            for module, local, flag in self._flags
         }
 
 
@@ -196,7 +213,6 @@ def _changed(name: str, module: nn.Module, undo: Undo) -> _Changed:
             for registry in _REGISTRIES
         },
         own={local: module._parameters[local] for local in undo.tied},
-        flags={local: own_tensor(module, local).requires_grad for local in undo.requires_grad},
         undo=undo,
     )
 
