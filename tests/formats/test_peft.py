@@ -204,6 +204,9 @@ def test_problem_03_keys_without_a_home_and_modules_without_a_key_are_errors(tmp
         ValueError, match=r"A and B are \(4, 32\) and \(32, 4\), the layer needs \(4, 32\) and \(24, 4\)"
     ):
         lorakit.load(smaller, folder)
+    wider = models.llama(hidden_size=64)  # a wrong model is told by one line for all layers of a kind
+    with pytest.raises(ValueError, match=r"does not fit .*\n.*\*\.self_attn\.q_proj: A and B are .* \(×2\)$"):
+        lorakit.load(wider, folder)
     lorakit.load(smaller, folder, force=True)
     assert smaller.model.layers[1].self_attn.q_proj.has_update
 
