@@ -298,7 +298,7 @@ def test_a_budget_is_a_time_or_a_number_of_runs(text: str, runs: int | None, sec
         ({"auto": "1 run"}, "--auto '1 run': a search needs at least 2 runs"),
         ({"sweep": "rank=4,8"}, "--auto chooses what to try, and --sweep says it: give one of them"),
         ({"rank": 4, "learning_rate": 1e-3}, "searches the learning rate and the rank, and both are given"),
-        ({"dora": True}, "--auto trains several adapters in one batch, which DoRA cannot share"),
+        ({"from_adapter": "a"}, "--auto begins with new adapters: leave --from out"),
         ({"keep": "best"}, "--auto keeps the adapter with the lowest last loss"),
     ],
 )

@@ -148,8 +148,8 @@ def test_an_interrupted_sweep_starts_over(config: TrainConfig, monkeypatch: pyte
         ("rank=4", {}, "'rank=4' is one setting: give at least two values"),
         ("rank=4,x", {}, "rank: .*'x'"),
         ("rank=0,4", {}, "rank: expected at least 1"),
-        ("rank=4,8", {"dora": True}, "which DoRA cannot share"),
-        ("rank=4,8", {"bias": "all"}, "leave --bias, --also-train and --new-tokens out"),
+        ("rank=4,8", {"from_adapter": "a"}, "--sweep begins with new adapters: leave --from out"),
+        ("rank=4,8", {"patience": 2}, "leave --metric, --patience, --keep out"),
         ("rank=4,8", {"resume": "auto"}, "nothing to --resume"),
     ],
 )
@@ -158,13 +158,6 @@ def test_what_cannot_be_swept_is_said_before_anything_is_read(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         train(dataclasses.replace(config, sweep=sweep, data="no such file", **further))
-
-
-def test_a_classifier_is_refused(config: TrainConfig, tmp_path: Path) -> None:
-    path = tmp_path / "labels.jsonl"
-    path.write_text("".join(json.dumps({"text": f"row {i}", "label": "ab"[i % 2]}) + "\n" for i in range(12)))
-    with pytest.raises(UsageError, match="--sweep is for language models"):
-        train(dataclasses.replace(config, sweep="rank=4,8", data=str(path)))
 
 
 def test_names_follow_the_values() -> None:

@@ -1,5 +1,6 @@
 """The search of `--auto` as passes over the data: the candidates of a pass are adapters in a bank, as in a sweep.
 
+If a batch cannot serve several adapters, a pass has one candidate.
 Each candidate begins from the same random state and sees the same rows, as a run alone would. Of the candidates that
 were trained on all steps the best one is kept; in the end it is the result, so that it is not trained again. After each
 pass this is written down, so that an interrupted search goes on.
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,15 @@ from .auto import Runs, Seconds, best_within
 from .auto_settings import AutoSearch, Candidate
 from .auto_state import SearchState
 from .checkpoints import SEARCH, SEARCHED, search_in
+from .choices import Trained, train_choices, trainer_of
 from .config import TrainConfig
-from .fitting import Chosen, at_once, on_all_rows, put_on
+from .fitting import Chosen, add_fresh, frozen_bank, put_on
 from .models import Loaded
 from .pace import Pace
 from .prepare import Prepared
 from .processes import say
 from .progress import Progress
 from .state_files import read_state, write_state
-from .sweep import add_fresh, frozen_bank, lines_of
 from .tried import Trial, Tried
 
 FILE = "auto.json"
@@ -90,24 +91,19 @@ class _Searched:
         choices = self._added(candidates)
         say("\n".join((report.heading(f"{steps} steps with each of these"), *choices)))
         prepared = self._prepared if share == 1 else _of_steps(self._prepared, steps)
-        runs = on_all_rows(prepared, choices)
-        with at_once(prepared, self._loaded, self._folder, self._record, self._bank, runs) as (trainer, progress):
-            trainer.train()
-        trials = {candidate: trainer.trials[self._search.name(candidate)] for candidate in candidates}
-        self._state.add(trials, share, progress.seconds, progress.peak_bytes)
-        self._keep_best(progress)
+        trained = train_choices(prepared, self._loaded, self._folder, self._record, self._bank, choices)
+        trials = {candidate: trained.trials[self._search.name(candidate)] for candidate in candidates}
+        self._state.add(trials, share, trained.seconds, trained.peak_bytes)
+        self._keep_best(trained)
         self._write()
         return trials
 
-    def _keep_best(self, progress: Progress) -> None:
-        """Remove all adapters from the bank but the best of those that were trained on all steps.
-
-        progress: of the last pass.
-        """
+    def _keep_best(self, newest: Trained) -> None:
+        """Remove all adapters from the bank but the best of those that were trained on all steps."""
         state, best = self._state, self._state.best()
         name = "" if best is None else self._search.name(best)
         if best != state.kept:
-            state.kept, state.lines = best, lines_of(progress.history, name)
+            state.kept, state.lines = best, newest.lines[name]
         for other in [other for other in self._bank if other != name]:
             del self._bank[other]
 
@@ -133,20 +129,22 @@ class _Searched:
         settings = self._prepared.config
         choices = {self._search.name(candidate): self._search.settings(settings, candidate) for candidate in candidates}
         torch.set_rng_state(self._random)
-        add_fresh(self._bank, choices)
+        self._add(choices)
         return choices
+
+    def _add(self, choices: Mapping[str, TrainConfig]) -> None:
+        model = self._loaded.model
+        add_fresh(self._bank, {name: self._prepared.settings_on(model, own) for name, own in choices.items()})
 
     def _seconds_of_a_run(self) -> float:
         """Train the start for a few steps, and take its adapter away again."""
         config, plan, name = self._prepared.config, self._prepared.plan, "timed"
         choices = {name: self._search.settings(config, self._search.start)}
-        add_fresh(self._bank, choices)
+        self._add(choices)
         silent = dataclasses.replace(self._prepared, config=dataclasses.replace(config, report_to=None))
         part = _of_steps(silent, _ENOUGH)
-        runs = on_all_rows(part, choices)
-        with at_once(part, self._loaded, self._folder, self._record, self._bank, runs) as (trainer, progress):
-            pace = trainer.pace
-            assert pace is not None
+        with trainer_of(part, self._loaded, self._folder, self._record, self._bank, choices) as (trainer, progress):
+            pace: Pace = trainer.pace
             trainer.remove_callback(progress)
             trainer.add_callback(_UntilTimed(pace))
             trainer.args.eval_strategy = IntervalStrategy.NO

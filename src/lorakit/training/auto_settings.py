@@ -14,7 +14,7 @@ from ..core.numbers import seconds_in
 from .config import TrainConfig, is_given
 from .ladder import rung
 from .settings import UsageError
-from .sweep_settings import refuse_unshared, setting_name
+from .sweep_settings import refuse_chosen, setting_name
 
 AXES = ("learning_rate", "rank")
 _START = 3e-4  # the rung next to the default of --learning-rate
@@ -55,7 +55,7 @@ class Candidate(NamedTuple):
 @dataclass(frozen=True)
 class AutoSearch:
     """axes: the settings that are searched; the others are given. at_once: adapters in one pass, at most: the start and
-    two neighbours, or fewer where memory is short.
+    two neighbours, or fewer where memory is short; one if a batch cannot serve several.
     """
 
     budget: Budget
@@ -93,7 +93,7 @@ def auto_search(config: TrainConfig) -> AutoSearch | None:
         return None
     if config.sweep is not None:
         raise UsageError("--auto chooses what to try, and --sweep says it: give one of them.")
-    refuse_unshared(config, "--auto")
+    refuse_chosen(config, "--auto")
     axes = tuple(name for name in AXES if not is_given(config, name))
     if not axes:
         raise UsageError(

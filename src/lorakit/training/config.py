@@ -164,7 +164,7 @@ class TrainConfig:
     )
     sweep: str | None = setting(
         None,
-        help="settings to train all at once, and keep the best of: 'learning_rate=1e-4,3e-4 rank=4,16'",
+        help="settings to train on the same rows, and keep the best of: 'learning_rate=1e-4,3e-4 rank=4,16'",
         group=_TRAINING,
     )
     auto: str | None = setting(

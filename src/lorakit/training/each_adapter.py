@@ -18,11 +18,10 @@ from .adapter_folder import ADAPTERS
 from .card import front_matter, public
 from .evaluate_several import evaluate_several
 from .models import Loaded
-from .outcome import last_losses
+from .outcome import last_losses, lines_of
 from .prepare import Prepared
 from .report import Evaluation, SeveralEvaluations, metric_value
 from .several import NamedAdapters, Several
-from .sweep import lines_of
 from .task import Task
 
 

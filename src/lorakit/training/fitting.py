@@ -1,7 +1,7 @@
 """From prepared rows and a loaded model to a trained adapter: the trainer of a run, and what it ends with.
 
-One adapter is trained from where the run begins. With `--sweep` several are trained at once, and the best one stays. If
-rows name their adapters, one is trained for each name.
+One adapter is trained from where the run begins. If rows name their adapters, one is trained for each name, in one
+pass. `choices.py` trains several settings.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
+from ..core.settings import LoRASettings
 from ..formats.folder import OutputFolder
 from . import report
 from .checkpoints import history_in, step_of
@@ -29,7 +33,6 @@ from .processes import is_main, say
 from .record import longer_or_shorter
 from .spool import as_dataset
 from .start import Start
-from .sweep_settings import swept
 from .tokens import encode, encode_text
 from .tried import Tried
 
@@ -99,34 +102,29 @@ class Chosen:
     tried: Tried
 
 
-def train_swept(
-    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]
-) -> tuple[Progress, Chosen]:
-    """Train all adapters of a sweep, and put the best one on the model."""
-    from . import sweep
+def frozen_bank(model: nn.Module) -> Bank:
+    """A bank without adapters, on a frozen model."""
+    from ..bank.bank import Bank
 
-    choices = swept(prepared.config)
-    bank = sweep.frozen_bank(loaded.model)
-    sweep.add_fresh(bank, choices)
-    with at_once(prepared, loaded, folder, record, bank, on_all_rows(prepared, choices)) as (trainer, progress):
-        trainer.train()
-    best = sweep.best_of(trainer.trials)
-    tried = Tried.of(best, trainer.trials.values())
-    with folder.writing() as part:
-        sweep.write_sweep(tried, bank, part)
-    folder.add(sweep.FILE, sweep.FOLDER)
-    progress.history = sweep.lines_of(progress.history, best)
-    return progress, put_on(loaded, bank, choices[best], tried)
+    model.requires_grad_(False)
+    return Bank(model)
+
+
+def add_fresh(bank: Bank, settings: Mapping[str, LoRASettings]) -> None:
+    """Add a fresh adapter for each of the settings. Each begins as it would alone, from the present random state."""
+    state = torch.get_rng_state()
+    for name, own in settings.items():
+        torch.set_rng_state(state)
+        bank[name] = own
+        bank.seeds[name] = 0  # the masks that each would draw alone
 
 
 def train_each(
     prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]
 ) -> tuple[Progress, Bank]:
     """Train an adapter for each name that rows give, on its own rows. Those that diverged are not in the bank."""
-    from . import sweep
-
-    bank = sweep.frozen_bank(loaded.model)
-    sweep.add_fresh(bank, dict.fromkeys(prepared.learners, prepared.config))
+    bank = frozen_bank(loaded.model)
+    add_fresh(bank, dict.fromkeys(prepared.learners, prepared.settings_on(loaded.model, prepared.config)))
     with at_once(prepared, loaded, folder, record, bank, prepared.learners) as (trainer, progress):
         trainer.train()
     if len(trainer.diverged) == len(bank):
@@ -136,20 +134,6 @@ def train_each(
         del bank[name]
     loaded.model.eval()
     return progress, bank
-
-
-def on_all_rows(prepared: Prepared, choices: Mapping[str, TrainConfig]) -> dict[str, OwnRun]:
-    """A run for each of the choices, all on the same rows and for as many steps as the run is prepared for."""
-    return {
-        name: OwnRun(
-            dataclasses.replace(own, max_steps=prepared.config.max_steps),
-            own.learning_rate,
-            own.seed,
-            prepared.train,
-            prepared.valid,
-        )
-        for name, own in choices.items()
-    }
 
 
 @contextlib.contextmanager
@@ -167,6 +151,20 @@ def at_once(
         rows = train_rows, valid_rows
         trainer, progress, stop = _trainer_of(*rows, prepared, loaded, folder, record, bank=bank, runs=runs)
         with bank.rows(list(runs)), stop.heeding():
+            yield trainer, progress
+    bank.use(None)
+
+
+@contextlib.contextmanager
+def alone(
+    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any], bank: Bank, name: str
+) -> Iterator[tuple[Any, Progress]]:
+    """The trainer of one adapter of the bank, which writes no checkpoints. Afterwards none is in use."""
+    bank.use(name)
+    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
+        trainer, progress, stop = _trainer_of(train_rows, valid_rows, prepared, loaded, folder, record)
+        trainer.keeps_checkpoints = False
+        with stop.heeding():
             yield trainer, progress
     bank.use(None)
 

@@ -29,7 +29,7 @@ from .checkpoints import SEARCH, checkpoints, newest_whole, search_in
 from .config import TrainConfig
 from .divergence import Diverged
 from .evaluate import compare_general, evaluate, question
-from .fitting import Chosen, train_each, train_one, train_swept
+from .fitting import Chosen, train_each, train_one
 from .interrupt import Interrupted
 from .labels import MULTI_LABEL
 from .loss import check_causal
@@ -221,6 +221,8 @@ def _chosen_of(
 ) -> tuple[Progress, Chosen]:
     """Train several settings, as --sweep or --auto says."""
     if prepared.search is None:
+        from .sweep import train_swept
+
         return train_swept(prepared, loaded, folder, record)
     from .auto_run import train_searched
 

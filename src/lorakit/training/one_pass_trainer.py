@@ -28,7 +28,7 @@ class OnePassTrainer(OnePass, CausalTrainer):
     def __init__(self, *args: Any, overall: Callable[[Collection[float]], float], **kwargs: Any) -> None:
         """overall: the loss of all of them, from the loss of each. An infinite one is that of a run that diverged."""
         super().__init__(*args, **kwargs)
-        self._overall = overall
+        self._overall, self.keeps_checkpoints = overall, False
         self.remove_callback(FirstStep)  # `Bank.rows` itself tells of layers that do nothing
         self.heldout: dict[str, float] = {}
         self.last: dict[str, float] = {}  # the mean loss of each in the newest lines of metrics.jsonl
@@ -82,9 +82,6 @@ class OnePassTrainer(OnePass, CausalTrainer):
             for name, value, count in values
             if count
         }
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Nothing: such a run is not resumed."""
 
     def refuse_diverged(self, when: When = "at the end") -> None:
         """Nothing: an adapter that diverges is noticed at its step."""

@@ -73,6 +73,15 @@ def logged_lines(path: Path) -> list[dict[str, float]]:
     return lines
 
 
+def lines_of(history: Iterable[Mapping[str, float]], name: str) -> list[dict[str, float]]:
+    """What was logged of one adapter, as lines of metrics.jsonl of a run alone."""
+    losses = {f"loss {name}": "loss", f"eval_loss {name}": "eval_loss"}
+    return [
+        {losses.get(key, key): value for key, value in line.items() if key in ("step", "epoch", "seconds", *losses)}
+        for line in history
+    ]
+
+
 def last_losses(history: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """The newest training loss and the newest held-out loss of the lines of metrics.jsonl."""
     newest: dict[str, float] = {}

@@ -38,7 +38,7 @@ from .rows import DataError
 from .settings import UsageError
 from .spool import Spool, picked, viewed
 from .style import Style
-from .sweep_settings import refuse_unshared, swept
+from .sweep_settings import refuse_chosen, swept, unshared
 from .task import in_model_order, model_task
 from .tokens import Tokens, encode_all, encode_text
 from .vocabulary import add_tokens, grow, trained_tables, trained_tokens
@@ -68,10 +68,15 @@ class Prepared:
     new_tokens: tuple[int, ...]  # the tokens whose rows are trained
     learners: Mapping[str, OwnRun]  # of each adapter, if rows name the one that learns them
     search: AutoSearch | None = None
+    one_pass: bool = False  # whether several adapters can be trained in one batch
 
     @property
     def tokens(self) -> int:
         return _tokens(self.train)
+
+    def settings_on(self, model: nn.Module, config: TrainConfig) -> LoRASettings:
+        """What `config` asks `attach` for, on this run's model."""
+        return lora_settings(config, model, self.new_tokens, new_head=self.data.task != "causal-lm")
 
 
 def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prepared:
@@ -144,9 +149,16 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
             f"--auto compares held-out losses, and {config.data} has no held-out rows; add a valid file, or --holdout "
             "above 0."
         )
-    if (choices or search or data.adapters) and (data.task != "causal-lm" or processes() > 1):
+    if data.adapters and data.task != "causal-lm":
+        raise UsageError(
+            "rows that name their adapter are for language models: a classifier's head is shared by all rows."
+        )
+    if (choices or search or data.adapters) and processes() > 1:
         what = "rows that name their adapter are" if data.adapters else "--auto is" if search else "--sweep is"
-        raise UsageError(f"{what} for language models, in one process: a classifier's head is shared by all rows.")
+        raise UsageError(f"{what} for one process.")
+    one_pass = data.task == "causal-lm" and not unshared(config)
+    if search and not one_pass:
+        search = dataclasses.replace(search, at_once=1)
     learners = {}
     for name in data.adapters:
         learners[name] = own_run = OwnRun(
@@ -165,7 +177,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
 
     longest = _longest(train, config.batch_size)
     counts = max((len(own.train) for own in learners.values()), default=len(train)), _tokens(train)
-    together = search.at_once if search else len(choices) or len(learners)
+    together = (search.at_once if search else len(choices) or len(learners)) if one_pass else 0
     largest = max(choices.values(), key=lambda own: own.rank, default=config)
     if search:
         largest = dataclasses.replace(config, rank=search.largest)
@@ -229,6 +241,7 @@ def prepare(config: TrainConfig, begun: Mapping[str, Any] | None = None) -> Prep
         new_tokens,
         learners,
         search,
+        one_pass,
     )
 
 
@@ -247,11 +260,15 @@ def attach_as(config: TrainConfig, model: nn.Module, new_tokens: Sequence[int], 
     """`attach` with a run's settings. new_tokens: tokens whose rows are trained. new_head: also train the modules
     beside the base model (a head) in full.
     """
+    return attach(model, lora_settings(config, model, new_tokens, new_head=new_head))
+
+
+def lora_settings(config: TrainConfig, model: nn.Module, new_tokens: Sequence[int], *, new_head: bool) -> LoRASettings:
+    """The settings with which `attach_as` attaches."""
     whole = [*config.also_train, *(heads(model) if new_head else [])]
     rows = trained_tables(model, new_tokens)
     # The configuration's dtype is that of the base weights.
-    settings = dataclasses.replace(LoRASettings.of(config), dtype=None, also_train=whole, trainable_tokens=rows)
-    return attach(model, settings)
+    return dataclasses.replace(LoRASettings.of(config), dtype=None, also_train=whole, trainable_tokens=rows)
 
 
 def weights_dtype(config: TrainConfig, data: Data) -> str:
@@ -373,7 +390,9 @@ def _refuse_learners(config: TrainConfig) -> None:
         raise UsageError(f"--general-data is read by one adapter, and {config.data} holds {what}; leave it out.")
     if config.resume is not None:
         raise UsageError(f"a run with {what} has no checkpoints, so there is nothing to --resume.")
-    refuse_unshared(config, what)
+    refuse_chosen(config, what)
+    if flags := unshared(config):
+        raise UsageError(f"{what} is learnt in one batch with others, which cannot be with {flags}: leave it out.")
 
 
 def _labelled_rows(

@@ -64,7 +64,7 @@ def _search_lines(prepared: Prepared, search: AutoSearch) -> list[str]:
     return [
         f"{searched}: begins with {search.name(search.start)}, and goes to what has a lower loss on the "
         f"{len(prepared.valid)} held-out rows; budget {search.budget.text}",
-        f"memory is planned for {adapters} of rank {search.largest} in one pass",
+        f"memory is planned for {adapters} of rank {search.largest} at a time",
     ]
 
 

@@ -1,8 +1,8 @@
-"""Several settings trained in one pass over the data: `lorakit train --sweep "learning_rate=1e-4,3e-4 rank=4,16"`.
+"""Several settings trained on the same rows: `lorakit train --sweep "learning_rate=1e-4,3e-4 rank=4,16"`.
 
 Each combination of the values is an adapter of its own in a `Bank`, with its own learning rate, rank and optimizer
-state, and starts from the factors that the seed gives it alone. All of them learn the same rows in the same order; see
-`one_pass.py`.
+state, and starts from the factors that the seed gives it alone. All of them learn the same rows in the same order, in
+one pass if a batch can serve them all; see `choices.py`.
 
 The best one has the lowest held-out loss, or without held-out rows the lowest last loss. The run then ends as if it
 had been trained alone.
@@ -10,36 +10,23 @@ had been trained alone.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import Any
 
 from ..bank.bank import Bank
-from ..core.settings import LoRASettings
-from .config import TrainConfig
+from ..formats.folder import OutputFolder
+from .choices import Trained, train_choices
 from .divergence import Diverged
+from .fitting import Chosen, add_fresh, frozen_bank, put_on
+from .models import Loaded
+from .prepare import Prepared
+from .progress import Progress
+from .sweep_settings import swept
 from .tried import Trial, Tried
 
 FILE, FOLDER = "sweep.json", "sweep"
-
-
-def frozen_bank(model: nn.Module) -> Bank:
-    """A bank without adapters, on a frozen model."""
-    model.requires_grad_(False)
-    return Bank(model)
-
-
-def add_fresh(bank: Bank, choices: Mapping[str, TrainConfig]) -> None:
-    """Add a fresh adapter for each of the choices. Each begins as it would alone: all from the present random state."""
-    state = torch.get_rng_state()
-    for name, config in choices.items():
-        torch.set_rng_state(state)
-        bank[name] = dataclasses.replace(LoRASettings.of(config), dtype=None)
-        bank.seeds[name] = 0  # the masks that each would draw alone
 
 
 def best_of(trials: Mapping[str, Trial]) -> str:
@@ -50,18 +37,27 @@ def best_of(trials: Mapping[str, Trial]) -> str:
     return best
 
 
-def lines_of(history: Iterable[Mapping[str, float]], name: str) -> list[dict[str, float]]:
-    """What was logged of one adapter, as lines of metrics.jsonl of a run alone."""
-    losses = {f"loss {name}": "loss", f"eval_loss {name}": "eval_loss"}
-    return [
-        {losses.get(key, key): value for key, value in line.items() if key in ("step", "epoch", "seconds", *losses)}
-        for line in history
-    ]
+def train_swept(
+    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]
+) -> tuple[Progress, Chosen]:
+    """Train all adapters of a sweep, and put the best one on the model."""
+    choices = swept(prepared.config)
+    bank = frozen_bank(loaded.model)
+    add_fresh(bank, {name: prepared.settings_on(loaded.model, own) for name, own in choices.items()})
+    trained = train_choices(prepared, loaded, folder, record, bank, choices)
+    best = best_of(trained.trials)
+    tried = Tried.of(best, trained.trials.values())
+    with folder.writing() as part:
+        _write(tried, bank, trained, part)
+    folder.add(FILE, FOLDER)
+    return trained.progress(folder.path, best), put_on(loaded, bank, choices[best], tried)
 
 
-def write_sweep(tried: Tried, bank: Bank, folder: Path) -> None:
-    """Write every adapter that did not diverge into the folder, and what each reached."""
+def _write(tried: Tried, bank: Bank, trained: Trained, folder: Path) -> None:
+    """Write every adapter that did not diverge into the folder, with what was logged of it, and what each reached."""
     for trial in tried.trials:
         if not trial.fate:
-            bank[trial.name].save(folder / FOLDER / trial.name.replace(" ", ","))
+            own = folder / FOLDER / trial.name.replace(" ", ",")
+            bank[trial.name].save(own)
+            trained.progress(own, trial.name)
     (folder / FILE).write_text(tried.as_json(), encoding="utf-8")

@@ -34,7 +34,7 @@ def swept(config: TrainConfig) -> dict[str, TrainConfig]:
         if name not in SWEPT:
             raise UsageError(f"--sweep cannot vary {name!r}, only {', '.join(SWEPT)}.{suggestion(name, SWEPT)}")
         values[name] = [_FLAGS.get(value, value) for value in listed.split(",")]
-    refuse_unshared(config, "--sweep")
+    refuse_chosen(config, "--sweep")
     if config.resume is not None:
         raise UsageError("--sweep has no checkpoints, so there is nothing to --resume.")
     found = {}
@@ -47,19 +47,24 @@ def swept(config: TrainConfig) -> dict[str, TrainConfig]:
     return found
 
 
-def refuse_unshared(config: TrainConfig, what: str) -> None:
-    """Raise UsageError for settings with which several adapters cannot be trained in one batch.
-
-    what: asks for several.
-    """
-    if config.dora:
-        raise UsageError(f"{what} trains several adapters in one batch, which DoRA cannot share: leave --dora out.")
-    if config.bias != "none" or config.also_train or config.new_tokens:
-        raise UsageError(f"{what} trains factors alone: leave --bias, --also-train and --new-tokens out.")
+def refuse_chosen(config: TrainConfig, what: str) -> None:
+    """Raise UsageError for settings that choose among the states of one run. what: asks for several runs."""
     if config.metric != "loss" or config.patience is not None or config.keep != "last":
         raise UsageError(f"{what} keeps the adapter with the lowest last loss: leave --metric, --patience, --keep out.")
-    if config.packing or config.from_adapter is not None:
-        raise UsageError(f"{what} begins with new adapters and rows that are not packed: leave --packing, --from out.")
+    if config.from_adapter is not None:
+        raise UsageError(f"{what} begins with new adapters: leave --from out.")
+
+
+def unshared(config: TrainConfig) -> str:
+    """The flags of settings with which several adapters cannot be trained in one batch; empty if there is none."""
+    found = {
+        "--dora": config.dora,
+        "--bias": config.bias != "none",
+        "--also-train": config.also_train,
+        "--new-tokens": config.new_tokens,
+        "--packing": config.packing,
+    }
+    return ", ".join(flag for flag, given in found.items() if given)
 
 
 def setting_name(values: Mapping[str, Any]) -> str:

@@ -59,6 +59,7 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
         self._best: dict[str, Tensor] | None = None  # the state after the best evaluation
         # A score of held-out rows and what it is logged as.
         self.score: tuple[str, Callable[[], float]] | None = None
+        self.keeps_checkpoints = True
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         # Where the one row of a batch comes from, for messages.
         self.name_of: Callable[[dict[str, Any]], str] = lambda row: str(row["labels"].tolist())
@@ -71,8 +72,11 @@ class _AdapterTrainer(TrainerMixin, BaseTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint under another name, wait until it is on the disk, and rename it: it is whole or absent.
 
-        Raises Diverged in place of a checkpoint that would take the place of a good one.
+        Raises Diverged in place of a checkpoint that would take the place of a good one. Does nothing for a run that is
+        not resumed.
         """
+        if not self.keeps_checkpoints:
+            return
         self.refuse_diverged("on the way")
         name = f"checkpoint-{self.state.global_step}"
         writes = bool(self.args.should_save)
