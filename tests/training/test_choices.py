@@ -118,8 +118,11 @@ def test_a_classifier_is_swept_with_its_head(classifier: TrainConfig, capsys: py
     results, plain = (json.loads((folder / "results.json").read_text()) for folder in (out, alone))
     assert results["scores"] == plain["scores"] and results["trained_parameters"] == plain["trained_parameters"]
     assert all(row["name"] in text for row in found["rows"] for text in (said, (out / "report.html").read_text()))
-    assert main(["generate", "--model", str(out), "--prompt", "turn the light on 1"]) == 0
-    assert "light" in capsys.readouterr().out
+    for folder in (out, out / "sweep" / other["name"]):  # the others are complete in themselves too
+        assert main(["generate", "--model", str(folder), "--prompt", "turn the light on 1"]) == 0
+        said = capsys.readouterr().out
+        assert "light" in said and "%" in said
+    assert yaml.safe_load((out / "sweep" / other["name"] / "config.yaml").read_text())["sweep"] is None
 
 
 def test_a_classifier_is_searched_and_an_interrupted_search_goes_on(

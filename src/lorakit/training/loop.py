@@ -223,7 +223,10 @@ def _chosen_of(
     if prepared.search is None:
         from .sweep import train_swept
 
-        return train_swept(prepared, loaded, folder, record)
+        def write_settings(config: TrainConfig, out: Path) -> None:
+            _write_settings(dataclasses.replace(prepared, config=config), loaded, out)
+
+        return train_swept(prepared, loaded, folder, record, write_settings)
     from .auto_run import train_searched
 
     return train_searched(prepared, loaded, folder, record)

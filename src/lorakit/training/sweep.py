@@ -5,19 +5,19 @@ state, and starts from the factors that the seed gives it alone. All of them lea
 one pass if a batch can serve them all; see `choices.py`.
 
 The best one has the lowest held-out loss, or without held-out rows the lowest last loss. The run then ends as if it
-had been trained alone.
+had been trained alone. OUT/sweep/NAME has each of the others too, with its settings and its lines of metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..bank.bank import Bank
 from ..formats.folder import OutputFolder
-from .choices import Trained, train_choices
+from .choices import train_choices
+from .config import TrainConfig
 from .divergence import Diverged
 from .fitting import Chosen, add_fresh, frozen_bank, put_on
 from .models import Loaded
@@ -38,9 +38,16 @@ def best_of(trials: Mapping[str, Trial]) -> str:
 
 
 def train_swept(
-    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]
+    prepared: Prepared,
+    loaded: Loaded,
+    folder: OutputFolder,
+    record: dict[str, Any],
+    write_settings: Callable[[TrainConfig, Path], None],
 ) -> tuple[Progress, Chosen]:
-    """Train all adapters of a sweep, and put the best one on the model."""
+    """Train all adapters of a sweep, write a folder for each, and put the best one on the model.
+
+    write_settings: writes into a folder what a run with these settings is asked by.
+    """
     choices = swept(prepared.config)
     bank = frozen_bank(loaded.model)
     add_fresh(bank, {name: prepared.settings_on(loaded.model, own) for name, own in choices.items()})
@@ -48,16 +55,12 @@ def train_swept(
     best = best_of(trained.trials)
     tried = Tried.of(best, trained.trials.values())
     with folder.writing() as part:
-        _write(tried, bank, trained, part)
+        for trial in tried.trials:
+            if not trial.fate:
+                own = part / FOLDER / trial.name.replace(" ", ",")
+                bank[trial.name].save(own)
+                write_settings(choices[trial.name], own)
+                trained.progress(own, trial.name)
+        (part / FILE).write_text(tried.as_json(), encoding="utf-8")
     folder.add(FILE, FOLDER)
     return trained.progress(folder.path, best), put_on(loaded, bank, choices[best], tried)
-
-
-def _write(tried: Tried, bank: Bank, trained: Trained, folder: Path) -> None:
-    """Write every adapter that did not diverge into the folder, with what was logged of it, and what each reached."""
-    for trial in tried.trials:
-        if not trial.fate:
-            own = folder / FOLDER / trial.name.replace(" ", ",")
-            bank[trial.name].save(own)
-            trained.progress(own, trial.name)
-    (folder / FILE).write_text(tried.as_json(), encoding="utf-8")
