@@ -26,10 +26,18 @@ CALL = json.dumps(
 
 
 @pytest.mark.parametrize(
-    ("width", "variables"), [(80, {}), (60, {"NO_COLOR": "1"}), (60, {"TERM": "dumb"})], ids=["80", "60", "dumb"]
+    ("width", "variables", "further"),
+    [
+        (80, {}, []),
+        (60, {"NO_COLOR": "1"}, []),
+        (60, {"TERM": "dumb"}, []),
+        (60, {"NO_COLOR": "1"}, ["--sweep", "learning_rate=1e-4,1e-3"]),
+        (60, {"TERM": "dumb"}, ["--auto", "2 runs"]),
+    ],
+    ids=["80", "60", "dumb", "sweep", "auto"],
 )
 def test_a_run_in_a_narrow_terminal(
-    width: int, variables: dict[str, str], tiny_lm: Path, tmp_path: Path, monkeypatch
+    width: int, variables: dict[str, str], further: list[str], tiny_lm: Path, tmp_path: Path, monkeypatch
 ) -> None:
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text("".join(json.dumps({"prompt": f"alarm {i}", "completion": CALL}) + "\n" for i in range(8)))
@@ -45,6 +53,7 @@ def test_a_run_in_a_narrow_terminal(
         "4",
         "--logging-steps",
         "1",
+        *further,
     ]
     monkeypatch.setenv("TERM", "xterm")
     with terminal(width) as screen:

@@ -33,6 +33,7 @@ from .processes import is_main, say
 from .record import longer_or_shorter
 from .spool import as_dataset
 from .start import Start
+from .terminal import columns, to_width
 from .tokens import encode, encode_text
 from .tried import Tried
 
@@ -173,7 +174,7 @@ def put_on(loaded: Loaded, bank: Bank, config: TrainConfig, tried: Tried) -> Cho
     """Put the best adapter of a bank on the model, and print what was tried."""
     bank.use(tried.best)
     loaded.model.eval()
-    say("\n".join((report.heading("tried"), *tried.table().lines(), tried.choice)))
+    say("\n".join((report.heading("tried"), *tried.table().lines(columns(80)), to_width(tried.choice))))
     return Chosen(config, sum(parameter.numel() for parameter in bank.parameters(tried.best)), tried)
 
 
