@@ -8,7 +8,7 @@ weights; every linear layer but the head is adapted, rank 16.
 
 answer, 64 ÷ 1: a forward pass of 64 rows with 64 adapters (`bank.rows`) over one of the same rows with one adapter
 (`bank.use`). train, 8 ÷ 8 × 1: a step that trains 8 adapters in one pass over the sum of 8 steps, one for each adapter
-on its own rows; each with its optimizer. On a CPU the pass is divided into batches of at most 512 tokens, as `lorakit
+on its own rows; each with its optimizer. On a CPU the pass is divided into batches of at most 1024 tokens, as `lorakit
 train` does it. base ÷ 8 × 1: forward and backward pass of the base alone, on all rows at once, over the
 same sum: the least that one batch for all can take. kept: what a training pass keeps beyond one with a single adapter
 on the same rows, over the bytes of the adapters. Times are minima, taken in turns.

@@ -15,7 +15,7 @@ from .plan import length_of
 if TYPE_CHECKING:
     from .base_trainer import Schedule
 
-_FULL = 512  # tokens of a batch that fill a CPU: with more, a token takes no less time (`benchmarks/bank.py`)
+_FULL = 1024  # tokens of a batch that fill a CPU: with more, a token takes no less time (`benchmarks/bank.py`)
 
 Rows = Sequence[dict[str, Any]]
 
