@@ -1,7 +1,7 @@
 """How fast rows are checked and converted to tokens and labels, and in how much memory, compared with datasets and TRL.
 
-    python benchmarks/data.py            about fifteen minutes
-    python benchmarks/data.py 1000000    with another number of rows; this one takes more than an hour
+    python benchmarks/data.py            about five minutes
+    python benchmarks/data.py 1000000    with another number of rows; this one takes half an hour
 
 Both read the same JSON lines, a question and an answer as messages, put them into SmolLM2's chat template and find the
 tokens of the answer. lorakit checks each row (file:line of what is wrong, repeated questions, held-out rows). Each run
