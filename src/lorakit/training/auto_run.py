@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from . import report
 from .auto import Runs, Seconds, best_within
 from .auto_settings import AutoSearch, Candidate
 from .auto_state import SearchState
+from .candidates import Candidates, Trained
 from .checkpoints import SEARCH, SEARCHED, search_in
-from .choices import Trained, train_choices, trainer_of
 from .config import TrainConfig
-from .fitting import Chosen, add_fresh, frozen_bank, put_on
+from .fitting import Chosen, put_on
 from .models import Loaded
 from .pace import Pace
 from .prepare import Prepared
@@ -53,8 +53,9 @@ class _Searched:
         self, prepared: Prepared, search: AutoSearch, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]
     ) -> None:
         self._prepared, self._search = prepared, search
-        self._loaded, self._folder, self._record = loaded, folder, record
-        self._bank, self._random = frozen_bank(loaded.model), torch.get_rng_state()
+        self._loaded, self._folder = loaded, folder
+        self._candidates, self._random = Candidates(loaded, folder, record), torch.get_rng_state()
+        self._bank = self._candidates.bank
         self._progress = Progress(folder.path)
         self._state = SearchState()
         if (left := search_in(folder.path)) is not None:
@@ -91,7 +92,7 @@ class _Searched:
         choices = self._added(candidates)
         say("\n".join((report.heading(f"{steps} steps with each of these"), *choices)))
         prepared = self._prepared if share == 1 else _of_steps(self._prepared, steps)
-        trained = train_choices(prepared, self._loaded, self._folder, self._record, self._bank, choices)
+        trained = self._candidates.train(prepared, choices)
         trials = {candidate: trained.trials[self._search.name(candidate)] for candidate in candidates}
         self._state.add(trials, share, trained.seconds, trained.peak_bytes)
         self._keep_best(trained)
@@ -129,21 +130,17 @@ class _Searched:
         settings = self._prepared.config
         choices = {self._search.name(candidate): self._search.settings(settings, candidate) for candidate in candidates}
         torch.set_rng_state(self._random)
-        self._add(choices)
+        self._candidates.add(self._prepared, choices)
         return choices
-
-    def _add(self, choices: Mapping[str, TrainConfig]) -> None:
-        model = self._loaded.model
-        add_fresh(self._bank, {name: self._prepared.settings_on(model, own) for name, own in choices.items()})
 
     def _seconds_of_a_run(self) -> float:
         """Train the start for a few steps, and take its adapter away again."""
         config, plan, name = self._prepared.config, self._prepared.plan, "timed"
         choices = {name: self._search.settings(config, self._search.start)}
-        self._add(choices)
+        self._candidates.add(self._prepared, choices)
         silent = dataclasses.replace(self._prepared, config=dataclasses.replace(config, report_to=None))
         part = _of_steps(silent, _ENOUGH)
-        with trainer_of(part, self._loaded, self._folder, self._record, self._bank, choices) as (trainer, progress):
+        with self._candidates.trainer_of(part, choices) as (trainer, progress):
             pace: Pace = trainer.pace
             trainer.remove_callback(progress)
             trainer.add_callback(_UntilTimed(pace))

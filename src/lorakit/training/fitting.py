@@ -1,7 +1,7 @@
 """From prepared rows and a loaded model to a trained adapter: the trainer of a run, and what it ends with.
 
 One adapter is trained from where the run begins. If rows name their adapters, one is trained for each name, in one
-pass. `choices.py` trains several settings.
+pass. `candidates.py` trains several settings.
 """
 
 from __future__ import annotations

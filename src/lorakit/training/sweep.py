@@ -2,7 +2,7 @@
 
 Each combination of the values is an adapter of its own in a `Bank`, with its own learning rate, rank and optimizer
 state, and starts from the factors that the seed gives it alone. All of them learn the same rows in the same order, in
-one pass if a batch can serve them all; see `choices.py`.
+one pass if a batch can serve them all; see `candidates.py`.
 
 The best one has the lowest held-out loss, or without held-out rows the lowest last loss. The run then ends as if it
 had been trained alone. OUT/sweep/NAME has each of the others too, with its settings and its lines of metrics.jsonl.
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.folder import OutputFolder
-from .choices import train_choices
+from .candidates import Candidates
 from .config import TrainConfig
 from .divergence import Diverged
-from .fitting import Chosen, add_fresh, frozen_bank, put_on
+from .fitting import Chosen, put_on
 from .models import Loaded
 from .prepare import Prepared
 from .progress import Progress
@@ -48,10 +48,9 @@ def train_swept(
 
     write_settings: writes into a folder what a run with these settings is asked by.
     """
-    choices = swept(prepared.config)
-    bank = frozen_bank(loaded.model)
-    add_fresh(bank, {name: prepared.settings_on(loaded.model, own) for name, own in choices.items()})
-    trained = train_choices(prepared, loaded, folder, record, bank, choices)
+    choices, candidates = swept(prepared.config), Candidates(loaded, folder, record)
+    candidates.add(prepared, choices)
+    trained, bank = candidates.train(prepared, choices), candidates.bank
     best = best_of(trained.trials)
     tried = Tried.of(best, trained.trials.values())
     with folder.writing() as part:

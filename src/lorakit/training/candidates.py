@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bank.bank import Bank
 from ..formats.folder import OutputFolder
 from .config import TrainConfig
 from .divergence import Diverged
-from .fitting import alone, at_once
+from .fitting import add_fresh, alone, at_once, frozen_bank
 from .models import Loaded
 from .outcome import last_losses, lines_of
 from .own_run import OwnRun
@@ -47,49 +46,47 @@ class Trained:
         return found
 
 
-def train_choices(
-    prepared: Prepared,
-    loaded: Loaded,
-    folder: OutputFolder,
-    record: dict[str, Any],
-    bank: Bank,
-    choices: Mapping[str, TrainConfig],
-) -> Trained:
-    """Train the adapters of the bank that have the names of the choices, each with its settings."""
-    found = Trained()
-    for own in [choices] if prepared.one_pass else [{name: config} for name, config in choices.items()]:
-        with trainer_of(prepared, loaded, folder, record, bank, own) as (trainer, progress):
-            if prepared.one_pass:
-                trainer.train()
-                found.trials |= trainer.trials
-                found.lines |= {name: lines_of(progress.history, name) for name in own}
-            else:
-                (name,) = own
-                found.trials[name] = _trial(trainer, name)
-                found.lines[name] = progress.history
-        found.seconds += progress.seconds
-        found.peak_bytes = max(found.peak_bytes, progress.peak_bytes)
-    return found
+class Candidates:
+    """The adapters of a bank on the loaded model, each of which is trained with settings of its own."""
 
+    def __init__(self, loaded: Loaded, folder: OutputFolder, record: dict[str, Any]) -> None:
+        self.bank = frozen_bank(loaded.model)
+        self._loaded, self._folder, self._record = loaded, folder, record
 
-@contextmanager
-def trainer_of(
-    prepared: Prepared,
-    loaded: Loaded,
-    folder: OutputFolder,
-    record: dict[str, Any],
-    bank: Bank,
-    choices: Mapping[str, TrainConfig],
-) -> Iterator[tuple[Any, Progress]]:
-    """The trainer of one pass over the choices, of which there is only one without `Prepared.one_pass`."""
-    if prepared.one_pass:
-        with at_once(prepared, loaded, folder, record, bank, _on_all_rows(prepared, choices)) as found:
+    def add(self, prepared: Prepared, choices: Mapping[str, TrainConfig]) -> None:
+        """Add a fresh adapter for each of the choices, by its name."""
+        add_fresh(self.bank, {name: prepared.settings_on(self._loaded.model, own) for name, own in choices.items()})
+
+    def train(self, prepared: Prepared, choices: Mapping[str, TrainConfig]) -> Trained:
+        """Train the adapters of these names, each with its settings, on the rows and for the steps of `prepared`."""
+        found = Trained()
+        for own in [choices] if prepared.one_pass else [{name: config} for name, config in choices.items()]:
+            with self.trainer_of(prepared, own) as (trainer, progress):
+                if prepared.one_pass:
+                    trainer.train()
+                    found.trials |= trainer.trials
+                    found.lines |= {name: lines_of(progress.history, name) for name in own}
+                else:
+                    (name,) = own
+                    found.trials[name] = _trial(trainer, name)
+                    found.lines[name] = progress.history
+            found.seconds += progress.seconds
+            found.peak_bytes = max(found.peak_bytes, progress.peak_bytes)
+        return found
+
+    @contextmanager
+    def trainer_of(self, prepared: Prepared, choices: Mapping[str, TrainConfig]) -> Iterator[tuple[Any, Progress]]:
+        """The trainer of one pass over the choices, of which there is only one without `Prepared.one_pass`."""
+        common = self._loaded, self._folder, self._record, self.bank
+        if prepared.one_pass:
+            with at_once(prepared, *common, _on_all_rows(prepared, choices)) as found:
+                yield found
+            return
+        ((name, config),) = choices.items()
+        given = prepared.config
+        config = dataclasses.replace(config, max_steps=given.max_steps, report_to=given.report_to)
+        with alone(dataclasses.replace(prepared, config=config), *common, name) as found:
             yield found
-        return
-    ((name, config),) = choices.items()
-    config = dataclasses.replace(config, max_steps=prepared.config.max_steps, report_to=prepared.config.report_to)
-    with alone(dataclasses.replace(prepared, config=config), loaded, folder, record, bank, name) as found:
-        yield found
 
 
 def _on_all_rows(prepared: Prepared, choices: Mapping[str, TrainConfig]) -> dict[str, OwnRun]:
