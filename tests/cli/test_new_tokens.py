@@ -137,8 +137,6 @@ def test_words_that_are_no_tokens_are_refused(
     assert "--new-tokens: '<a>' is no token of its own" in capsys.readouterr().err
     with pytest.raises(lorakit.LoraError, match="' ' is no token of its own"):
         add_tokens(tiny_tokenizer(), [" "])
-    assert main(["train", *words, "--new-tokens", "<a>", "--sweep", "rank=2,4"]) == 2
-    assert "leave --bias, --also-train and --new-tokens out" in capsys.readouterr().err
     assert main(["train", *words, "--new-tokens", "<a>", "--also-train", "embed_tokens"]) == 1
     assert "trainable_tokens trains rows of 'model.embed_tokens', and also_train all" in capsys.readouterr().err
 
