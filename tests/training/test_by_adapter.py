@@ -146,10 +146,10 @@ def test_a_held_out_row_of_an_unknown_adapter_is_refused(tmp_path: Path, rows: l
 @pytest.mark.parametrize(
     ("further", "message"),
     [
-        ({"dora": True, "bias": "all"}, "which cannot be with --dora, --bias: leave"),
+        ({"dora": True, "bias": "all"}, "which is not possible with --dora, --bias: leave"),
         ({"sweep": "rank=2,4"}, "--sweep trains every adapter on all rows"),
         ({"resume": "auto"}, "nothing to --resume"),
-        ({"packing": True}, "which cannot be with --packing"),
+        ({"packing": True}, "which is not possible with --packing"),
     ],
 )
 def test_what_several_adapters_cannot_share_is_refused(

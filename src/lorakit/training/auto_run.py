@@ -56,7 +56,6 @@ class _Searched:
         self._loaded, self._folder = loaded, folder
         self._candidates, self._random = Candidates(loaded, folder, record), torch.get_rng_state()
         self._bank = self._candidates.bank
-        self._progress = Progress(folder.path)
         self._state = SearchState()
         if (left := search_in(folder.path)) is not None:
             self._go_on(left)
@@ -72,9 +71,8 @@ class _Searched:
             text = tried.as_json(budget=search.budget.text, spent=spent, ended=ended)
             (part / FILE).write_text(text, encoding="utf-8")
         chosen = put_on(self._loaded, self._bank, search.settings(self._prepared.config, best), tried)
-        self._progress.become(state.lines)
-        self._progress.seconds, self._progress.peak_bytes = state.seconds, state.peak_bytes
-        return self._progress, chosen
+        trained = Trained(lines={tried.best: state.lines}, seconds=state.seconds, peak_bytes=state.peak_bytes)
+        return trained.progress(self._folder.path, tried.best), chosen
 
     def _filled(self) -> Runs | Seconds:
         budget, state = self._search.budget, self._state

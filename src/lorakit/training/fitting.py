@@ -47,8 +47,7 @@ def train_one(
     prepared: Prepared, loaded: Loaded, folder: OutputFolder, start: Start, record: dict[str, Any]
 ) -> Progress:
     """Train, and return what was logged on the way."""
-    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
-        trainer, progress, stop = _trainer_of(train_rows, valid_rows, prepared, loaded, folder, record)
+    with _trainer_on(prepared, loaded, folder, record) as (trainer, progress, stop):
         return _fitted(trainer, progress, stop, prepared, loaded, folder, start, record)
 
 
@@ -147,12 +146,13 @@ def at_once(
     runs: Mapping[str, OwnRun],
 ) -> Iterator[tuple[OnePassTrainer, Progress]]:
     """The trainer of several adapters of the bank, by name. Afterwards none is in use."""
+    from .one_pass_trainer import mean_of_finite
+
+    overall = mean_of_finite if prepared.learners else min  # they learn other rows, or the same
     bank.use(next(iter(runs)))  # a trainer looks at what is adapted, which is the same for all of them
-    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
-        rows = train_rows, valid_rows
-        trainer, progress, stop = _trainer_of(*rows, prepared, loaded, folder, record, bank=bank, runs=runs)
-        with bank.rows(list(runs)), stop.heeding():
-            yield trainer, progress
+    made = _trainer_on(prepared, loaded, folder, record, bank=bank, runs=runs, overall=overall)
+    with made as (trainer, progress, stop), bank.rows(list(runs)), stop.heeding():
+        yield trainer, progress
     bank.use(None)
 
 
@@ -162,11 +162,9 @@ def alone(
 ) -> Iterator[tuple[Any, Progress]]:
     """The trainer of one adapter of the bank, which writes no checkpoints. Afterwards none is in use."""
     bank.use(name)
-    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
-        trainer, progress, stop = _trainer_of(train_rows, valid_rows, prepared, loaded, folder, record)
+    with _trainer_on(prepared, loaded, folder, record) as (trainer, progress, stop), stop.heeding():
         trainer.keeps_checkpoints = False
-        with stop.heeding():
-            yield trainer, progress
+        yield trainer, progress
     bank.use(None)
 
 
@@ -176,6 +174,15 @@ def put_on(loaded: Loaded, bank: Bank, config: TrainConfig, tried: Tried) -> Cho
     loaded.model.eval()
     say("\n".join((report.heading("tried"), *tried.table().lines(columns(80)), to_width(tried.choice))))
     return Chosen(config, sum(parameter.numel() for parameter in bank.parameters(tried.best)), tried)
+
+
+@contextlib.contextmanager
+def _trainer_on(
+    prepared: Prepared, loaded: Loaded, folder: OutputFolder, record: dict[str, Any], **of_several: Any
+) -> Iterator[tuple[Any, Progress, SaveAndStop]]:
+    """What `_trainer_of` gives, on the rows of the run."""
+    with as_dataset(prepared.train) as train_rows, as_dataset(prepared.valid) as valid_rows:
+        yield _trainer_of(train_rows, valid_rows, prepared, loaded, folder, record, **of_several)
 
 
 def _trainer_of(
@@ -189,13 +196,13 @@ def _trainer_of(
 ) -> tuple[Any, Progress, SaveAndStop]:
     """The trainer of a run, what shows its progress, and what ends it early.
 
-    of_several: the bank and the runs of several adapters in one pass.
+    of_several: the bank and the runs of several adapters in one pass, and what their losses are together.
     """
     from transformers import DataCollatorWithPadding, TrainingArguments
     from trl import SFTConfig
 
     from .base_trainer import arguments
-    from .one_pass_trainer import OnePassTrainer, mean_of_finite
+    from .one_pass_trainer import OnePassTrainer
     from .progress import Progress
     from .trainers import CausalTrainer, ClassifierTrainer
 
@@ -240,7 +247,6 @@ def _trainer_of(
         settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
         kind = OnePassTrainer if of_several else CausalTrainer
         if of_several:
-            of_several["overall"] = mean_of_finite if prepared.learners else min  # they learn other rows, or the same
             config = dataclasses.replace(config, gradient_accumulation_steps=1)  # each run has its own
         trainer = kind(args=arguments(SFTConfig, config, **settings), **common, **of_several)
     else:

@@ -392,7 +392,9 @@ def _refuse_learners(config: TrainConfig) -> None:
         raise UsageError(f"a run with {what} has no checkpoints, so there is nothing to --resume.")
     refuse_chosen(config, what)
     if flags := unshared(config):
-        raise UsageError(f"{what} is learnt in one batch with others, which cannot be with {flags}: leave it out.")
+        raise UsageError(
+            f"{what} is learnt in one batch with other rows, which is not possible with {flags}: leave that out."
+        )
 
 
 def _labelled_rows(
